@@ -1,0 +1,24 @@
+"""attnzoo_kernels: one block-sparse attention operation, its layouts and its implementations."""
+
+from __future__ import annotations
+
+from attnzoo_kernels.errors import AttnzooError, ConfigError, ConversionError, ShapeError, UnsupportedError
+from attnzoo_kernels.extras import Extras
+from attnzoo_kernels.layout import BlockLayout
+from attnzoo_kernels.merge import merge_states
+from attnzoo_kernels.op import block_sparse_attention, block_sparse_attention_with_lse, visible_pairs, why_not
+
+__all__ = [
+    "AttnzooError",
+    "BlockLayout",
+    "ConfigError",
+    "ConversionError",
+    "Extras",
+    "ShapeError",
+    "UnsupportedError",
+    "block_sparse_attention",
+    "block_sparse_attention_with_lse",
+    "merge_states",
+    "visible_pairs",
+    "why_not",
+]

@@ -1,0 +1,174 @@
+"""Every check of the operation's arguments, on metadata alone: they also hold on fake and meta tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnzoo_kernels.errors import ShapeError
+from attnzoo_kernels.extras import Extras
+from attnzoo_kernels.layout import BlockLayout
+
+IMPLEMENTATIONS = ("auto", "reference", "blocked", "triton")
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+MAX_WIDTH = 256
+
+
+def is_count(value: Any) -> bool:
+    """Whether a value is an int, symbolic ones included, and no bool."""
+    return isinstance(value, int | torch.SymInt) and not isinstance(value, bool)
+
+
+def check_arguments(
+    tensors: tuple[Tensor, Tensor, Tensor],
+    layout: BlockLayout,
+    *,
+    causal: bool,
+    scale: float | None,
+    extras: Extras | None,
+    impl: str,
+) -> None:
+    """Raises on the first argument that does not fit.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If a shape, dtype, device or value does not fit; most are :class:`ShapeError`.
+    """
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl: expected one of {', '.join(map(repr, IMPLEMENTATIONS))}, got {impl!r}")
+    if not isinstance(causal, bool):
+        raise TypeError(f"causal: expected a bool, got {type(causal).__name__}")
+    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, float | int)):
+        raise TypeError(f"scale: expected a float or None, got {type(scale).__name__}")
+    if not isinstance(layout, BlockLayout):
+        raise TypeError(f"layout: expected a BlockLayout, got {type(layout).__name__}")
+    if extras is not None and not isinstance(extras, Extras):
+        raise TypeError(f"extras: expected an Extras or None, got {type(extras).__name__}")
+    q, k, v = tensors
+    _check_tensors(q, k, v)
+    _check_layout(q, k, layout)
+    if extras is not None or layout.origin is not None:
+        _check_extras(q, k, layout, extras or Extras())
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: expected a Tensor, got {type(x).__name__}")
+        if x.dim() != 4:
+            raise ShapeError(f"{name}: expected four dimensions [batch, heads, length, width], got {list(x.shape)}")
+        if x.dtype not in FLOATS:
+            raise TypeError(f"{name}: expected a floating dtype of {[str(d) for d in FLOATS]}, got {x.dtype}")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ShapeError(f"q, k, v: expected one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    if not q.device == k.device == v.device:
+        raise ShapeError(f"q, k, v: expected one device, got {q.device}, {k.device}, {v.device}")
+    batch, heads, _, width = q.shape
+    groups = k.shape[1]
+    if groups == 0 or heads == 0 or heads % groups != 0:
+        raise ShapeError(f"q, k: expected query heads to be a multiple of KV heads, got {heads} and {groups}")
+    if k.shape[0] != batch or k.shape[3] != width:
+        raise ShapeError(f"k: expected [{batch}, {groups}, S, {width}] as q has it, got {list(k.shape)}")
+    if v.shape[:3] != k.shape[:3]:
+        raise ShapeError(f"v: expected [{batch}, {groups}, {k.shape[2]}, Dv] as k has it, got {list(v.shape)}")
+    for name, x in (("q", q), ("v", v)):
+        if not 1 <= x.shape[3] <= MAX_WIDTH:
+            raise ShapeError(f"{name}: expected a head width (head_dim) from 1 to {MAX_WIDTH}, got {x.shape[3]}")
+
+
+def _check_layout(q: Tensor, k: Tensor, layout: BlockLayout) -> None:
+    batch, heads, seq_q, _ = q.shape
+    groups, seq_k = k.shape[1], k.shape[2]
+    if layout.seq_q != seq_q or layout.seq_k != seq_k:
+        raise ShapeError(
+            f"layout: expected one for {seq_q} queries and {seq_k} keys, got {layout.seq_q} and {layout.seq_k}"
+        )
+    blocks = -(-seq_q // layout.block_q)
+    got = layout.start.shape
+    if got[0] not in (1, batch) or got[1] not in (1, groups, heads) or got[2] != blocks:
+        raise ShapeError(
+            f"layout: expected lists of shape [1 or {batch}, one of 1, {groups}, {heads}, {blocks}], got {list(got)}"
+        )
+    if layout.col.device != q.device:
+        raise ShapeError(f"layout: expected it on {q.device} as q is, got {layout.col.device}")
+
+
+def _check_extras(q: Tensor, k: Tensor, layout: BlockLayout, extras: Extras) -> None:
+    batch, heads, seq_q, width = q.shape
+    groups, seq_k = k.shape[1], k.shape[2]
+    device = q.device
+    acc = torch.float64 if q.dtype == torch.float64 else torch.float32
+    if extras.q_pos is not None:
+        expect("q_pos", extras.q_pos, ((batch, 1), (heads, 1), (seq_q,)), torch.int32, device)
+    if extras.key_bias is not None:
+        expect("key_bias", extras.key_bias, ((batch, 1), (groups, heads, 1), (seq_k,)), acc, device)
+    _check_number("window", extras.window, 1, heads, device, optional=True)
+    _check_number("sink", extras.sink, 0, heads, device, optional=False)
+    if extras.precision not in ("precise", "fast"):
+        raise ValueError(f"precision: expected 'precise' or 'fast', got {extras.precision!r}")
+    if extras.aux is not None:
+        _check_aux(extras.aux, q, k)
+    _check_gate(extras, q, k, layout)
+    if (extras.rope is None) != (layout.origin is None):
+        raise ValueError("rope: expected together with layout.origin, got one without the other")
+    if extras.rope is not None:
+        cos, sin = extras.rope
+        for name, table in (("rope cos", cos), ("rope sin", sin)):
+            expect(name, table, (tuple(table.shape[:1]), tuple(range(1, width // 2 + 1))), acc, device)
+        if cos.shape != sin.shape:
+            raise ShapeError(f"rope: expected cos and sin of one shape, got {list(cos.shape)} and {list(sin.shape)}")
+
+
+def _check_aux(aux: tuple[Tensor, Tensor], q: Tensor, k: Tensor) -> None:
+    if not isinstance(aux, tuple) or len(aux) != 2:
+        raise TypeError(f"aux: expected a pair (q_aux, k_aux), got {type(aux).__name__}")
+    batch, heads, seq_q, _ = q.shape
+    q_aux, k_aux = aux
+    widths = tuple(q_aux.shape[3:]) if isinstance(q_aux, Tensor) else ()
+    expect("q_aux", q_aux, ((batch,), (heads,), (seq_q,), widths), q.dtype, q.device)
+    expect("k_aux", k_aux, ((batch, 1), (k.shape[1], 1), (k.shape[2],), widths), q.dtype, q.device)
+
+
+def _check_gate(extras: Extras, q: Tensor, k: Tensor, layout: BlockLayout) -> None:
+    batch, groups, seq_k, width = k.shape
+    if isinstance(extras.gate, Tensor):
+        blocks = -(-seq_k // layout.block_k)
+        expect("gate", extras.gate, ((batch,), (groups,), (blocks,), (width,)), q.dtype, q.device)
+    elif extras.gate not in (None, "last"):
+        raise ValueError(f"gate: expected a Tensor, 'last' or None, got {extras.gate!r}")
+    mix = extras.gate_mix
+    if isinstance(mix, Tensor):
+        expect("gate_mix", mix, ((q.shape[1],),), None, q.device)
+    elif isinstance(mix, bool) or not isinstance(mix, float | int):
+        raise TypeError(f"gate_mix: expected a float or a Tensor, got {type(mix).__name__}")
+
+
+def _check_number(
+    name: str, value: int | Tensor | None, least: int, heads: int, device: torch.device, *, optional: bool
+) -> None:
+    if isinstance(value, Tensor):
+        expect(name, value, ((heads,),), torch.int32, device)
+    elif value is None and optional:
+        return
+    elif not is_count(value):
+        raise TypeError(f"{name}: expected an int or an int32 Tensor, got {type(value).__name__}")
+    elif value is not None and value < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value}")
+
+
+def expect(
+    name: str, x: Tensor, allowed: Sequence[Sequence[int]], dtype: torch.dtype | None, device: torch.device
+) -> None:
+    """Raises unless a tensor has one of the allowed sizes in each dimension, the dtype and the device."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(x).__name__}")
+    if x.dim() != len(allowed) or any(size not in sizes for size, sizes in zip(x.shape, allowed, strict=True)):
+        wanted = ", ".join(" or ".join(str(s) for s in dict.fromkeys(sizes)) for sizes in allowed)
+        raise ShapeError(f"{name}: expected shape [{wanted}], got {list(x.shape)}")
+    if dtype is not None and x.dtype != dtype:
+        raise ShapeError(f"{name}: expected {dtype}, got {x.dtype}")
+    if x.device != device:
+        raise ShapeError(f"{name}: expected it on {device} as q is, got {x.device}")

@@ -1,0 +1,220 @@
+"""The public functions of the operation: check, choose, run."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from attnzoo_kernels import reference, registration  # noqa: F401  (importing registration defines the ops)
+from attnzoo_kernels.call import Call
+from attnzoo_kernels.checks import check_arguments
+from attnzoo_kernels.density import count_pairs
+from attnzoo_kernels.errors import ShapeError, UnsupportedError
+from attnzoo_kernels.extras import Extras
+from attnzoo_kernels.layout import BlockLayout
+from attnzoo_kernels.rule import Rule
+
+
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: BlockLayout,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    extras: Extras | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    r"""Softmax attention restricted to the key blocks that a layout lists.
+
+    .. math:: o_t = \sum_{s \in S(t)} \mathrm{softmax}_s(\sigma\, q_t \cdot k_s + b_s)\, v_s
+
+    S(t) are the slots of the listed blocks that the token rule leaves to row t. Causality is aligned at the last key,
+    ``s <= t + S - T``, unless ``extras.q_pos`` says otherwise.
+
+    Args:
+        q: Queries ``[B, H, T, D]``, any strides; fp64, fp32, fp16 or bf16.
+        k: Keys ``[B, G, S, D]``; H must be a multiple of G.
+        v: Values ``[B, G, S, Dv]``.
+        layout: Which key blocks each query block reads.
+        causal: Whether a row may read only slots up to its position.
+        scale: The factor on scores. ``None`` means ``D ** -0.5``.
+        extras: Positions, bias, window and sink, and what later variants add.
+        impl: ``"auto"``, ``"reference"``, ``"blocked"`` or ``"triton"``. A named one runs or raises.
+
+    Returns:
+        ``[B, H, T, Dv]`` in q's dtype. A row with nothing to read gives zeros and has zero gradients.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ShapeError: If shapes, dtypes or devices disagree.
+        UnsupportedError: If ``impl`` names an implementation that cannot run these inputs.
+
+    Example:
+        >>> import torch
+        >>> q, k, v = torch.randn(3, 1, 4, 100, 16).unbind(0)
+        >>> layout = BlockLayout.window(32, 32, 100, 100, window=32)
+        >>> block_sparse_attention(q, k, v, layout).shape
+        torch.Size([1, 4, 100, 16])
+    """
+    return _attend((q, k, v), layout, causal, scale, extras, impl, need_lse=False)[0]
+
+
+def block_sparse_attention_with_lse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: BlockLayout,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    extras: Extras | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """As :func:`block_sparse_attention`, with the log-sum-exp of the scores beside the output.
+
+    Returns:
+        ``(out, lse)``: out as there; lse ``[B, H, T]``, natural log, differentiable, fp64 when the inputs are fp64,
+        else fp32. A row with nothing to read gives 0 and -inf.
+    """
+    return _attend((q, k, v), layout, causal, scale, extras, impl, need_lse=True)
+
+
+def why_not(
+    impl: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: BlockLayout,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    extras: Extras | None = None,
+) -> tuple[str, ...]:
+    """The reasons why an implementation cannot run these inputs; empty if it runs them.
+
+    Reads metadata only, so that it also answers on fake and meta tensors.
+
+    Raises:
+        ValueError: If the inputs are wrong for every implementation.
+    """
+    check_arguments((q, k, v), layout, causal=causal, scale=scale, extras=extras, impl=impl)
+    return _reasons(impl, layout, extras)
+
+
+def visible_pairs(
+    layout: BlockLayout, *, causal: bool, extras: Extras | None = None, batch: int, heads: int
+) -> tuple[int, int]:
+    """Counts the (query, key) pairs that a call sees, without materialising ``T x S``.
+
+    Args:
+        layout: Which key blocks each query block reads.
+        causal: As in the call.
+        extras: As in the call.
+        batch: B of the call.
+        heads: H of the call.
+
+    Returns:
+        ``(visible, dense)``: pairs visible by the call's whole rule, and pairs that a dense call under the same
+        causality, absent rows and bias would see without layout, window and sink.
+    """
+    extras = extras or Extras()
+    groups = layout.start.shape[1]
+    if heads % groups:
+        raise ShapeError(f"heads: expected a multiple of the layout's {groups} heads, got {heads}")
+    device = layout.col.device
+    q = torch.empty(batch, heads, layout.seq_q, 0, device=device)
+    k = torch.empty(batch, groups, layout.seq_k, 0, device=device)
+    return count_pairs(_call((q, k, k), layout, causal, 1.0, extras))
+
+
+def _reasons(impl: str, layout: BlockLayout, extras: Extras | None) -> tuple[str, ...]:
+    reasons = []
+    if impl == "triton":
+        reasons.append("triton: this version has no Triton kernel")
+    if extras is not None:
+        reasons += [
+            f"{impl}: extras.{name} is not implemented yet"
+            for name in ("aux", "gate", "rope")
+            if getattr(extras, name) is not None
+        ]
+    return tuple(reasons)
+
+
+def _attend(
+    tensors: tuple[Tensor, Tensor, Tensor],
+    layout: BlockLayout,
+    causal: bool,
+    scale: float | None,
+    extras: Extras | None,
+    impl: str,
+    *,
+    need_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    check_arguments(tensors, layout, causal=causal, scale=scale, extras=extras, impl=impl)
+    reasons = _reasons(impl, layout, extras)
+    if reasons:
+        raise UnsupportedError(f"impl: {impl!r} cannot run this call: {'; '.join(reasons)}", reasons)
+    extras = extras or Extras()
+    device = tensors[0].device.type
+    if torch.is_autocast_enabled(device):
+        q, k, v = (x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(device)) for x in tensors)
+    else:
+        q, k, v = tensors
+    call = _call((q, k, v), layout, causal, q.shape[3] ** -0.5 if scale is None else float(scale), extras)
+    if impl == "reference":
+        with torch.autocast(device, enabled=False):
+            return reference.attend(call)
+    _refuse_transforms((q, k, v, extras.key_bias))
+    if device == "cuda":
+        _warn_once("triton: this version has no Triton kernel; CUDA inputs run on the blocked implementation")
+    rule = call.rule
+    window_tensor = rule.window if isinstance(rule.window, Tensor) else None
+    sink_tensor = rule.sink if isinstance(rule.sink, Tensor) else None
+    out, lse = torch.ops.attnzoo.bsa_fwd(
+        q, k, v, call.start, call.count, call.col, rule.q_pos, call.key_bias, window_tensor, sink_tensor,
+        call.block_q, call.block_k, causal, None if window_tensor is not None else rule.window,
+        0 if sink_tensor is not None else rule.sink, call.scale, impl, need_lse,
+    )  # fmt: skip
+    return out, lse
+
+
+def _call(
+    tensors: tuple[Tensor, Tensor, Tensor], layout: BlockLayout, causal: bool, scale: float, extras: Extras
+) -> Call:
+    rule = Rule(causal, extras.q_pos, extras.window, extras.sink)
+    return Call(
+        *tensors,
+        layout.start,
+        layout.count,
+        layout.col,
+        extras.key_bias,
+        rule,
+        layout.block_q,
+        layout.block_k,
+        scale,
+    )
+
+
+def _refuse_transforms(tensors: tuple[Tensor | None, ...]) -> None:
+    """Raises where torch would drop a tangent without a word, or fail without naming the way out."""
+    if torch.compiler.is_compiling():
+        return
+    given = [x for x in tensors if x is not None]
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in given):
+        raise UnsupportedError("block_sparse_attention: no forward-mode derivatives here; impl='reference' has them")
+    if any(torch._C._functorch.is_gradtrackingtensor(x) for x in given):
+        raise UnsupportedError("block_sparse_attention: torch.func.grad does not work here; impl='reference' does")
+
+
+_warned: set[str] = set()
+
+
+def _warn_once(reason: str) -> None:
+    if reason not in _warned:
+        _warned.add(reason)
+        warnings.warn(reason, RuntimeWarning, stacklevel=4)

@@ -1,0 +1,183 @@
+"""What a call's rule makes of a layout: which entries are read, which of them need a mask, in buckets of equal length.
+
+A schedule is a pure function of layout, rule and sizes, in plain tensors. Rows of the schedule are query blocks
+``(b, h, m)``; source rows are those of the layout and rule before broadcasting, so that a layout shared by all heads is
+examined once.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from attnzoo_kernels.call import Call
+
+
+@dataclass(frozen=True)
+class Entries:
+    """The listed blocks of all source rows, one after the other.
+
+    Attributes:
+        shape: ``Bs, Hs, M`` of the source rows.
+        row: int64 ``[nnz]``, the source row of each entry.
+        col: int64 ``[nnz]``, its key block.
+        pos: int64 ``[Bs, Hs, M, block_q]``, row positions; a ragged tail repeats the last row.
+    """
+
+    shape: tuple[int, int, int]
+    row: Tensor
+    col: Tensor
+    pos: Tensor
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Rows that read equally many blocks.
+
+    Attributes:
+        rows: int64 ``[R]``, rows as flat indices into ``[B, H, M]``.
+        cols: int64 ``[R, n]``, key blocks; those that need a mask come last.
+        partial: How many of the last columns need a mask.
+        safe: Whether every row surely sees a key, the bias left aside.
+    """
+
+    rows: Tensor
+    cols: Tensor
+    partial: int
+    safe: bool
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The buckets of a call and its row positions, int64 ``[B|1, H|1, M, block_q]``."""
+
+    buckets: tuple[Bucket, ...]
+    pos: Tensor
+
+
+def list_entries(call: Call) -> Entries:
+    """Lists the layout's entries at the smallest batch and head counts that layout and rule share."""
+    batch, heads, _, seq_q, seq_k = call.shape
+    blocks_q, _ = call.grid
+    device = call.col.device
+    pos = call.rule.positions(seq_q, seq_k, device)
+    layout_batch, layout_heads, _ = call.start.shape
+    src_batch = batch if max(layout_batch, pos.shape[0]) > 1 else 1
+    src_heads = heads if call.rule.is_per_head else layout_heads
+    repeat = src_heads // layout_heads
+
+    def widen(x: Tensor) -> Tensor:
+        return x.long().repeat_interleave(repeat, 1).expand(src_batch, src_heads, blocks_q).reshape(-1)
+
+    start, count = widen(call.start), widen(call.count)
+    ends = count.cumsum(0)
+    row = torch.repeat_interleave(torch.arange(count.shape[0], device=device), count)
+    within = torch.arange(row.shape[0], device=device) - (ends - count)[row]
+    col = call.col.long()[start[row] + within]
+    tail = torch.arange(blocks_q * call.block_q, device=device).clamp(max=max(seq_q - 1, 0))
+    # Positions without a batch or head dimension broadcast against the source rows as they are.
+    tiles = pos[..., tail].view(*pos.shape[:2], blocks_q, call.block_q)
+    return Entries((src_batch, src_heads, blocks_q), row, col, tiles)
+
+
+def _tile_values(call: Call, entries: Entries) -> tuple[Tensor, Tensor, Tensor]:
+    """First slot seen ``lo``, end ``hi`` and the sink's end, each int64 ``[rows, block_q]`` of the source rows."""
+    rule, seq_k = call.rule, call.k.shape[2]
+    shape = (*entries.shape, call.block_q)
+
+    def of_head(value: int | Tensor) -> int | Tensor:
+        return value.long().view(1, -1, 1, 1) if isinstance(value, Tensor) else value
+
+    window = None if rule.window is None else of_head(rule.window)
+    lo, hi = rule.span(entries.pos, window, seq_k)
+    sink = torch.zeros_like(lo) if window is None else rule.sink_end(entries.pos, of_head(rule.sink), seq_k)
+    lo, hi, sink = (x.expand(shape).reshape(-1, call.block_q) for x in (lo, hi, sink))
+    return lo, hi, sink
+
+
+def classify(call: Call, entries: Entries) -> tuple[Tensor, Tensor, Tensor]:
+    """Which entries are read, are seen in full, and have a first slot that all rows see: bool ``[nnz]`` each."""
+    lo, hi, sink = _tile_values(call, entries)
+    first = entries.col * call.block_k
+    last = (first + call.block_k).clamp(max=call.k.shape[2])
+    least, most = lo.amin(1), lo.amax(1)
+    if call.rule.q_pos is None or call.rule.window is None:
+        # Positions run without gaps, or nothing is hidden below: the tile's extremes decide.
+        read = (first < hi.amax(1)[entries.row]) & (last > least[entries.row])
+        read |= first < sink.amax(1)[entries.row]
+    else:
+        wide_first, wide_last = first.unsqueeze(1), last.unsqueeze(1)
+        in_span = torch.maximum(wide_first, lo[entries.row]) < torch.minimum(wide_last, hi[entries.row])
+        read = (in_span | (wide_first < sink[entries.row])).any(1)
+    lowest_hi, lowest_sink = hi.amin(1)[entries.row], sink.amin(1)[entries.row]
+    highest_lo = most[entries.row]
+    in_window = first >= highest_lo
+    full = (last - first == call.block_k) & (((last <= lowest_hi) & in_window) | (last <= lowest_sink))
+    anchored = ((first < lowest_hi) & in_window) | (first < lowest_sink)
+    return read, full, anchored & read
+
+
+def build_schedule(call: Call) -> Schedule:
+    """Builds the schedule of a call with bulk tensor arithmetic; O(entries + rows) memory."""
+    batch, heads, _, _, _ = call.shape
+    entries = list_entries(call)
+    src_batch, src_heads, blocks_q = entries.shape
+    read, full, anchored = classify(call, entries)
+    row, col, partial = entries.row[read], entries.col[read], ~full[read]
+    order = torch.argsort(row * 2 + partial, stable=True)
+    col = col[order]
+    rows = src_batch * src_heads * blocks_q
+    count = torch.bincount(row, minlength=rows)
+    masked = torch.bincount(row[partial], minlength=rows)
+    safe = torch.bincount(entries.row[anchored], minlength=rows) > 0
+    begin = count.cumsum(0) - count
+    source = torch.arange(rows, device=col.device).view(src_batch, src_heads, blocks_q)
+    source = source.repeat_interleave(heads // src_heads, 1).expand(batch, heads, blocks_q).reshape(-1)
+    return Schedule(tuple(_buckets(source, count, begin, masked, safe, col)), entries.pos)
+
+
+def _buckets(source: Tensor, count: Tensor, begin: Tensor, masked: Tensor, safe: Tensor, col: Tensor) -> list[Bucket]:
+    """Groups rows by the number of blocks they read; rows that read nothing belong to none."""
+    lengths = count[source]
+    order = torch.argsort(lengths, stable=True)
+    values, sizes = torch.unique_consecutive(lengths[order], return_counts=True)
+    buckets = []
+    for length, rows in zip(values.tolist(), order.split(sizes.tolist()), strict=True):
+        if length == 0:
+            continue
+        origin = source[rows]
+        cols = col[begin[origin].unsqueeze(1) + torch.arange(length, device=col.device)]
+        partial = int(masked[origin].max())
+        buckets.append(Bucket(rows, cols, partial, bool(safe[origin].all())))
+    return buckets
+
+
+@dataclass(frozen=True)
+class _Remembered:
+    start: weakref.ref[Tensor]
+    count: weakref.ref[Tensor]
+    schedule: Schedule
+
+
+_memo: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def schedule_for(call: Call, build: Callable[[Call], Schedule] = build_schedule) -> Schedule:
+    """The schedule of a call, remembered for as long as the layout lives where the rule holds no tensors."""
+    if not call.rule.is_static:
+        return build(call)
+    rule = call.rule
+    key = (*call.shape, call.block_q, call.block_k, rule.causal, rule.window, rule.sink, rule.folded)
+    known = _memo.get(call.col)
+    found: _Remembered | None = known.get(key) if known is not None else None
+    if found is not None and found.start() is call.start and found.count() is call.count:
+        return found.schedule
+    schedule = build(call)
+    # Threads may race here: the last writer wins, with an equal value.
+    _memo.setdefault(call.col, {})[key] = _Remembered(weakref.ref(call.start), weakref.ref(call.count), schedule)
+    return schedule
