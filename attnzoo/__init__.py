@@ -1,0 +1,40 @@
+"""attnzoo: a conformance-tested zoo of attention variants, over one block-sparse operation."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+
+from attnzoo.base import AttentionLayer as AttentionLayer
+from attnzoo.cache import KVCache as KVCache
+from attnzoo.config import AttentionConfig as AttentionConfig
+from attnzoo.ops import BlockLayout as BlockLayout
+from attnzoo.ops import Extras as Extras
+from attnzoo.ops import block_sparse_attention as block_sparse_attention
+from attnzoo.record import record as record
+from attnzoo.records import AttentionOutput as AttentionOutput
+from attnzoo.records import Plan as Plan
+from attnzoo.registry import create as create
+from attnzoo.registry import get_config as get_config
+from attnzoo.registry import list_variants as list_variants
+from attnzoo.rope import RotaryConfig as RotaryConfig
+from attnzoo.rope import RotaryScaling as RotaryScaling
+from attnzoo.variants import LowRankGQAAttention as LowRankGQAAttention
+from attnzoo.variants import LowRankGQAConfig as LowRankGQAConfig
+from attnzoo.variants import MHAAttention as MHAAttention
+from attnzoo.variants import MHAConfig as MHAConfig
+from attnzoo.variants import S2Attention as S2Attention
+from attnzoo.variants import S2Config as S2Config
+from attnzoo_kernels.errors import AttnzooError as AttnzooError
+from attnzoo_kernels.errors import ConfigError as ConfigError
+from attnzoo_kernels.errors import ConversionError as ConversionError
+from attnzoo_kernels.errors import ShapeError as ShapeError
+from attnzoo_kernels.errors import UnsupportedError as UnsupportedError
+
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name == "surgery":
+        return import_module("attnzoo.surgery")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,11 @@
+"""The operation, under the package's own name."""
+
+from __future__ import annotations
+
+from attnzoo_kernels import BlockLayout as BlockLayout
+from attnzoo_kernels import Extras as Extras
+from attnzoo_kernels import block_sparse_attention as block_sparse_attention
+from attnzoo_kernels import block_sparse_attention_with_lse as block_sparse_attention_with_lse
+from attnzoo_kernels import merge_states as merge_states
+from attnzoo_kernels import visible_pairs as visible_pairs
+from attnzoo_kernels import why_not as why_not

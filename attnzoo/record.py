@@ -1,0 +1,78 @@
+"""Watching a model's attention layers: what each planned, and the auxiliary losses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from attnzoo.records import Plan
+from attnzoo_kernels.errors import ConfigError
+
+
+@runtime_checkable
+class Recorded(Protocol):
+    """A module that tells its recordings what it planned."""
+
+    recordings: tuple[Recording, ...]
+
+
+class Recording:
+    """What a model's layers planned within one :func:`record` block.
+
+    Attributes:
+        plans: For each layer's path in the model, the plans of its calls in order. Plans keep their layouts alive.
+    """
+
+    def __init__(self, paths: dict[Recorded, str]) -> None:
+        self._paths = paths
+        self.plans: dict[str, list[Plan]] = {path: [] for path in paths.values()}
+
+    @property
+    def aux_loss(self) -> Tensor:
+        """The unweighted auxiliary losses of all calls, added; 0 where no layer has one."""
+        losses = [plan.aux_loss for plans in self.plans.values() for plan in plans if plan.aux_loss is not None]
+        return torch.stack(losses).sum() if losses else torch.zeros(())
+
+    def add(self, layer: Recorded, plan: Plan) -> None:
+        """Notes a layer's plan, unless this is a recomputation inside a backward (activation checkpointing)."""
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            return
+        self.plans[self._paths[layer]].append(plan)
+
+
+@contextmanager
+def record(model: nn.Module) -> Iterator[Recording]:
+    """Records the plans and auxiliary losses of a model's attnzoo layers while the block runs.
+
+    Nothing global is touched: each layer of this model holds the recording until the block ends. Blocks may be nested;
+    each records everything that runs inside it. Recomputation by activation checkpointing is not recorded again.
+
+    Args:
+        model: A module with attnzoo layers somewhere, or a layer.
+
+    Raises:
+        ConfigError: If the model has no attnzoo layer.
+
+    Example:
+        >>> import attnzoo
+        >>> layer = attnzoo.create("mha", dim=64, num_heads=4)
+        >>> with record(layer) as rec:
+        ...     y = layer(torch.randn(1, 10, 64))
+        >>> rec.plans[""][0].density
+        1.0
+    """
+    layers = {module: path for path, module in model.named_modules() if isinstance(module, Recorded)}
+    if not layers:
+        raise ConfigError(f"model: expected a module with attnzoo layers, got {type(model).__name__} without any")
+    recording = Recording(layers)
+    for layer in layers:
+        layer.recordings = (*layer.recordings, recording)
+    try:
+        yield recording
+    finally:
+        for layer in layers:
+            layer.recordings = tuple(other for other in layer.recordings if other is not recording)

@@ -1,0 +1,279 @@
+"""Finding attention blocks in a model and converting them: look, build, check, and only then cut.
+
+Letters: C model width, H query heads, G KV heads, D head width.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import nn
+
+from attnzoo.base import AttentionLayer
+from attnzoo.config import AttentionConfig
+from attnzoo.registry import create, get_config
+from attnzoo.surgery import lowrank
+from attnzoo.surgery.hosts import interface, llama
+from attnzoo.surgery.projections import LatentProjections
+from attnzoo.surgery.report import ConversionReport, SiteReport
+from attnzoo.surgery.site import Site
+from attnzoo.surgery.statistics import Progress, Statistics
+from attnzoo_kernels.errors import ConfigError, ConversionError, UnsupportedError
+
+READ_VARIANTS = ("mha", "s2")
+"""Variants that change what is read, and no weight."""
+
+_OWN_FIELDS = frozenset(field.name for field in fields(AttentionConfig))
+_DEFAULTS: dict[str, dict[str, Any]] = {"mha": {}, "s2": {"sink_blocks": 1}}
+
+
+@dataclass(frozen=True, eq=False)
+class _Cut:
+    """One site's change, ready to be made."""
+
+    site: Site
+    report: SiteReport
+    recipe: dict[str, Any]
+    module: nn.Module | None = None
+    rule: interface.Rule | None = None
+
+
+def find(model: nn.Module) -> tuple[Site, ...]:
+    """The attention blocks of a model that can be converted, in order.
+
+    A block that the model applies several times is one site.
+    """
+    found: list[Site] = []
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        if llama.matches(module) and id(module) not in seen:
+            seen.add(id(module))
+            found.append(llama.site_of(path, len(found), module))
+    return tuple(found)
+
+
+def convert(
+    model: nn.Module,
+    variant: str,
+    *,
+    where: Callable[[Site], bool] | None = None,
+    calibration: Iterable[Any] | Statistics | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> ConversionReport:
+    """Converts a model's attention blocks in place.
+
+    "mha" (identity, or ``window`` and ``sink``) and "s2" (its configuration's fields; ``sink_blocks`` is 1 here) change
+    what is read, and no weight. "lowrank_gqa" changes weights: ``method`` "commuting" or "mean" with fewer
+    ``num_kv_heads``, "expand" with more, "latent" with ``latent_dim``; "commuting" and "latent" need calibration, and
+    take ``refit`` and ``gradients``, see :class:`attnzoo.surgery.lowrank.Request`.
+
+    Args:
+        model: A model of the Llama family.
+        variant: What to convert to.
+        where: Which sites; all by default.
+        calibration: Token ids int64 ``[B, T]`` or mappings for ``model(**batch)``, or statistics collected before.
+        progress: Told how far it is.
+        **options: Of the variant.
+
+    Returns:
+        What was done, with ``undo()``.
+
+    Raises:
+        ConfigError: If no site matches, or an option is unknown or does not fit. The model is unchanged.
+        UnsupportedError: If a site cannot be converted so. The model is unchanged.
+    """
+    sites = _choose(model, where)
+    reads_only = variant in READ_VARIANTS
+    if not reads_only and variant != "lowrank_gqa":
+        get_config(variant)
+        raise UnsupportedError(f"variant: expected one of mha, s2, lowrank_gqa, got {variant!r}; it is not convertible")
+    for site in sites:
+        reasons = llama.reasons_against(model.get_submodule(site.path), reads_only=reads_only)
+        if reasons:
+            raise UnsupportedError(f"{site.path}: cannot be converted: {'; '.join(reasons)}", reasons)
+    if reads_only:
+        if calibration is not None:
+            raise ConfigError(f"calibration: expected None, {variant!r} has no use for it")
+        options = {**_DEFAULTS[variant], **options}
+        cuts = _reading_cuts(model, sites, variant, options)
+    else:
+        request = _request(options)
+        cuts = _weight_cuts(model, sites, request, calibration, progress)
+    return _apply(model, cuts, variant, options)
+
+
+def _choose(model: nn.Module, where: Callable[[Site], bool] | None) -> list[Site]:
+    found = find(model)
+    sites = [site for site in found if where is None or where(site)]
+    if not found:
+        raise ConfigError(
+            f"model: expected attention blocks of the Llama family, got none; see find({type(model).__name__})"
+        )
+    if not sites:
+        raise ConfigError(f"where: expected at least one of the {len(found)} sites of find(model), got none")
+    return sites
+
+
+def _request(options: dict[str, Any]) -> lowrank.Request:
+    known = [field.name for field in fields(lowrank.Request)]
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise ConfigError(f"{unknown[0]}: expected one of {', '.join(known)} for 'lowrank_gqa'")
+    if "method" not in options:
+        raise ConfigError(f"method: expected one of {', '.join(lowrank.METHODS)}, got none")
+    if options["method"] == "mean":
+        warnings.warn("method 'mean' is a baseline that ruins most models; 'commuting' is the conversion", stacklevel=3)
+    return lowrank.Request(**options)
+
+
+def _reading_cuts(model: nn.Module, sites: list[Site], variant: str, options: dict[str, Any]) -> list[_Cut]:
+    """Rules for sites that keep their weights."""
+    known = [field.name for field in fields(get_config(variant)) if field.name not in _OWN_FIELDS]
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise ConfigError(f"{unknown[0]}: expected one of {', '.join(known)} for {variant!r}")
+    if (variant == "mha" and options.get("window") and not options.get("sink")) or (
+        variant == "s2" and options["sink_blocks"] == 0
+    ):
+        warnings.warn(
+            f"{variant} without a sink: models that were trained without it lose the token they lean on", stacklevel=3
+        )
+    cuts = []
+    for site in sites:
+        layer = reading_layer(model.get_submodule(site.path), site, variant, options)
+        values = _values(model.get_submodule(site.path), site)
+        recipe = {"path": site.path, "kind": "read", "variant": variant, "options": options}
+        cuts.append(_Cut(site, SiteReport(site, values, values), recipe, rule=interface.Rule(layer)))
+    return cuts
+
+
+def reading_layer(module: nn.Module, site: Site, variant: str, options: dict[str, Any]) -> AttentionLayer:
+    """A layer without weights whose plans a site will follow."""
+    config = get_config(variant)(
+        dim=site.width,
+        num_heads=site.heads,
+        num_kv_heads=site.kv_heads,
+        head_dim=site.head_dim,
+        rotary=None,
+        scale=llama.read(module).scale,
+        **options,
+    )
+    with torch.device("meta"):
+        return create(config)
+
+
+def _values(module: nn.Module, site: Site) -> int:
+    if isinstance(module, llama.LatentSeat):
+        return module.kv_down.out_features
+    return 2 * site.kv_heads * site.head_dim
+
+
+def _weight_cuts(
+    model: nn.Module,
+    sites: list[Site],
+    request: lowrank.Request,
+    calibration: Iterable[Any] | Statistics | None,
+    progress: Progress | None,
+) -> list[_Cut]:
+    """New modules for sites that get other weights."""
+
+    def build(site: Site, projections: Any) -> nn.Module:
+        return llama.build(model.get_submodule(site.path), projections)
+
+    solutions = lowrank.solve(
+        model, sites, request, read=llama.read, build=build, calibration=calibration, progress=progress
+    )
+    cuts = []
+    for site in sites:
+        old, solution = model.get_submodule(site.path), solutions[site.path]
+        found = solution.projections
+        recipe: dict[str, Any] = {"path": site.path, "variant": "lowrank_gqa"}
+        if isinstance(found, LatentProjections):
+            module: nn.Module = llama.LatentSeat(old, found)
+            recipe |= {"kind": "latent", "latent_dim": found.down.shape[0]}
+            after = found.down.shape[0]
+        else:
+            module = llama.build(old, found)
+            recipe |= {"kind": "weights", "num_kv_heads": found.num_kv_heads}
+            after = 2 * found.num_kv_heads * site.head_dim
+        report = SiteReport(site, _values(old, site), after, solution.kept, solution.error)
+        cuts.append(_Cut(site, report, recipe, module=module))
+    return cuts
+
+
+def apply_recipe(model: nn.Module, recipe: list[dict[str, Any]]) -> None:
+    """Gives a model the structure that a recipe describes; weights of changed blocks are to be loaded afterwards.
+
+    Raises:
+        ConversionError: If the recipe does not fit the model.
+    """
+    sites = {site.path: site for site in find(model)}
+    cuts = []
+    for entry in recipe:
+        path = entry.get("path")
+        if path not in sites:
+            raise ConversionError(f"recipe: expected the path of an attention block, got {path!r}")
+        site, old = sites[path], model.get_submodule(path)
+        values = _values(old, site)
+        kind = entry.get("kind")
+        if kind == "read":
+            rule = interface.Rule(reading_layer(old, site, entry["variant"], entry["options"]))
+            cuts.append(_Cut(site, SiteReport(site, values, values), entry, rule=rule))
+        elif kind == "latent":
+            module: nn.Module = llama.LatentSeat(old, llama.latent_like(old, entry["latent_dim"]))
+            cuts.append(_Cut(site, SiteReport(site, values, entry["latent_dim"]), entry, module=module))
+        elif kind == "weights":
+            module = llama.build(old, llama.with_kv_heads(llama.read(old), entry["num_kv_heads"]))
+            cuts.append(_Cut(site, SiteReport(site, values, values), entry, module=module))
+        else:
+            raise ConversionError(f"recipe: expected kind read, latent or weights, got {kind!r}")
+    _apply(model, cuts, "recipe", {})
+
+
+def recipe_of(model: nn.Module) -> list[dict[str, Any]]:
+    """What has been done to a model and stands, in order."""
+    return list(model.__dict__.get("attnzoo_recipe", []))
+
+
+def _apply(model: Any, cuts: list[_Cut], variant: str, options: dict[str, Any]) -> ConversionReport:
+    """Makes all changes; nothing before this touches the model."""
+    old_modules = {cut.site.path: model.get_submodule(cut.site.path) for cut in cuts}
+    old_rules = {path: interface.rule_of(module) for path, module in old_modules.items()}
+    old_recipe = model.__dict__.get("attnzoo_recipe", [])
+    old_heads = getattr(model.config, "num_key_value_heads", None)
+    needs_interface = any(cut.rule is not None or isinstance(cut.module, llama.LatentSeat) for cut in cuts)
+    old_attention = interface.switch(model) if needs_interface else None
+    for cut in cuts:
+        if cut.module is not None:
+            _place(model, cut.site.path, cut.module)
+        if cut.rule is not None:
+            interface.set_rule(model.get_submodule(cut.site.path), cut.rule)
+    model.__dict__["attnzoo_recipe"] = recipe = [*old_recipe, *(cut.recipe for cut in cuts)]
+    counts = {site.kv_heads for site in find(model)}
+    if len(counts) == 1 and all(cut.recipe["kind"] == "weights" for cut in cuts):
+        model.config.num_key_value_heads = counts.pop()
+
+    def undo() -> None:
+        if model.__dict__.get("attnzoo_recipe") is not recipe:
+            raise ConversionError("undo: a later conversion of this model still stands; undo that first")
+        for path, module in old_modules.items():
+            _place(model, path, module)
+            interface.set_rule(module, old_rules[path])
+        model.__dict__["attnzoo_recipe"] = old_recipe
+        if old_heads is not None:
+            model.config.num_key_value_heads = old_heads
+        if old_attention is not None:
+            interface.switch_back(model, old_attention)
+
+    size = next(model.parameters()).element_size()
+    return ConversionReport(variant, options, [cut.report for cut in cuts], size, undo)
+
+
+def _place(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)

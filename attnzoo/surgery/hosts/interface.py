@@ -1,0 +1,226 @@
+"""Reading rules inside transformers models, through its public attention and mask interfaces.
+
+One attention function and one mask function are registered under the name "attnzoo"; what a block reads is a rule on
+its module. A name registered for attention alone would lose every padding mask without a word.
+
+Letters: B batch, T query tokens, S slots of the host's cache, H query heads, G KV heads, D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attnzoo.align import Alignment
+from attnzoo.base import AttentionLayer, Memory
+from attnzoo.variants.mha import MHAAttention, MHAConfig
+from attnzoo_kernels.errors import ShapeError, UnsupportedError
+
+NAME = "attnzoo"
+_RULE = "attnzoo_rule"
+_IGNORED = frozenset({"position_ids", "use_cache", "cache_position", "is_causal", "num_items_in_batch"})
+
+
+@dataclass(frozen=True, eq=False)
+class Rule:
+    """What a block reads: a layer without weights whose plan is followed. No module, so that no state is added."""
+
+    layer: AttentionLayer
+
+
+@dataclass(frozen=True, eq=False)
+class Geometry:
+    """Where the queries and keys of a call lie: what the mask function hands to the attention function.
+
+    Attributes:
+        first: The slot of the first query: an int, or a 0-d tensor that the host would advance, copied.
+        real: Which slots hold tokens rather than padding, bool ``[B, S]``; ``None`` where all do.
+        ndim: What hosts ask of a mask that is ready.
+    """
+
+    first: int | Tensor
+    real: Tensor | None
+    ndim: int = field(default=4, init=False)
+
+    def contiguous(self) -> Geometry:
+        """Itself; static caches ask for it."""
+        return self
+
+
+def set_rule(module: nn.Module, rule: Rule | None) -> None:
+    """Puts a rule on a module, or takes it off."""
+    if rule is None:
+        module.__dict__.pop(_RULE, None)
+    else:
+        module.__dict__[_RULE] = rule
+
+
+def rule_of(module: nn.Module) -> Rule | None:
+    """The rule on a module."""
+    rule = module.__dict__.get(_RULE)
+    return rule if isinstance(rule, Rule) else None
+
+
+def register() -> None:
+    """Makes the name known to transformers; a second call changes nothing."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, describe_mask)
+
+
+def switch(model: Any) -> str:
+    """Makes a model use the registered functions, and returns what it used before."""
+    register()
+    before: str = model.config._attn_implementation
+    if before != NAME:
+        model.set_attn_implementation(NAME)
+    return before
+
+
+def switch_back(model: Any, before: str) -> None:
+    """Makes a model use what it used before."""
+    if model.config._attn_implementation != before:
+        model.set_attn_implementation(before)
+
+
+def describe_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] | None = None,
+    attention_mask: Any = None,
+    **kwargs: Any,
+) -> Geometry:
+    """The mask function: no mask is made, only what the attention function needs to know.
+
+    Raises:
+        UnsupportedError: If the host asks for another rule than causality and padding.
+    """
+    if isinstance(attention_mask, Geometry):
+        return attention_mask
+    if getattr(mask_function, "__name__", "causal_mask_function") != "causal_mask_function":
+        raise UnsupportedError("attention_mask: expected causality and padding alone, got a further rule of the host's")
+    if kv_offset:
+        raise UnsupportedError(f"kv_offset: expected a cache that keeps every slot, got one that begins at {kv_offset}")
+    # The host advances its counter in place before attention runs.
+    first = q_offset.clone() if isinstance(q_offset, Tensor) else q_offset
+    if isinstance(first, Tensor) and not torch.compiler.is_compiling():
+        first = int(first)
+    real = attention_mask
+    if real is not None and not torch.compiler.is_compiling() and bool(real.all()):
+        real = None
+    return Geometry(first, real)
+
+
+def first_slot(geometry: Any, cache: Any, layer: int) -> int | Tensor:
+    """The slot of a call's first token, asked before the cache is updated."""
+    if isinstance(geometry, Geometry):
+        return geometry.first
+    if cache is None:
+        return 0
+    held = cache.get_seq_length(layer)
+    return held.clone() if isinstance(held, Tensor) else int(held)
+
+
+def real_queries(geometry: Any, tokens: int) -> Tensor | None:
+    """Which of a call's tokens are no padding, bool ``[B, T]``; ``None`` where all are, or it is not known."""
+    if not isinstance(geometry, Geometry) or geometry.real is None or not isinstance(geometry.first, int):
+        return None
+    return geometry.real[:, geometry.first : geometry.first + tokens]
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function: rotated q ``[B, H, T, D]``, k, v ``[B, G, S, D]`` to ``([B, T, H, D], None)``.
+
+    Raises:
+        UnsupportedError: If the host asks for something that cannot be honoured.
+    """
+    if dropout:
+        raise UnsupportedError(f"dropout: expected 0, got {dropout}; attention dropout is not offered")
+    for name, given in kwargs.items():
+        if name not in _IGNORED and given is not None and given is not False:
+            raise UnsupportedError(f"{name}: expected None, got {given!r}, which attnzoo cannot honour")
+    geometry = _geometry(attention_mask, query.shape[2], key.shape[2])
+    rule = rule_of(module)
+    layer = _dense_layer(query.shape[1], key.shape[1], query.shape[3], scaling) if rule is None else rule.layer
+    if geometry.real is not None:
+        out = _attend_padded(layer, query, key, value, geometry)
+    else:
+        out = _attend_plain(layer, query, key, value, geometry.first)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _geometry(attention_mask: Any, tokens: int, slots: int) -> Geometry:
+    if isinstance(attention_mask, Geometry):
+        return attention_mask
+    if attention_mask is None:
+        return Geometry(slots - tokens, None)
+    raise UnsupportedError(
+        f"attention_mask: expected the host's 2-D padding mask or None, got {type(attention_mask).__name__}"
+    )
+
+
+@lru_cache(maxsize=32)
+def _dense_layer(heads: int, groups: int, width: int, scale: float | None) -> AttentionLayer:
+    config = MHAConfig(
+        dim=heads * width, num_heads=heads, num_kv_heads=groups, head_dim=width, rotary=None, scale=scale
+    )
+    with torch.device("meta"):
+        return MHAAttention(config)
+
+
+def _run(layer: AttentionLayer, memory: Memory, offset: int | Tensor, lengths: int | Tensor | None) -> Tensor:
+    plan = layer.plan_for(memory, offset=offset, lengths=lengths)
+    for recording in layer.recordings:
+        recording.add(layer, plan)
+    return layer.operate(memory, plan)
+
+
+def _attend_plain(layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, first: int | Tensor) -> Tensor:
+    tokens = q.shape[2]
+    if isinstance(first, int):
+        held = first + tokens
+        if held > k.shape[2]:
+            raise ShapeError(f"attention_mask: expected at most {k.shape[2]} slots, got queries up to slot {held - 1}")
+        # A static cache is longer than what it holds.
+        return _run(layer, Memory(q, k[:, :, :held], v[:, :, :held]), first, None)
+    return _run(layer, Memory(q, k, v), first.view(1).expand(q.shape[0]), None)
+
+
+def _attend_padded(layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, geometry: Geometry) -> Tensor:
+    """Moves each item's real tokens to slots 0, 1, ... first: rules go by position, and padding has none."""
+    first, real = geometry.first, geometry.real
+    if real is None or not isinstance(first, int):
+        raise UnsupportedError("attention_mask: padding under compilation is not supported; compile without padding")
+    held = first + q.shape[2]
+    real = real[:, :held]
+    if real.shape[1] < held:
+        raise ShapeError(f"attention_mask: expected {held} slots, got {real.shape[1]}")
+    slots = Alignment.of(~real)
+    longest = int(slots.lengths.max())
+    k, v = (_take(x[:, :, :held], slots.order[:, :longest]) for x in (k, v))
+    rows = Alignment.of(~real[:, first:])
+    out = _run(layer, Memory(_take(q, rows.order), k, v), real[:, :first].sum(1), rows.lengths)
+    return _take(out, rows.place).masked_fill(~real[:, None, first:, None], 0.0)
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """Rows ``index [B, n]`` of ``x [B, h, L, D]``."""
+    return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))

@@ -1,0 +1,233 @@
+"""The Llama family of transformers: separate projections, half-layout rotation, the shared attention interface.
+
+Recognised by class name and attributes, so that nothing is imported before a model is there.
+
+Letters: B batch, T query tokens, S slots, C model width, H query heads, G KV heads, D head width, r latent width.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attnzoo.rope import RotaryConfig, apply_rotary, rotary_tables
+from attnzoo.surgery.hosts import interface
+from attnzoo.surgery.projections import LatentProjections, Projections
+from attnzoo.surgery.site import Site
+from attnzoo_kernels.errors import ConversionError, UnsupportedError
+
+NAME = "llama"
+CLASSES = ("LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention")
+ROLES = ("q", "k", "v", "o")
+
+
+def matches(module: nn.Module) -> bool:
+    """Whether a module is an attention block of this family, or a latent seat in its place."""
+    return type(module).__name__ in CLASSES or isinstance(module, LatentSeat)
+
+
+def site_of(path: str, layer: int, module: nn.Module) -> Site:
+    """The site of a module."""
+    width = _linear(module, "q_proj").in_features
+    if isinstance(module, LatentSeat):
+        return Site(path, NAME, layer, module.num_heads, module.num_kv_heads, module.head_dim, width)
+    heads, groups = (_linear(module, f"{role}_proj").out_features // _head_dim(module) for role in ("q", "k"))
+    return Site(path, NAME, layer, heads, groups, _head_dim(module), width)
+
+
+def reasons_against(module: nn.Module, *, reads_only: bool) -> tuple[str, ...]:
+    """Why a module cannot be converted; empty if it can."""
+    reasons = []
+    if isinstance(module, LatentSeat):
+        reasons.append("it is a latent seat already; undo that conversion first")
+    if getattr(module, "sliding_window", None) is not None:
+        reasons.append(f"it has a sliding window of its own ({module.sliding_window} tokens)")
+    if not reads_only and hasattr(module, "k_norm"):
+        reasons.append("it normalises keys after projection, which no other projection can stand for")
+    return tuple(reasons)
+
+
+def read(module: nn.Module) -> Projections:
+    """The weights of a module, by reference."""
+    projections = {role: _linear(module, f"{role}_proj") for role in ROLES}
+    width = _head_dim(module)
+    return Projections(
+        **{role: linear.weight for role, linear in projections.items()},
+        **{f"{role}_bias": linear.bias for role, linear in projections.items()},
+        num_heads=projections["q"].out_features // width,
+        num_kv_heads=projections["k"].out_features // width,
+        head_dim=width,
+        rotary=_rotary(module),
+        scale=_scale(module),
+    )
+
+
+def build(module: nn.Module, projections: Projections) -> nn.Module:
+    """A module of the same class with other weights and its own configuration; the original is untouched."""
+    host: Any = module
+    config = copy.copy(host.config)
+    config.num_key_value_heads = projections.num_kv_heads
+    with torch.device("meta"):
+        new: nn.Module = type(host)(config, host.layer_idx)
+    for role in ROLES:
+        old, linear = _linear(module, f"{role}_proj"), _linear(new, f"{role}_proj")
+        _fill(linear, getattr(projections, role), getattr(projections, f"{role}_bias"), old)
+    for name, child in module.named_children():
+        if name not in {f"{role}_proj" for role in ROLES}:
+            new.add_module(name, child)
+    _dress(new, module)
+    return new
+
+
+class LatentSeat(nn.Module):
+    """An attention block that caches a latent, in the place of one of the Llama family.
+
+    The host's cache holds the latent as keys ``[B, 1, S, r]`` beside values of width 0: crop, reorder and static
+    buffers work as ever. Keys are expanded and rotated at use. Rotation goes by slot: scores depend on differences of
+    positions alone, so that padding on the left shifts nothing.
+    """
+
+    def __init__(self, module: nn.Module, projections: LatentProjections) -> None:
+        super().__init__()
+        p, old = projections, _linear(module, "q_proj")
+        host: Any = module
+        self.config, self.layer_idx = host.config, int(host.layer_idx)
+        self.num_heads, self.num_kv_heads, self.head_dim = p.num_heads, p.num_kv_heads, p.head_dim
+        self.rotary, self.scaling, self.is_causal = p.rotary, p.scale, True
+        with torch.device("meta"):
+            self.q_proj = nn.Linear(p.q.shape[1], p.q.shape[0], bias=p.q_bias is not None)
+            self.kv_down = nn.Linear(p.down.shape[1], p.down.shape[0], bias=p.down_bias is not None)
+            self.kv_up = nn.Linear(p.up.shape[1], p.up.shape[0], bias=False)
+            self.o_proj = nn.Linear(p.o.shape[1], p.o.shape[0], bias=p.o_bias is not None)
+        _fill(self.q_proj, p.q, p.q_bias, old)
+        _fill(self.kv_down, p.down, p.down_bias, old)
+        _fill(self.kv_up, p.up, None, old)
+        _fill(self.o_proj, p.o, p.o_bias, _linear(module, "o_proj"))
+        _dress(self, module)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Any = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """As the host calls it: ``[B, T, C]`` to ``([B, T, C], None)``.
+
+        Raises:
+            UnsupportedError: If positions are not consecutive, or an argument cannot be honoured.
+        """
+        q = self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H, T, D]
+        latent = self.kv_down(hidden_states).unsqueeze(1)  # [B, 1, T, r]
+        first = interface.first_slot(attention_mask, past_key_values, self.layer_idx)
+        _check_consecutive(kwargs.get("position_ids"), attention_mask)
+        if past_key_values is not None:
+            latent, _ = past_key_values.update(latent, latent[..., :0], self.layer_idx)
+        heads = self.kv_up(latent.squeeze(1)).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        k, v = heads.chunk(2, dim=1)  # [B, G, S, D] each
+        slots = torch.arange(k.shape[2], device=k.device)
+        q, k = self._rotate(q, slots[: q.shape[2]] + first), self._rotate(k, slots)
+        out, _ = interface.attend(self, q, k, v, attention_mask, scaling=self.scaling, **kwargs)
+        return self.o_proj(out.flatten(-2)), None
+
+    def _rotate(self, x: Tensor, slots: Tensor) -> Tensor:
+        if self.rotary is None:
+            return x
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        cos, sin = rotary_tables(self.rotary, self.head_dim, slots.unsqueeze(0), dtype)
+        return apply_rotary(x, cos, sin, self.rotary.interleaved)
+
+
+def with_kv_heads(projections: Projections, count: int) -> Projections:
+    """The same projections with zeros for ``count`` KV heads: to be loaded into."""
+    p = projections
+    rows = {role: count * weight.shape[0] // p.num_kv_heads for role, weight in (("k", p.k), ("v", p.v))}
+    return replace(
+        p,
+        k=p.k.new_zeros(rows["k"], p.k.shape[1]),
+        v=p.v.new_zeros(rows["v"], p.v.shape[1]),
+        k_bias=None if p.k_bias is None else p.k_bias.new_zeros(rows["k"]),
+        v_bias=None if p.v_bias is None else p.v_bias.new_zeros(rows["v"]),
+        num_kv_heads=count,
+    )
+
+
+def latent_like(module: nn.Module, rank: int) -> LatentProjections:
+    """Weights of the sizes that a latent seat in a module's place would have, all zero: to be loaded into."""
+    p = read(module)
+    constant = any(bias is not None for bias in (p.q_bias, p.k_bias, p.v_bias))
+    return LatentProjections(
+        q=p.q,
+        down=p.k.new_zeros(rank, p.k.shape[1]),
+        up=p.k.new_zeros(p.k.shape[0] + p.v.shape[0], rank),
+        o=p.o,
+        q_bias=p.q_bias,
+        down_bias=p.k.new_zeros(rank) if constant else None,
+        o_bias=p.o_bias,
+        num_heads=p.num_heads,
+        num_kv_heads=p.num_kv_heads,
+        head_dim=p.head_dim,
+        rotary=p.rotary,
+        scale=p.scale,
+    )
+
+
+def _check_consecutive(position_ids: Tensor | None, geometry: Any) -> None:
+    """Raises unless positions of real tokens rise by 1: rotation goes by slot."""
+    if position_ids is None or position_ids.shape[-1] < 2 or torch.compiler.is_compiling():
+        return
+    rises = position_ids[:, 1:] - position_ids[:, :-1] == 1
+    real = interface.real_queries(geometry, position_ids.shape[-1])
+    if real is not None:
+        rises = rises | ~(real[:, 1:] & real[:, :-1])
+    if not bool(rises.all()):
+        raise UnsupportedError("position_ids: expected consecutive positions, which a latent seat rotates by slot")
+
+
+def _linear(module: nn.Module, name: str) -> nn.Linear:
+    child = getattr(module, name)
+    if not isinstance(child, nn.Linear):
+        raise ConversionError(f"{name}: expected an nn.Linear, got {type(child).__name__}")
+    return child
+
+
+def _head_dim(module: nn.Module) -> int:
+    return int(module.head_dim)  # type: ignore[arg-type]
+
+
+def _scale(module: nn.Module) -> float:
+    return float(module.scaling)  # type: ignore[arg-type]
+
+
+def _rotary(module: nn.Module) -> RotaryConfig:
+    config: Any = module.config
+    parameters = getattr(config, "rope_parameters", None) or {}
+    return RotaryConfig.from_parameters(
+        parameters, head_dim=_head_dim(module), max_positions=getattr(config, "max_position_embeddings", None)
+    )
+
+
+def _fill(linear: nn.Linear, weight: Tensor, bias: Tensor | None, like: nn.Linear) -> None:
+    """Gives a linear layer weights of its own, in the dtype, on the device and as trainable as ``like``."""
+    if (bias is None) != (linear.bias is None):
+        raise ConversionError(
+            "bias: expected the host's class to have one where the new weights have one, and none where not"
+        )
+    trainable = like.weight.requires_grad
+    linear.weight = nn.Parameter(weight.detach().to(like.weight).clone(), requires_grad=trainable)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach().to(like.weight).clone(), requires_grad=trainable)
+    linear.in_features, linear.out_features = weight.shape[1], weight.shape[0]
+
+
+def _dress(new: nn.Module, old: nn.Module) -> None:
+    """Takes over mode, and the reading rule where there is one."""
+    new.train(old.training)
+    rule = interface.rule_of(old)
+    if rule is not None:
+        interface.set_rule(new, rule)

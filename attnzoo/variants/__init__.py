@@ -1,0 +1,10 @@
+"""The animals, one file each."""
+
+from __future__ import annotations
+
+from attnzoo.variants.lowrank_gqa import LowRankGQAAttention as LowRankGQAAttention
+from attnzoo.variants.lowrank_gqa import LowRankGQAConfig as LowRankGQAConfig
+from attnzoo.variants.mha import MHAAttention as MHAAttention
+from attnzoo.variants.mha import MHAConfig as MHAConfig
+from attnzoo.variants.s2 import S2Attention as S2Attention
+from attnzoo.variants.s2 import S2Config as S2Config

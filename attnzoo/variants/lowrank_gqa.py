@@ -1,0 +1,121 @@
+r"""Low-rank grouped attention: few KV heads, or all of them expanded from one cached latent.
+
+Source: Yu et al. 2024, *Effectively Compress KV Heads for LLM* (arXiv:2406.07056); the plain form is Ainslie et al.
+2023, *GQA* (arXiv:2305.13245); the shared latent: DeepSeek-AI 2024, *DeepSeek-V2*, equations 9 to 11
+(arXiv:2405.04434).
+
+.. math:: c_s = W_{down} x_s, \qquad (k_s, v_s) = W_{up} c_s,
+          \qquad o_t = \sum_{s \le t} softmax_s(\sigma R_t q_t \cdot R_s k_s) v_s
+
+Departures: the latent form has no separate rotated part: the cache holds latents that are not rotated, and the expanded
+keys are rotated when they are used. That saves memory and costs time: each call expands everything that it may read.
+
+Letters: G KV heads, D head width, Dv value width, r latent width, S key tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from attnzoo.base import AttentionLayer, Heads, Memory, Step, is_training, local_rows
+from attnzoo.cache import Stream
+from attnzoo.config import AttentionConfig, check_int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRankGQAConfig(AttentionConfig):
+    """Grouped or latent attention.
+
+    Attributes:
+        num_kv_heads: KV heads; ``None`` means the largest divisor of ``num_heads`` that is at most half of it, or all
+            heads with a latent.
+        latent_dim: Values cached for each token, from which all keys and values are expanded; ``None`` caches the keys
+            and values themselves.
+    """
+
+    latent_dim: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.latent_dim is not None:
+            check_int("latent_dim", self.latent_dim, 1)
+        super().__post_init__()
+
+    @property
+    def kv_heads(self) -> int:
+        """KV heads G."""
+        if self.num_kv_heads is not None:
+            return self.num_kv_heads
+        if self.latent_dim is not None:
+            return self.num_heads
+        return next(n for n in range(max(1, self.num_heads // 2), 0, -1) if self.num_heads % n == 0)
+
+    @classmethod
+    def small(cls) -> Self:
+        """Four heads of 8 from a latent of 12."""
+        return cls(dim=32, num_heads=4, num_kv_heads=2, latent_dim=12)
+
+
+class LowRankGQAAttention(AttentionLayer, name="lowrank_gqa"):
+    """Attention that remembers less: fewer KV heads, or a latent."""
+
+    config_class = LowRankGQAConfig
+    config: LowRankGQAConfig
+    causal_promise = "bidirectional-capable"
+    dense_limit: ClassVar[dict[str, Any]] = {"latent_dim": None}
+
+    def build_projections(self, *, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        """Makes the weights: ``kv_down`` and ``kv_up`` take the place of ``k_proj`` and ``v_proj`` with a latent.
+
+        The first ``G * D`` rows of ``kv_up`` make the keys, the others the values.
+        """
+        config = self.config
+        if config.latent_dim is None:
+            super().build_projections(device=device, dtype=dtype)
+            return
+        width, heads, latent = config.head_width, config.num_heads, config.latent_dim
+        both = 2 * config.kv_heads * width
+        self.q_proj = nn.Linear(config.dim, heads * width, bias=config.bias, device=device, dtype=dtype)
+        self.kv_down = nn.Linear(config.dim, latent, bias=config.bias, device=device, dtype=dtype)
+        self.kv_up = nn.Linear(latent, both, bias=config.bias, device=device, dtype=dtype)
+        self.o_proj = nn.Linear(heads * width, config.dim, bias=config.bias, device=device, dtype=dtype)
+
+    def project(self, step: Step) -> Heads:
+        """As the base; with a latent, ``k`` is the latent ``[B, 1, T, r]`` and ``v`` is empty."""
+        if self.config.latent_dim is None:
+            return super().project(step)
+        source = step.x if step.context is None else step.context
+        q = self.q_proj(step.x).unflatten(-1, (-1, self.config.head_width)).transpose(1, 2)  # [B, H, T, D]
+        latent = self.kv_down(source).unsqueeze(1)  # [B, 1, T, r]
+        return Heads(q, latent, latent[..., :0])
+
+    def remember(self, step: Step, heads: Heads) -> Memory:
+        """Caches the latent and each token's position; expands and rotates whatever may be read."""
+        if self.config.latent_dim is None:
+            return super().remember(step, heads)
+        latent, positions = heads.k, step.positions
+        if step.cache is not None:
+            place = positions.to(torch.int32).expand(step.x.shape[0], -1)[:, None, :, None]  # [B, 1, T, 1]
+            training = is_training(heads.q, latent, *self.kv_up.parameters())
+            seen = step.cache.append({"latent": latent, "position": place}, step.lengths, differentiable=training)
+            latent, positions = seen["latent"], seen["position"].flatten(1)  # [B, S]
+        k, v = self.expand(latent)
+        q = heads.q
+        if step.context is None:
+            (q,), (k,) = self.rotate(step.positions, q), self.rotate(positions, k)
+        return self.memory(step, q, k, v)
+
+    def expand(self, latent: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys ``[B, G, S, D]``, not rotated, and values ``[B, G, S, Dv]`` from latents ``[B, 1, S, r]``."""
+        heads = self.kv_up(latent.squeeze(1)).unflatten(-1, (-1, self.config.head_width)).transpose(1, 2)
+        keys, values = heads.chunk(2, dim=1)  # [B, G, S, D] each
+        return keys, values
+
+    def streams(self) -> dict[str, Stream]:
+        """The latent, and the position that its key will be rotated by."""
+        if self.config.latent_dim is None:
+            return super().streams()
+        return {"latent": Stream(1, local_rows(self.kv_down)), "position": Stream(1, 1, torch.int32)}

@@ -1,0 +1,74 @@
+r"""Multi-head attention with grouped keys, and optionally a window and a sink: the anchor of the zoo.
+
+Source: Vaswani et al. 2017, *Attention Is All You Need*, equation 1 (arXiv:1706.03762); grouped heads: Ainslie et al.
+2023, *GQA* (arXiv:2305.13245); window and sink: Xiao et al. 2023, *Efficient Streaming Language Models with Attention
+Sinks* (arXiv:2309.17453).
+
+.. math:: o_t = \sum_{s \in S(t)} softmax_s(\sigma q_t \cdot k_s) v_s,
+          \quad S(t) = \{ s \le t : t - s < window \text{ or } s < sink \}
+
+Departures: the sink's tokens keep their own positions beside the window; the paper's code renumbers the cache.
+
+Letters: T query tokens, S key tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+from attnzoo.base import AttentionLayer, Heads, Memory, Plan, Step
+from attnzoo.config import AttentionConfig, check_int
+from attnzoo.layouts import Cover, dense_layout, sink_window_layout
+from attnzoo_kernels import Extras
+from attnzoo_kernels.errors import ConfigError, UnsupportedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class MHAConfig(AttentionConfig):
+    """Multi-head attention.
+
+    Attributes:
+        window: Tokens seen, the own one included; not causal, as far ahead as back. ``None`` sees all.
+        sink: First tokens of the sequence that stay visible beside the window.
+        block_size: Tokens in a block of the layout; changes no result.
+    """
+
+    window: int | None = None
+    sink: int = 0
+    block_size: int = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.window is not None:
+            check_int("window", self.window, 1)
+        check_int("sink", self.sink, 0)
+        check_int("block_size", self.block_size, 1)
+        if self.sink and self.window is None:
+            raise ConfigError(f"sink: expected 0 without a window, which sees everything, got {self.sink}")
+
+    @classmethod
+    def small(cls) -> Self:
+        """Four heads of 8 and small blocks."""
+        return cls(dim=32, num_heads=4, num_kv_heads=2, block_size=16)
+
+
+class MHAAttention(AttentionLayer, name="mha"):
+    """Plain attention: the whole grid of blocks, or the cover of a window and a sink."""
+
+    config_class = MHAConfig
+    config: MHAConfig
+    causal_promise = "bidirectional-capable"
+    dense_limit: ClassVar[dict[str, Any]] = {"window": None, "sink": 0}
+
+    def plan(self, step: Step, heads: Heads, memory: Memory) -> Plan:
+        """Everything, or the window's blocks; the token rule does the rest."""
+        config, q, tokens, slots = self.config, memory.q, memory.q.shape[2], memory.k.shape[2]
+        if config.window is None:
+            layout = dense_layout(config.block_size, tokens, slots, q)
+            return Plan(layout, Extras(), config.causal and step.context is None)
+        if step.context is not None:
+            raise UnsupportedError("context: expected None with a window, which counts tokens of one sequence")
+        extras = Extras(window=config.window, sink=config.sink)
+        cover = Cover(config.window, config.sink, config.causal, step.offset)
+        return Plan(sink_window_layout(config.block_size, tokens, slots, cover, q), extras, config.causal)
