@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from attnzoo.records import Plan
 from attnzoo_kernels.errors import ConfigError
 
+RULE = "attnzoo_rule"
+"""The attribute of a host's module that holds what its block reads, as an object with a ``layer``."""
+
 
 @runtime_checkable
 class Recorded(Protocol):
@@ -44,6 +47,15 @@ class Recording:
         self.plans[self._paths[layer]].append(plan)
 
 
+def _recorded(model: nn.Module) -> Iterator[tuple[Recorded, str]]:
+    """Layers, and the weightless layers that say what a converted block reads, with their paths."""
+    for path, module in model.named_modules():
+        rule = getattr(module.__dict__.get(RULE), "layer", None)
+        for layer in (module, rule):
+            if isinstance(layer, Recorded):
+                yield layer, path
+
+
 @contextmanager
 def record(model: nn.Module) -> Iterator[Recording]:
     """Records the plans and auxiliary losses of a model's attnzoo layers while the block runs.
@@ -65,7 +77,7 @@ def record(model: nn.Module) -> Iterator[Recording]:
         >>> rec.plans[""][0].density
         1.0
     """
-    layers = {module: path for path, module in model.named_modules() if isinstance(module, Recorded)}
+    layers = dict(_recorded(model))
     if not layers:
         raise ConfigError(f"model: expected a module with attnzoo layers, got {type(model).__name__} without any")
     recording = Recording(layers)

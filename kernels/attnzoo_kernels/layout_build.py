@@ -169,7 +169,7 @@ def first_slots(q_start: int | Tensor | None, seq_q: int, seq_k: int, device: to
 def _row_slots(sizes: Sizes, first: Tensor) -> tuple[Tensor, Tensor]:
     """Slots of the first and last row of each query block, int64 ``[B|1, 1, M, 1]``."""
     block_q, _, seq_q, _ = sizes
-    begin = torch.arange(0, seq_q, block_q, device=first.device)
+    begin = torch.arange(-(-seq_q // block_q), device=first.device) * block_q
     end = (begin + block_q).clamp(max=seq_q) - 1
     place = first.view(-1, 1, 1, 1)
     return place + begin.view(1, 1, -1, 1), place + end.view(1, 1, -1, 1)

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from attnzoo_kernels import reference, registration  # noqa: F401  (importing registration defines the ops)
+from attnzoo_kernels import reference
 from attnzoo_kernels.call import Call
 from attnzoo_kernels.checks import check_arguments
 from attnzoo_kernels.density import count_pairs
 from attnzoo_kernels.errors import ShapeError, UnsupportedError
 from attnzoo_kernels.extras import Extras
 from attnzoo_kernels.layout import BlockLayout
+from attnzoo_kernels.registration import no_autocast
 from attnzoo_kernels.rule import Rule
 
 
@@ -161,13 +162,12 @@ def _attend(
         raise UnsupportedError(f"impl: {impl!r} cannot run this call: {'; '.join(reasons)}", reasons)
     extras = extras or Extras()
     device = tensors[0].device.type
-    if torch.is_autocast_enabled(device):
+    q, k, v = tensors
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         q, k, v = (x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(device)) for x in tensors)
-    else:
-        q, k, v = tensors
     call = _call((q, k, v), layout, causal, q.shape[3] ** -0.5 if scale is None else float(scale), extras)
     if impl == "reference":
-        with torch.autocast(device, enabled=False):
+        with no_autocast(device):
             return reference.attend(call)
     _refuse_transforms((q, k, v, extras.key_bias))
     if device == "cuda":

@@ -5,6 +5,7 @@ Forward and backward are two ops. Autograd of the backward raises: left out, a g
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -36,20 +37,20 @@ def _call_of(inputs: tuple[Any, ...]) -> Call:
     return Call(q, k, v, start, count, col, key_bias, rule, block_q, block_k, scale)
 
 
-def _no_autocast(device: torch.device) -> torch.autocast:
-    # Casting happened before dispatch; inside, autocast would round scores and accumulators.
-    return torch.autocast(device.type, enabled=False)
+def no_autocast(device: str) -> AbstractContextManager[Any]:
+    """Switches autocast off: the inputs are cast already, and inside it would round scores and accumulators."""
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:
     call = _call_of(args[:-1])
-    with _no_autocast(call.q.device):
+    with no_autocast(call.q.device.type):
         return blocked.forward(call, need_lse=args[-1])
 
 
 def _backward(dout: Tensor | None, dlse: Tensor | None, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     call, need = _call_of(args[:-1]), args[-1]
-    with _no_autocast(call.q.device):
+    with no_autocast(call.q.device.type):
         grads = blocked.backward(call, dout, dlse, need)
     dq, dk, dv, dbias = (call.q.new_empty(0) if grad is None else grad for grad in grads)
     return dq, dk, dv, dbias

@@ -124,7 +124,9 @@ def classify(call: Call, entries: Entries) -> tuple[Tensor, Tensor, Tensor]:
 
 def build_schedule(call: Call) -> Schedule:
     """Builds the schedule of a call with bulk tensor arithmetic; O(entries + rows) memory."""
-    batch, heads, _, _, _ = call.shape
+    batch, heads, _, seq_q, seq_k = call.shape
+    if 0 in (batch, heads, seq_q, seq_k):
+        return Schedule((), call.col.new_zeros(1, 1, call.grid[0], call.block_q, dtype=torch.int64))
     entries = list_entries(call)
     src_batch, src_heads, blocks_q = entries.shape
     read, full, anchored = classify(call, entries)

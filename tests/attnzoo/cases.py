@@ -34,7 +34,7 @@ class Case:
             return replace(config_class.small(), **changes)
         return config_class(**{"dim": 32, "num_heads": 4, **changes})
 
-    def layer(self, *, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> attnzoo.AttentionLayer:
+    def layer(self, *, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Any:
         return build(self.config(**changes), dtype=dtype, seed=seed)
 
 

@@ -324,6 +324,19 @@ def test_density_counts_what_the_output_depends_on(case: Case) -> None:
 
 
 @every_variant
+def test_density_does_not_count_padding(case: Case) -> None:
+    layer = case.layer()
+    lengths = (70, 41, 3)
+    x = tokens(layer, 3, 70)
+    key_padding = torch.arange(70) >= torch.tensor(lengths)[:, None]
+    pairs = [length * (length + 1) / 2 for length in lengths]
+    alone = [layer.attend(x[:1, :length]).plan.density for length in lengths]
+    expected = sum(share * count for share, count in zip(alone, pairs, strict=True)) / sum(pairs)
+    assert layer.attend(x, key_padding=key_padding).plan.density == pytest.approx(expected)
+    assert layer.attend(x, key_padding=torch.ones(3, 70, dtype=torch.bool)).plan.density == 1
+
+
+@every_variant
 def test_what_cannot_be_computed_is_refused_by_name(case: Case) -> None:
     layer = case.layer()
     x = tokens(layer, 2, 5)

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from attnzoo.align import Alignment
 from attnzoo.base import AttentionLayer, Memory
+from attnzoo.record import RULE
 from attnzoo.variants.mha import MHAAttention, MHAConfig
 from attnzoo_kernels.errors import ShapeError, UnsupportedError
 
 NAME = "attnzoo"
-_RULE = "attnzoo_rule"
 _IGNORED = frozenset({"position_ids", "use_cache", "cache_position", "is_causal", "num_items_in_batch"})
 
 
@@ -55,14 +55,14 @@ class Geometry:
 def set_rule(module: nn.Module, rule: Rule | None) -> None:
     """Puts a rule on a module, or takes it off."""
     if rule is None:
-        module.__dict__.pop(_RULE, None)
+        module.__dict__.pop(RULE, None)
     else:
-        module.__dict__[_RULE] = rule
+        module.__dict__[RULE] = rule
 
 
 def rule_of(module: nn.Module) -> Rule | None:
     """The rule on a module."""
-    rule = module.__dict__.get(_RULE)
+    rule = module.__dict__.get(RULE)
     return rule if isinstance(rule, Rule) else None
 
 

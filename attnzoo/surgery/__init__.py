@@ -1,0 +1,11 @@
+"""Surgery: finding attention blocks in pretrained models, converting them, and saying what was lost."""
+
+from __future__ import annotations
+
+from attnzoo.surgery.convert import convert, find
+from attnzoo.surgery.files import load, save
+from attnzoo.surgery.report import ConversionReport, SiteReport
+from attnzoo.surgery.site import Site
+from attnzoo.surgery.statistics import Statistics, collect
+
+__all__ = ["ConversionReport", "Site", "SiteReport", "Statistics", "collect", "convert", "find", "load", "save"]
