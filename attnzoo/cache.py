@@ -129,7 +129,7 @@ class KVCache:
         Raises:
             ShapeError: If they do not. Where lengths differ and may not be read, padding counts as tokens.
         """
-        if self.bound + tokens <= self.max_length:
+        if self.batch == 0 or self.bound + tokens <= self.max_length:
             return
         longest = self.bound + tokens
         differ = isinstance(lengths, Tensor) or self._lengths is not None

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-from attnzoo.surgery.convert import convert, find
+from attnzoo.surgery.convert import cache_bytes, convert, find
 from attnzoo.surgery.files import load, save
 from attnzoo.surgery.report import ConversionReport, SiteReport
 from attnzoo.surgery.site import Site
 from attnzoo.surgery.statistics import Statistics, collect
 
-__all__ = ["ConversionReport", "Site", "SiteReport", "Statistics", "collect", "convert", "find", "load", "save"]
+__all__ = [
+    "ConversionReport",
+    "Site",
+    "SiteReport",
+    "Statistics",
+    "cache_bytes",
+    "collect",
+    "convert",
+    "find",
+    "load",
+    "save",
+]

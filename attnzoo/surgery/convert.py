@@ -235,6 +235,12 @@ def apply_recipe(model: nn.Module, recipe: list[dict[str, Any]]) -> None:
     _apply(model, cuts, "recipe", {})
 
 
+def cache_bytes(model: nn.Module) -> int:
+    """Bytes that the model's cache holds for each token, all attention blocks together."""
+    values = sum(_values(model.get_submodule(site.path), site) for site in find(model))
+    return values * next(model.parameters()).element_size()
+
+
 def recipe_of(model: nn.Module) -> list[dict[str, Any]]:
     """What has been done to a model and stands, in order."""
     return list(model.__dict__.get("attnzoo_recipe", []))

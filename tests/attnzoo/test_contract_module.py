@@ -99,6 +99,13 @@ def test_configs_survive_json(case: Case) -> None:
     assert type(again) is type(config)
     assert attnzoo.AttentionConfig.from_json(config.to_json()) == config
     assert {f.name for f in fields(config)} >= {f.name for f in fields(attnzoo.AttentionConfig)}
+    stretched = attnzoo.RotaryScaling(
+        kind="longrope", short_factor=(1.0, 1.5), long_factor=(2.0, 3.0), original_max_position_embeddings=64
+    )
+    scaled = case.config(rotary=attnzoo.RotaryConfig(dim=4, scaling=stretched))
+    assert type(config).from_json(scaled.to_json()) == scaled
+    unrotated = case.config(rotary=None)
+    assert type(config).from_json(unrotated.to_json()) == unrotated
     with pytest.raises(ValueError, match="nonsense"):
         type(config).from_dict({**config.to_dict(), "nonsense": 1})
     with pytest.raises(ValueError, match="kind: expected"):
@@ -143,12 +150,13 @@ def test_one_compilation_serves_padding_of_every_length(name: str) -> None:
 
 @every_variant
 def test_checkpointing_recomputes_the_same_and_is_recorded_once(case: Case) -> None:
-    layer = case.layer()
-    x = tokens(layer, 2, 70).requires_grad_()
-    expected = torch.autograd.grad(layer(x).square().sum(), [x, *layer.parameters()])
-    with attnzoo.record(layer) as rec:
-        out = checkpoint(layer, x, use_reentrant=False)
-        grads = torch.autograd.grad(out.square().sum(), [x, *layer.parameters()])
+    # Recomputation stops at the last tensor that is needed: the last module must save one.
+    model = nn.Sequential(case.layer(), nn.GELU())
+    x = tokens(model[0], 2, 70).requires_grad_()
+    expected = torch.autograd.grad(model(x).square().sum(), [x, *model.parameters()])
+    with attnzoo.record(model) as rec:
+        out = checkpoint(model, x, use_reentrant=False)
+        grads = torch.autograd.grad(out.square().sum(), [x, *model.parameters()])
     for grad, same in zip(grads, expected, strict=True):
         assert torch.equal(grad, same)
     assert [len(plans) for plans in rec.plans.values()] == [1]

@@ -100,7 +100,12 @@ def test_a_context_is_read_instead_of_the_tokens() -> None:
     )
     out = scaled_dot_product_attention(q, k, v, attn_mask=~key_padding[:, None, None], enable_gqa=True)
     expected = layer.o_proj(out.transpose(1, 2).flatten(2))
-    assert_same(layer.attend(x, context=context, key_padding=key_padding).out, expected)
+    read = layer.attend(x, context=context, key_padding=key_padding).out
+    assert_same(read, expected)
+    for grads in zip(
+        *(torch.autograd.grad(y.square().sum(), layer.parameters()) for y in (read, expected)), strict=True
+    ):
+        assert_same(*grads)
 
 
 @pytest.mark.parametrize(

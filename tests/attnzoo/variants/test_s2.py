@@ -279,6 +279,12 @@ def test_a_pattern_that_leaves_blocks_unread_is_warned_about() -> None:
         attnzoo.create("s2", dim=64, num_heads=8, vert_stride=8)
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_pattern_survives_json(name: str) -> None:
+    config = config_of(**CONFIGS[name])
+    assert attnzoo.AttentionConfig.from_json(config.to_json()) == config
+
+
 def test_a_block_once_dropped_is_never_read_again() -> None:
     config = config_of(block_size=2, local_blocks=2, vert_stride=5, num_dense_heads=1, sink_blocks=1)
     layer = layer_of(config, torch.float32)

@@ -1,0 +1,209 @@
+"""The commands."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import MISSING, asdict, fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import attnzoo
+from attnzoo.cli.models import load_model, text_tokens
+from attnzoo.cli.progress import Bar
+from attnzoo.compare import PRESETS, Comparer, VariantSpec
+from attnzoo.evaluate import cut_windows
+from attnzoo.registry import variants
+from attnzoo_kernels.errors import ConfigError
+
+app = typer.Typer(
+    help="Attention variants: look at them, convert models to them, and see what is lost.", no_args_is_help=True
+)
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+Model = Annotated[str, typer.Argument(help="A folder with safetensors, a .gguf file, or smollm2.")]
+
+
+def _console() -> Console:
+    return Console()
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """Attention variants: look at them, convert models to them, and see what is lost."""
+    if version:
+        typer.echo(f"attnzoo {attnzoo.__version__}")
+        raise typer.Exit
+
+
+@app.command("list")
+def list_command(
+    pattern: Annotated[str, typer.Argument(help="A shell pattern.")] = "*", as_json: JsonFlag = False
+) -> None:
+    """Lists the variants."""
+    names = attnzoo.list_variants(pattern)
+    about = {name: (variants[name].__doc__ or "").strip().splitlines()[0] for name in names}
+    if as_json:
+        typer.echo(json.dumps(about, indent=2))
+        return
+    table = Table("variant", "what it is")
+    for name, what in about.items():
+        table.add_row(name, what)
+    _console().print(table)
+
+
+@app.command()
+def show(variant: Annotated[str, typer.Argument(help="A variant's name.")], as_json: JsonFlag = False) -> None:
+    """Shows a variant: its options, its source, where it is plain attention, and what it reads."""
+    import sys
+
+    import torch
+
+    config = attnzoo.get_config(variant)
+    layer_class = variants[variant]
+    document = sys.modules[layer_class.__module__].__doc__ or ""
+    options = {
+        field.name: None if field.default is MISSING else field.default
+        for field in fields(config)
+        if field.name not in ("dim", "num_heads")
+    }
+    layer = attnzoo.create(config.small())
+    plan = layer.attend(torch.zeros(1, 96, layer.config.dim)).plan
+    if as_json:
+        data = {
+            "variant": variant,
+            "options": options,
+            "dense_limit": layer_class.dense_limit,
+            "causal": layer_class.causal_promise,
+            "about": document.strip(),
+            "small": {"config": json.loads(layer.config.to_json()), "density": plan.density},
+        }
+        typer.echo(json.dumps(data, indent=2, default=str))
+        return
+    console = _console()
+    console.print(document.strip(), markup=False, highlight=False)
+    table = Table("option", "default", title="Options beside dim and num_heads")
+    for name, default in options.items():
+        table.add_row(name, str(default))
+    console.print(table)
+    console.print(f"plain attention at: {layer_class.dense_limit}", markup=False)
+    console.print(f"what {variant} reads at small sizes, 96 tokens:\n{plan.layout}", markup=False, highlight=False)
+
+
+@app.command()
+def inspect(model: Model, as_json: JsonFlag = False) -> None:
+    """Lists the attention blocks of a model."""
+    from attnzoo import surgery
+
+    found, _ = load_model(model)
+    sites = surgery.find(found)
+    held = surgery.cache_bytes(found)
+    if as_json:
+        typer.echo(json.dumps({"sites": [asdict(site) for site in sites], "kv_bytes_per_token": held}, indent=2))
+        return
+    table = Table(
+        "path", "host", "heads", "KV heads", "head width", "width", title=f"{model}: {held:,} KV bytes per token"
+    )
+    for site in sites:
+        table.add_row(site.path, site.host, *(str(x) for x in (site.heads, site.kv_heads, site.head_dim, site.width)))
+    _console().print(table)
+
+
+@app.command()
+def convert(
+    model: Model,
+    to: Annotated[str, typer.Option(help="variant:option=value,...")],
+    out: Annotated[Path, typer.Option(help="The folder to write; it appears whole or not at all.")],
+    calibrate: Annotated[
+        str, typer.Option(help="Calibration text: a file, or devil or botchan, which ship.")
+    ] = "devil",
+    length: Annotated[int, typer.Option(help="Tokens in a calibration window.")] = 512,
+    windows: Annotated[int, typer.Option(help="Calibration windows.")] = 8,
+    overwrite: Annotated[bool, typer.Option(help="Replace a folder that is not empty.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Converts a model and saves it."""
+    from attnzoo import surgery
+
+    spec = VariantSpec.parse(to)
+    if not spec.conversions:
+        raise ConfigError("to: expected a variant, got 'dense', which changes nothing")
+    if out.exists() and any(out.iterdir() if out.is_dir() else [out]) and not overwrite:
+        raise ConfigError(f"out: {out} exists and is not empty; --overwrite replaces it")
+    found, tokenizer = load_model(model)
+    options = spec.conversions[0].options
+    calibration = None
+    if options.get("method") in ("commuting", "latent"):
+        tokens = cut_windows(text_tokens(tokenizer, calibrate), length=length, offset=0, count=windows)
+        calibration = [row.unsqueeze(0) for row in tokens]
+    with Bar() as progress:
+        report = surgery.convert(
+            found, spec.conversions[0].variant, calibration=calibration, progress=progress, **options
+        )
+    surgery.save(found, out, tokenizer=tokenizer, overwrite=overwrite)
+    if as_json:
+        typer.echo(json.dumps({**report.to_dict(), "folder": str(out)}, indent=2, default=str))
+        return
+    _console().print(str(report), markup=False, highlight=False)
+    _console().print(f"saved to {out}", markup=False)
+
+
+@app.command()
+def compare(  # noqa: PLR0913  (a command line has one parameter for each option)
+    model: Model,
+    variants_: Annotated[
+        list[str] | None, typer.Option("--variants", help="dense, or variant:option=value,...; may be repeated.")
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help=f"A named set of rows: {', '.join(PRESETS)}.")] = None,
+    windows: Annotated[int, typer.Option(help="Windows to score.")] = 1,
+    offset: Annotated[int, typer.Option(help="Tokens before the first window.")] = 1024,
+    length: Annotated[int, typer.Option(help="Tokens in a window.")] = 1024,
+    text: Annotated[str, typer.Option(help="Text to score: a file, or botchan or devil, which ship.")] = "botchan",
+    calibrate: Annotated[str, typer.Option(help="Calibration text, another one.")] = "devil",
+    calibration_windows: Annotated[int, typer.Option(help="Calibration windows of 512 tokens.")] = 8,
+    out: Annotated[Path | None, typer.Option(help="Write OUT.json, OUT.md and OUT.png.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Compares conversions of a model on real text."""
+    from attnzoo import compare_render as render
+
+    specs = _specs(variants_, preset)
+    if text == calibrate:
+        raise ConfigError(f"calibrate: expected another text than the one scored, got {text!r} for both")
+    found, tokenizer = load_model(model)
+    scored = cut_windows(text_tokens(tokenizer, text), length=length, offset=offset, count=windows)
+    calibration = cut_windows(text_tokens(tokenizer, calibrate), length=512, offset=0, count=calibration_windows)
+    about = {"model": model, "text": text, "offset": offset, "calibration": calibrate}
+    about["calibration_tokens"] = calibration.numel()
+    with Bar() as progress:
+        comparison = Comparer(found, scored, calibration, progress=progress).run(specs, about)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.with_suffix(".json").write_text(render.to_json(comparison), encoding="utf-8")
+        out.with_suffix(".md").write_text(render.markdown(comparison), encoding="utf-8")
+        render.picture(comparison, out.with_suffix(".png"))
+    if as_json:
+        typer.echo(render.to_json(comparison), nl=False)
+    else:
+        _console().print(render.table(comparison))
+        if out is not None:
+            _console().print(f"written: {out}.json, .md, .png", markup=False)
+    failed = [row.name for row in comparison.rows if "CERTIFICATE FAILS" in row.flags]
+    if failed:
+        raise typer.Exit(1)
+
+
+def _specs(texts: list[str] | None, preset: str | None) -> list[VariantSpec]:
+    if preset is not None and preset not in PRESETS:
+        raise ConfigError(f"preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
+    chosen: list[Any] = list(PRESETS[preset]) if preset is not None else []
+    chosen += [VariantSpec.parse(text) for text in texts or []]
+    if not chosen:
+        raise ConfigError("variants: expected --variants or --preset, got neither")
+    return chosen

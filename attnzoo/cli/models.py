@@ -1,0 +1,55 @@
+"""Models and texts as the command line names them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnzoo import data
+from attnzoo.surgery.hosts import checkpoint
+from attnzoo_kernels.errors import ConfigError
+
+SMOLLM2 = "smollm2"
+TEXT_BYTES = 64 << 20
+
+
+def load_model(name: str) -> tuple[Any, Any]:
+    """A model and its tokenizer from a folder, a ``.gguf`` file, or the word ``smollm2``; converted folders too."""
+    # Nothing here may reach for a hub.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from attnzoo import surgery
+
+    path = checkpoint.locate_smollm2() if name == SMOLLM2 else Path(name)
+    if (path / "attnzoo_config.json").is_file():
+        return surgery.load(path)
+    return checkpoint.load_checkpoint(path)
+
+
+def text_tokens(tokenizer: Any, name: str) -> Tensor:
+    """The tokens of a text that ships, or of a file: int64 ``[n]``, without special tokens.
+
+    Raises:
+        ConfigError: If there is no such file, it is no text, or the model has no tokenizer.
+    """
+    if tokenizer is None:
+        raise ConfigError("model: expected a tokenizer beside the weights, got none")
+    if name in data.TEXTS:
+        text = data.text(name)
+    else:
+        path = Path(name)
+        if not path.is_file():
+            raise ConfigError(f"text: expected a file, or one of {', '.join(data.TEXTS)}, got {name!r}")
+        if path.stat().st_size > TEXT_BYTES:
+            raise ConfigError(f"text: expected at most {TEXT_BYTES} bytes, got {path.stat().st_size} in {name!r}")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"text: {name!r} is no UTF-8 text: {error}") from error
+    ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    return torch.tensor(ids, dtype=torch.int64)
