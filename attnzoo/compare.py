@@ -106,8 +106,8 @@ PRESETS: dict[str, tuple[VariantSpec, ...]] = {
         VariantSpec("s2 without sink", (Conversion("s2", {**_S2, "sink_blocks": 0}),), control=True),
         _lowrank("mean_pool 3->1", method="mean", num_kv_heads=1),
         _lowrank("commuting 3->1", method="commuting", num_kv_heads=1),
-        _lowrank("latent of 192 values", method="latent", latent_dim=192),
-        _lowrank("latent of 128 values", method="latent", latent_dim=128),
+        _lowrank("latent 192", method="latent", latent_dim=192),
+        _lowrank("latent 128", method="latent", latent_dim=128),
     )
 }
 """Named sets of rows. "demo" is for a model of 9 query and 3 KV heads."""

@@ -30,8 +30,8 @@ def cells(row: Row) -> list[str]:
     """One row's cells."""
     return [
         row.name,
-        f"{row.perplexity:,.2f}",
-        f"{row.ratio:,.3f}",
+        f"{row.perplexity:,.2f}" if row.perplexity < 1000 else f"{row.perplexity:,.0f}",
+        f"{row.ratio:,.3f}" if row.ratio < 100 else f"{row.ratio:,.0f}",
         f"{row.delta_nll:+.4f}",
         f"{row.density:.3f}",
         f"{row.kv_bytes_held:,}",
@@ -42,15 +42,22 @@ def cells(row: Row) -> list[str]:
 
 
 def table(comparison: Comparison) -> Table:
-    """The comparison as a rich table."""
+    """The comparison as a rich table, narrow enough for a terminal."""
+    from rich import box
     from rich.table import Table
 
-    found = Table(title=_title(comparison.about))
-    for index, name in enumerate(COLUMNS):
-        found.add_column(name, justify="left" if index in (0, len(COLUMNS) - 1) else "right")
+    found = Table(title=_title(comparison.about), box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    found.add_column("variant", min_width=12)
+    for name in ("ppl", "x dense", "ΔNLL", "density", "held", "read", "tok/s"):
+        found.add_column(name, justify="right", no_wrap=True)
+    found.add_column("", no_wrap=True)
     for row in comparison.rows:
         bad = any(flag in ("NO-OP", "CERTIFICATE FAILS") for flag in row.flags)
-        found.add_row(*cells(row), style="bold red" if bad else None)
+        held, read = (f"{value / 1024:.1f}" for value in (row.kv_bytes_held, row.kv_bytes_read))
+        remarks = ", ".join(flag.removeprefix("negative ").removeprefix("certificate ") for flag in row.flags)
+        values = cells(row)
+        found.add_row(*values[:5], held, read, values[7], remarks, style="bold red" if bad else None)
+    found.caption = "KiB of KV cache for each token, held, and read by a decode step; tok/s when decoding"
     return found
 
 
@@ -68,13 +75,22 @@ def to_json(comparison: Comparison) -> str:
     return json.dumps(data, indent=2, sort_keys=True) + "\n"
 
 
+def write(comparison: Comparison, out: Path) -> None:
+    """Writes OUT.json, OUT.md and OUT.png."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_name(f"{out.name}.json").write_text(to_json(comparison), encoding="utf-8")
+    out.with_name(f"{out.name}.md").write_text(markdown(comparison), encoding="utf-8")
+    picture(comparison, out.with_name(f"{out.name}.png"))
+
+
 def _line(values: Sequence[str]) -> str:
     return "| " + " | ".join(values) + " |"
 
 
 def _title(about: dict[str, Any]) -> str:
     count, length = about["windows"]
-    return f"{about.get('model', 'model')}: {count} window{'s' if count > 1 else ''} of {length} tokens"
+    where = f" of {about['text']} from token {about['offset']}" if "text" in about else ""
+    return f"{about.get('model', 'model')} on {count} x {length} tokens{where}"
 
 
 def picture(comparison: Comparison, path: Path) -> None:
@@ -83,11 +99,13 @@ def picture(comparison: Comparison, path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import FuncFormatter
 
     rows = comparison.rows
     figure, (left, right) = pyplot.subplots(
         1, 2, figsize=(11, 0.42 * len(rows) + 1.6), layout="constrained", sharey=True, width_ratios=(3, 2)
     )
+    shorter = FuncFormatter(lambda value, _: f"{value:g}")
     place = list(range(len(rows)))[::-1]
     colours = ["#b0413e" if "negative control" in row.flags else "#2b6ca3" for row in rows]
     ratios = [row.ratio for row in rows]
@@ -95,6 +113,7 @@ def picture(comparison: Comparison, path: Path) -> None:
     left.barh(place, [ratio - floor for ratio in ratios], left=floor, color=colours, height=0.62)
     left.axvline(1.0, color="#444444", linewidth=1)
     left.set_xscale("log")
+    left.xaxis.set_major_formatter(shorter)
     left.set_xlim(floor, max(2.0, *ratios) * 2.2)
     for y, ratio in zip(place, ratios, strict=True):
         left.text(ratio * 1.04, y, f"{ratio:,.3f}" if ratio < 10 else f"{ratio:,.0f}", va="center", fontsize=9)
@@ -105,7 +124,7 @@ def picture(comparison: Comparison, path: Path) -> None:
     right.barh(place, held, color="#cfd8e3", height=0.62, label="held")
     right.barh(place, read, color="#2b6ca3", height=0.3, label="read by a decode step")
     right.set_xlabel("KV cache, KiB per token")
-    right.legend(loc="upper center", bbox_to_anchor=(0.5, 1.16), ncols=2, frameon=False, fontsize=9)
+    right.legend(loc="lower right", frameon=False, fontsize=9)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(_title(comparison.about), fontsize=11, x=0.02, ha="left")

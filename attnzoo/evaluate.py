@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from attnzoo.record import record
+from attnzoo.record import has_layers, record
 from attnzoo.records import Plan
 from attnzoo_kernels.errors import ConfigError
 
@@ -101,12 +101,10 @@ def score(model: Any, windows: Tensor, *, progress: Progress | None = None) -> S
 
 def _watched(model: Any, ids: Tensor) -> tuple[Tensor, float, float]:
     """Logits of one window, with density and the share of slots read, as the layers' own plans say."""
-    try:
-        recording = record(model)
-        with recording as seen:
-            logits = model(ids, use_cache=False).logits[0].float()
-    except ConfigError:
+    if not has_layers(model):
         return model(ids, use_cache=False).logits[0].float(), 1.0, 1.0
+    with record(model) as seen:
+        logits = model(ids, use_cache=False).logits[0].float()
     plans = [plan for layer in seen.plans.values() for plan in layer]
     if not plans:
         return logits, 1.0, 1.0

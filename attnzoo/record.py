@@ -56,6 +56,11 @@ def _recorded(model: nn.Module) -> Iterator[tuple[Recorded, str]]:
                 yield layer, path
 
 
+def has_layers(model: nn.Module) -> bool:
+    """Whether :func:`record` would find something."""
+    return next(_recorded(model), None) is not None
+
+
 @contextmanager
 def record(model: nn.Module) -> Iterator[Recording]:
     """Records the plans and auxiliary losses of a model's attnzoo layers while the block runs.

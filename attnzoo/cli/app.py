@@ -28,7 +28,9 @@ Model = Annotated[str, typer.Argument(help="A folder with safetensors, a .gguf f
 
 
 def _console() -> Console:
-    return Console()
+    # Piped output has no width of its own; 80 columns would cut tables that nobody sees on a terminal.
+    console = Console()
+    return console if console.is_terminal else Console(width=120)
 
 
 @app.callback(invoke_without_command=True)
@@ -184,10 +186,7 @@ def compare(  # noqa: PLR0913  (a command line has one parameter for each option
     with Bar() as progress:
         comparison = Comparer(found, scored, calibration, progress=progress).run(specs, about)
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.with_suffix(".json").write_text(render.to_json(comparison), encoding="utf-8")
-        out.with_suffix(".md").write_text(render.markdown(comparison), encoding="utf-8")
-        render.picture(comparison, out.with_suffix(".png"))
+        render.write(comparison, out)
     if as_json:
         typer.echo(render.to_json(comparison), nl=False)
     else:

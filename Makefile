@@ -1,0 +1,44 @@
+# Every target sets itself up; nothing but Python 3.11 has to be there.
+PYTHON ?= python3
+BIN := .venv/bin
+WORKERS ?= 2
+SOURCES := attnzoo kernels tests docs
+
+.PHONY: help setup setup-demo demo models test test-slow test-gpu check fix docs clean
+
+help:  ## List the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup:  ## Everything for development, in .venv
+	@PYTHON=$(PYTHON) scripts/setup.sh dev
+
+setup-demo:
+	@PYTHON=$(PYTHON) scripts/setup.sh cli,hf
+
+demo: setup-demo  ## Convert SmolLM2-135M several ways and compare on real text
+	$(BIN)/python -m attnzoo compare smollm2 --preset demo --out out/demo
+
+test: setup  ## The test suite; under 12 minutes on two cores
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not gpu" --doctest-modules attnzoo kernels tests
+
+test-slow: setup  ## The tests that take minutes
+	$(BIN)/python -m pytest -n $(WORKERS) -m slow tests
+
+test-gpu:  ## The tests that need a CUDA device, from source, with the Python that is there
+	PYTHONPATH=.:kernels $(PYTHON) -m pytest -m gpu tests
+
+check: setup  ## Format, lint, types, import contracts
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/mypy -p attnzoo -p attnzoo_kernels
+	PYTHONPATH=.:kernels $(BIN)/lint-imports
+
+fix: setup  ## Format and repair what can be repaired
+	$(BIN)/ruff format $(SOURCES)
+	$(BIN)/ruff check --fix $(SOURCES)
+
+docs: setup  ## The pages, in docs/_build
+	$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build
+
+clean:  ## Remove what was built
+	rm -rf .venv out docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .benchmarks
