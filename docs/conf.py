@@ -12,7 +12,7 @@ import attnzoo  # noqa: E402  (the path above is what makes it importable from s
 
 project = "attnzoo"
 author = "the attnzoo engineers"
-copyright = "2026, the attnzoo engineers"  # noqa: A001
+copyright = "2026, the attnzoo engineers"
 version = release = attnzoo.__version__
 
 extensions = [

@@ -41,7 +41,7 @@ def test_the_code_of_a_page_runs_and_prints_what_the_page_says(page: Path, capsy
         capsys.readouterr()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            exec(compile("\n" * line + code, str(page), "exec", dont_inherit=True), space)  # noqa: S102
+            exec(compile("\n" * line + code, str(page), "exec", dont_inherit=True), space)
         if expected:
             printed = [row.rstrip() for row in capsys.readouterr().out.splitlines()]
             assert printed == [row.rstrip() for row in expected.splitlines()], f"{page.name}, line {line}"
