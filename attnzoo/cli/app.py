@@ -126,7 +126,7 @@ def convert(
         str, typer.Option(help="Calibration text: a file, or devil or botchan, which ship.")
     ] = "devil",
     length: Annotated[int, typer.Option(help="Tokens in a calibration window.")] = 512,
-    windows: Annotated[int, typer.Option(help="Calibration windows.")] = 8,
+    windows: Annotated[int, typer.Option(help="Calibration windows.")] = 16,
     overwrite: Annotated[bool, typer.Option(help="Replace a folder that is not empty.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
@@ -168,7 +168,7 @@ def compare(  # noqa: PLR0913  (a command line has one parameter for each option
     length: Annotated[int, typer.Option(help="Tokens in a window.")] = 1024,
     text: Annotated[str, typer.Option(help="Text to score: a file, or botchan or devil, which ship.")] = "botchan",
     calibrate: Annotated[str, typer.Option(help="Calibration text, another one.")] = "devil",
-    calibration_windows: Annotated[int, typer.Option(help="Calibration windows of 512 tokens.")] = 8,
+    calibration_windows: Annotated[int, typer.Option(help="Calibration windows of 512 tokens.")] = 16,
     out: Annotated[Path | None, typer.Option(help="Write OUT.json, OUT.md and OUT.png.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
