@@ -22,7 +22,7 @@ from torch.nn.functional import pad
 from attnzoo.surgery import factor, merge_heads
 from attnzoo.surgery.projections import Projections
 from attnzoo.surgery.site import Site
-from attnzoo.surgery.statistics import Batch, Progress, Statistics, evaluating, real_tokens, with_constant
+from attnzoo.surgery.statistics import Batch, Progress, Statistics, evaluating, in_full, real_tokens, with_constant
 
 INPUT_RIDGE = 0.02
 OUTPUT_RIDGE = 0.02
@@ -223,8 +223,8 @@ class _SiteRefit:
         """Means of ``S^T S``, of the same as the loss weighs it, and of ``S^T (T - S)``."""
         with _watch(self.attention.get_submodule("k_proj"), stop=True) as x:
             _run(self.layer, self.hidden, self.call)
-        student = with_constant(x[0][self.student.real].float(), constant)
-        gap = with_constant(teacher.float(), constant) - student
+        student = with_constant(in_full(x[0][self.student.real]), constant)
+        gap = with_constant(in_full(teacher), constant) - student
         tokens = student.shape[0]
         plain = (student.T @ student).double().cpu() / tokens
         cross = (student.T @ gap).double().cpu() / tokens
@@ -241,8 +241,8 @@ class _SiteRefit:
         layer = self.layer_with(projections)
         with _watch(layer.get_submodule(self.name).get_submodule("o_proj"), stop=True) as a:
             _run(layer, self.hidden, self.call)
-        heads = a[0][self.student.real].float()
-        goal = wanted.float() if projections.o_bias is None else wanted.float() - projections.o_bias.float()
+        heads = in_full(a[0][self.student.real])
+        goal = in_full(wanted) if projections.o_bias is None else in_full(wanted) - in_full(projections.o_bias)
         gram, cross = ((heads.T @ y).double().cpu() for y in (heads, goal))
         energy = float(goal.double().square().sum())
         fitted = factor.refit(gram, cross, projections.o.double().cpu().T, OUTPUT_RIDGE)

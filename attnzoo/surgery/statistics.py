@@ -111,6 +111,11 @@ def real_tokens(batch: Batch) -> Tensor:
     return torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
 
 
+def in_full(x: Tensor) -> Tensor:
+    """At least fp32: products of half-precision activations would overflow, and fp64 models keep their precision."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def with_constant(x: Tensor, constant: bool) -> Tensor:
     """Inputs ``[n, C]``, with a constant 1 appended where the site has biases."""
     return torch.cat([x, x.new_ones(x.shape[0], 1)], 1) if constant else x
@@ -205,7 +210,7 @@ def _collect_batch(
 def summed_loss(logits: Tensor, ids: Tensor, real: Tensor) -> Tensor:
     """Negative log-likelihood of every token that follows a real one, in nats, summed."""
     target = ids[:, 1:].masked_fill(~(real[:, 1:] & real[:, :-1]), -100)
-    return cross_entropy(logits[:, :-1].float().flatten(0, 1), target.flatten(), ignore_index=-100, reduction="sum")
+    return cross_entropy(in_full(logits[:, :-1]).flatten(0, 1), target.flatten(), ignore_index=-100, reduction="sum")
 
 
 def first_tokens(real: Tensor) -> Tensor:
@@ -214,8 +219,8 @@ def first_tokens(real: Tensor) -> Tensor:
 
 
 def _add(site: SiteStatistics, x: Tensor, real: Tensor, outputs: list[Tensor], *, constant: bool) -> None:
-    rows = with_constant(x[real].float(), constant)
-    first = with_constant(x[first_tokens(real)].float(), constant)
+    rows = with_constant(in_full(x[real]), constant)
+    first = with_constant(in_full(x[first_tokens(real)]), constant)
     site.moment += (rows.T @ rows).double().cpu()
     site.first += (first.T @ first).double().cpu()
     site.tokens += rows.shape[0]
@@ -223,7 +228,7 @@ def _add(site: SiteStatistics, x: Tensor, real: Tensor, outputs: list[Tensor], *
     if not outputs:
         return
     both = torch.cat([output.grad if output.grad is not None else torch.zeros_like(output) for output in outputs], -1)
-    grads = both[real].float()
+    grads = in_full(both[real])
     weight = grads.square().sum(-1)
     weighted = (rows * weight.unsqueeze(1)).T @ rows
     fisher = grads.T @ grads

@@ -67,12 +67,8 @@ def read(module: nn.Module) -> Projections:
 
 
 def build(module: nn.Module, projections: Projections) -> nn.Module:
-    """A module of the same class with other weights and its own configuration; the original is untouched."""
-    host: Any = module
-    config = copy.copy(host.config)
-    config.num_key_value_heads = projections.num_kv_heads
-    with torch.device("meta"):
-        new: nn.Module = type(host)(config, host.layer_idx)
+    """A module of the same class with other weights; the original is untouched."""
+    new: nn.Module = _without_weights(module, projections.num_kv_heads)
     for role in ROLES:
         old, linear = _linear(module, f"{role}_proj"), _linear(new, f"{role}_proj")
         _fill(linear, getattr(projections, role), getattr(projections, f"{role}_bias"), old)
@@ -80,6 +76,16 @@ def build(module: nn.Module, projections: Projections) -> nn.Module:
         if name not in {f"{role}_proj" for role in ROLES}:
             new.add_module(name, child)
     _dress(new, module)
+    return new
+
+
+def _without_weights(host: Any, num_kv_heads: int) -> Any:
+    config = copy.copy(host.config)
+    config.num_key_value_heads = num_kv_heads
+    with torch.device("meta"):
+        new = type(host)(config, host.layer_idx)
+    # The model's own, so that a later change of its attention implementation reaches this block too.
+    new.config = host.config
     return new
 
 
