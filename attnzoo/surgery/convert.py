@@ -206,33 +206,49 @@ def _weight_cuts(
     return cuts
 
 
-def apply_recipe(model: nn.Module, recipe: list[dict[str, Any]]) -> None:
+def apply_recipe(model: nn.Module, recipe: list[dict[str, Any]]) -> Callable[[], None]:
     """Gives a model the structure that a recipe describes; weights of changed blocks are to be loaded afterwards.
 
+    Returns:
+        The way back.
+
     Raises:
-        ConversionError: If the recipe does not fit the model.
+        ConversionError: If the recipe does not fit the model, which is left as it was.
     """
-    sites = {site.path: site for site in find(model)}
-    cuts = []
-    for entry in recipe:
-        path = entry.get("path")
-        if path not in sites:
-            raise ConversionError(f"recipe: expected the path of an attention block, got {path!r}")
-        site, old = sites[path], model.get_submodule(path)
-        values = _values(old, site)
-        kind = entry.get("kind")
-        if kind == "read":
-            rule = interface.Rule(reading_layer(old, site, entry["variant"], entry["options"]))
-            cuts.append(_Cut(site, SiteReport(site, values, values), entry, rule=rule))
-        elif kind == "latent":
-            module: nn.Module = llama.LatentSeat(old, llama.latent_like(old, entry["latent_dim"]))
-            cuts.append(_Cut(site, SiteReport(site, values, entry["latent_dim"]), entry, module=module))
-        elif kind == "weights":
-            module = llama.build(old, llama.with_kv_heads(llama.read(old), entry["num_kv_heads"]))
-            cuts.append(_Cut(site, SiteReport(site, values, values), entry, module=module))
-        else:
-            raise ConversionError(f"recipe: expected kind read, latent or weights, got {kind!r}")
-    _apply(model, cuts, "recipe", {})
+    done: list[ConversionReport] = []
+
+    def undo() -> None:
+        for report in reversed(done):
+            report.undo()
+
+    try:
+        # One after the other: an entry builds on the block that the one before it has left.
+        for entry in recipe:
+            done.append(_apply(model, [_cut_again(model, entry)], "recipe", {}))
+    except Exception:
+        undo()
+        raise
+    return undo
+
+
+def _cut_again(model: nn.Module, entry: dict[str, Any]) -> _Cut:
+    """The change that an entry of a recipe describes, with weights still to come."""
+    path, kind = entry.get("path"), entry.get("kind")
+    site = next((site for site in find(model) if site.path == path), None)
+    if site is None:
+        raise ConversionError(f"recipe: expected the path of an attention block, got {path!r}")
+    old = model.get_submodule(site.path)
+    values = _values(old, site)
+    if kind == "read":
+        rule = interface.Rule(reading_layer(old, site, entry["variant"], entry["options"]))
+        return _Cut(site, SiteReport(site, values, values), entry, rule=rule)
+    if kind == "latent":
+        seat = llama.LatentSeat(old, llama.latent_like(old, entry["latent_dim"]))
+        return _Cut(site, SiteReport(site, values, entry["latent_dim"]), entry, module=seat)
+    if kind == "weights":
+        module = llama.build(old, llama.with_kv_heads(llama.read(old), entry["num_kv_heads"]))
+        return _Cut(site, SiteReport(site, values, values), entry, module=module)
+    raise ConversionError(f"recipe: expected kind read, latent or weights, got {kind!r}")
 
 
 def cache_bytes(model: nn.Module) -> int:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -135,19 +136,20 @@ def _load_adapter(folder: Path, about: dict[str, Any], recipe: list[dict[str, An
     if found != about.get("base_sha256"):
         raise ConversionError(f"base: expected weights with hash {about.get('base_sha256')}, got {found}")
     tensors = checkpoint.read_tensors(folder, [folder / ADAPTER]) if changed else {}
-    _apply(base, recipe, folder)
+    undo = _apply(base, recipe, folder)
     own = base.state_dict()
     expected = {name for name in own if name.startswith(changed)} if changed else set()
     odd = sorted(expected ^ set(tensors)) or sorted(n for n, x in tensors.items() if x.shape != own[n].shape)
     if odd:
+        undo()
         raise ConversionError(f"{folder / ADAPTER}: {odd[0]!r} is missing, too many or of another shape")
     base.load_state_dict(tensors, strict=False)
     return base
 
 
-def _apply(model: Any, recipe: list[dict[str, Any]], folder: Path) -> None:
+def _apply(model: Any, recipe: list[dict[str, Any]], folder: Path) -> Callable[[], None]:
     try:
-        apply_recipe(model, recipe)
+        return apply_recipe(model, recipe)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ConversionError(f"{folder / RECIPE}: does not fit the model: {error}") from error
 

@@ -225,7 +225,8 @@ def _fill(linear: nn.Linear, weight: Tensor, bias: Tensor | None, like: nn.Linea
             "bias: expected the host's class to have one where the new weights have one, and none where not"
         )
     trainable = like.weight.requires_grad
-    linear.weight = nn.Parameter(weight.detach().to(like.weight).clone(), requires_grad=trainable)
+    own = weight.detach().to(like.weight).clone(memory_format=torch.contiguous_format)
+    linear.weight = nn.Parameter(own, requires_grad=trainable)
     if bias is not None:
         linear.bias = nn.Parameter(bias.detach().to(like.weight).clone(), requires_grad=trainable)
     linear.in_features, linear.out_features = weight.shape[1], weight.shape[0]
