@@ -7,294 +7,252 @@ softmax: a chunk holds whole rows, so that it is exact and nothing but the input
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad as pad_zeros
 
+from attnzoo_kernels import gating
 from attnzoo_kernels.call import Call
-from attnzoo_kernels.schedule import Bucket, Schedule, schedule_for
+from attnzoo_kernels.fold import fold_groups, fold_rows, unfold_rows
+from attnzoo_kernels.gemm import multiplies_bf16, product, routed
+from attnzoo_kernels.schedule import Bucket, schedule_for
+from attnzoo_kernels.scores import Chunk, Inputs, weigh
+from attnzoo_kernels.tiles import Source, tile, untile
 from attnzoo_kernels.workspace import scratch
 
 CHUNK_SCORES = 1 << 18
 """Scores in one chunk and thread: what stays in a core's cache between the two products."""
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """Some rows of a bucket, gathered.
-
-    Attributes:
-        rows: int64 ``[R]``.
-        kv: int64 ``[R * n]``, their key blocks in the tiled keys.
-        q: ``[R, block_q, D]``, scaled, in the accumulator's dtype.
-        k: ``[R, n * block_k, D]``.
-        v: ``[R, n * block_k, Dv]``.
-        probs: Softmax weights ``[R, block_q, n * block_k]``.
-        dead: Rows that see nothing, bool ``[R, block_q, 1]``, or ``None`` where there surely is none.
-        peak: The largest score of each row ``[R, block_q, 1]``, or ``None`` where nobody asked.
-        bias: int64 ``[R * n]``, their blocks in the tiled bias, or ``None``.
-    """
-
-    rows: Tensor
-    kv: Tensor
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    probs: Tensor
-    dead: Tensor | None
-    peak: Tensor | None
-    bias: Tensor | None
-
-
-class Tiles:
-    """The call's tensors cut into blocks, with what chunks need to index them."""
-
-    def __init__(self, call: Call) -> None:
-        self.call = call
-        self.blocks_q, self.blocks_k = call.grid
-        self.q = self.tile(call.q, call.block_q, self.blocks_q)
-        self.k = self.tile(call.k, call.block_k, self.blocks_k)
-        self.v = self.tile(call.v, call.block_k, self.blocks_k)
-        self.bias = None
-        self.bias_hides = False
-        if call.key_bias is not None:
-            self.bias = self.tile(call.key_bias.unsqueeze(-1), call.block_k, self.blocks_k).squeeze(-1)
-            self.bias_hides = bool((call.key_bias == -torch.inf).any())
-
-    @staticmethod
-    def tile(x: Tensor, block: int, blocks: int) -> Tensor:
-        """``[B, h, L, D]`` as ``[B * h * blocks, block, D]``; a ragged tail is filled with zeros."""
-        pad = blocks * block - x.shape[2]
-        x = pad_zeros(x, (0, 0, 0, pad)) if pad else x
-        return x.reshape(x.shape[0] * x.shape[1] * blocks, block, x.shape[3])
-
-    @staticmethod
-    def untile(x: Tensor, like: Tensor) -> Tensor:
-        """The inverse of :meth:`tile`, in the shape and dtype of ``like``, contiguous."""
-        batch, heads, length, _ = like.shape
-        x = x.view(batch, heads, x.shape[0] * x.shape[1] // max(batch * heads, 1), x.shape[-1])[:, :, :length]
-        return x.to(like.dtype).contiguous()
-
-    def kv_rows(self, rows: Tensor, cols: Tensor) -> Tensor:
-        """Indices of blocks in the tiled keys, int64 ``[R * n]``."""
-        _, heads, groups, _, _ = self.call.shape
-        head = rows // self.blocks_q
-        group = (head // heads) * groups + (head % heads) // (heads // groups)
-        return (group.unsqueeze(1) * self.blocks_k + cols).reshape(-1)
-
-    def bias_rows(self, rows: Tensor, cols: Tensor) -> Tensor | None:
-        """Indices of blocks in the tiled bias, int64 ``[R * n]``."""
-        if self.call.key_bias is None:
-            return None
-        _, heads, _, _, _ = self.call.shape
-        bias_batch, bias_heads, _ = self.call.key_bias.shape
-        head = rows // self.blocks_q
-        index = (head // heads) * bias_heads if bias_batch > 1 else torch.zeros_like(head)
-        index = index + (head % heads) * bias_heads // heads
-        return (index.unsqueeze(1) * self.blocks_k + cols).reshape(-1)
-
-
-def chunks(call: Call, tiles: Tiles, *, need_peak: bool) -> Iterator[Chunk]:
-    """The call's rows, gathered, scored and normalised, a chunk at a time."""
-    schedule = schedule_for(call)
+def chunks(call: Call, inputs: Inputs) -> Iterator[Bucket]:
+    """The call's rows, a chunk at a time."""
     budget = CHUNK_SCORES * min(torch.get_num_threads(), 4)
-    for bucket in schedule.buckets:
+    for bucket in inputs.schedule.buckets:
         # Small query blocks gather as many keys as large ones: their chunks are bounded by the keys.
         scores = max(call.block_q, 64) * bucket.cols.shape[1] * call.block_k
-        size = max(1, budget // scores)
-        for rows, cols in zip(bucket.rows.split(size), bucket.cols.split(size), strict=True):
-            yield _score(call, tiles, schedule, Bucket(rows, cols, bucket.partial, bucket.safe), need_peak=need_peak)
-
-
-def _score(call: Call, tiles: Tiles, schedule: Schedule, part: Bucket, *, need_peak: bool) -> Chunk:
-    acc = call.acc_dtype
-    size, length = part.cols.shape
-    kv = tiles.kv_rows(part.rows, part.cols)
-    q = _gather("q", tiles.q, part.rows, acc).mul_(call.scale)
-    k = _gather("k", tiles.k, kv, acc).view(size, length * call.block_k, -1)
-    v = _gather("v", tiles.v, kv, acc).view(size, length * call.block_k, -1)
-    bias_at = tiles.bias_rows(part.rows, part.cols)
-    bias = None
-    if bias_at is not None and tiles.bias is not None:
-        bias = tiles.bias.index_select(0, bias_at).view(size, 1, length * call.block_k).to(acc)
-        if tiles.bias_hides:
-            hidden = (bias == -torch.inf).view(size, -1, 1)
-            k.masked_fill_(hidden, 0.0)
-            v.masked_fill_(hidden, 0.0)
-    scores = _product("scores", q, k.transpose(1, 2))
-    if bias is not None:
-        scores += bias
-    if part.partial:
-        tail = scores[..., (length - part.partial) * call.block_k :]
-        tail.masked_fill_(_hidden(call, schedule, part), -torch.inf)
-    peak = dead = None
-    if need_peak or not part.safe or tiles.bias_hides:
-        peak = scores.amax(-1, keepdim=True)
-    if peak is not None and (not part.safe or tiles.bias_hides):
-        dead = peak == -torch.inf
-        scores.masked_fill_(dead, 0.0)
-        # A dead query may hold NaN; its zero weight would not silence it in dK.
-        q.masked_fill_(dead, 0.0)
-    probs = torch.softmax(scores, -1, out=scores)
-    if dead is not None:
-        probs.masked_fill_(dead, 0.0)
-    return Chunk(part.rows, kv, q, k, v, probs, dead, peak, bias_at)
-
-
-def _gather(name: str, tiles: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows of ``tiles`` in scratch memory, converted to ``dtype``."""
-    shape = (index.shape[0], *tiles.shape[1:])
-    raw = scratch(name, shape, tiles.dtype, tiles.device)
-    torch.index_select(tiles, 0, index, out=raw)
-    if tiles.dtype == dtype:
-        return raw
-    return scratch(name, shape, dtype, tiles.device).copy_(raw)
-
-
-def _product(name: str, a: Tensor, b: Tensor) -> Tensor:
-    """A batched product in scratch memory."""
-    return torch.bmm(a, b, out=scratch(name, (*a.shape[:2], b.shape[2]), a.dtype, a.device))
-
-
-def _hidden(call: Call, schedule: Schedule, part: Bucket) -> Tensor:
-    """Which pairs of the partial blocks are hidden, bool ``[R, block_q, partial * block_k]``."""
-    _, heads, _, _, seq_k = call.shape
-    rule, blocks_q = call.rule, schedule.pos.shape[2]
-    head, block = part.rows // blocks_q, part.rows % blocks_q
-    pos_batch, pos_heads = schedule.pos.shape[:2]
-    at_batch = head // heads if pos_batch > 1 else torch.zeros_like(head)
-    at_head = head % heads if pos_heads > 1 else torch.zeros_like(head)
-    pos = schedule.pos[at_batch, at_head, block]
-
-    def of_row(value: int | Tensor) -> int | Tensor:
-        return value.long()[head % heads].unsqueeze(1) if isinstance(value, Tensor) else value
-
-    window = None if rule.window is None else of_row(rule.window)
-    lo, hi = rule.span(pos, window, seq_k)
-    cols = part.cols[:, part.cols.shape[1] - part.partial :]
-    slot = cols.unsqueeze(-1) * call.block_k + torch.arange(call.block_k, device=cols.device)
-    slot = slot.view(cols.shape[0], 1, -1)
-    hidden = (slot >= hi.unsqueeze(-1)) | (slot < lo.unsqueeze(-1))
-    if window is not None:
-        hidden &= slot >= rule.sink_end(pos, of_row(rule.sink), seq_k).unsqueeze(-1)
-    return hidden
-
-
-def fold_groups(call: Call) -> Call:
-    """The same call with its tiles as small as its rows, where there is one query block.
-
-    The query heads of a group are laid along the rows where they read the same blocks: a decode step then gathers each
-    key block once a group instead of once a head.
-    """
-    batch, heads, groups, seq_q, _ = call.shape
-    rule, bias = call.rule, call.key_bias
-    if not 0 < seq_q <= call.block_q:
-        return call
-    fold = heads // groups
-    shared = (
-        call.start.shape[1] in (1, groups) and not rule.is_per_head and (bias is None or bias.shape[1] in (1, groups))
-    )
-    if fold == 1 or not shared or fold * seq_q > 64:
-        return call if seq_q == call.block_q else replace(call, block_q=seq_q)
-    q_pos = None if rule.q_pos is None else rule.q_pos.repeat(1, 1, fold)
-    # [B, H, T, D] -> [B, G, H / G * T, D]
-    q = call.q.reshape(batch, groups, fold * seq_q, call.q.shape[3])
-    return replace(call, q=q, block_q=fold * seq_q, rule=replace(rule, q_pos=q_pos, folded=fold))
+        yield from bucket.split(max(1, budget // scores))
 
 
 def forward(call: Call, *, need_lse: bool) -> tuple[Tensor, Tensor]:
     """Out ``[B, H, T, Dv]`` in q's dtype and lse ``[B, H, T]`` (empty where not needed)."""
-    shape = call.q.shape[:3]
-    out, lse = _forward(fold_groups(call), need_lse=need_lse)
-    return out.view(*shape, out.shape[-1]), lse.view(shape) if need_lse else lse
+    with routed():
+        folded = fold_groups(call)
+        out, lse = _forward(folded, need_lse=need_lse)
+        out = unfold_rows(out, folded).contiguous()
+        lse = unfold_rows(lse.unsqueeze(-1), folded).squeeze(-1).contiguous() if need_lse else lse
+    return out, lse
 
 
 def _forward(call: Call, *, need_lse: bool) -> tuple[Tensor, Tensor]:
-    tiles = Tiles(call)
-    rows, block = tiles.q.shape[:2]
-    out = tiles.q.new_zeros(rows, block, call.v.shape[3])
+    batch, heads, _, seq_q, _ = call.shape
+    inputs = Inputs(call, schedule_for(call))
+    values = Source(call.v, call.block_k, _value_dtype(call))
+    rows, block = batch * heads * call.grid[0], call.block_q
+    parts = list(chunks(call, inputs))
+    whole = len(parts) == 1 and parts[0].whole and values.dtype == call.q.dtype
+    shape = (rows, block, call.v.shape[3])
+    out = call.q.new_empty(shape) if whole else call.q.new_zeros(shape)
     lse = torch.full((rows, block, 1), -torch.inf, dtype=call.acc_dtype, device=call.q.device) if need_lse else None
-    for chunk in chunks(call, tiles, need_peak=need_lse):
-        out.index_copy_(0, chunk.rows, _product("out", chunk.probs, chunk.v).to(out.dtype))
-        if lse is not None and chunk.peak is not None:
-            # The largest weight is exp(0) / total: no second pass of exp.
-            value = chunk.peak - chunk.probs.amax(-1, keepdim=True).log()
-            value = value if chunk.dead is None else value.masked_fill(chunk.dead, -torch.inf)
-            lse.index_copy_(0, chunk.rows, value)
-    out_like = call.q.new_empty(*call.q.shape[:3], 0)
-    result = Tiles.untile(out, out_like)
+    for part in parts:
+        views = _reads_in_place(call, part)
+        chunk = weigh(inputs, part, need_lse=need_lse, views=views)
+        v = call.v.flatten(0, 1) if views else _values(values, chunk)
+        weights = chunk.probs
+        if weights.dtype != v.dtype:
+            weights = scratch("probs", tuple(weights.shape), v.dtype, v.device).copy_(weights)
+        if whole:
+            product("out", weights, v, out=out)
+        else:
+            out.index_copy_(0, part.rows, product("out", weights, v).to(out.dtype))
+        if lse is not None and chunk.lse is not None:
+            lse.index_copy_(0, part.rows, chunk.lse)
+    like = call.q.new_empty(batch, heads, seq_q, 0)
+    result = untile(out, like)
     if lse is None:
         return result, call.q.new_empty(0, dtype=call.acc_dtype)
-    return result, Tiles.untile(lse, out_like.to(call.acc_dtype)).squeeze(-1)
+    return result, untile(lse, like.to(call.acc_dtype)).squeeze(-1)
+
+
+def _value_dtype(call: Call) -> torch.dtype:
+    """What weights and values are multiplied in: bf16 where the CPU has instructions for it."""
+    return torch.bfloat16 if call.q.dtype == torch.bfloat16 and multiplies_bf16() else call.acc_dtype
+
+
+def _reads_in_place(call: Call, part: Bucket) -> bool:
+    """Whether keys and values may be used where they are: each row reads every block of one (batch, KV head)."""
+    plain = call.aux is None and call.gate is None and call.origins is None and call.key_bias is None
+    if not (plain and part.every and call.grid[0] == 1 and call.q.shape[1] == call.k.shape[1]):
+        return False
+    return call.q.dtype == call.acc_dtype and all(
+        x.shape[0] == 1 or x.shape[1] == 1 or x.stride(0) == x.stride(1) * x.shape[1] for x in (call.k, call.v)
+    )
+
+
+def _values(values: Source, chunk: Chunk) -> Tensor:
+    part = chunk.part
+    v = values.gather("v", part.kv.reshape(-1))
+    v = v.view(part.rows.shape[0], -1, v.shape[2])
+    return v if chunk.hidden is None else v.masked_fill_(chunk.hidden, 0.0)
 
 
 @dataclass
 class Gradients:
     """Gradients of the tiled tensors in the accumulator's dtype; ``None`` where not needed."""
 
-    q: Tensor | None
-    k: Tensor | None
-    v: Tensor | None
-    bias: Tensor | None
+    q: Tensor | None = None
+    k: Tensor | None = None
+    v: Tensor | None = None
+    bias: Tensor | None = None
+    q_aux: Tensor | None = None
+    k_aux: Tensor | None = None
+    gate: Tensor | None = None
+
+    @property
+    def of_scores(self) -> bool:
+        """Whether the gradient of the scores is needed."""
+        return any(x is not None for x in (self.q, self.k, self.bias, self.q_aux, self.k_aux, self.gate))
 
 
-def backward(
-    call: Call, dout: Tensor | None, dlse: Tensor | None, need: tuple[bool, bool, bool, bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of q, k, v and key_bias, each ``None`` where ``need`` says so."""
-    folded = fold_groups(call)
-    if folded is not call:
-        dout = None if dout is None else dout.reshape(*folded.q.shape[:3], dout.shape[3])
-        dlse = None if dlse is None else dlse.reshape(folded.q.shape[:3])
-        dq, dk, dv, dbias = backward(folded, dout, dlse, need)
-        return None if dq is None else dq.view(call.q.shape), dk, dv, dbias
-    tiles = Tiles(call)
-    acc = call.acc_dtype
+def backward(call: Call, dout: Tensor | None, dlse: Tensor | None, need: list[bool]) -> tuple[Tensor | None, ...]:
+    """Gradients of q, k, v, key_bias, q_aux, k_aux and the gate's keys, each ``None`` where ``need`` says so."""
+    with routed():
+        folded = fold_groups(call)
+        if dout is None:
+            dout = call.q.new_zeros(()).expand(*call.q.shape[:3], call.v.shape[3])
+        dout = fold_rows(dout, folded)
+        dlse = None if dlse is None else fold_rows(dlse.unsqueeze(-1), folded)
+        grads = _backward(folded, dout, dlse, need)
+        return _as_given(call, folded, grads)
 
-    def zeros(like: Tensor | None, needed: bool) -> Tensor | None:
-        return torch.zeros_like(like, dtype=acc) if needed and like is not None else None
 
-    grads = Gradients(*(zeros(x, n) for x, n in zip((tiles.q, tiles.k, tiles.v, tiles.bias), need, strict=True)))
-    if dout is None:
-        dout = call.q.new_zeros(()).expand(*call.q.shape[:3], call.v.shape[3])
-    dout_tiles = Tiles.tile(dout, call.block_q, tiles.blocks_q)
-    dlse_tiles = None if dlse is None else Tiles.tile(dlse.unsqueeze(-1), call.block_q, tiles.blocks_q)
-    for chunk in chunks(call, tiles, need_peak=False):
-        _accumulate(call, chunk, dout_tiles, dlse_tiles, grads)
-    dbias = None if grads.bias is None else grads.bias.unsqueeze(-1)
-    bias_like = None if call.key_bias is None else call.key_bias.unsqueeze(-1)
-    dq, dk, dv = (
-        None if grad is None else Tiles.untile(grad, like)
-        for grad, like in ((grads.q, call.q), (grads.k, call.k), (grads.v, call.v))
+def _backward(call: Call, dout: Tensor, dlse: Tensor | None, need: list[bool]) -> Gradients:
+    inputs = Inputs(call, schedule_for(call))
+    acc, device = call.acc_dtype, call.q.device
+    batch, heads, groups, _, _ = call.shape
+    rows, keys = batch * heads * call.grid[0], batch * groups * call.grid[1]
+
+    def zeros(needed: bool, *shape: int) -> Tensor | None:
+        return torch.zeros(shape, dtype=acc, device=device) if needed else None
+
+    width = call.q.shape[3] + (call.q.shape[3] % 2 if inputs.turns is not None else 0)
+    grads = Gradients(
+        q=zeros(need[0], rows, call.block_q, width),
+        k=zeros(need[1], keys, call.block_k, width),
+        v=zeros(need[2], keys, call.block_k, call.v.shape[3]),
     )
-    if dbias is None or bias_like is None:
-        return dq, dk, dv, None
-    return dq, dk, dv, Tiles.untile(dbias, bias_like).squeeze(-1)
-
-
-def _accumulate(call: Call, chunk: Chunk, dout: Tensor, dlse: Tensor | None, grads: Gradients) -> None:
-    acc = call.acc_dtype
-    dout_rows = _gather("dout", dout, chunk.rows, acc)
-    if chunk.dead is not None:
-        dout_rows.masked_fill_(chunk.dead, 0.0)
-    if grads.v is not None:
-        dv = _product("dkv", chunk.probs.transpose(1, 2), dout_rows)
-        grads.v.index_add_(0, chunk.kv, dv.view(-1, call.block_k, dv.shape[-1]))
-    if grads.q is None and grads.k is None and grads.bias is None:
-        return
-    dscores = _product("dscores", dout_rows, chunk.v.transpose(1, 2))
-    torch.ops.aten._softmax_backward_data.out(dscores, chunk.probs, -1, acc, grad_input=dscores)
-    if dlse is not None:
-        dlse_rows = dlse.index_select(0, chunk.rows).to(acc)
+    if inputs.bias is not None:
+        grads.bias = zeros(need[3], inputs.bias.batch * inputs.bias.heads * call.grid[1], call.block_k)
+    if call.aux is not None and inputs.k_aux is not None:
+        aux_width = call.aux[0].shape[3]
+        grads.q_aux = zeros(need[4], rows, call.block_q, aux_width)
+        grads.k_aux = zeros(need[5], inputs.k_aux.batch * inputs.k_aux.heads * call.grid[1], call.block_k, aux_width)
+    if inputs.gate_key is not None:
+        grads.gate = zeros(need[6], keys, width)
+    values = Source(call.v, call.block_k, acc)
+    # The rows behind a ragged end have no gradient; tiles give them zeros.
+    dout_tiles = Source(tile(dout, call.block_q).unsqueeze(1), call.block_q, acc)
+    dlse_tiles = None if dlse is None else Source(tile(dlse, call.block_q).unsqueeze(1), call.block_q, acc)
+    for part in chunks(call, inputs):
+        chunk = weigh(inputs, part, need_lse=False)
+        dout_rows = dout_tiles.gather("dout", part.rows)
+        dlse_rows = None if dlse_tiles is None else dlse_tiles.gather("dlse", part.rows)
         if chunk.dead is not None:
-            dlse_rows = dlse_rows.masked_fill(chunk.dead, 0.0)
-        dscores.addcmul_(chunk.probs, dlse_rows)
+            dout_rows.masked_fill_(chunk.dead, 0.0)
+            if dlse_rows is not None:
+                dlse_rows.masked_fill_(chunk.dead, 0.0)
+        _accumulate(inputs, chunk, dout_rows, dlse_rows, values, grads)
+    return grads
+
+
+def _accumulate(
+    inputs: Inputs, chunk: Chunk, dout: Tensor, dlse: Tensor | None, values: Source, grads: Gradients
+) -> None:
+    """Adds what one chunk contributes."""
+    call, part = inputs.call, chunk.part
+    kv = part.kv.reshape(-1)
+    if grads.v is not None:
+        _add(grads.v, kv, product("dkv", chunk.probs.transpose(1, 2), dout))
+    if not grads.of_scores:
+        return
+    dscores = product("dscores", dout, _values(values, chunk).transpose(1, 2))
+    dgates = None
+    if chunk.gated is not None:
+        dscores, dgates = gating.unweigh(chunk.gated, dscores, dlse)
+    else:
+        torch.ops.aten._softmax_backward_data.out(dscores, chunk.probs, -1, call.acc_dtype, grad_input=dscores)
+        if dlse is not None:
+            dscores.addcmul_(chunk.probs, dlse)
     if grads.q is not None:
-        grads.q.index_copy_(0, chunk.rows, _product("dq", dscores, chunk.k).mul_(call.scale))
+        dq = product("dq", dscores, chunk.k)
+        if dgates is not None and chunk.gated is not None and chunk.gated.key is not None:
+            torch.baddbmm(dq, dgates, chunk.gated.key, out=dq)
+        grads.q.index_copy_(0, part.rows, dq.mul_(call.scale))
     if grads.k is not None:
-        dk = _product("dkv", dscores.transpose(1, 2), chunk.q)
-        grads.k.index_add_(0, chunk.kv, dk.view(-1, call.block_k, dk.shape[-1]))
-    if grads.bias is not None and chunk.bias is not None:
-        grads.bias.index_add_(0, chunk.bias, dscores.sum(1).view(-1, call.block_k))
+        dk = product("dkv", dscores.transpose(1, 2), chunk.q).view(kv.shape[0], call.block_k, -1)
+        _turn_back(inputs, part, dk)
+        _add(grads.k, kv, dk)
+    if grads.gate is not None and dgates is not None:
+        dkey = torch.bmm(dgates.transpose(1, 2), chunk.q).view(kv.shape[0], 1, -1)
+        _turn_back(inputs, part, dkey)
+        grads.gate.index_add_(0, kv, dkey.squeeze(1))
+    _accumulate_rest(inputs, chunk, dscores, grads)
+
+
+def _accumulate_rest(inputs: Inputs, chunk: Chunk, dscores: Tensor, grads: Gradients) -> None:
+    """Gradients of the bias and of the auxiliary channels."""
+    call, part = inputs.call, chunk.part
+    if grads.bias is not None and inputs.bias is not None:
+        _add(grads.bias, inputs.blocks_in(inputs.bias, part), dscores.sum(1))
+    if grads.q_aux is not None and chunk.k_aux is not None:
+        dq_aux = product("dq_aux", dscores, chunk.k_aux).mul_(call.scale)
+        grads.q_aux.index_copy_(0, part.rows, dq_aux)
+    if grads.k_aux is not None and chunk.q_aux is not None and inputs.k_aux is not None:
+        dk_aux = product("dk_aux", dscores.transpose(1, 2), chunk.q_aux)
+        _add(grads.k_aux, inputs.blocks_in(inputs.k_aux, part), dk_aux)
+
+
+def _add(total: Tensor, blocks: Tensor, x: Tensor) -> None:
+    """Adds rows to blocks, in the order in which they come."""
+    total.index_add_(0, blocks, x.view(blocks.shape[0], *total.shape[1:]))
+
+
+def _turn_back(inputs: Inputs, part: Bucket, dk: Tensor) -> None:
+    if inputs.turns is not None and part.origin is not None:
+        inputs.turns.turn(dk, part.origin.reshape(-1), back=True)
+
+
+def _as_given(call: Call, folded: Call, grads: Gradients) -> tuple[Tensor | None, ...]:
+    """The gradients in the shapes, orders and dtypes of the inputs."""
+    turns_back = None
+    if call.origins is not None:
+        from attnzoo_kernels.scores import Turns
+
+        turns_back = Turns(call)
+
+    def rows(grad: Tensor | None, like: Tensor | None, given: Tensor | None) -> Tensor | None:
+        if grad is None or like is None or given is None:
+            return None
+        grad = grad.view(like.shape[0], like.shape[1], -1, grad.shape[-1])
+        return unfold_rows(grad[:, :, : like.shape[2]], folded).to(given.dtype).contiguous()
+
+    def keys(grad: Tensor | None, like: Tensor | None) -> Tensor | None:
+        return None if grad is None or like is None else untile(grad, like)
+
+    q, k, gate = grads.q, grads.k, grads.gate
+    if turns_back is not None:
+        q, k, gate = (None if x is None else turns_back.in_halves(x) for x in (q, k, gate))
+    q_aux, k_aux = call.aux or (None, None)
+    folded_aux = folded.aux[0] if folded.aux is not None else None
+    bias = None if call.key_bias is None else call.key_bias.unsqueeze(-1)
+    dbias = keys(None if grads.bias is None else grads.bias.unsqueeze(-1), bias)
+    dgate = None if gate is None or call.gate is None or call.gate.key is None else gate.view_as(call.gate.key)
+    return (
+        rows(q, folded.q, call.q),
+        keys(k, call.k),
+        keys(grads.v, call.v),
+        None if dbias is None else dbias.squeeze(-1),
+        rows(grads.q_aux, folded_aux, q_aux),
+        keys(grads.k_aux, k_aux),
+        None if dgate is None or call.gate is None or call.gate.key is None else dgate.to(call.gate.key.dtype),
+    )

@@ -11,6 +11,39 @@ from attnzoo_kernels.rule import Rule
 
 
 @dataclass(frozen=True)
+class Gate:
+    """Gates of whole blocks.
+
+    Attributes:
+        key: ``[B, G, N, D]``, or ``None`` where each block's last key is its landmark.
+        mix: How much the gate counts against the block's own log-sum-exp; a float or ``[H]``.
+    """
+
+    key: Tensor | None
+    mix: float | Tensor
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the last column of each block is a landmark and no ordinary key."""
+        return self.key is None
+
+
+@dataclass(frozen=True)
+class Origins:
+    """Rotary origins of the layout's entries.
+
+    Attributes:
+        of_entry: int32 ``[cap]``, parallel to ``col``.
+        cos: ``[P, Dr / 2]``.
+        sin: As ``cos``.
+    """
+
+    of_entry: Tensor
+    cos: Tensor
+    sin: Tensor
+
+
+@dataclass(frozen=True)
 class Call:
     """The inputs of one call after checking.
 
@@ -26,6 +59,10 @@ class Call:
         block_q: Rows per query block.
         block_k: Slots per key block.
         scale: The factor on scores.
+        aux: ``(q_aux [B, H, T, Da], k_aux [B|1, G|1, S, Da])``, more channels of the score, or ``None``.
+        gate: Gates of blocks, or ``None``.
+        origins: Rotary origins, or ``None``.
+        fast: Whether bf16 may round the scores.
     """
 
     q: Tensor
@@ -39,6 +76,10 @@ class Call:
     block_q: int
     block_k: int
     scale: float
+    aux: tuple[Tensor, Tensor] | None = None
+    gate: Gate | None = None
+    origins: Origins | None = None
+    fast: bool = False
 
     @property
     def shape(self) -> tuple[int, int, int, int, int]:

@@ -96,17 +96,54 @@ def _check_layout(q: Tensor, k: Tensor, layout: BlockLayout) -> None:
         raise ShapeError(f"layout: expected it on {q.device} as q is, got {layout.col.device}")
 
 
+def check_counting(layout: BlockLayout, *, causal: bool, extras: Extras | None, batch: int, heads: int) -> None:
+    """Raises on the first argument of a count of pairs that does not fit.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If a size or value does not fit; most are :class:`ShapeError`.
+    """
+    if not isinstance(causal, bool):
+        raise TypeError(f"causal: expected a bool, got {type(causal).__name__}")
+    if not isinstance(layout, BlockLayout):
+        raise TypeError(f"layout: expected a BlockLayout, got {type(layout).__name__}")
+    if extras is not None and not isinstance(extras, Extras):
+        raise TypeError(f"extras: expected an Extras or None, got {type(extras).__name__}")
+    for name, value, least in (("batch", batch, 0), ("heads", heads, 1)):
+        if not is_count(value):
+            raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+        if value < least:
+            raise ValueError(f"{name}: expected at least {least}, got {value}")
+    own_batch, own_heads, _ = layout.start.shape
+    if own_batch not in (1, batch):
+        raise ShapeError(f"batch: expected the layout's {own_batch}, got {batch}")
+    if heads % own_heads:
+        raise ShapeError(f"heads: expected a multiple of the layout's {own_heads} heads, got {heads}")
+    if extras is not None:
+        divisors = tuple(n for n in range(1, heads + 1) if heads % n == 0)
+        bias = extras.key_bias
+        acc = bias.dtype if isinstance(bias, Tensor) and bias.is_floating_point() else torch.float32
+        _check_rule(extras, (batch, heads, layout.seq_q, layout.seq_k), divisors, acc, layout.col.device)
+
+
+def _check_rule(
+    extras: Extras, sizes: tuple[int, int, int, int], groups: Sequence[int], acc: torch.dtype, device: torch.device
+) -> None:
+    batch, heads, seq_q, seq_k = sizes
+    if extras.q_pos is not None:
+        expect("q_pos", extras.q_pos, ((batch, 1), (heads, 1), (seq_q,)), torch.int32, device)
+    if extras.key_bias is not None:
+        expect("key_bias", extras.key_bias, ((batch, 1), (*groups, heads, 1), (seq_k,)), acc, device)
+    _check_number("window", extras.window, 1, heads, device, optional=True)
+    _check_number("sink", extras.sink, 0, heads, device, optional=False)
+
+
 def _check_extras(q: Tensor, k: Tensor, layout: BlockLayout, extras: Extras) -> None:
     batch, heads, seq_q, width = q.shape
     groups, seq_k = k.shape[1], k.shape[2]
     device = q.device
     acc = torch.float64 if q.dtype == torch.float64 else torch.float32
-    if extras.q_pos is not None:
-        expect("q_pos", extras.q_pos, ((batch, 1), (heads, 1), (seq_q,)), torch.int32, device)
-    if extras.key_bias is not None:
-        expect("key_bias", extras.key_bias, ((batch, 1), (groups, heads, 1), (seq_k,)), acc, device)
-    _check_number("window", extras.window, 1, heads, device, optional=True)
-    _check_number("sink", extras.sink, 0, heads, device, optional=False)
+    _check_rule(extras, (batch, heads, seq_q, seq_k), (groups,), acc, device)
     if extras.precision not in ("precise", "fast"):
         raise ValueError(f"precision: expected 'precise' or 'fast', got {extras.precision!r}")
     if extras.aux is not None:
@@ -115,6 +152,8 @@ def _check_extras(q: Tensor, k: Tensor, layout: BlockLayout, extras: Extras) -> 
     if (extras.rope is None) != (layout.origin is None):
         raise ValueError("rope: expected together with layout.origin, got one without the other")
     if extras.rope is not None:
+        if not isinstance(extras.rope, tuple) or len(extras.rope) != 2:
+            raise TypeError(f"rope: expected a pair (cos, sin), got {type(extras.rope).__name__}")
         cos, sin = extras.rope
         for name, table in (("rope cos", cos), ("rope sin", sin)):
             expect(name, table, (tuple(table.shape[:1]), tuple(range(1, width // 2 + 1))), acc, device)

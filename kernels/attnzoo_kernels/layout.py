@@ -183,8 +183,7 @@ class BlockLayout:
         build.check_at_least("sink", sink, 0)
         first = build.first_slots(q_start, seq_q, seq_k, device)
         sizes = (block_q, block_k, seq_q, seq_k)
-        ahead = 0 if causal else window - 1
-        index = build.sink_window_indices(sizes, first, (window - 1, ahead), sink)
+        index = build.sink_window_indices(sizes, first, window, sink, causal=causal)
         return cls._trusted(sizes, build.lists_of_indices(index, None))
 
     @classmethod
@@ -206,7 +205,8 @@ class BlockLayout:
         """Local blocks, every stride-th block with a shift for each head, and first blocks.
 
         With I the key block that a row's own slot lies in, head n reads block J if ``J <= I`` and: ``I - J <
-        local_blocks``, or ``(J + shift[n]) % vert_stride == 0``, or ``J < sink_blocks``, or the head is dense.
+        local_blocks``, or ``(J + shift[n]) % vert_stride == 0``, or ``J < sink_blocks``, or the head is dense. A query
+        block reads what any of its rows reads.
 
         Args:
             block_q: Rows in a query block; a divisor of ``block_k`` keeps a row's blocks independent of its neighbours.
@@ -350,4 +350,19 @@ def _unflatten(leaves: Any, sizes: tuple[int, int, int, int]) -> BlockLayout:
     return BlockLayout._trusted(sizes, build.Lists(*leaves))
 
 
-pytree.register_pytree_node(BlockLayout, _flatten, _unflatten, serialized_type_name="attnzoo_kernels.BlockLayout")
+def _flatten_with_keys(layout: BlockLayout) -> tuple[list[tuple[Any, Any]], tuple[int, int, int, int]]:
+    leaves, sizes = _flatten(layout)
+    names = ("start", "count", "col", "origin")
+    return [(pytree.GetAttrKey(name), leaf) for name, leaf in zip(names, leaves, strict=True)], sizes
+
+
+pytree.register_pytree_node(
+    BlockLayout,
+    _flatten,
+    _unflatten,
+    serialized_type_name="attnzoo_kernels.BlockLayout",
+    # An export is saved as JSON, which has no tuples.
+    to_dumpable_context=list,
+    from_dumpable_context=tuple,
+    flatten_with_keys_fn=_flatten_with_keys,
+)

@@ -175,11 +175,11 @@ def _row_slots(sizes: Sizes, first: Tensor) -> tuple[Tensor, Tensor]:
     return place + begin.view(1, 1, -1, 1), place + end.view(1, 1, -1, 1)
 
 
-def sink_window_indices(sizes: Sizes, first: Tensor, reach: tuple[int, int], sink: int) -> Tensor:
-    """Blocks that hold a slot from ``reach`` back to ``reach`` ahead of some row, or below ``sink``; -1 padded."""
+def sink_window_indices(sizes: Sizes, first: Tensor, window: int, sink: int, *, causal: bool) -> Tensor:
+    """Blocks that hold a slot of the window of some row, or one below ``sink``; -1 padded."""
     block_q, block_k, seq_q, seq_k = sizes
     blocks_k = -(-seq_k // block_k)
-    back, ahead = reach
+    back, ahead = window - 1, 0 if causal else window - 1
     low, high = _row_slots(sizes, first)
     low = (low - back).clamp(min=0) // block_k
     high = torch.div(high + ahead, block_k, rounding_mode="floor").clamp(max=blocks_k - 1)
@@ -188,8 +188,9 @@ def sink_window_indices(sizes: Sizes, first: Tensor, reach: tuple[int, int], sin
     near = low + torch.arange(width, device=first.device)
     near = torch.where(near <= high, near, -1)
     sinks = torch.arange(min(-(-sink // block_k), blocks_k), device=first.device).view(1, 1, 1, -1)
-    # A sink block inside the window is listed there already; rows before the first slot read nothing.
-    sinks = torch.where((sinks < low) & (high >= 0), sinks, -1)
+    # A sink block inside the window is listed there already.
+    beside = (sinks < low) & (high >= 0) if causal else (sinks < low) | (sinks > high)
+    sinks = torch.where(beside, sinks, -1)
     shape = (*near.shape[:3], sinks.shape[3])
     return torch.cat([sinks.expand(shape), near], -1)
 
@@ -202,11 +203,10 @@ def strided_mask(
     local, stride, sinks = pattern
     if dense is not None and len(dense) != len(shift):
         raise ShapeError(f"dense_heads: expected {len(shift)} values as shift has, got {len(dense)}")
-    _, last = _row_slots(sizes, first)
-    own = torch.div(last, block_k, rounding_mode="floor")
+    first_own, own = (torch.div(x, block_k, rounding_mode="floor") for x in _row_slots(sizes, first))
     block = torch.arange(-(-seq_k // block_k), device=first.device)
     moved = torch.tensor(list(shift), device=first.device).view(1, -1, 1, 1)
-    keep = (own - block < local) | ((block + moved) % stride == 0) | (block < sinks)
+    keep = (first_own - block < local) | ((block + moved) % stride == 0) | (block < sinks)
     if dense is not None:
         keep = keep | torch.tensor(list(dense), device=first.device).view(1, -1, 1, 1)
     return keep & (block <= own)

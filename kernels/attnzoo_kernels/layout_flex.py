@@ -33,16 +33,29 @@ def read_block_mask(block_mask: BlockMask) -> tuple[Tensor, Sizes]:
     if block_mask.full_kv_num_blocks is not None and block_mask.full_kv_indices is not None:
         full = _blocks(block_mask.full_kv_num_blocks, block_mask.full_kv_indices, blocks_k)
     device = partial.device
+    shift = seq_k - seq_q
+    any_rule = []
     for batch, head, row, col in partial.nonzero().tolist():
         t = torch.arange(row * block_q, min((row + 1) * block_q, seq_q), device=device).unsqueeze(1)
         s = torch.arange(col * block_k, min((col + 1) * block_k, seq_k), device=device)
         at = [torch.tensor(x, device=device) for x in (batch, head)]
         seen = torch.as_tensor(block_mask.mask_mod(at[0], at[1], t, s)).expand(t.shape[0], s.shape[0])
-        causal = s <= t + (seq_k - seq_q)
-        if not (bool(seen.all()) or bool((seen == causal).all())):
+        causal = s <= t + shift
+        if bool((seen == causal).all()):
+            any_rule.append(not bool(causal.all()))
+        elif not bool(seen.all()):
             raise UnsupportedError(
                 f"block_mask: block ({row}, {col}) of head {head} follows a token rule that is neither causal "
                 "(aligned at the last key) nor full; a layout holds blocks only, the rule belongs in Extras"
+            )
+        else:
+            full[batch, head, row, col] = True
+    if any(any_rule):
+        row = torch.arange(full.shape[2], device=device).unsqueeze(1) * block_q + shift
+        ahead = torch.arange(blocks_k, device=device) * block_k + block_k - 1 > row
+        if bool((full & ahead).any()):
+            raise UnsupportedError(
+                "block_mask: some partial blocks are causal and others see the future; a call has one causality"
             )
     return partial | full, (block_q, block_k, seq_q, seq_k)
 

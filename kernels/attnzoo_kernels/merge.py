@@ -37,10 +37,11 @@ def merge_states(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor
             )
     stacked = torch.stack(list(lses))
     peak = stacked.detach().amax(0)
-    live = peak > -torch.inf
+    # Not "greater than": a row of NaN is no empty row.
+    live = peak != -torch.inf
     shift = torch.where(live, peak, 0.0)
     # The inner where keeps exp(-inf) out of the graph: its gradient against -inf would be NaN.
-    seen = stacked > -torch.inf
+    seen = stacked != -torch.inf
     weights = torch.where(seen, torch.exp(torch.where(seen, stacked, shift) - shift), 0.0)
     total = torch.where(live, weights.sum(0), 1.0)
     parts = torch.stack([out.to(weights.dtype) for out in outs])

@@ -9,13 +9,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from attnzoo_kernels import reference
-from attnzoo_kernels.call import Call
-from attnzoo_kernels.checks import check_arguments
+from attnzoo_kernels.call import Call, Gate, Origins
+from attnzoo_kernels.checks import check_arguments, check_counting
 from attnzoo_kernels.density import count_pairs
-from attnzoo_kernels.errors import ShapeError, UnsupportedError
+from attnzoo_kernels.errors import UnsupportedError
 from attnzoo_kernels.extras import Extras
 from attnzoo_kernels.layout import BlockLayout
-from attnzoo_kernels.registration import no_autocast
+from attnzoo_kernels.registration import flatten, no_autocast
 from attnzoo_kernels.rule import Rule
 
 
@@ -104,7 +104,7 @@ def why_not(
         ValueError: If the inputs are wrong for every implementation.
     """
     check_arguments((q, k, v), layout, causal=causal, scale=scale, extras=extras, impl=impl)
-    return _reasons(impl, layout, extras)
+    return _reasons(impl)
 
 
 def visible_pairs(
@@ -122,28 +122,22 @@ def visible_pairs(
     Returns:
         ``(visible, dense)``: pairs visible by the call's whole rule, and pairs that a dense call under the same
         causality, absent rows and bias would see without layout, window and sink.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If a size or value does not fit.
     """
+    check_counting(layout, causal=causal, extras=extras, batch=batch, heads=heads)
     extras = extras or Extras()
     groups = layout.start.shape[1]
-    if heads % groups:
-        raise ShapeError(f"heads: expected a multiple of the layout's {groups} heads, got {heads}")
     device = layout.col.device
     q = torch.empty(batch, heads, layout.seq_q, 0, device=device)
     k = torch.empty(batch, groups, layout.seq_k, 0, device=device)
     return count_pairs(_call((q, k, k), layout, causal, 1.0, extras))
 
 
-def _reasons(impl: str, layout: BlockLayout, extras: Extras | None) -> tuple[str, ...]:
-    reasons = []
-    if impl == "triton":
-        reasons.append("triton: this version has no Triton kernel")
-    if extras is not None:
-        reasons += [
-            f"{impl}: extras.{name} is not implemented yet"
-            for name in ("aux", "gate", "rope")
-            if getattr(extras, name) is not None
-        ]
-    return tuple(reasons)
+def _reasons(impl: str) -> tuple[str, ...]:
+    return ("triton: this version has no Triton kernel",) if impl == "triton" else ()
 
 
 def _attend(
@@ -157,7 +151,7 @@ def _attend(
     need_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     check_arguments(tensors, layout, causal=causal, scale=scale, extras=extras, impl=impl)
-    reasons = _reasons(impl, layout, extras)
+    reasons = _reasons(impl)
     if reasons:
         raise UnsupportedError(f"impl: {impl!r} cannot run this call: {'; '.join(reasons)}", reasons)
     extras = extras or Extras()
@@ -169,17 +163,10 @@ def _attend(
     if impl == "reference":
         with no_autocast(device):
             return reference.attend(call)
-    _refuse_transforms((q, k, v, extras.key_bias))
+    _refuse_transforms((q, k, v, extras.key_bias, *(extras.aux or ()), extras.gate))
     if device == "cuda":
         _warn_once("triton: this version has no Triton kernel; CUDA inputs run on the blocked implementation")
-    rule = call.rule
-    window_tensor = rule.window if isinstance(rule.window, Tensor) else None
-    sink_tensor = rule.sink if isinstance(rule.sink, Tensor) else None
-    out, lse = torch.ops.attnzoo.bsa_fwd(
-        q, k, v, call.start, call.count, call.col, rule.q_pos, call.key_bias, window_tensor, sink_tensor,
-        call.block_q, call.block_k, causal, None if window_tensor is not None else rule.window,
-        0 if sink_tensor is not None else rule.sink, call.scale, impl, need_lse,
-    )  # fmt: skip
+    out, lse = torch.ops.attnzoo.bsa_fwd(*flatten(call), impl, need_lse)
     return out, lse
 
 
@@ -187,24 +174,28 @@ def _call(
     tensors: tuple[Tensor, Tensor, Tensor], layout: BlockLayout, causal: bool, scale: float, extras: Extras
 ) -> Call:
     rule = Rule(causal, extras.q_pos, extras.window, extras.sink)
+    gate = origins = None
+    if extras.gate is not None:
+        gate = Gate(extras.gate if isinstance(extras.gate, Tensor) else None, extras.gate_mix)
+    if extras.rope is not None and layout.origin is not None:
+        origins = Origins(layout.origin, *extras.rope)
+    q, k, v = tensors
+    aux = extras.aux
+    if aux is not None and aux[0].dtype != q.dtype:
+        aux = (aux[0].to(q.dtype), aux[1].to(q.dtype))
+    if gate is not None and gate.key is not None and gate.key.dtype != q.dtype:
+        gate = Gate(gate.key.to(q.dtype), gate.mix)
     return Call(
-        *tensors,
-        layout.start,
-        layout.count,
-        layout.col,
-        extras.key_bias,
-        rule,
-        layout.block_q,
-        layout.block_k,
-        scale,
-    )
+        q, k, v, layout.start, layout.count, layout.col, extras.key_bias, rule, layout.block_q, layout.block_k, scale,
+        aux, gate, origins, extras.precision == "fast",
+    )  # fmt: skip
 
 
-def _refuse_transforms(tensors: tuple[Tensor | None, ...]) -> None:
+def _refuse_transforms(tensors: tuple[object, ...]) -> None:
     """Raises where torch would drop a tangent without a word, or fail without naming the way out."""
     if torch.compiler.is_compiling():
         return
-    given = [x for x in tensors if x is not None]
+    given = [x for x in tensors if isinstance(x, Tensor)]
     if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in given):
         raise UnsupportedError("block_sparse_attention: no forward-mode derivatives here; impl='reference' has them")
     if any(torch._C._functorch.is_gradtrackingtensor(x) for x in given):

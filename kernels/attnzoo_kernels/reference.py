@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from attnzoo_kernels.call import Call
+from attnzoo_kernels.call import Call, Gate, Origins
 from attnzoo_kernels.rule import token_mask
 
 
@@ -45,27 +46,117 @@ def visible_mask(call: Call) -> tuple[Tensor, Tensor | None]:
 
 def attend(call: Call) -> tuple[Tensor, Tensor]:
     """Attention by definition: out ``[B, H, T, Dv]`` in q's dtype and lse ``[B, H, T]``."""
-    batch, heads, groups, _, seq_k = call.shape
-    acc = call.acc_dtype
+    acc, heads = call.acc_dtype, call.shape[1]
     mask, bias = visible_mask(call)
-    live = mask.any(-1, keepdim=True)
-    # Hidden rows and slots may hold NaN, and 0 * NaN would spread: they are replaced before any product.
-    read = mask.any(-2).view(batch, groups, heads // groups, seq_k).any(2).unsqueeze(-1)
-    q = torch.where(live, call.q.to(acc), 0.0)
-    k = torch.where(read, call.k.to(acc), 0.0).repeat_interleave(heads // groups, 1)
-    v = torch.where(read, call.v.to(acc), 0.0).repeat_interleave(heads // groups, 1)
-    if call.key_bias is not None:
-        # A head may have to ignore a slot that another head of its group reads.
-        own = mask.any(-2).unsqueeze(-1)
-        k, v = torch.where(own, k, 0.0), torch.where(own, v, 0.0)
-    scores = torch.matmul(q, k.transpose(-1, -2)) * call.scale
+    # contiguous: products of other strides differ in their last bits.
+    q = _where_live(mask, call.q.to(acc).contiguous())
+    k = _where_read(mask, call.k.to(acc).contiguous(), call)
+    scores = _products(call, q, k, call.block_k)
+    if call.aux is not None:
+        q_aux, k_aux = call.aux
+        k_aux = k_aux.to(acc).expand(call.k.shape[0], call.k.shape[1], -1, -1)
+        scores = scores + torch.matmul(
+            _where_live(mask, q_aux.to(acc)), _where_read(mask, k_aux, call).transpose(-1, -2)
+        )
+    scores = scores * call.scale
     if bias is not None:
         scores = scores + bias.to(acc)
+    if call.gate is not None:
+        scores, mask = _gated(call, call.gate, scores, mask, q)
+    v = _where_read(mask, call.v.to(acc).contiguous(), call)
+    live = mask.any(-1, keepdim=True)
     scores = torch.where(mask, scores, -torch.inf)
     # detach: the shift cancels, and its gradient through amax would only add noise.
-    peak = torch.where(live, scores.detach().amax(-1, keepdim=True), 0.0) if seq_k else scores.new_zeros(live.shape)
+    peak = torch.where(live, scores.detach().amax(-1, keepdim=True), 0.0) if mask.shape[-1] else scores.sum(-1, True)
     weights = torch.exp(scores - peak)
     total = torch.where(live, weights.sum(-1, keepdim=True), 1.0)
-    out = torch.matmul(weights, v) / total
+    out = _weighted(weights, mask, v) / total
     lse = torch.where(live, peak + torch.log(total), -torch.inf).squeeze(-1)
-    return out.to(call.q.dtype), lse
+    return out.to(call.q.dtype).view(call.q.shape[0], heads, call.q.shape[2], v.shape[-1]), lse
+
+
+def _weighted(weights: Tensor, mask: Tensor, v: Tensor) -> Tensor:
+    """``weights @ v``, in which a value that is not finite reaches only the rows that read it."""
+    finite = v.isfinite().all(-1).unsqueeze(-2)  # [B, H, 1, S]
+    clean = torch.matmul(weights, torch.where(finite.transpose(-1, -2), v, 0.0))
+    touched = (mask & ~finite).any(-1, keepdim=True)
+    spoilt = torch.matmul(weights.detach(), v.detach())
+    return torch.where(touched, clean + (spoilt - clean).detach(), clean)
+
+
+def _where_live(mask: Tensor, q: Tensor) -> Tensor:
+    """Queries, zero where nothing is seen: a hidden row may hold NaN, and 0 * NaN would spread."""
+    return torch.where(mask.any(-1, keepdim=True), q, 0.0)
+
+
+def _where_read(mask: Tensor, x: Tensor, call: Call) -> Tensor:
+    """Keys or values ``[B, G, S, D]`` for each query head, zero where that head reads nothing."""
+    heads, groups = call.shape[1:3]
+    return torch.where(mask.any(-2).unsqueeze(-1), x.repeat_interleave(heads // groups, 1), 0.0)
+
+
+def _products(call: Call, q: Tensor, k: Tensor, block: int) -> Tensor:
+    """``q . k``, ``[B, H, T, S]``, where a query block is rotated by minus the origin of each key block it meets.
+
+    Args:
+        call: The call.
+        q: ``[B, H, T, D]``.
+        k: ``[B, H, S, D]``.
+        block: Keys that share an origin.
+    """
+    if call.origins is None:
+        return torch.matmul(q, k.transpose(-1, -2))
+    table = _dense_origins(call, call.origins)
+    tiles = []
+    for m, rows in enumerate(q.split(call.block_q, 2)):
+        at = table[:, :, m].repeat_interleave(block, -1)[..., : k.shape[2]]
+        # R(-o) q . k = q . R(o) k
+        turned = _rotate(k, call.origins.cos[at].to(k.dtype), call.origins.sin[at].to(k.dtype))
+        tiles.append(torch.matmul(rows, turned.transpose(-1, -2)))
+    return torch.cat(tiles, 2)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = cos.shape[-1]
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1)
+
+
+def _dense_origins(call: Call, origins: Origins) -> Tensor:
+    """The origin of each listed block, int64 ``[B|1, H|1, M, N]``; 0 where it is not listed."""
+    _, blocks_k = call.grid
+    place = torch.arange(call.col.shape[0], device=call.col.device)
+    inside = (place >= call.start.unsqueeze(-1)) & (place < (call.start + call.count).unsqueeze(-1))
+    target = torch.where(inside, call.col.long(), blocks_k)
+    table = torch.zeros(*call.start.shape, blocks_k + 1, dtype=torch.int64, device=call.col.device)
+    table = table.scatter(-1, target, origins.of_entry.long().expand(target.shape))[..., :blocks_k]
+    return table if table.shape[1] == 1 else table.repeat_interleave(call.shape[1] // table.shape[1], 1)
+
+
+def _gated(call: Call, gate: Gate, scores: Tensor, mask: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores whose softmax over all keys is the gated one, and which keys count."""
+    _, heads, groups, seq_q, seq_k = call.shape
+    _, blocks_k = call.grid
+    beyond = blocks_k * call.block_k - seq_k
+    s = pad(scores, (0, beyond)).unflatten(-1, (blocks_k, call.block_k))
+    seen = pad(mask, (0, beyond)).unflatten(-1, (blocks_k, call.block_k))
+    if gate.key is None:
+        ordinary = torch.arange(call.block_k, device=s.device) < call.block_k - 1
+        logits, open_ = s[..., -1], seen[..., -1]
+        seen = seen & ordinary
+    else:
+        read = seen.any(-1).any(-2).unsqueeze(-1)
+        key = torch.where(read, gate.key.to(s.dtype).repeat_interleave(heads // groups, 1), 0.0)
+        logits, open_ = _products(call, q, key, 1) * call.scale, torch.ones_like(seen[..., 0])
+    alive = seen.any(-1)
+    inner = torch.where(seen, s, -torch.inf)
+    peak = torch.where(alive, inner.detach().amax(-1), 0.0).unsqueeze(-1)
+    total = torch.where(seen, torch.exp(torch.where(seen, s, peak) - peak), 0.0).sum(-1)
+    total = peak.squeeze(-1) + torch.log(torch.where(alive, total, 1.0))
+    own = call.rule.positions(seq_q, seq_k, s.device).unsqueeze(-1) // call.block_k
+    own = own == torch.arange(blocks_k, device=s.device)
+    mix = gate.mix.to(s.dtype).view(-1, 1, 1) if isinstance(gate.mix, Tensor) else gate.mix
+    outer = torch.where(own, total, mix * logits + (1 - mix) * total)
+    keep = seen & (alive & (own | open_)).unsqueeze(-1)
+    s = s + (outer - total).unsqueeze(-1)
+    return s.flatten(-2)[..., :seq_k], keep.flatten(-2)[..., :seq_k]

@@ -1,6 +1,8 @@
 """The operation as registered torch ops: schema, meta functions, autograd, batching.
 
 Forward and backward are two ops. Autograd of the backward raises: left out, a gradient penalty would be silently wrong.
+Autograd is a kernel of our own under torch's key: the registration helper costs a tenth of a millisecond a call at this
+number of arguments.
 """
 
 from __future__ import annotations
@@ -12,29 +14,62 @@ import torch
 from torch import Tensor
 
 from attnzoo_kernels import blocked
-from attnzoo_kernels.call import Call
+from attnzoo_kernels.call import Call, Gate, Origins
 from attnzoo_kernels.errors import UnsupportedError
 from attnzoo_kernels.rule import Rule
 
-_INPUTS = (
-    "Tensor q, Tensor k, Tensor v, Tensor start, Tensor count, Tensor col, "
-    "Tensor? q_pos, Tensor? key_bias, Tensor? window, Tensor? sink, "
-    "int block_q, int block_k, bool causal, int? window_size, int sink_size, float scale, str impl"
+_TENSORS = (
+    "Tensor q", "Tensor k", "Tensor v", "Tensor start", "Tensor count", "Tensor col", "Tensor? q_pos",
+    "Tensor? key_bias", "Tensor? window", "Tensor? sink", "Tensor? q_aux", "Tensor? k_aux", "Tensor? gate",
+    "Tensor? gate_mix", "Tensor? origin", "Tensor? cos", "Tensor? sin",
+)  # fmt: skip
+_SCALARS = (
+    "int block_q", "int block_k", "bool causal", "int? window_size", "int sink_size", "float scale", "bool gate_last",
+    "float gate_mix_size", "bool fast", "str impl",
+)  # fmt: skip
+_PLACES = {text.rpartition(" ")[2]: place for place, text in enumerate(_TENSORS)}
+_COUNT = len(_TENSORS)
+WITH_GRADIENT = tuple(_PLACES[name] for name in ("q", "k", "v", "key_bias", "q_aux", "k_aux", "gate"))
+"""Places of the inputs that have gradients, in the order of the backward's results."""
+_SHARED = tuple(
+    _PLACES[name] for name in ("start", "count", "col", "window", "sink", "gate_mix", "origin", "cos", "sin")
 )
-_KEY_BIAS = 7
-_LAYOUT = slice(3, 6)
+_INPUTS = ", ".join((*_TENSORS, *_SCALARS))
+_GRADIENTS = ", ".join(["Tensor"] * len(WITH_GRADIENT))
 
 _library = torch.library.Library("attnzoo", "DEF")
 _library.define(f"bsa_fwd({_INPUTS}, bool need_lse) -> (Tensor, Tensor)")
-_library.define(f"bsa_bwd(Tensor? dout, Tensor? dlse, {_INPUTS}, bool[] need) -> (Tensor, Tensor, Tensor, Tensor)")
+_library.define(f"bsa_bwd(Tensor? dout, Tensor? dlse, {_INPUTS}, bool[] need) -> ({_GRADIENTS})")
+
+
+def flatten(call: Call) -> tuple[Any, ...]:
+    """A call as the ops' arguments, without ``impl``."""
+    rule, gate, origins = call.rule, call.gate, call.origins
+    window, sink = (x if isinstance(x, Tensor) else None for x in (rule.window, rule.sink))
+    mix = 1.0 if gate is None else gate.mix
+    return (
+        call.q, call.k, call.v, call.start, call.count, call.col, rule.q_pos, call.key_bias, window, sink,
+        *(call.aux or (None, None)), None if gate is None else gate.key, mix if isinstance(mix, Tensor) else None,
+        *((None, None, None) if origins is None else (origins.of_entry, origins.cos, origins.sin)),
+        call.block_q, call.block_k, rule.causal, None if window is not None else rule.window,
+        0 if sink is not None else rule.sink, call.scale, gate is not None and gate.is_last,
+        1.0 if isinstance(mix, Tensor) else float(mix), call.fast,
+    )  # fmt: skip
 
 
 def _call_of(inputs: tuple[Any, ...]) -> Call:
-    """The inputs of ``_INPUTS`` as a call."""
+    """The inverse of :func:`flatten`."""
     q, k, v, start, count, col, q_pos, key_bias, window, sink = inputs[:10]
-    block_q, block_k, causal, window_size, sink_size, scale, _ = inputs[10:]
+    q_aux, k_aux, gate_key, gate_mix, origin, cos, sin = inputs[10:_COUNT]
+    block_q, block_k, causal, window_size, sink_size, scale, gate_last, mix, fast, _ = inputs[_COUNT:]
     rule = Rule(causal, q_pos, window_size if window is None else window, sink_size if sink is None else sink)
-    return Call(q, k, v, start, count, col, key_bias, rule, block_q, block_k, scale)
+    aux = None if q_aux is None else (q_aux, k_aux)
+    gated = gate_last or gate_key is not None
+    gate = Gate(gate_key, mix if gate_mix is None else gate_mix) if gated else None
+    origins = None if origin is None else Origins(origin, cos, sin)
+    return Call(
+        q, k, v, start, count, col, key_bias, rule, block_q, block_k, scale, aux, gate, origins, fast
+    )  # fmt: skip
 
 
 def no_autocast(device: str) -> AbstractContextManager[Any]:
@@ -48,12 +83,11 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor]:
         return blocked.forward(call, need_lse=args[-1])
 
 
-def _backward(dout: Tensor | None, dlse: Tensor | None, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _backward(dout: Tensor | None, dlse: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
     call, need = _call_of(args[:-1]), args[-1]
     with no_autocast(call.q.device.type):
         grads = blocked.backward(call, dout, dlse, need)
-    dq, dk, dv, dbias = (call.q.new_empty(0) if grad is None else grad for grad in grads)
-    return dq, dk, dv, dbias
+    return tuple(call.q.new_empty(0) if grad is None else grad for grad in grads)
 
 
 def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
@@ -63,73 +97,109 @@ def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
     return out, q.new_empty(q.shape[:3] if args[-1] else (0,), dtype=acc)
 
 
-def _backward_fake(dout: Tensor | None, dlse: Tensor | None, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    q, k, v = args[:3]
-    dq, dk, dv, dbias = (
-        like.new_empty(like.shape) if needed and like is not None else q.new_empty(0)
-        for like, needed in zip((q, k, v, args[_KEY_BIAS]), args[-1], strict=True)
-    )
-    return dq, dk, dv, dbias
-
-
-def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:10])
-    ctx.scalars = inputs[10:-1]
-    ctx.need_lse = inputs[-1]
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    need = [ctx.needs_input_grad[i] for i in (0, 1, 2, _KEY_BIAS)]
-    dlse = dlse if ctx.need_lse else None
-    grads = torch.ops.attnzoo.bsa_bwd(dout, dlse, *ctx.saved_tensors, *ctx.scalars, need)
-    result: list[Tensor | None] = [None] * (10 + len(ctx.scalars) + 1)
-    for place, grad, needed in zip((0, 1, 2, _KEY_BIAS), grads, need, strict=True):
-        result[place] = grad if needed else None
-    return tuple(result)
-
-
-def _refuse_second_derivative(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    raise UnsupportedError(
-        "block_sparse_attention: this implementation has no second derivatives; impl='reference' has them"
+def _backward_fake(dout: Tensor | None, dlse: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
+    likes = [args[place] for place in WITH_GRADIENT]
+    return tuple(
+        like.new_empty(like.shape) if needed and like is not None else args[0].new_empty(0)
+        for like, needed in zip(likes, args[-1], strict=True)
     )
 
 
-def _keep_nothing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    return None
+class _Attend(torch.autograd.Function):
+    """The forward with the backward op as its derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            out, lse = torch.ops.attnzoo.bsa_fwd(*args)
+        # A layout may have been made in inference mode, whose tensors autograd does not keep.
+        ctx.save_for_backward(*(x.clone() if x is not None and x.is_inference() else x for x in args[:_COUNT]))
+        ctx.scalars, ctx.need_lse = args[_COUNT:-1], args[-1]
+        ctx.set_materialize_grads(False)
+        if not ctx.need_lse:
+            ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, *given: Tensor | None) -> tuple[Tensor | None, ...]:
+        dout, dlse = given
+        need = [ctx.needs_input_grad[place] for place in WITH_GRADIENT]
+        dlse = dlse if ctx.need_lse else None
+        grads = torch.ops.attnzoo.bsa_bwd(dout, dlse, *ctx.saved_tensors, *ctx.scalars, need)
+        result: list[Tensor | None] = [None] * (_COUNT + len(ctx.scalars) + 1)
+        for place, grad, needed in zip(WITH_GRADIENT, grads, need, strict=True):
+            result[place] = grad if needed else None
+        return tuple(result)
+
+
+class _Refuse(torch.autograd.Function):
+    """The backward op, whose own derivative raises."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            grads: tuple[Tensor, ...] = torch.ops.attnzoo.bsa_bwd(*args)
+        return grads
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        raise UnsupportedError(
+            "block_sparse_attention: this implementation has no second derivatives; impl='reference' has them"
+        )
+
+
+_attend: Any = _Attend.apply
+_refuse: Any = _Refuse.apply
+
+
+def _differentiable(tensors: tuple[Any, ...]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in tensors)
+
+
+def _forward_autograd(*args: Any) -> Any:
+    if _differentiable(args[:_COUNT]):
+        return _attend(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.attnzoo.bsa_fwd(*args)
+
+
+def _backward_autograd(*args: Any) -> Any:
+    if _differentiable(args[: _COUNT + 2]):
+        return _refuse(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.attnzoo.bsa_bwd(*args)
 
 
 def _batch(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
     """Folds the mapped dimension into the batch."""
     size = info.batch_size
-    if any(dim is not None for dim in in_dims[_LAYOUT]):
-        raise UnsupportedError("vmap: the layout may not be mapped over; impl='reference' with a loop does it")
-    if any(dim is not None for dim in in_dims[8:10]):
-        raise UnsupportedError("vmap: window and sink may not be mapped over; impl='reference' with a loop does it")
+    for place in _SHARED:
+        if in_dims[place] is not None:
+            name = _TENSORS[place].rpartition(" ")[2]
+            raise UnsupportedError(f"vmap: {name} may not be mapped over; impl='reference' with a loop does it")
     moved = list(args)
-    for i in (0, 1, 2, 6, _KEY_BIAS):
-        if args[i] is None:
-            continue
+    folded = [place for place in range(_COUNT) if place not in _SHARED and args[place] is not None]
+    for i in folded:
         x = args[i].movedim(in_dims[i], 0) if in_dims[i] is not None else args[i].unsqueeze(0)
         shared = i > 2 and in_dims[i] is None and x.shape[1] == 1
         moved[i] = x[0] if shared else x.expand(size, *x.shape[1:]).flatten(0, 1)
     batch = moved[0].shape[0] // max(size, 1)
-    for i in (6, _KEY_BIAS):
-        if moved[i] is not None and moved[i].shape[0] not in (1, size * batch):
+    for i in folded:
+        if moved[i].shape[0] not in (1, size * batch):
             moved[i] = moved[i].repeat_interleave(batch, 0)
-    for i in (3, 4):
+    for i in (_PLACES["start"], _PLACES["count"]):
         moved[i] = args[i] if args[i].shape[0] == 1 else args[i].repeat(size, 1, 1)
     out, lse = torch.ops.attnzoo.bsa_fwd(*moved)
     lse = lse.unflatten(0, (size, batch)) if args[-1] else lse.expand(size, 0)
     return (out.unflatten(0, (size, batch)), lse), (0, 0)
 
 
-for _name, _function in (("bsa_fwd", _forward), ("bsa_bwd", _backward)):
+for _name, _function, _autograd in (
+    ("bsa_fwd", _forward, _forward_autograd),
+    ("bsa_bwd", _backward, _backward_autograd),
+):
     _library.impl(_name, _function, "CompositeExplicitAutograd")
+    _library.impl(_name, _autograd, "Autograd")
 torch.library.register_fake("attnzoo::bsa_fwd", _forward_fake, lib=_library)
 torch.library.register_fake("attnzoo::bsa_bwd", _backward_fake, lib=_library)
-torch.library.register_autograd("attnzoo::bsa_fwd", _differentiate, setup_context=_keep_inputs, lib=_library)
-torch.library.register_autograd(
-    "attnzoo::bsa_bwd", _refuse_second_derivative, setup_context=_keep_nothing, lib=_library
-)
 torch.library.register_vmap("attnzoo::bsa_fwd", _batch, lib=_library)

@@ -3,9 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Fold(NamedTuple):
+    """Query heads of a group laid along the rows: ``[.., M, heads, block, ..]`` in this order.
+
+    Attributes:
+        heads: Heads of a group.
+        block: Tokens in a query block.
+        tokens: T of the call; the rows behind it repeat the last one.
+    """
+
+    heads: int
+    block: int
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -17,14 +32,14 @@ class Rule:
         q_pos: int32 ``[B|1, H|1, T]``, or ``None`` for ``t + S - T``; a negative entry is an absent row.
         window: Keys seen, own key included; an int or int32 ``[H]``; ``None`` means all.
         sink: Slots below it stay visible beside the window; an int or int32 ``[H]``.
-        folded: Query heads laid one after the other along the rows: T holds this many runs of the same positions.
+        fold: How the query heads of a group were laid along the rows, or ``None``.
     """
 
     causal: bool
     q_pos: Tensor | None = None
     window: int | Tensor | None = None
     sink: int | Tensor = 0
-    folded: int = 1
+    fold: Fold | None = None
 
     @property
     def is_static(self) -> bool:
@@ -41,8 +56,11 @@ class Rule:
         """The position of each row, int64 ``[B|1, H|1, T]``."""
         if self.q_pos is not None:
             return self.q_pos.long()
-        tokens = seq_q // self.folded
-        return (torch.arange(tokens, device=device) + (seq_k - tokens)).repeat(self.folded).view(1, 1, seq_q)
+        if self.fold is None:
+            return (torch.arange(seq_q, device=device) + (seq_k - seq_q)).view(1, 1, seq_q)
+        heads, block, tokens = self.fold
+        token = torch.arange(seq_q // heads, device=device).clamp_(max=tokens - 1) + (seq_k - tokens)
+        return token.view(-1, 1, block).expand(-1, heads, -1).reshape(1, 1, seq_q)
 
     def span(self, pos: Tensor, window: int | Tensor | None, seq_k: int) -> tuple[Tensor, Tensor]:
         """The half-open interval ``[lo, hi)`` of slots that the window and causality leave to rows at ``pos``.

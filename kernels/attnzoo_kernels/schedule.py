@@ -8,8 +8,9 @@ examined once.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,13 +27,34 @@ class Entries:
         shape: ``Bs, Hs, M`` of the source rows.
         row: int64 ``[nnz]``, the source row of each entry.
         col: int64 ``[nnz]``, its key block.
-        pos: int64 ``[Bs, Hs, M, block_q]``, row positions; a ragged tail repeats the last row.
+        place: int64 ``[nnz]``, where it stands in the layout's ``col``.
+        pos: int64 ``[B|1, H|1, M, block_q]``, row positions; a ragged tail repeats the last row.
     """
 
     shape: tuple[int, int, int]
     row: Tensor
     col: Tensor
+    place: Tensor
     pos: Tensor
+
+
+class Limits(NamedTuple):
+    """How much of each partial block a row sees, in slots counted from the block's start: ``[R, block_q, partial]``.
+
+    Attributes:
+        hi: Slots from here on are hidden.
+        lo: Slots before this are hidden, or ``None`` where there is no window.
+        sink: Slots before this are seen after all, or ``None`` where there is no sink.
+    """
+
+    hi: Tensor
+    lo: Tensor | None
+    sink: Tensor | None
+
+    def split(self, size: int) -> list[Limits]:
+        """The limits of chunks of at most so many rows."""
+        parts = [[None] * -(-self.hi.shape[0] // size) if x is None else x.split(size) for x in self]
+        return [Limits(*chunk) for chunk in zip(*parts, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -42,14 +64,38 @@ class Bucket:
     Attributes:
         rows: int64 ``[R]``, rows as flat indices into ``[B, H, M]``.
         cols: int64 ``[R, n]``, key blocks; those that need a mask come last.
+        kv: int64 ``[R, n]``, the same as flat indices into ``[B, G, N]``.
+        origin: int64 ``[R, n]``, rotary origins, or ``None``.
         partial: How many of the last columns need a mask.
         safe: Whether every row surely sees a key, the bias left aside.
+        limits: Of the partial columns, where they are the same at every call.
+        whole: Whether these are all rows, in order.
+        every: Whether these are all rows, and each reads all blocks in order.
     """
 
     rows: Tensor
     cols: Tensor
+    kv: Tensor
+    origin: Tensor | None
     partial: int
     safe: bool
+    limits: Limits | None = None
+    whole: bool = False
+    every: bool = False
+
+    def split(self, size: int) -> Iterator[Bucket]:
+        """The bucket in chunks of at most so many rows."""
+        if self.rows.shape[0] <= size:
+            yield self
+            return
+        limits = None if self.limits is None else self.limits.split(size)
+        origin = None if self.origin is None else self.origin.split(size)
+        parts = zip(self.rows.split(size), self.cols.split(size), self.kv.split(size), strict=True)
+        for i, (rows, cols, kv) in enumerate(parts):
+            yield Bucket(
+                rows, cols, kv, None if origin is None else origin[i], self.partial, self.safe,
+                None if limits is None else limits[i],
+            )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -58,6 +104,14 @@ class Schedule:
 
     buckets: tuple[Bucket, ...]
     pos: Tensor
+
+    def positions(self, rows: Tensor, heads: int) -> Tensor:
+        """Positions of the rows of some query blocks, int64 ``[R, block_q]``."""
+        batch, pos_heads, blocks_q, _ = self.pos.shape
+        head, block = rows // blocks_q, rows % blocks_q
+        at_batch = head // heads if batch > 1 else torch.zeros_like(head)
+        at_head = head % heads if pos_heads > 1 else torch.zeros_like(head)
+        return self.pos[at_batch, at_head, block]
 
 
 def list_entries(call: Call) -> Entries:
@@ -78,11 +132,12 @@ def list_entries(call: Call) -> Entries:
     ends = count.cumsum(0)
     row = torch.repeat_interleave(torch.arange(count.shape[0], device=device), count)
     within = torch.arange(row.shape[0], device=device) - (ends - count)[row]
-    col = call.col.long()[start[row] + within]
+    place = start[row] + within
+    col = call.col.long()[place]
     tail = torch.arange(blocks_q * call.block_q, device=device).clamp(max=max(seq_q - 1, 0))
     # Positions without a batch or head dimension broadcast against the source rows as they are.
     tiles = pos[..., tail].view(*pos.shape[:2], blocks_q, call.block_q)
-    return Entries((src_batch, src_heads, blocks_q), row, col, tiles)
+    return Entries((src_batch, src_heads, blocks_q), row, col, place, tiles)
 
 
 def _tile_values(call: Call, entries: Entries) -> tuple[Tensor, Tensor, Tensor]:
@@ -122,6 +177,35 @@ def classify(call: Call, entries: Entries) -> tuple[Tensor, Tensor, Tensor]:
     return read, full, anchored & read
 
 
+def limits_of(call: Call, pos: Tensor, rows: Tensor, cols: Tensor) -> Limits:
+    """The limits of some blocks.
+
+    Args:
+        call: The call.
+        pos: Row positions, int64 ``[R, block_q]``.
+        rows: int64 ``[R]``, flat indices into ``[B, H, M]``.
+        cols: int64 ``[R, partial]``, key blocks.
+    """
+    rule, seq_k = call.rule, call.k.shape[2]
+    head = (rows // call.grid[0]) % call.q.shape[1]
+
+    def of_row(value: int | Tensor) -> int | Tensor:
+        return value.long()[head].unsqueeze(1) if isinstance(value, Tensor) else value
+
+    first = cols.unsqueeze(1) * call.block_k
+
+    def within(end: Tensor) -> Tensor:
+        return (end.unsqueeze(-1) - first).clamp_(0, call.block_k).to(torch.int32)
+
+    window = None if rule.window is None else of_row(rule.window)
+    lo, hi = rule.span(pos, window, seq_k)
+    if window is None:
+        return Limits(within(hi), None, None)
+    has_sink = isinstance(rule.sink, Tensor) or rule.sink > 0
+    sink = within(rule.sink_end(pos, of_row(rule.sink), seq_k)) if has_sink else None
+    return Limits(within(hi), within(lo), sink)
+
+
 def build_schedule(call: Call) -> Schedule:
     """Builds the schedule of a call with bulk tensor arithmetic; O(entries + rows) memory."""
     batch, heads, _, seq_q, seq_k = call.shape
@@ -130,33 +214,60 @@ def build_schedule(call: Call) -> Schedule:
     entries = list_entries(call)
     src_batch, src_heads, blocks_q = entries.shape
     read, full, anchored = classify(call, entries)
-    row, col, partial = entries.row[read], entries.col[read], ~full[read]
+    row, partial = entries.row[read], ~full[read]
     order = torch.argsort(row * 2 + partial, stable=True)
-    col = col[order]
     rows = src_batch * src_heads * blocks_q
-    count = torch.bincount(row, minlength=rows)
-    masked = torch.bincount(row[partial], minlength=rows)
-    safe = torch.bincount(entries.row[anchored], minlength=rows) > 0
-    begin = count.cumsum(0) - count
-    source = torch.arange(rows, device=col.device).view(src_batch, src_heads, blocks_q)
+    sources = _Sources(
+        count=torch.bincount(row, minlength=rows),
+        masked=torch.bincount(row[partial], minlength=rows),
+        safe=torch.bincount(entries.row[anchored], minlength=rows) > 0,
+        col=entries.col[read][order],
+        origin=None if call.origins is None else call.origins.of_entry.long()[entries.place[read][order]],
+    )
+    source = torch.arange(rows, device=row.device).view(src_batch, src_heads, blocks_q)
     source = source.repeat_interleave(heads // src_heads, 1).expand(batch, heads, blocks_q).reshape(-1)
-    return Schedule(tuple(_buckets(source, count, begin, masked, safe, col)), entries.pos)
+    schedule = Schedule((), entries.pos)
+    return Schedule(tuple(_buckets(call, schedule, source, sources)), entries.pos)
 
 
-def _buckets(source: Tensor, count: Tensor, begin: Tensor, masked: Tensor, safe: Tensor, col: Tensor) -> list[Bucket]:
+@dataclass(frozen=True)
+class _Sources:
+    """What the source rows read: counts ``[rows]``, and their blocks one after the other, partial ones last."""
+
+    count: Tensor
+    masked: Tensor
+    safe: Tensor
+    col: Tensor
+    origin: Tensor | None
+
+
+def _buckets(call: Call, schedule: Schedule, source: Tensor, sources: _Sources) -> Iterator[Bucket]:
     """Groups rows by the number of blocks they read; rows that read nothing belong to none."""
-    lengths = count[source]
+    _, heads, groups, _, _ = call.shape
+    blocks_q, blocks_k = call.grid
+    begin = sources.count.cumsum(0) - sources.count
+    lengths = sources.count[source]
     order = torch.argsort(lengths, stable=True)
     values, sizes = torch.unique_consecutive(lengths[order], return_counts=True)
-    buckets = []
     for length, rows in zip(values.tolist(), order.split(sizes.tolist()), strict=True):
         if length == 0:
             continue
         origin = source[rows]
-        cols = col[begin[origin].unsqueeze(1) + torch.arange(length, device=col.device)]
-        partial = int(masked[origin].max())
-        buckets.append(Bucket(rows, cols, partial, bool(safe[origin].all())))
-    return buckets
+        at = begin[origin].unsqueeze(1) + torch.arange(length, device=rows.device)
+        cols = sources.col[at]
+        head = rows // blocks_q
+        group = (head // heads) * groups + (head % heads) // (heads // groups)
+        partial = int(sources.masked[origin].max())
+        limits = None
+        if partial and call.rule.is_static:
+            limits = limits_of(call, schedule.positions(rows, heads), rows, cols[:, length - partial :])
+        whole = rows.shape[0] == source.shape[0]
+        every = whole and length == blocks_k and bool((cols == torch.arange(length, device=rows.device)).all())
+        yield Bucket(
+            rows, cols, group.unsqueeze(1) * blocks_k + cols,
+            None if sources.origin is None else sources.origin[at],
+            partial, bool(sources.safe[origin].all()), limits, whole, every,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -171,10 +282,10 @@ _memo: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 def schedule_for(call: Call, build: Callable[[Call], Schedule] = build_schedule) -> Schedule:
     """The schedule of a call, remembered for as long as the layout lives where the rule holds no tensors."""
-    if not call.rule.is_static:
+    if not call.rule.is_static or call.origins is not None:
         return build(call)
     rule = call.rule
-    key = (*call.shape, call.block_q, call.block_k, rule.causal, rule.window, rule.sink, rule.folded)
+    key = (*call.shape, call.block_q, call.block_k, rule.causal, rule.window, rule.sink, rule.fold)
     known = _memo.get(call.col)
     found: _Remembered | None = known.get(key) if known is not None else None
     if found is not None and found.start() is call.start and found.count() is call.count:

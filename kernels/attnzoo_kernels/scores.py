@@ -1,0 +1,269 @@
+"""The weights of a chunk of rows, with every switch, and the way back from their gradients.
+
+Forward and backward make the weights with the same code: the backward recomputes the softmax, which is exact since a
+chunk holds whole rows.
+
+Letters: R rows of the chunk (query blocks), n key blocks of each row, D head width, Dr rotated width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from attnzoo_kernels import gating
+from attnzoo_kernels.call import Call
+from attnzoo_kernels.gemm import product
+from attnzoo_kernels.schedule import Bucket, Limits, Schedule, limits_of
+from attnzoo_kernels.tiles import Source
+from attnzoo_kernels.workspace import scratch
+
+
+@dataclass
+class Chunk:
+    """Some rows of a bucket, gathered and weighed.
+
+    Attributes:
+        part: The rows and what they read.
+        q: ``[R, block_q, D]``, scaled, in the accumulator's dtype.
+        k: ``[R, n * block_k, D]``, rotated where there are origins.
+        q_aux: As q, with its own width, or ``None``.
+        k_aux: As k.
+        probs: Softmax weights ``[R, block_q, n * block_k]``.
+        dead: Rows that see nothing, bool ``[R, block_q, 1]``, or ``None`` where there surely is none.
+        lse: ``[R, block_q, 1]``, or ``None`` where nobody asked.
+        hidden: Slots that the bias hides, bool ``[R, n * block_k, 1]``, or ``None``.
+        gated: What the gate left for the way back, or ``None``.
+    """
+
+    part: Bucket
+    q: Tensor
+    k: Tensor
+    q_aux: Tensor | None
+    k_aux: Tensor | None
+    probs: Tensor
+    dead: Tensor | None = None
+    lse: Tensor | None = None
+    hidden: Tensor | None = None
+    gated: gating.Gated | None = None
+
+
+class Inputs:
+    """A call's tensors as sources of blocks, and the schedule that says which."""
+
+    def __init__(self, call: Call, schedule: Schedule) -> None:
+        self.call, self.schedule = call, schedule
+        acc = call.acc_dtype
+        q, k = call.q, call.k
+        self.turns = None
+        if call.origins is not None:
+            self.turns = Turns(call)
+            q, k = self.turns.in_pairs(q), self.turns.in_pairs(k)
+        self.q, self.k = Source(q, call.block_q, acc), Source(k, call.block_k, acc)
+        self.q_aux = self.k_aux = self.bias = self.gate_key = None
+        if call.aux is not None:
+            self.q_aux, self.k_aux = Source(call.aux[0], call.block_q, acc), Source(call.aux[1], call.block_k, acc)
+        self.bias_hides = False
+        if call.key_bias is not None:
+            self.bias = Source(call.key_bias.unsqueeze(-1), call.block_k, acc)
+            self.bias_hides = bool((call.key_bias == -torch.inf).any())
+        if call.gate is not None and call.gate.key is not None:
+            key = call.gate.key if self.turns is None else self.turns.in_pairs(call.gate.key)
+            self.gate_key = Source(key, 1, acc)
+
+    def blocks_in(self, source: Source, part: Bucket) -> Tensor:
+        """A chunk's key blocks as flat indices into ``[b, h, N]`` of a tensor that may share batch or heads."""
+        if (source.batch, source.heads) == (self.call.k.shape[0], self.call.k.shape[1]):
+            return part.kv.reshape(-1)
+        heads, head = self.call.q.shape[1], part.rows // self.call.grid[0]
+        index = (head // heads) * source.heads if source.batch > 1 else torch.zeros_like(head)
+        index = index + (head % heads) * source.heads // heads
+        return (index.unsqueeze(1) * self.call.grid[1] + part.cols).reshape(-1)
+
+
+class Turns:
+    """Rotation by ``-origin`` of the queries, as rotation by ``+origin`` of the gathered keys.
+
+    Columns that are rotated together lie side by side here, so that a rotation is one complex product.
+    """
+
+    def __init__(self, call: Call) -> None:
+        if call.origins is None:
+            raise ValueError("origins: expected some")
+        cos, sin = (x.to(call.acc_dtype) for x in (call.origins.cos, call.origins.sin))
+        self.table = torch.complex(cos, sin)  # [P, Dr / 2]
+        self.width = 2 * cos.shape[1]
+        self.full = call.q.shape[3]
+        pairs = torch.arange(self.width, device=cos.device).view(2, -1).T.reshape(-1)
+        order = torch.cat([pairs, torch.arange(self.width, self.full, device=cos.device)])
+        self.back = torch.argsort(order)
+        # Complex views need even strides.
+        self.order = torch.cat([order, order[:1]]) if self.full % 2 else order
+
+    def in_pairs(self, x: Tensor) -> Tensor:
+        """A copy with its columns in pairs; an odd width gets a column of zeros."""
+        paired = x.index_select(-1, self.order)
+        if self.full % 2:
+            paired[..., -1] = 0
+        return paired
+
+    def in_halves(self, x: Tensor) -> Tensor:
+        """The inverse."""
+        return x.index_select(-1, self.back)
+
+    def turn(self, x: Tensor, origin: Tensor, *, back: bool = False) -> None:
+        """Rotates blocks ``[R * n, rows, D]`` by their origins, int64 ``[R * n]``, in place."""
+        angle = self.table.index_select(0, origin).unsqueeze(1)
+        rotated = torch.view_as_complex(x[..., : self.width].unflatten(-1, (-1, 2)))
+        rotated.mul_(angle.conj() if back else angle)
+
+
+def weigh(inputs: Inputs, part: Bucket, *, need_lse: bool, views: bool = False) -> Chunk:
+    """Gathers a chunk's rows and makes their weights.
+
+    Args:
+        inputs: The call.
+        part: The chunk.
+        need_lse: Whether the log-sum-exp is wanted.
+        views: Whether keys may be views of the inputs, for a chunk where each row reads every block.
+    """
+    call = inputs.call
+    q = inputs.q.gather("q", part.rows).mul_(call.scale)
+    hidden = bias = None
+    if inputs.bias is not None:
+        bias = inputs.bias.gather("bias", inputs.blocks_in(inputs.bias, part)).view(part.rows.shape[0], -1, 1)
+        hidden = bias == -torch.inf if inputs.bias_hides else None
+    k = _keys(inputs, part, views=views)
+    q_aux, k_aux = _auxiliary(inputs, part)
+    if hidden is not None:
+        for x in (k, k_aux):
+            if x is not None:
+                x.masked_fill_(hidden, 0.0)
+    scores = product("scores", q, k.transpose(1, 2))
+    if q_aux is not None and k_aux is not None:
+        torch.baddbmm(scores, q_aux, k_aux.transpose(1, 2), out=scores)
+    if bias is not None:
+        scores += bias.transpose(1, 2)[..., : scores.shape[2]]
+    if part.partial:
+        _hide(inputs, part, scores)
+    chunk = Chunk(part, q, k, q_aux, k_aux, scores, hidden=hidden)
+    if call.gate is not None:
+        _gate(inputs, chunk, scores, need_lse=need_lse)
+    else:
+        _normalise(inputs, chunk, scores, need_lse=need_lse)
+    if chunk.dead is not None:
+        # A dead query may hold NaN; its zero weight would not silence it in the gradients of keys.
+        for x in (q, q_aux):
+            if x is not None:
+                x.masked_fill_(chunk.dead, 0.0)
+    return chunk
+
+
+def _keys(inputs: Inputs, part: Bucket, *, views: bool) -> Tensor:
+    if views:
+        return inputs.call.k.flatten(0, 1)
+    k = inputs.k.gather("k", part.kv.reshape(-1))
+    if inputs.turns is not None and part.origin is not None:
+        inputs.turns.turn(k, part.origin.reshape(-1))
+    return k.view(part.rows.shape[0], -1, k.shape[2])
+
+
+def _auxiliary(inputs: Inputs, part: Bucket) -> tuple[Tensor | None, Tensor | None]:
+    if inputs.q_aux is None or inputs.k_aux is None:
+        return None, None
+    q = inputs.q_aux.gather("q_aux", part.rows).mul_(inputs.call.scale)
+    k = inputs.k_aux.gather("k_aux", inputs.blocks_in(inputs.k_aux, part))
+    return q, k.view(part.rows.shape[0], -1, k.shape[2])
+
+
+def _normalise(inputs: Inputs, chunk: Chunk, scores: Tensor, *, need_lse: bool) -> None:
+    """Scores to weights in place."""
+    unsafe = not chunk.part.safe or inputs.bias_hides
+    peak = scores.amax(-1, keepdim=True) if need_lse or unsafe else None
+    if peak is not None and unsafe:
+        chunk.dead = _any_of(peak == -torch.inf)
+    if chunk.dead is not None:
+        scores.masked_fill_(chunk.dead, 0.0)
+    torch.softmax(scores, -1, out=scores)
+    if chunk.dead is not None:
+        scores.masked_fill_(chunk.dead, 0.0)
+    if need_lse and peak is not None:
+        # The largest weight is exp(0) / total: no second pass of exp.
+        lse = peak - scores.amax(-1, keepdim=True).log()
+        chunk.lse = lse if chunk.dead is None else lse.masked_fill(chunk.dead, -torch.inf)
+
+
+def _any_of(dead: Tensor) -> Tensor | None:
+    return dead if bool(dead.any()) else None
+
+
+def _gate(inputs: Inputs, chunk: Chunk, scores: Tensor, *, need_lse: bool) -> None:
+    call, part = inputs.call, chunk.part
+    gate = call.gate
+    if gate is None:
+        return
+    heads, block_k = call.q.shape[1], call.block_k
+    own = inputs.schedule.positions(part.rows, heads).unsqueeze(-1) // block_k == part.cols.unsqueeze(1)
+    mix = gate.mix
+    if isinstance(mix, Tensor):
+        mix = mix.to(scores.dtype)[(part.rows // call.grid[0]) % heads].view(-1, 1, 1)
+    key = logits = None
+    if inputs.gate_key is not None:
+        key = inputs.gate_key.gather("gate key", part.kv.reshape(-1))
+        if inputs.turns is not None and part.origin is not None:
+            inputs.turns.turn(key, part.origin.reshape(-1))
+        key = key.view(part.rows.shape[0], -1, key.shape[2])
+        logits = torch.bmm(chunk.q, key.transpose(1, 2))
+    chunk.gated, chunk.probs, chunk.dead, lse = gating.weigh(scores, block_k, own=own, mix=mix, logits=logits)
+    chunk.gated.key = key
+    chunk.lse = lse if need_lse else None
+
+
+@lru_cache(maxsize=64)
+def _until(block: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Row j hides the columns from j on: what to add to scores, ``[block + 1, block]``."""
+    with torch.inference_mode(False):
+        column = torch.arange(block, device=device)
+        ends = torch.arange(block + 1, device=device).unsqueeze(1)
+        return torch.zeros(block + 1, block, dtype=dtype, device=device).masked_fill_(column >= ends, -torch.inf)
+
+
+@lru_cache(maxsize=64)
+def _since(block: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Row j hides the columns before j."""
+    with torch.inference_mode(False):
+        column = torch.arange(block, device=device)
+        begins = torch.arange(block + 1, device=device).unsqueeze(1)
+        return torch.zeros(block + 1, block, dtype=dtype, device=device).masked_fill_(column < begins, -torch.inf)
+
+
+def _hide(inputs: Inputs, part: Bucket, scores: Tensor) -> None:
+    """Hides what the rule hides in the partial blocks."""
+    call, limits = inputs.call, part.limits
+    if limits is None:
+        cols = part.cols[:, part.cols.shape[1] - part.partial :]
+        limits = limits_of(call, inputs.schedule.positions(part.rows, call.q.shape[1]), part.rows, cols)
+    tail = scores[..., (part.cols.shape[1] - part.partial) * call.block_k :]
+    mask = _mask(limits, call.block_k, scores.dtype).view(*scores.shape[:2], -1)[..., : tail.shape[2]]
+    if part.safe and part.limits is not None:
+        tail += mask
+    else:
+        # Rows that see nothing may hold NaN, which adding would keep.
+        torch.where(mask == 0, tail, mask, out=tail)
+
+
+def _mask(limits: Limits, block: int, dtype: torch.dtype) -> Tensor:
+    """0 where a slot is seen, -inf where not, ``[R * block_q * partial, block]``."""
+    hi = limits.hi.reshape(-1)
+    shape, device = (hi.shape[0], block), hi.device
+    mask = torch.index_select(_until(block, dtype, device), 0, hi, out=scratch("mask", shape, dtype, device))
+    if limits.lo is not None:
+        lower = scratch("mask lower", shape, dtype, device)
+        mask += torch.index_select(_since(block, dtype, device), 0, limits.lo.reshape(-1), out=lower)
+        if limits.sink is not None:
+            torch.index_select(_until(block, dtype, device), 0, limits.sink.reshape(-1), out=lower)
+            torch.maximum(mask, lower, out=mask)
+    return mask
