@@ -17,7 +17,7 @@ from attnzoo_kernels.call import Call
 from attnzoo_kernels.fold import fold_groups, fold_rows, unfold_rows
 from attnzoo_kernels.gemm import multiplies_bf16, product, routed
 from attnzoo_kernels.schedule import Bucket, schedule_for
-from attnzoo_kernels.scores import Chunk, Inputs, weigh
+from attnzoo_kernels.scores import Chunk, Inputs, Turns, weigh
 from attnzoo_kernels.tiles import Source, tile, untile
 from attnzoo_kernels.workspace import scratch
 
@@ -45,7 +45,7 @@ def forward(call: Call, *, need_lse: bool) -> tuple[Tensor, Tensor]:
 
 
 def _forward(call: Call, *, need_lse: bool) -> tuple[Tensor, Tensor]:
-    batch, heads, _, seq_q, _ = call.shape
+    batch, heads, _, _, _ = call.shape
     inputs = Inputs(call, schedule_for(call))
     values = Source(call.v, call.block_k, _value_dtype(call))
     rows, block = batch * heads * call.grid[0], call.block_q
@@ -67,11 +67,10 @@ def _forward(call: Call, *, need_lse: bool) -> tuple[Tensor, Tensor]:
             out.index_copy_(0, part.rows, product("out", weights, v).to(out.dtype))
         if lse is not None and chunk.lse is not None:
             lse.index_copy_(0, part.rows, chunk.lse)
-    like = call.q.new_empty(batch, heads, seq_q, 0)
-    result = untile(out, like)
+    result = untile(out, call.q.shape)
     if lse is None:
         return result, call.q.new_empty(0, dtype=call.acc_dtype)
-    return result, untile(lse, like.to(call.acc_dtype)).squeeze(-1)
+    return result, untile(lse, call.q.shape).squeeze(-1)
 
 
 def _value_dtype(call: Call) -> torch.dtype:
@@ -224,20 +223,15 @@ def _turn_back(inputs: Inputs, part: Bucket, dk: Tensor) -> None:
 
 def _as_given(call: Call, folded: Call, grads: Gradients) -> tuple[Tensor | None, ...]:
     """The gradients in the shapes, orders and dtypes of the inputs."""
-    turns_back = None
-    if call.origins is not None:
-        from attnzoo_kernels.scores import Turns
-
-        turns_back = Turns(call)
+    turns_back = None if call.origins is None else Turns(call)
 
     def rows(grad: Tensor | None, like: Tensor | None, given: Tensor | None) -> Tensor | None:
         if grad is None or like is None or given is None:
             return None
-        grad = grad.view(like.shape[0], like.shape[1], -1, grad.shape[-1])
-        return unfold_rows(grad[:, :, : like.shape[2]], folded).to(given.dtype).contiguous()
+        return unfold_rows(untile(grad, like.shape), folded).to(given.dtype).contiguous()
 
     def keys(grad: Tensor | None, like: Tensor | None) -> Tensor | None:
-        return None if grad is None or like is None else untile(grad, like)
+        return None if grad is None or like is None else untile(grad, like.shape).to(like.dtype).contiguous()
 
     q, k, gate = grads.q, grads.k, grads.gate
     if turns_back is not None:
@@ -246,7 +240,7 @@ def _as_given(call: Call, folded: Call, grads: Gradients) -> tuple[Tensor | None
     folded_aux = folded.aux[0] if folded.aux is not None else None
     bias = None if call.key_bias is None else call.key_bias.unsqueeze(-1)
     dbias = keys(None if grads.bias is None else grads.bias.unsqueeze(-1), bias)
-    dgate = None if gate is None or call.gate is None or call.gate.key is None else gate.view_as(call.gate.key)
+    gate_key = None if call.gate is None else call.gate.key
     return (
         rows(q, folded.q, call.q),
         keys(k, call.k),
@@ -254,5 +248,5 @@ def _as_given(call: Call, folded: Call, grads: Gradients) -> tuple[Tensor | None
         None if dbias is None else dbias.squeeze(-1),
         rows(grads.q_aux, folded_aux, q_aux),
         keys(grads.k_aux, k_aux),
-        None if dgate is None or call.gate is None or call.gate.key is None else dgate.to(call.gate.key.dtype),
+        None if gate is None or gate_key is None else gate.view_as(gate_key).to(gate_key.dtype),
     )

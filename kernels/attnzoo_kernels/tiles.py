@@ -73,8 +73,7 @@ def tile(x: Tensor, block: int) -> Tensor:
     return x.reshape(x.shape[0] * x.shape[1] * blocks, block, x.shape[3])
 
 
-def untile(x: Tensor, like: Tensor) -> Tensor:
-    """The inverse of :func:`tile`, in the shape and dtype of ``like``, contiguous."""
-    batch, heads, length, _ = like.shape
-    x = x.view(batch, heads, -(-length // x.shape[1]) * x.shape[1], x.shape[-1])[:, :, :length]
-    return x.to(like.dtype).contiguous()
+def untile(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The inverse of :func:`tile`, for a tensor whose first three dimensions are ``shape``'s; a view."""
+    batch, heads, length = shape[:3]
+    return x.view(batch, heads, -(-length // x.shape[1]) * x.shape[1], x.shape[-1])[:, :, :length]
