@@ -6,7 +6,7 @@ Letters: C model width, H query heads, G KV heads, D head width.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -87,6 +87,19 @@ def convert(
         ConfigError: If no site matches, or an option is unknown or does not fit. The model is unchanged.
         UnsupportedError: If a site cannot be converted so. The model is unchanged.
     """
+    # Weights made in inference mode could never be trained.
+    with torch.inference_mode(False):
+        return _convert(model, variant, where, calibration, progress, options)
+
+
+def _convert(
+    model: nn.Module,
+    variant: str,
+    where: Callable[[Site], bool] | None,
+    calibration: Iterable[Any] | Statistics | None,
+    progress: Progress | None,
+    options: dict[str, Any],
+) -> ConversionReport:
     sites = _choose(model, where)
     reads_only = variant in READ_VARIANTS
     if not reads_only and variant != "lowrank_gqa":
@@ -127,7 +140,7 @@ def _request(options: dict[str, Any]) -> lowrank.Request:
     if "method" not in options:
         raise ConfigError(f"method: expected one of {', '.join(lowrank.METHODS)}, got none")
     if options["method"] == "mean":
-        warnings.warn("method 'mean' is a baseline that ruins most models; 'commuting' is the conversion", stacklevel=3)
+        warnings.warn("method 'mean' is a baseline that ruins most models; 'commuting' is the conversion", stacklevel=4)
     return lowrank.Request(**options)
 
 
@@ -141,7 +154,7 @@ def _reading_cuts(model: nn.Module, sites: list[Site], variant: str, options: di
         variant == "s2" and options["sink_blocks"] == 0
     ):
         warnings.warn(
-            f"{variant} without a sink: models that were trained without it lose the token they lean on", stacklevel=3
+            f"{variant} without a sink: models that were trained without it lose the token they lean on", stacklevel=4
         )
     cuts = []
     for site in sites:
@@ -243,12 +256,23 @@ def _cut_again(model: nn.Module, entry: dict[str, Any]) -> _Cut:
         rule = interface.Rule(reading_layer(old, site, entry["variant"], entry["options"]))
         return _Cut(site, SiteReport(site, values, values), entry, rule=rule)
     if kind == "latent":
-        seat = llama.LatentSeat(old, llama.latent_like(old, entry["latent_dim"]))
-        return _Cut(site, SiteReport(site, values, entry["latent_dim"]), entry, module=seat)
+        width = _whole(entry, "latent_dim", [n + 1 for n in range(values)])
+        seat = llama.LatentSeat(old, llama.latent_like(old, width))
+        return _Cut(site, SiteReport(site, values, width), entry, module=seat)
     if kind == "weights":
-        module = llama.build(old, llama.with_kv_heads(llama.read(old), entry["num_kv_heads"]))
+        heads = _whole(entry, "num_kv_heads", [n for n in range(1, site.heads + 1) if site.heads % n == 0])
+        module = llama.build(old, llama.with_kv_heads(llama.read(old), heads))
         return _Cut(site, SiteReport(site, values, values), entry, module=module)
     raise ConversionError(f"recipe: expected kind read, latent or weights, got {kind!r}")
+
+
+def _whole(entry: dict[str, Any], name: str, allowed: Sequence[int]) -> int:
+    value = entry.get(name)
+    if isinstance(value, bool) or not isinstance(value, int) or value not in allowed:
+        raise ConversionError(
+            f"recipe: {name}: expected an int that fits {entry['path']}, at most {allowed[-1]}, got {value!r}"
+        )
+    return value
 
 
 def cache_bytes(model: nn.Module) -> int:
@@ -265,6 +289,7 @@ def recipe_of(model: nn.Module) -> list[dict[str, Any]]:
 def _apply(model: Any, cuts: list[_Cut], variant: str, options: dict[str, Any]) -> ConversionReport:
     """Makes all changes; nothing before this touches the model."""
     old_modules = {cut.site.path: model.get_submodule(cut.site.path) for cut in cuts}
+    places = {path: _places(model, module) for path, module in old_modules.items()}
     old_rules = {path: interface.rule_of(module) for path, module in old_modules.items()}
     old_recipe = model.__dict__.get("attnzoo_recipe", [])
     old_heads = getattr(model.config, "num_key_value_heads", None)
@@ -272,7 +297,7 @@ def _apply(model: Any, cuts: list[_Cut], variant: str, options: dict[str, Any]) 
     old_attention = interface.switch(model) if needs_interface else None
     for cut in cuts:
         if cut.module is not None:
-            _place(model, cut.site.path, cut.module)
+            _place(model, places[cut.site.path], cut.module)
         if cut.rule is not None:
             interface.set_rule(model.get_submodule(cut.site.path), cut.rule)
     model.__dict__["attnzoo_recipe"] = recipe = [*old_recipe, *(cut.recipe for cut in cuts)]
@@ -284,7 +309,7 @@ def _apply(model: Any, cuts: list[_Cut], variant: str, options: dict[str, Any]) 
         if model.__dict__.get("attnzoo_recipe") is not recipe:
             raise ConversionError("undo: a later conversion of this model still stands; undo that first")
         for path, module in old_modules.items():
-            _place(model, path, module)
+            _place(model, places[path], module)
             interface.set_rule(module, old_rules[path])
         model.__dict__["attnzoo_recipe"] = old_recipe
         if old_heads is not None:
@@ -296,6 +321,12 @@ def _apply(model: Any, cuts: list[_Cut], variant: str, options: dict[str, Any]) 
     return ConversionReport(variant, options, [cut.report for cut in cuts], size, undo)
 
 
-def _place(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, module)
+def _places(model: nn.Module, module: nn.Module) -> list[str]:
+    """Every path that leads to a module: a model may apply one block several times."""
+    return [path for path, found in model.named_modules(remove_duplicate=False) if found is module]
+
+
+def _place(model: nn.Module, paths: list[str], module: nn.Module) -> None:
+    for path in paths:
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, module)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from attnzoo.surgery.convert import apply_recipe, recipe_of
 from attnzoo.surgery.hosts import checkpoint
-from attnzoo_kernels.errors import ConversionError
+from attnzoo_kernels.errors import ConversionError, UnsupportedError
 
 RECIPE = "attnzoo_config.json"
 ADAPTER = "adapter.safetensors"
@@ -110,7 +110,12 @@ def load(folder: str | Path, *, base: Any = None, dtype: torch.dtype = torch.flo
     Raises:
         ConversionError: If a file is missing, damaged or not to be trusted, or the base is another model.
     """
-    folder = Path(folder)
+    # Weights made in inference mode could never be trained.
+    with torch.inference_mode(False):
+        return _load(Path(folder), base, dtype)
+
+
+def _load(folder: Path, base: Any, dtype: torch.dtype) -> tuple[Any, Any]:
     if not folder.is_dir():
         raise ConversionError(f"{folder}: no such folder")
     about = checkpoint.read_json(folder / RECIPE, checkpoint.INDEX_BYTES)
@@ -150,7 +155,7 @@ def _load_adapter(folder: Path, about: dict[str, Any], recipe: list[dict[str, An
 def _apply(model: Any, recipe: list[dict[str, Any]], folder: Path) -> Callable[[], None]:
     try:
         return apply_recipe(model, recipe)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (ConversionError, UnsupportedError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise ConversionError(f"{folder / RECIPE}: does not fit the model: {error}") from error
 
 

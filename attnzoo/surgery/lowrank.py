@@ -16,7 +16,7 @@ from attnzoo.surgery.grouping import consecutive
 from attnzoo.surgery.projections import LatentProjections, Projections
 from attnzoo.surgery.refit import refit_sites
 from attnzoo.surgery.site import Site
-from attnzoo.surgery.statistics import Progress, Statistics, collect
+from attnzoo.surgery.statistics import Progress, Statistics, collect, has_biases
 from attnzoo_kernels.errors import ConfigError
 
 METHODS = ("commuting", "latent", "mean", "expand")
@@ -148,10 +148,9 @@ def _statistics(
 ) -> Statistics:
     if not isinstance(calibration, Statistics):
         return collect(model, sites, calibration, gradients=request.gradients, progress=progress)
-    missing = [site.path for site in sites if site.path not in calibration.sites]
-    if missing:
-        raise ConfigError(f"calibration: expected statistics of every site, got none of {missing[0]}")
-    return calibration
+    for site in sites:
+        calibration.check(site, biases=has_biases(model.get_submodule(site.path)))
+    return calibration if request.gradients else calibration.without_gradients()
 
 
 def _without_calibration(projections: Projections, request: Request) -> Projections:
@@ -164,7 +163,7 @@ def _without_calibration(projections: Projections, request: Request) -> Projecti
 def _with_calibration(projections: Projections, statistics: Statistics, site: Site, request: Request) -> Solution:
     known = statistics.sites[site.path]
     moment = known.loss_moment()
-    fisher = known.mean_fisher() if request.gradients else None
+    fisher = known.mean_fisher()
     if request.method == "latent" and request.latent_dim is not None:
         return Solution(*merge_heads.latent_site(projections, moment, fisher, request.latent_dim))
     count = request.num_kv_heads or projections.num_kv_heads

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -76,6 +76,30 @@ class Statistics:
     batches: list[Batch]
     with_gradients: bool
 
+    def without_gradients(self) -> Statistics:
+        """What would have been collected without a backward pass."""
+        plain = {path: replace(site, weighted=None, fisher=None, token_weight=[]) for path, site in self.sites.items()}
+        return Statistics(plain, self.batches, with_gradients=False)
+
+    def check(self, site: Site, *, biases: bool) -> None:
+        """Raises unless these are statistics of a site of these sizes.
+
+        Raises:
+            ConfigError: If the site is missing or of other sizes.
+        """
+        known = self.sites.get(site.path)
+        if known is None:
+            raise ConfigError(f"calibration: expected statistics of every site, got none of {site.path}")
+        sizes = [("inputs", known.moment, site.width + int(biases))]
+        if known.fisher is not None:
+            sizes.append(("keys and values", known.fisher, 2 * site.kv_heads * site.head_dim))
+        for what, matrix, size in sizes:
+            if matrix.shape != (size, size):
+                raise ConfigError(
+                    f"calibration: expected statistics of {size} {what} at {site.path}, got {matrix.shape[0]}; "
+                    "they come from another model"
+                )
+
 
 def as_batches(calibration: Iterable[Any]) -> list[Batch]:
     """Batches of ids as keyword arguments for the model.
@@ -98,10 +122,24 @@ def as_batches(calibration: Iterable[Any]) -> list[Batch]:
         if ids is None or ids.is_floating_point() or ids.dim() not in (1, 2) or ids.numel() == 0:
             got = None if ids is None else f"{ids.dtype} {list(ids.shape)}"
             raise ConfigError(f"calibration: expected input_ids of integers [B, T], got {got}")
-        batches.append({name: value.view(1, -1) if value.dim() == 1 else value for name, value in batch.items()})
+        batches.append(
+            _checked({name: value.view(1, -1) if value.dim() == 1 else value for name, value in batch.items()})
+        )
     if not batches:
         raise ConfigError("calibration: expected at least one batch, got none")
     return batches
+
+
+def _checked(batch: Batch) -> Batch:
+    """A batch whose mask fits its ids, in tensors that autograd may keep."""
+    shape, mask = batch["input_ids"].shape, batch.get("attention_mask")
+    if mask is not None and mask.shape != shape:
+        raise ConfigError(
+            f"calibration: expected an attention_mask {list(shape)} as input_ids has it, got {list(mask.shape)}"
+        )
+    if mask is not None and not bool(mask.any()):
+        raise ConfigError("calibration: expected a token in every batch, got one that is all padding")
+    return {name: value.clone() if value.is_inference() else value for name, value in batch.items()}
 
 
 def real_tokens(batch: Batch) -> Tensor:
@@ -134,7 +172,7 @@ def collect(
     gradients: bool = True,
     progress: Progress | None = None,
 ) -> Statistics:
-    """Runs the calibration text through the model and sums up what the sites see.
+    """Runs the calibration text through the model and sums up what the sites see; inference mode does not reach in.
 
     Args:
         model: A causal language model; it is left as it was.
@@ -143,7 +181,13 @@ def collect(
         gradients: Also run backward, for Fisher matrices and gradient-weighted moments.
         progress: Told of each batch.
     """
-    batches = as_batches(calibration)
+    with torch.inference_mode(False):
+        return _collect(model, sites, as_batches(calibration), gradients=gradients, progress=progress)
+
+
+def _collect(
+    model: nn.Module, sites: Sequence[Site], batches: list[Batch], *, gradients: bool, progress: Progress | None
+) -> Statistics:
     modules = {site.path: model.get_submodule(site.path) for site in sites}
     found: dict[str, SiteStatistics] = {}
     for site in sites:

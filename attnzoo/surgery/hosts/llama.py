@@ -44,8 +44,10 @@ def reasons_against(module: nn.Module, *, reads_only: bool) -> tuple[str, ...]:
     reasons = []
     if isinstance(module, LatentSeat):
         reasons.append("it is a latent seat already; undo that conversion first")
-    if getattr(module, "sliding_window", None) is not None:
-        reasons.append(f"it has a sliding window of its own ({module.sliding_window} tokens)")
+    # Some classes keep it on the module, where it may be off for this layer, others in the configuration alone.
+    window = getattr(module, "sliding_window", getattr(getattr(module, "config", None), "sliding_window", None))
+    if window is not None and not (hasattr(module, "layer_type") and module.layer_type != "sliding_attention"):
+        reasons.append(f"it has a sliding window of its own ({window} tokens)")
     if not reads_only and hasattr(module, "k_norm"):
         reasons.append("it normalises keys after projection, which no other projection can stand for")
     return tuple(reasons)
