@@ -2,9 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 WORKERS ?= 2
-SOURCES := attnzoo kernels tests docs
+SOURCES := attnzoo kernels tests docs bench
 
-.PHONY: help setup setup-demo demo models test test-slow test-gpu check fix docs clean
+.PHONY: help setup setup-demo demo test test-slow test-gpu check bench-cpu fix docs clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -32,6 +32,9 @@ check: setup  ## Format, lint, types, import contracts
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/mypy -p attnzoo -p attnzoo_kernels
 	PYTHONPATH=.:kernels $(BIN)/lint-imports
+
+bench-cpu: setup  ## The operation beside its peers on this CPU; about ten minutes
+	PYTHONPATH=.:kernels $(BIN)/python -m bench.cpu --out out/cpu
 
 fix: setup  ## Format and repair what can be repaired
 	$(BIN)/ruff format $(SOURCES)

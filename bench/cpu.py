@@ -1,0 +1,123 @@
+"""The CPU table in one command: ``python -m bench.cpu``."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from attnzoo.cli.progress import Bar
+from attnzoo_kernels.gemm import cpu_class, route
+from bench.rows import PARTS, Row
+
+CLASS = "avx512"
+"""The CPU class that the bounds were set on; elsewhere they are printed and nothing is red."""
+
+
+def about() -> dict[str, Any]:
+    """Where the figures come from."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
+        name = names[0] if names else name
+    return {"cpu": name, "class": cpu_class(), "gemm": route(), "torch": torch.__version__, "date": time.strftime("%F")}
+
+
+def render(rows: list[Row], where: dict[str, Any]) -> Table:
+    """The rows as a table for a terminal."""
+    table = Table(title=f"{where['cpu']} ({where['class']}, products by {where['gemm']}), torch {where['torch']}")
+    for name in ("", "case", "figures", "ratio", "must"):
+        table.add_column(name, justify="right" if name in ("ratio", "must") else "left")
+    last = ""
+    for row in rows:
+        red = row.holds is False and where["class"] == CLASS
+        table.add_row(*cells(row, row.part if row.part != last else ""), style="bold red" if red else None)
+        last = row.part
+    return table
+
+
+def cells(row: Row, part: str) -> tuple[str, str, str, str, str]:
+    """One row's cells."""
+    figures = "; ".join(f"{name} {value:.3g}" for name, value in row.figures.items())
+    figures += f" {row.unit}" if row.unit else ""
+    bound = "" if row.must is None else f"{'<=' if row.at_most else '>='} {row.must:g}"
+    ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
+    return part, row.name, "; ".join([figures, *row.notes]), ratio, bound
+
+
+def markdown(rows: list[Row], where: dict[str, Any]) -> str:
+    """The rows as Markdown."""
+    lines = [f"{where['cpu']} ({where['class']}, products by {where['gemm']}), torch {where['torch']}, {where['date']}"]
+    if where["class"] != CLASS:
+        lines += ["", f"The bounds were set on a CPU of class {CLASS}; here they are for orientation."]
+    lines += ["", "| part | case | figures | ratio | must |", "| --- | --- | --- | --- | --- |"]
+    lines += ["| " + " | ".join(cells(row, row.part)) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def picture(rows: list[Row], path: Path) -> None:
+    """Draws forward and training: how many times faster than the baseline of each row."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    chosen = [row for row in rows if row.ratio is not None and not row.at_most]
+    figure, axes = pyplot.subplots(figsize=(9, 0.36 * len(chosen) + 1.2), layout="constrained")
+    place = list(range(len(chosen)))[::-1]
+    axes.barh(place, [row.ratio or 0 for row in chosen], color="#2b6ca3", height=0.6, label="measured")
+    marked = [(row.must, y) for row, y in zip(chosen, place, strict=True) if row.must is not None]
+    axes.scatter([x for x, _ in marked], [y for _, y in marked], marker="|", s=260, color="#b0413e", label="bound")
+    for y, row in zip(place, chosen, strict=True):
+        axes.text((row.ratio or 0) * 1.03, y, f"{row.ratio:.2f}", va="center", fontsize=8)
+    axes.set_yticks(place, [f"{row.part}: {row.name}" for row in chosen], fontsize=8)
+    axes.set_xscale("log")
+    axes.axvline(1.0, color="#444444", linewidth=1)
+    axes.set_xlabel("times faster than FlexAttention (forward) or dense attention (training, decoding); log scale")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="lower right", fontsize=8)
+    figure.savefig(path, dpi=140)
+    pyplot.close(figure)
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Write OUT.json, OUT.md and OUT.png.")] = Path("out/cpu"),
+    only: Annotated[list[str] | None, typer.Option(help=f"Parts: {', '.join(PARTS)}; may be repeated.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
+) -> None:
+    """Measures the blocked implementation on this CPU beside its peers."""
+    unknown = sorted(set(only or []) - set(PARTS))
+    if unknown:
+        raise typer.BadParameter(f"expected one of {', '.join(PARTS)}, got {unknown[0]!r}", param_hint="--only")
+    where, rows = about(), []
+    chosen = [name for name in PARTS if not only or name in only]
+    with Bar() as progress:
+        for done, name in enumerate(chosen):
+            progress(name, done, len(chosen))
+            rows += list(PARTS[name]())
+    out.parent.mkdir(parents=True, exist_ok=True)
+    data = {"about": where, "rows": [{**asdict(row), "holds": row.holds} for row in rows]}
+    text = json.dumps(data, indent=2) + "\n"
+    out.with_name(f"{out.name}.json").write_text(text, encoding="utf-8")
+    out.with_name(f"{out.name}.md").write_text(markdown(rows, where), encoding="utf-8")
+    picture(rows, out.with_name(f"{out.name}.png"))
+    if as_json:
+        typer.echo(text, nl=False)
+        return
+    console = Console()
+    (console if console.is_terminal else Console(width=140)).print(render(rows, where))
+    if where["class"] == CLASS and any(row.holds is False for row in rows):
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,280 @@
+"""The rows of the CPU table: each checks first, then measures its contestants in turns."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from attnzoo_kernels import BlockLayout, Extras, block_sparse_attention
+from bench import cases, clock, gate, peers
+
+
+@dataclass
+class Row:
+    """One row.
+
+    Attributes:
+        part: Which table it belongs to.
+        name: The case.
+        figures: What was measured, by contestant or quantity.
+        unit: Of the figures.
+        ratio: The row's verdict: how many times faster than the baseline, or a cost; ``None`` where there is none.
+        must: The bound on the ratio that counts on the CPU class that it was set for, or ``None``.
+        at_most: Whether the bound is an upper one.
+        notes: Reasons of those that are missing.
+    """
+
+    part: str
+    name: str
+    figures: dict[str, float] = field(default_factory=dict)
+    unit: str = "ms"
+    ratio: float | None = None
+    must: float | None = None
+    at_most: bool = False
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def holds(self) -> bool | None:
+        """Whether the bound holds; ``None`` without one."""
+        if self.ratio is None or self.must is None:
+            return None
+        return self.ratio <= self.must if self.at_most else self.ratio >= self.must
+
+
+FLEX_MUST = {
+    ("fp32", 1): (1.5, 1.45, 1.3),
+    ("fp32", 2): (1.35, 1.35, 1.35),
+    ("bf16", 1): (2.3, 2.2, 1.85),
+}
+TRAIN_MUST = (5.5, 20.0, 34.0)
+DECODE_MUST = (12.0, 30.0)
+
+
+def ours(layout: BlockLayout, extras: Extras | None = None) -> peers.Run:
+    """The blocked implementation."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return block_sparse_attention(q, k, v, layout, extras=extras, impl="blocked")
+
+    return run
+
+
+def forward(dtype: torch.dtype, threads: int) -> Iterator[Row]:
+    """Forward against compiled FlexAttention, with dense attention beside it."""
+    short = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+    part = f"forward, {short}, {threads} thread{'s' if threads > 1 else ''}"
+    with clock.threads(threads):
+        for case, must in zip(cases.FORWARD, FLEX_MUST[short, threads], strict=True):
+            case = case.with_dtype(dtype)
+            layout, (q, k, v) = case.layout(), case.inputs()
+            row = Row(part, case.name, must=must)
+            contestants: dict[str, peers.Run] = {"ours": ours(layout)}
+            try:
+                contestants["flex"] = peers.flex(layout)
+            except peers.Missing as reason:
+                row.notes.append(f"flex: {reason}")
+            expected = gate.truth(q, k, v, layout)
+            for name, run in contestants.items():
+                gate.check(name, run(q, k, v), expected)
+            contestants["dense sdpa"] = peers.sdpa
+            row.figures = clock.medians(_bind(contestants, q, k, v), wall=threads > 1)
+            if "flex" in row.figures:
+                row.ratio = row.figures["flex"] / row.figures["ours"]
+            row.figures["of density x dense"] = row.figures["ours"] / (layout.density() * row.figures["dense sdpa"])
+            yield row
+
+
+def _bind(contestants: dict[str, peers.Run], *inputs: Tensor) -> dict[str, Callable[[], Any]]:
+    def bind(run: peers.Run) -> Callable[[], Any]:
+        return lambda: run(*inputs)
+
+    return {name: bind(run) for name, run in contestants.items()}
+
+
+def training() -> Iterator[Row]:
+    """A training step against dense attention: no other block-sparse attention trains on CPUs."""
+    with clock.threads(1):
+        for case, must in zip(cases.FORWARD, TRAIN_MUST, strict=True):
+            layout = case.layout()
+            leaves = [x.requires_grad_() for x in case.inputs()]
+
+            def step(run: peers.Run, leaves: list[Tensor] = leaves) -> Callable[[], Any]:
+                return lambda: torch.autograd.grad(run(*leaves).sum(), leaves)
+
+            expected = _gradients(layout, leaves)
+            for found, wanted in zip(step(ours(layout))(), expected, strict=True):
+                gate.check("ours", found, wanted)
+            row = Row("training step, fp32, 1 thread", case.name, must=must)
+            contestants = {"ours": step(ours(layout)), "dense sdpa": step(peers.sdpa)}
+            row.figures = clock.medians(contestants, wall=False, seconds=8, least=3)
+            row.ratio = row.figures["dense sdpa"] / row.figures["ours"]
+            yield row
+
+
+def _gradients(layout: BlockLayout, leaves: list[Tensor]) -> list[Tensor]:
+    """Gradients of the sum of outputs by masked attention, head by head."""
+    mask = peers.token_mask(layout)
+    parts = []
+    for head in range(leaves[0].shape[1]):
+        one = [x.detach()[:, head : head + 1].requires_grad_() for x in leaves]
+        shared = mask[:, head : head + 1] if mask.shape[1] > 1 else mask
+        parts.append(torch.autograd.grad(scaled_dot_product_attention(*one, attn_mask=shared).sum(), one))
+    return [torch.cat(x, 1) for x in zip(*parts, strict=True)]
+
+
+def decoding() -> Iterator[Row]:
+    """A decoding step, the making of its layout included, against dense attention over the whole cache."""
+    with clock.threads(2):
+        for case, must in zip(cases.DECODES, DECODE_MUST, strict=True):
+            q, k, v = case.inputs()
+            contestants = _decoders(case)
+            layout = BlockLayout.from_indices(case.index(), 1, case.block, 1, case.cache)
+            gate.check("ours", contestants["ours"](q, k, v), gate.truth(q, k, v, layout))
+            gate.check("folded", contestants["folded sdpa"](q, k, v), contestants["dense sdpa"](q, k, v))
+            row = Row("decoding, fp32, 2k of 16k tokens, 2 threads", case.name, must=must)
+            row.figures = clock.medians(_bind(contestants, q, k, v), wall=True, most=201)
+            row.ratio = row.figures["dense sdpa"] / row.figures["ours"]
+            yield row
+
+
+def _decoders(case: cases.Decode) -> dict[str, peers.Run]:
+    index, group = case.index(), case.heads // case.groups
+
+    def step(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        layout = BlockLayout.from_indices(index, 1, case.block, 1, case.cache)
+        return block_sparse_attention(q, k, v, layout, impl="blocked")
+
+    def folded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return scaled_dot_product_attention(q.view(1, -1, group, q.shape[3]), k, v).view_as(q)
+
+    def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+    return {"ours": step, "dense sdpa": dense, "folded sdpa": folded}
+
+
+_MEMORY = """
+import sys, torch
+from bench import cases
+from attnzoo_kernels import block_sparse_attention
+torch.set_num_threads(1)
+case = getattr(cases, sys.argv[1])
+def setting(case):
+    layout, extras = cases.switch(sys.argv[2], case, case.layout())
+    return case.inputs(), layout, extras
+def run(inputs, layout, extras):
+    if sys.argv[3] == "train":
+        leaves = [x.requires_grad_() for x in inputs]
+        out = block_sparse_attention(*leaves, layout, extras=extras, impl="blocked")
+        torch.autograd.grad(out.sum(), leaves)
+    else:
+        block_sparse_attention(*inputs, layout, extras=extras, impl="blocked")
+big = setting(case)
+run(*setting(cases.Case("warm", tokens=512)))
+ready()
+run(*big)
+"""
+
+
+def memory() -> Iterator[Row]:
+    """Growth of peak memory by forward and backward."""
+    for name, must in (("none", 125.0), ("origin", 165.0)):
+        growth = clock.peak_growth(_MEMORY, "MEMORY", name, "train")
+        case = "plain" if name == "none" else name
+        yield Row(
+            "peak memory of a training step, T = 8k, density .12", case, {"growth": growth}, "MiB", growth, must, True
+        )
+
+
+def switches() -> Iterator[Row]:
+    """What each switch costs against the same layout without it."""
+    case = cases.FORWARD[1]
+    layout, (q, k, v) = case.layout(), case.inputs()
+    with clock.threads(1):
+        for name in cases.SWITCHES:
+            if name == "none":
+                continue
+            turned, extras = cases.switch(name, case, layout)
+            times = _switch_times(ours(layout), ours(turned, extras), (q, k, v))
+            growth = clock.peak_growth(_MEMORY, "LONG", name, "forward")
+            figures = {
+                "forward": times["with"] / times["plain"],
+                "step": times["step"] / times["plain step"],
+                "MiB at 16k": growth,
+            }
+            # The window hides half of what the layout lists, so that its ratio may be below 1.
+            yield Row("switches, density .06", name, figures, "x", max(figures["forward"], figures["step"]), 1.5, True)
+
+
+def _switch_times(plain: peers.Run, run: peers.Run, inputs: tuple[Tensor, Tensor, Tensor]) -> dict[str, float]:
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    contestants = {
+        "plain": lambda: plain(*inputs),
+        "with": lambda: run(*inputs),
+        "plain step": lambda: torch.autograd.grad(plain(*leaves).sum(), leaves),
+        "step": lambda: torch.autograd.grad(run(*leaves).sum(), leaves),
+    }
+    return clock.medians(contestants, wall=False, seconds=2)
+
+
+def dense_peers() -> Iterator[Row]:
+    """Who computes dense causal attention how fast: for orientation."""
+    case = cases.Case("T = 1024, dense", tokens=1024, density=1.0)
+    layout, (q, k, v) = case.layout(), case.inputs()
+    expected = gate.truth(q, k, v, layout)
+    row = Row("dense, fp32, 1 thread", case.name)
+    contestants: dict[str, peers.Run] = {"ours": ours(layout), "sdpa": peers.sdpa, "naive": peers.naive(layout)}
+    try:
+        contestants["x-transformers"] = peers.x_transformers()
+    except peers.Missing as reason:
+        row.notes.append(str(reason))
+
+    def routed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with peers.onednn():
+            return peers.sdpa(q, k, v)
+
+    try:
+        routed(q, k, v)
+        contestants["sdpa, oneDNN"] = routed
+    except peers.Missing as reason:
+        row.notes.append(f"sdpa, oneDNN: {reason}")
+    with clock.threads(1):
+        for name, run in contestants.items():
+            gate.check(name, run(q, k, v), expected)
+        row.figures = clock.medians(_bind(contestants, q, k, v), wall=False, seconds=3)
+    row.ratio = row.figures["sdpa"] / row.figures["ours"]
+    yield row
+
+
+def scaling() -> Iterator[Row]:
+    """Time against length at eight blocks a row; the last row has the exponent."""
+    points = []
+    with clock.threads(1):
+        for case in cases.SCALING:
+            layout, (q, k, v) = case.layout(), case.inputs()
+            run = ours(layout)
+            time = clock.medians({"ours": lambda run=run, x=(q, k, v): run(*x)}, wall=False, seconds=2, least=3)["ours"]
+            points.append((math.log(case.tokens), math.log(time)))
+            yield Row("scaling, 8 blocks a row, 1 thread", case.name, {"ours": time})
+    mean = [sum(x) / len(points) for x in zip(*points, strict=True)]
+    slope = sum((x - mean[0]) * (y - mean[1]) for x, y in points) / sum((x - mean[0]) ** 2 for x, _ in points)
+    yield Row("scaling, 8 blocks a row, 1 thread", "exponent", {"exponent": slope}, "", slope, 1.1, True)
+
+
+PARTS: dict[str, Callable[[], Iterator[Row]]] = {
+    "forward fp32": lambda: forward(torch.float32, 1),
+    "forward fp32, 2 threads": lambda: forward(torch.float32, 2),
+    "forward bf16": lambda: forward(torch.bfloat16, 1),
+    "training": training,
+    "decoding": decoding,
+    "memory": memory,
+    "switches": switches,
+    "dense": dense_peers,
+    "scaling": scaling,
+}
