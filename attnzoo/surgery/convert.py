@@ -116,8 +116,18 @@ def _convert(
         cuts = _reading_cuts(model, sites, variant, options)
     else:
         request = _request(options)
+        _refuse_shared(model, sites, request)
         cuts = _weight_cuts(model, sites, request, calibration, progress)
     return _apply(model, cuts, variant, options)
+
+
+def _refuse_shared(model: nn.Module, sites: list[Site], request: lowrank.Request) -> None:
+    """A block that runs twice in a pass has two sets of inputs, which one set of statistics does not describe."""
+    for site in sites:
+        places = _places(model, model.get_submodule(site.path))
+        if request.needs_calibration and len(places) > 1:
+            reason = f"it is applied at {', '.join(places)}, and method {request.method!r} calibrates one place"
+            raise UnsupportedError(f"{site.path}: cannot be converted: {reason}", (reason,))
 
 
 def _choose(model: nn.Module, where: Callable[[Site], bool] | None) -> list[Site]:

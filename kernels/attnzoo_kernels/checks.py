@@ -11,6 +11,7 @@ from torch import Tensor
 from attnzoo_kernels.errors import ShapeError
 from attnzoo_kernels.extras import Extras
 from attnzoo_kernels.layout import BlockLayout
+from attnzoo_kernels.layout_build import is_readable, listed_places
 
 IMPLEMENTATIONS = ("auto", "reference", "blocked", "triton")
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -159,6 +160,19 @@ def _check_extras(q: Tensor, k: Tensor, layout: BlockLayout, extras: Extras) -> 
             expect(name, table, (tuple(table.shape[:1]), tuple(range(1, width // 2 + 1))), acc, device)
         if cos.shape != sin.shape:
             raise ShapeError(f"rope: expected cos and sin of one shape, got {list(cos.shape)} and {list(sin.shape)}")
+        _check_origins(layout, cos.shape[0])
+
+
+def _check_origins(layout: BlockLayout, positions: int) -> None:
+    """Reads values, where that costs no synchronisation."""
+    if layout.origin is None or not is_readable(layout.origin):
+        return
+    listed = layout.origin[listed_places(layout.lists)[1]]
+    if listed.numel() and not (int(listed.min()) >= 0 and int(listed.max()) < positions):
+        raise ShapeError(
+            f"origin: expected positions from 0 to {positions - 1}, which the rope tables have, "
+            f"got {int(listed.min())} to {int(listed.max())}"
+        )
 
 
 def _check_aux(aux: tuple[Tensor, Tensor], q: Tensor, k: Tensor) -> None:

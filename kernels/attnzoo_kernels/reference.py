@@ -51,7 +51,10 @@ def attend(call: Call) -> tuple[Tensor, Tensor]:
     # contiguous: products of other strides differ in their last bits.
     q = _where_live(mask, call.q.to(acc).contiguous())
     k = _where_read(mask, call.k.to(acc).contiguous(), call)
-    scores = _products(call, q, k, call.block_k)
+    finite = k.isfinite().all(-1, keepdim=True)
+    scores = _products(call, q, torch.where(finite, k, 0.0), call.block_k)
+    # A key that is not finite must not reach the gradients of rows that do not see it: 0 * NaN is NaN.
+    scores = torch.where(finite.transpose(-1, -2), scores, _products(call, q, k, call.block_k).detach())
     if call.aux is not None:
         q_aux, k_aux = call.aux
         k_aux = k_aux.to(acc).expand(call.k.shape[0], call.k.shape[1], -1, -1)
@@ -155,7 +158,7 @@ def _gated(call: Call, gate: Gate, scores: Tensor, mask: Tensor, q: Tensor) -> t
     total = peak.squeeze(-1) + torch.log(torch.where(alive, total, 1.0))
     own = call.rule.positions(seq_q, seq_k, s.device).unsqueeze(-1) // call.block_k
     own = own == torch.arange(blocks_k, device=s.device)
-    mix = gate.mix.to(s.dtype).view(-1, 1, 1) if isinstance(gate.mix, Tensor) else gate.mix
+    mix = gate.mix.detach().to(s.dtype).view(-1, 1, 1) if isinstance(gate.mix, Tensor) else gate.mix
     outer = torch.where(own, total, mix * logits + (1 - mix) * total)
     keep = seen & (alive & (own | open_)).unsqueeze(-1)
     s = s + (outer - total).unsqueeze(-1)

@@ -29,8 +29,12 @@ class Source:
         self.block, self.dtype, self.length = block, dtype, x.shape[2]
         self.batch, self.heads = x.shape[:2]
         self.blocks = -(-self.length // block)
-        self.tiles = x.view(-1, block, x.shape[3]) if x.is_contiguous() and self.length % block == 0 else None
-        if self.tiles is None:
+        self.tiles: Tensor | None = None
+        if x.numel() == 0:
+            self.tiles = x.new_empty(0, block, x.shape[3])
+        elif x.is_contiguous() and self.length % block == 0:
+            self.tiles = x.view(-1, block, x.shape[3])
+        else:
             self._lay_out(x)
 
     def _lay_out(self, x: Tensor) -> None:
