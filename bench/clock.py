@@ -6,7 +6,6 @@ go by that. Peak memory is measured in a process of its own.
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import subprocess
@@ -61,21 +60,26 @@ def medians(
 
 
 def peak_growth(program: str, *arguments: str) -> float:
-    """MiB by which peak memory grows over a warm-up that a program reports by calling ``ready()``.
+    """MiB by which memory peaks above what is held when a program calls ``ready()``; a process of its own.
 
     Args:
         program: Python source; ``ready()`` marks the point from which growth counts.
         *arguments: For ``sys.argv``.
     """
     prelude = (
-        "import json, resource, sys\n"
-        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
-        "before = None\n"
-        "def ready():\n    global before\n    before = peak()\n"
+        "import sys\n"
+        "def memory(name):\n"
+        "    lines = open('/proc/self/status').read().splitlines()\n"
+        "    return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024\n"
+        "held = None\n"
+        "def ready():\n"
+        "    global held\n"
+        "    open('/proc/self/clear_refs', 'w').write('5')\n"  # the peak starts anew from what is held
+        "    held = memory('VmRSS')\n"
     )
     env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
-    source = f"{prelude}{program}\nprint(json.dumps(peak() - before))\n"
+    source = f"{prelude}{program}\nprint(memory('VmHWM') - held)\n"
     done = subprocess.run(
         [sys.executable, "-c", source, *arguments], env=env, check=True, capture_output=True, text=True, cwd=ROOT
     )
-    return float(json.loads(done.stdout.strip().splitlines()[-1]))
+    return float(done.stdout.strip().splitlines()[-1])

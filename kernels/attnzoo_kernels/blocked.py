@@ -52,7 +52,9 @@ def _forward(call: Call, *, need_lse: bool) -> tuple[Tensor, Tensor]:
     parts = list(chunks(call, inputs))
     whole = len(parts) == 1 and parts[0].whole and values.dtype == call.q.dtype
     shape = (rows, block, call.v.shape[3])
-    out = call.q.new_empty(shape) if whole else call.q.new_zeros(shape)
+    # Rows that no bucket holds read nothing.
+    covered = sum(part.rows.shape[0] for part in parts) == rows
+    out = call.q.new_empty(shape) if covered else call.q.new_zeros(shape)
     lse = torch.full((rows, block, 1), -torch.inf, dtype=call.acc_dtype, device=call.q.device) if need_lse else None
     for part in parts:
         views = _reads_in_place(call, part)
@@ -134,7 +136,7 @@ def _backward(call: Call, dout: Tensor, dlse: Tensor | None, need: list[bool]) -
     def zeros(needed: bool, *shape: int) -> Tensor | None:
         return torch.zeros(shape, dtype=acc, device=device) if needed else None
 
-    width = call.q.shape[3] + (call.q.shape[3] % 2 if inputs.turns is not None else 0)
+    width = call.q.shape[3] if inputs.turns is None else inputs.turns.padded
     grads = Gradients(
         q=zeros(need[0], rows, call.block_q, width),
         k=zeros(need[1], keys, call.block_k, width),

@@ -274,7 +274,14 @@ def _buckets(call: Call, schedule: Schedule, source: Tensor, sources: _Sources) 
 class _Remembered:
     start: weakref.ref[Tensor]
     count: weakref.ref[Tensor]
+    origin: weakref.ref[Tensor] | None
     schedule: Schedule
+
+    def is_of(self, call: Call) -> bool:
+        """Whether it was made from these very tensors."""
+        origin = None if self.origin is None else self.origin()
+        wanted = None if call.origins is None else call.origins.of_entry
+        return self.start() is call.start and self.count() is call.count and origin is wanted
 
 
 _memo: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -282,15 +289,26 @@ _memo: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 def schedule_for(call: Call, build: Callable[[Call], Schedule] = build_schedule) -> Schedule:
     """The schedule of a call, remembered for as long as the layout lives where the rule holds no tensors."""
-    if not call.rule.is_static or call.origins is not None:
+    if not call.rule.is_static:
         return build(call)
     rule = call.rule
-    key = (*call.shape, call.block_q, call.block_k, rule.causal, rule.window, rule.sink, rule.fold)
+    key = (
+        *call.shape,
+        call.block_q,
+        call.block_k,
+        rule.causal,
+        rule.window,
+        rule.sink,
+        rule.fold,
+        call.origins is None,
+    )
     known = _memo.get(call.col)
     found: _Remembered | None = known.get(key) if known is not None else None
-    if found is not None and found.start() is call.start and found.count() is call.count:
+    if found is not None and found.is_of(call):
         return found.schedule
     schedule = build(call)
     # Threads may race here: the last writer wins, with an equal value.
-    _memo.setdefault(call.col, {})[key] = _Remembered(weakref.ref(call.start), weakref.ref(call.count), schedule)
+    origin = None if call.origins is None else weakref.ref(call.origins.of_entry)
+    remembered = _Remembered(weakref.ref(call.start), weakref.ref(call.count), origin, schedule)
+    _memo.setdefault(call.col, {})[key] = remembered
     return schedule

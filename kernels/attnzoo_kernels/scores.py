@@ -95,24 +95,23 @@ class Turns:
             raise ValueError("origins: expected some")
         cos, sin = (x.to(call.acc_dtype) for x in (call.origins.cos, call.origins.sin))
         self.table = torch.complex(cos, sin)  # [P, Dr / 2]
-        self.width = 2 * cos.shape[1]
-        self.full = call.q.shape[3]
-        pairs = torch.arange(self.width, device=cos.device).view(2, -1).T.reshape(-1)
-        order = torch.cat([pairs, torch.arange(self.width, self.full, device=cos.device)])
-        self.back = torch.argsort(order)
+        self.width, self.full = 2 * cos.shape[1], call.q.shape[3]
         # Complex views need even strides.
-        self.order = torch.cat([order, order[:1]]) if self.full % 2 else order
+        self.padded = self.full + self.full % 2
 
     def in_pairs(self, x: Tensor) -> Tensor:
         """A copy with its columns in pairs; an odd width gets a column of zeros."""
-        paired = x.index_select(-1, self.order)
-        if self.full % 2:
-            paired[..., -1] = 0
+        paired = x.new_empty(*x.shape[:-1], self.padded)
+        halves = x[..., : self.width].unflatten(-1, (2, -1)).transpose(-1, -2)
+        paired[..., : self.width].unflatten(-1, (-1, 2)).copy_(halves)
+        paired[..., self.width : self.full] = x[..., self.width :]
+        paired[..., self.full :] = 0
         return paired
 
     def in_halves(self, x: Tensor) -> Tensor:
         """The inverse."""
-        return x.index_select(-1, self.back)
+        pairs = x[..., : self.width].unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+        return torch.cat([pairs, x[..., self.width : self.full]], -1)
 
     def turn(self, x: Tensor, origin: Tensor, *, back: bool = False) -> None:
         """Rotates blocks ``[R * n, rows, D]`` by their origins, int64 ``[R * n]``, in place."""

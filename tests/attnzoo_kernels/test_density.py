@@ -1,0 +1,63 @@
+"""Counted pairs against the oracle's visible set."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+
+from attnzoo_kernels import BlockLayout, Extras, visible_pairs
+from tests.attnzoo_kernels.oracle import Problem, visible
+from tests.strategies import extras_of, layout_of, problems, untidy_layout_of
+
+
+def counted(p: Problem, layout: BlockLayout) -> tuple[int, int]:
+    return visible_pairs(layout, causal=p.causal, extras=extras_of(p), batch=p.batch, heads=p.heads)
+
+
+@given(problems(longest=30))
+def test_pairs_are_those_of_the_whole_rule_over_those_of_a_dense_call(p: Problem) -> None:
+    dense = p.change(window=None, sink=0)
+    expected = (int(visible(p).sum()), int(visible(dense, listed=False).sum()))
+    assert counted(p, layout_of(p)) == expected
+    assert counted(p, untidy_layout_of(p)) == expected
+
+
+@given(problems(longest=30, plain=True))
+def test_without_switches_the_share_is_the_density_of_the_layout(p: Problem) -> None:
+    seen, dense = counted(p, layout_of(p))
+    share = seen / dense if dense else 1.0
+    assert layout_of(p).density(p.causal) == pytest.approx(share, abs=1e-12)
+
+
+@pytest.mark.parametrize("sizes", [(0, 4, 5, 5), (2, 4, 0, 5), (2, 4, 5, 0)])
+def test_there_are_no_pairs_where_there_is_nothing(sizes: tuple[int, int, int, int]) -> None:
+    batch, heads, queries, keys = sizes
+    layout = BlockLayout.dense(8, 16, queries, keys)
+    assert visible_pairs(layout, causal=True, batch=batch, heads=heads) == (0, 0)
+    assert layout.density() == (1.0 if queries * keys == 0 else pytest.approx(1.0))
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+def test_pairs_at_lengths_beyond_any_mask_are_exact(causal: bool) -> None:
+    length, window = 2**18, 1000
+    layout = BlockLayout.window(128, 128, length, length, window=window, causal=causal)
+    seen, dense = visible_pairs(layout, causal=causal, extras=Extras(window=window), batch=3, heads=4)
+    ramp = window * (window - 1) // 2
+    assert seen == 12 * (length * window - ramp if causal else length * (2 * window - 1) - 2 * ramp)
+    assert dense == 12 * (length * (length + 1) // 2 if causal else length * length)
+
+
+@pytest.mark.parametrize("field", ["window", "sink"])
+def test_numbers_for_each_head_count_each_head(field: str) -> None:
+    layout = BlockLayout.dense(8, 8, 32, 32)
+    values = [1, 5, 9, 32]
+
+    def pairs(value: Any) -> int:
+        rule = {"window": 3, field: value}
+        heads = 4 if isinstance(value, torch.Tensor) else 1
+        return visible_pairs(layout, causal=True, extras=Extras(**rule), batch=1, heads=heads)[0]
+
+    assert pairs(torch.tensor(values, dtype=torch.int32)) == sum(pairs(value) for value in values)

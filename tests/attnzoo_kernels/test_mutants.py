@@ -1,0 +1,270 @@
+"""Wrong implementations on purpose: a small set of checks that the right one passes must fail on every one of them."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import textwrap
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from attnzoo_kernels import blocked, gating, reference, schedule, scores
+from attnzoo_kernels.call import Call
+from attnzoo_kernels.rule import Rule
+from tests.attnzoo_kernels.checks import CHECKS, fixed_problems, switches, truth
+
+Patch = pytest.MonkeyPatch
+
+
+def passes(impl: str) -> bool:
+    try:
+        for check in CHECKS:
+            check(impl)
+    except AssertionError:
+        return False
+    return True
+
+
+def wrap(patch: Patch, owner: Any, name: str, change: Callable[..., Any]) -> None:
+    """Replaces a function by ``change(original, *its arguments)``."""
+    original = getattr(owner, name)
+
+    def mutant(*args: Any, **kwargs: Any) -> Any:
+        return change(original, *args, **kwargs)
+
+    patch.setattr(owner, name, mutant)
+
+
+def rewrite(patch: Patch, owner: Any, name: str, old: str, new: str) -> None:
+    """Replaces a piece of a function's text; fails where the text is not there exactly once."""
+    function = getattr(owner, name)
+    source = textwrap.dedent(inspect.getsource(function))
+    assert source.count(old) == 1, f"{name} holds {old!r} {source.count(old)} times: the mutant needs a new place"
+    module = inspect.getmodule(function)
+    assert isinstance(module, types.ModuleType)
+    scope = dict(vars(module))
+    exec(
+        compile(f"from __future__ import annotations\n{source.replace(old, new)}", f"<mutant of {name}>", "exec"), scope
+    )
+    patch.setattr(owner, name, scope[name])
+
+
+def span_with(change: Callable[[Tensor, Tensor, Rule, Any], tuple[Tensor, Tensor]]) -> Callable[[Patch], None]:
+    def apply(patch: Patch) -> None:
+        def mutant(original: Any, rule: Rule, pos: Tensor, window: Any, seq_k: int) -> tuple[Tensor, Tensor]:
+            return change(*original(rule, pos, window, seq_k), rule, window)
+
+        wrap(patch, Rule, "span", mutant)
+
+    return apply
+
+
+def sink_with(shift: int) -> Callable[[Patch], None]:
+    return lambda patch: wrap(patch, Rule, "sink_end", lambda f, *args: (f(*args) + shift).clamp(min=0))
+
+
+def positions_with(change: Callable[..., Any]) -> Callable[[Patch], None]:
+    return lambda patch: wrap(patch, Rule, "positions", change)
+
+
+def forward_with(change: Callable[..., Any]) -> Callable[[Patch], None]:
+    return lambda patch: wrap(patch, blocked, "forward", change)
+
+
+def backward_with(change: Callable[..., Any]) -> Callable[[Patch], None]:
+    return lambda patch: wrap(patch, blocked, "_accumulate", change)
+
+
+def text(owner: Any, name: str, old: str, new: str) -> Callable[[Patch], None]:
+    return lambda patch: rewrite(patch, owner, name, old, new)
+
+
+def every_block_read(original: Any, call: Call, entries: Any) -> tuple[Tensor, ...]:
+    read, full, anchored = original(call, entries)
+    return torch.ones_like(read), full, anchored
+
+
+def every_block_full(original: Any, call: Call, entries: Any) -> tuple[Tensor, ...]:
+    read, _, anchored = original(call, entries)
+    return read, torch.ones_like(read), anchored
+
+
+def without_last_chunk(original: Any, *args: Any, **options: Any) -> Iterator[Any]:
+    held: list[Any] = []
+    for chunk in original(*args, **options):
+        yield from held
+        held = [chunk]
+
+
+def schedule_of_layout_alone(original: Any, call: Call) -> Any:
+    if not call.rule.is_static or call.origins is not None:
+        return original(call)
+    known = vars(schedule_of_layout_alone).setdefault("known", {})
+    key = id(call.col)
+    if key not in known:
+        known[key] = (original(call), call.col)
+    return known[key][0]
+
+
+def log_two(original: Any, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    out, lse = original(*args, **options)
+    return out, lse / math.log(2)
+
+
+def empty_rows_at_zero(original: Any, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    out, lse = original(*args, **options)
+    return out, lse.nan_to_num(neginf=0.0)
+
+
+def dout_by_memory(original: Any, call: Call, dout: Tensor, dlse: Tensor, need: Any) -> Any:
+    shape = dout.shape
+    flat = torch.as_strided(dout, (dout.numel(),), (1,))
+    return original(call, flat.view(shape), dlse, need)
+
+
+def no_gap_at_the_tail(patch: Patch) -> None:
+    def mutant(original: Any, rule: Rule, pos: Tensor, window: Any, seq_k: int) -> tuple[Tensor, Tensor]:
+        return original(rule, pos, window, -(-seq_k // 6) * 6)
+
+    wrap(patch, Rule, "span", mutant)
+
+
+def single_precision(patch: Patch) -> None:
+    patch.setattr(Call, "acc_dtype", property(lambda call: torch.float32))
+
+
+def no_absent_rows(original: Any, rule: Rule, *args: Any) -> Tensor:
+    return original(rule, *args).clamp(min=0)
+
+
+def top_left(original: Any, rule: Rule, seq_q: int, seq_k: int, device: Any) -> Tensor:
+    pos = original(rule, seq_q, seq_k, device)
+    tokens = seq_q if rule.fold is None else rule.fold.tokens
+    return pos if rule.q_pos is not None else pos - (seq_k - tokens)
+
+
+def layout_heads_by_remainder(patch: Patch) -> None:
+    old, new = "source.repeat_interleave(heads // src_heads, 1)", "source.repeat(1, heads // src_heads, 1)"
+    rewrite(patch, schedule, "build_schedule", old, new)
+    patch.setattr(schedule.schedule_for, "__defaults__", (schedule.build_schedule,))
+
+
+BLOCKED: dict[str, Callable[[Patch], None]] = {
+    "causality shows the next key": span_with(lambda lo, hi, rule, _: (lo, hi + rule.causal * (hi > 0))),
+    "causality hides the own key": span_with(lambda lo, hi, rule, _: (lo, (hi - int(rule.causal)).clamp(min=0))),
+    "causality aligned at the first key": positions_with(top_left),
+    "a window one key wider": span_with(lambda lo, hi, _, w: (lo if w is None else (lo - 1).clamp(min=0), hi)),
+    "a window one key narrower": span_with(lambda lo, hi, _, w: (lo if w is None else lo + 1, hi)),
+    "a window that ends one key late": span_with(
+        lambda lo, hi, rule, w: (lo, hi if w is None or rule.causal else hi + 1)
+    ),
+    "a sink one key larger": sink_with(1),
+    "a sink one key smaller": sink_with(-1),
+    "a tail of keys that are not there": no_gap_at_the_tail,
+    "absent rows at slot 0": positions_with(no_absent_rows),
+    "positions of folded heads mixed up": text(
+        Rule, "positions", "token.view(-1, 1, block).expand(-1, heads, -1).reshape(1, 1, seq_q)",
+        "token.repeat(heads).view(1, 1, seq_q)",
+    ),
+    "heads on KV heads by remainder": text(
+        schedule, "_buckets", "(head % heads) // (heads // groups)", "head % heads % groups"
+    ),
+    "layout heads by remainder": layout_heads_by_remainder,
+    "bias of the first item for all": text(scores.Inputs, "blocks_in", "(head // heads) * source.heads", "head * 0"),
+    "bias of the first head for all": text(
+        scores.Inputs, "blocks_in", "(head % heads) * source.heads // heads", "0"
+    ),
+    "partial blocks without a mask": lambda patch: wrap(patch, scores, "_hide", lambda f, *args: None),
+    "every block taken as full": lambda patch: wrap(patch, schedule, "classify", every_block_full),
+    "hidden blocks read": lambda patch: wrap(patch, schedule, "classify", every_block_read),
+    "the last chunk forgotten": lambda patch: wrap(patch, blocked, "chunks", without_last_chunk),
+    "a schedule remembered for another rule": lambda patch: wrap(
+        patch, blocked, "schedule_for", schedule_of_layout_alone
+    ),
+    "log-sum-exp to base two": forward_with(log_two),
+    "log-sum-exp of empty rows 0": forward_with(empty_rows_at_zero),
+    "accumulators in single precision": single_precision,
+    "the gradient of the log-sum-exp lost": backward_with(lambda f, i, c, dout, dlse, *r: f(i, c, dout, None, *r)),
+    "the gradient of the log-sum-exp negated": backward_with(lambda f, i, c, dout, dlse, *r: f(i, c, dout, -dlse, *r)),
+    "output gradients taken as contiguous": lambda patch: wrap(patch, blocked, "backward", dout_by_memory),
+    "dQ without the scale": text(blocked, "_accumulate", "dq.mul_(call.scale)", "dq"),
+    "dK scaled twice": text(
+        blocked, "_accumulate", "chunk.q).view(kv.shape[0], call", "chunk.q * call.scale).view(kv.shape[0], call"
+    ),
+    "dK and dV overwritten instead of added": text(blocked, "_add", "index_add_", "index_copy_"),
+    "softmax backward without delta": text(
+        blocked, "_accumulate",
+        "torch.ops.aten._softmax_backward_data.out(dscores, chunk.probs, -1, call.acc_dtype, grad_input=dscores)",
+        "dscores.mul_(chunk.probs)",
+    ),
+    "NaN of absent rows in dK": text(blocked, "weigh", "x.masked_fill_(chunk.dead, 0.0)", "pass"),
+    "NaN of hidden keys in the products": text(blocked, "weigh", "x.masked_fill_(hidden, 0.0)", "pass"),
+    "NaN of hidden values in the products": text(
+        blocked, "_values", "v if chunk.hidden is None else v.masked_fill_(chunk.hidden, 0.0)", "v"
+    ),
+    "uniform weights in empty rows": text(
+        scores, "_normalise", "out=scores)\n    if chunk.dead is not None:", "out=scores)\n    if False:"
+    ),
+    "the scale forgotten": text(blocked, "weigh", ".mul_(call.scale)", ""),
+    "the bias forgotten": text(blocked, "weigh", "scores += bias.transpose(1, 2)[..., : scores.shape[2]]", "pass"),
+    "auxiliary channels forgotten": text(
+        blocked, "weigh", "torch.baddbmm(scores, q_aux, k_aux.transpose(1, 2), out=scores)", "pass"
+    ),
+    "origins turned the other way": text(scores.Turns, "turn", "if back", "if not back"),
+    "gradients of turned keys not turned back": text(scores.Turns, "turn", "angle.conj() if back else angle", "angle"),
+    "the own block gated": text(gating, "weigh", "torch.where(own, total, mixed)", "mixed"),
+    "blocks of hidden landmarks kept": text(
+        gating, "weigh", "torch.where(logits == -torch.inf, -torch.inf, mixed)",
+        "torch.where(logits == -torch.inf, total, mixed)",
+    ),
+    "landmarks read as ordinary keys": text(gating, "weigh", "inner[..., block - 1] = -torch.inf", "pass"),
+    "the gradient of landmarks lost": text(gating, "unweigh", "dscores[..., -1] = through_gate", "pass"),
+    "the gradient of gates unmixed": text(gating, "unweigh", "change * gated.mix", "change"),
+}  # fmt: skip
+REFERENCE: dict[str, Callable[[Patch], None]] = {
+    "causality shows the next key": BLOCKED["causality shows the next key"],
+    "a window one key wider": BLOCKED["a window one key wider"],
+    "the scale squared": text(reference, "attend", "scores * call.scale", "scores * call.scale**2"),
+    "the bias forgotten": text(reference, "attend", "scores + bias.to(acc)", "scores + 0 * bias.to(acc)"),
+    "NaN of absent rows": text(reference, "_where_live", "torch.where(mask.any(-1, keepdim=True), q, 0.0)", "q"),
+    "log-sum-exp without the shift": text(reference, "attend", "peak + torch.log(total)", "torch.log(total)"),
+    "layout heads by remainder": text(
+        reference, "layout_mask", "keep.repeat_interleave(heads // keep.shape[1], 1)",
+        "keep.repeat(1, heads // keep.shape[1], 1, 1)",
+    ),
+    "origins turned the other way": text(reference, "_rotate", "first * cos - second", "first * cos + second"),
+    "the own block gated": text(reference, "_gated", "torch.where(own, total, ", "torch.where(own & False, total, "),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("impl", ["reference", "blocked"])
+def test_the_right_implementation_passes_every_check(impl: str) -> None:
+    for check in CHECKS:
+        check(impl)
+
+
+@pytest.fixture
+def truths_known() -> None:
+    """The oracle has no part in a mutation, but is asked before it all the same."""
+    for name in fixed_problems():
+        truth(name)
+    switches()
+
+
+@pytest.mark.usefixtures("truths_known")
+@pytest.mark.parametrize("mutant", BLOCKED.values(), ids=BLOCKED.keys())
+def test_a_wrong_blocked_implementation_is_found_out(mutant: Callable[[Patch], None], monkeypatch: Patch) -> None:
+    mutant(monkeypatch)
+    assert not passes("blocked")
+
+
+@pytest.mark.usefixtures("truths_known")
+@pytest.mark.parametrize("mutant", REFERENCE.values(), ids=REFERENCE.keys())
+def test_a_wrong_reference_is_found_out(mutant: Callable[[Patch], None], monkeypatch: Patch) -> None:
+    mutant(monkeypatch)
+    assert not passes("reference")

@@ -1,0 +1,27 @@
+"""Settings that hold for every test: how hard hypothesis searches, how many threads run, which numbers are drawn."""
+
+from __future__ import annotations
+
+import os
+
+import hypothesis
+import pytest
+import torch
+
+_SLOW_MACHINES_ARE_NO_BUG = {
+    "deadline": None,
+    "suppress_health_check": [hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
+    "print_blob": True,
+}
+hypothesis.settings.register_profile("dev", max_examples=30, derandomize=True, **_SLOW_MACHINES_ARE_NO_BUG)
+hypothesis.settings.register_profile("ci", max_examples=100, derandomize=True, **_SLOW_MACHINES_ARE_NO_BUG)
+hypothesis.settings.register_profile("thorough", max_examples=1000, **_SLOW_MACHINES_ARE_NO_BUG)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers_every_time() -> None:
+    torch.manual_seed(0)
