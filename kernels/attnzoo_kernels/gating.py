@@ -65,10 +65,13 @@ def weigh(
     total = peak - inner.amax(-1).log_()
     if some_empty:
         inner.masked_fill_(empty.unsqueeze(-1), 0.0)
-    mixed = mix * logits + (1 - mix) * total
-    # A hidden gate times a mix of 0 is NaN above.
-    mixed = torch.where(logits == -torch.inf, -torch.inf, mixed)
-    mixed = torch.where(own, total, mixed).masked_fill_(empty, -torch.inf)
+    mixed = logits
+    if isinstance(mix, Tensor) or mix != 1:
+        # A hidden gate times a mix of 0 would be NaN.
+        mixed = torch.where(logits == -torch.inf, -torch.inf, mix * logits + (1 - mix) * total)
+    mixed = torch.where(own, total, mixed)
+    if some_empty:
+        mixed.masked_fill_(empty, -torch.inf)
     top = mixed.amax(-1, keepdim=True)
     dead: Tensor | None = top == -torch.inf
     if dead is not None and bool(dead.any()):

@@ -108,6 +108,8 @@ class Schedule:
     def positions(self, rows: Tensor, heads: int) -> Tensor:
         """Positions of the rows of some query blocks, int64 ``[R, block_q]``."""
         batch, pos_heads, blocks_q, _ = self.pos.shape
+        if batch == pos_heads == 1:
+            return self.pos[0, 0].index_select(0, rows % blocks_q)
         head, block = rows // blocks_q, rows % blocks_q
         at_batch = head // heads if batch > 1 else torch.zeros_like(head)
         at_head = head % heads if pos_heads > 1 else torch.zeros_like(head)
@@ -211,6 +213,10 @@ def build_schedule(call: Call) -> Schedule:
     batch, heads, _, seq_q, seq_k = call.shape
     if 0 in (batch, heads, seq_q, seq_k):
         return Schedule((), call.col.new_zeros(1, 1, call.grid[0], call.block_q, dtype=torch.int64))
+    if call.grid[0] == 1 and call.rule.is_static and call.origins is None:
+        quick = _one_block(call)
+        if quick is not None:
+            return quick
     entries = list_entries(call)
     src_batch, src_heads, blocks_q = entries.shape
     read, full, anchored = classify(call, entries)
@@ -228,6 +234,31 @@ def build_schedule(call: Call) -> Schedule:
     source = source.repeat_interleave(heads // src_heads, 1).expand(batch, heads, blocks_q).reshape(-1)
     schedule = Schedule((), entries.pos)
     return Schedule(tuple(_buckets(call, schedule, source, sources)), entries.pos)
+
+
+def _one_block(call: Call) -> Schedule | None:
+    """The schedule of a decoding step, where all rows read equally many blocks, each of them in full."""
+    batch, heads, groups, seq_q, seq_k = call.shape
+    start, count = call.start.long().view(-1, 1), call.count.view(-1)
+    length = int(count[0])
+    if length == 0 or not bool((count == length).all()):
+        return None
+    pos = call.rule.positions(seq_q, seq_k, start.device)
+    window = call.rule.window if isinstance(call.rule.window, int) else None
+    lo, hi = call.rule.span(pos, window, seq_k)
+    cols = call.col.long()[start + torch.arange(length, device=start.device)]
+    inside = (cols >= -(-int(lo.max()) // call.block_k)) & (cols < int(hi.min()) // call.block_k)
+    if not bool(inside.all()):
+        return None
+    rows = torch.arange(batch * heads, device=start.device)
+    repeat = heads // call.start.shape[1]
+    cols = cols.view(*call.start.shape[:2], length).repeat_interleave(repeat, 1).expand(batch, -1, -1)
+    cols = cols.reshape(batch * heads, length)
+    group = (rows // heads) * groups + (rows % heads) // (heads // groups)
+    every = length == call.grid[1] and bool((cols == torch.arange(length, device=cols.device)).all())
+    kv = group.unsqueeze(1) * call.grid[1] + cols
+    bucket = Bucket(rows, cols, kv, None, 0, safe=True, whole=True, every=every)
+    return Schedule((bucket,), pos.view(1, 1, 1, seq_q))
 
 
 @dataclass(frozen=True)
