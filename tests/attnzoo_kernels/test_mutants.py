@@ -219,7 +219,7 @@ BLOCKED: dict[str, Callable[[Patch], None]] = {
     "gradients of turned keys not turned back": text(scores.Turns, "turn", "angle.conj() if back else angle", "angle"),
     "the own block gated": text(gating, "weigh", "torch.where(own, total, mixed)", "mixed"),
     "blocks of hidden landmarks kept": text(
-        gating, "weigh", "torch.where(logits == -torch.inf, -torch.inf, mix", "torch.where(logits == -torch.inf, total, mix",
+        gating, "weigh", "where(logits == -torch.inf, -torch.inf, mix", "where(logits == -torch.inf, total, mix",
     ),
     "landmarks read as ordinary keys": text(gating, "weigh", "inner[..., block - 1] = -torch.inf", "pass"),
     "the gradient of landmarks lost": text(gating, "unweigh", "dscores[..., -1] = through_gate", "pass"),
