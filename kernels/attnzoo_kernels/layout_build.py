@@ -181,7 +181,8 @@ def sink_window_indices(sizes: Sizes, first: Tensor, window: int, sink: int, *, 
     blocks_k = -(-seq_k // block_k)
     back, ahead = window - 1, 0 if causal else window - 1
     low, high = _row_slots(sizes, first)
-    low = (low - back).clamp(min=0) // block_k
+    # Division before the clamp: inductor cannot index by the other order.
+    low = torch.div(low - back, block_k, rounding_mode="floor").clamp(min=0)
     high = torch.div(high + ahead, block_k, rounding_mode="floor").clamp(max=blocks_k - 1)
     spread = min(back + ahead + min(block_q, max(seq_q, 1)) - 1, max(seq_k, 1) - 1)
     width = min(spread // block_k + 2, blocks_k)

@@ -14,6 +14,7 @@ from attnzoo_kernels.checks import check_arguments, check_counting
 from attnzoo_kernels.density import count_pairs
 from attnzoo_kernels.errors import UnsupportedError
 from attnzoo_kernels.extras import Extras
+from attnzoo_kernels.flops import register_when_counting
 from attnzoo_kernels.layout import BlockLayout
 from attnzoo_kernels.registration import flatten, no_autocast
 from attnzoo_kernels.rule import Rule
@@ -150,6 +151,15 @@ def _attend(
     *,
     need_lse: bool,
 ) -> tuple[Tensor, Tensor]:
+    if "DTensor" in (type(tensors[0]).__name__, type(tensors[1]).__name__, type(tensors[2]).__name__):
+        from attnzoo_kernels.sharding import attend_locally
+
+        def locally(
+            part: tuple[Tensor, Tensor, Tensor], own: BlockLayout, more: Extras | None
+        ) -> tuple[Tensor, Tensor]:
+            return _attend(part, own, causal, scale, more, impl, need_lse=need_lse)
+
+        return attend_locally(locally, tensors, layout, extras, need_lse=need_lse)
     check_arguments(tensors, layout, causal=causal, scale=scale, extras=extras, impl=impl)
     reasons = _reasons(impl)
     if reasons:
@@ -166,6 +176,8 @@ def _attend(
     _refuse_transforms((q, k, v, extras.key_bias, *(extras.aux or ()), extras.gate))
     if device == "cuda":
         _warn_once("triton: this version has no Triton kernel; CUDA inputs run on the blocked implementation")
+    if not torch.compiler.is_compiling():
+        register_when_counting()
     out, lse = torch.ops.attnzoo.bsa_fwd(*flatten(call), impl, need_lse)
     return out, lse
 

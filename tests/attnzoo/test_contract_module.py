@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
@@ -116,14 +117,27 @@ def test_configs_survive_json(case: Case) -> None:
         config.dim = 3
 
 
+COMPILERS = [
+    "aot_eager",
+    pytest.param(
+        "inductor",
+        marks=[
+            pytest.mark.slow,
+            pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++")), reason="no C++ compiler"),
+        ],
+    ),
+]
+
+
+@pytest.mark.parametrize("compiler", COMPILERS)
 @every_variant
-def test_compiled_is_eager(case: Case) -> None:
+def test_compiled_is_eager(case: Case, compiler: str) -> None:
     layer = case.layer()
     x = tokens(layer, 2, 70).requires_grad_()
     parameters = [x, *layer.parameters()]
     expected = layer(x)
     torch.compiler.reset()
-    out = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+    out = torch.compile(layer, fullgraph=True, backend=compiler)(x)
     assert_same(out, expected)
     weight = tokens(layer, 2, 70, seed=1)
     grads, expected_grads = (torch.autograd.grad((y * weight).sum(), parameters) for y in (out, expected))

@@ -139,7 +139,6 @@ def test_keys_spread_over_processes_are_merged_to_the_whole(tmp_path: Path) -> N
             torch.testing.assert_close(mine, true, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.xfail(reason="the operation has no sharding rule for DTensor yet")
 def test_distributed_tensors_sharded_by_heads_are_taken(tmp_path: Path) -> None:
     whole = block_sparse_attention(*heads(), BlockLayout.dense(*LAYOUT))
     for (mine,) in on_two_ranks(distributed_tensors, tmp_path):
