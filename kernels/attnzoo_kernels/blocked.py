@@ -46,8 +46,9 @@ def forward(call: Call, *, need_lse: bool) -> tuple[Tensor, Tensor]:
 
 def _forward(call: Call, *, need_lse: bool) -> tuple[Tensor, Tensor]:
     batch, heads, _, _, _ = call.shape
-    inputs = Inputs(call, schedule_for(call))
     values = Source(call.v, call.block_k, _value_dtype(call))
+    low = call.fast and values.dtype != call.acc_dtype and call.origins is None
+    inputs = Inputs(call, schedule_for(call), values.dtype if low else None)
     rows, block = batch * heads * call.grid[0], call.block_q
     parts = list(chunks(call, inputs))
     whole = len(parts) == 1 and parts[0].whole and values.dtype == call.q.dtype

@@ -26,7 +26,8 @@ class Extras:
         gate: Landmark gates: ``k_gate [B, G, N, D]``, or ``"last"`` for the last key of each block.
         gate_mix: A block's outer logit is ``mix * gate + (1 - mix) * its own log-sum-exp``; a float or ``[H]``.
         rope: ``(cos, sin)``, each ``[P, Dr/2]`` in half layout; used together with ``layout.origin``.
-        precision: ``"precise"`` or ``"fast"`` arithmetic for bf16 on CPUs.
+        precision: For bf16 on CPUs with bf16 instructions: ``"fast"`` multiplies queries and keys in bf16 too, which
+            rounds large scores; the backward is always precise.
     """
 
     q_pos: Tensor | None = None

@@ -52,11 +52,17 @@ class Chunk:
 
 
 class Inputs:
-    """A call's tensors as sources of blocks, and the schedule that says which."""
+    """A call's tensors as sources of blocks, and the schedule that says which.
 
-    def __init__(self, call: Call, schedule: Schedule) -> None:
+    Args:
+        call: The call.
+        schedule: Its schedule.
+        compute: What queries and keys are multiplied in; the accumulator's dtype by default.
+    """
+
+    def __init__(self, call: Call, schedule: Schedule, compute: torch.dtype | None = None) -> None:
         self.call, self.schedule = call, schedule
-        acc = call.acc_dtype
+        acc = self.compute = compute or call.acc_dtype
         q, k = call.q, call.k
         self.turns = None
         if call.origins is not None:
@@ -68,7 +74,7 @@ class Inputs:
             self.q_aux, self.k_aux = Source(call.aux[0], call.block_q, acc), Source(call.aux[1], call.block_k, acc)
         self.bias_hides = False
         if call.key_bias is not None:
-            self.bias = Source(call.key_bias.unsqueeze(-1), call.block_k, acc)
+            self.bias = Source(call.key_bias.unsqueeze(-1), call.block_k, call.acc_dtype)
             self.bias_hides = bool((call.key_bias == -torch.inf).any())
         if call.gate is not None and call.gate.key is not None:
             key = call.gate.key if self.turns is None else self.turns.in_pairs(call.gate.key)
@@ -130,7 +136,10 @@ def weigh(inputs: Inputs, part: Bucket, *, need_lse: bool, views: bool = False) 
         views: Whether keys may be views of the inputs, for a chunk where each row reads every block.
     """
     call = inputs.call
-    q = inputs.q.gather("q", part.rows).mul_(call.scale)
+    q = inputs.q.gather("q", part.rows)
+    wide = inputs.compute == call.acc_dtype
+    if wide:
+        q.mul_(call.scale)
     hidden = bias = None
     if inputs.bias is not None:
         bias = inputs.bias.gather("bias", inputs.blocks_in(inputs.bias, part)).view(part.rows.shape[0], -1, 1)
@@ -144,6 +153,8 @@ def weigh(inputs: Inputs, part: Bucket, *, need_lse: bool, views: bool = False) 
     scores = product("scores", q, k.transpose(1, 2))
     if q_aux is not None and k_aux is not None:
         torch.baddbmm(scores, q_aux, k_aux.transpose(1, 2), out=scores)
+    if not wide:
+        scores = _widen(scores, call)
     if bias is not None:
         scores += bias.transpose(1, 2)[..., : scores.shape[2]]
     if part.partial:
@@ -161,6 +172,11 @@ def weigh(inputs: Inputs, part: Bucket, *, need_lse: bool, views: bool = False) 
     return chunk
 
 
+def _widen(scores: Tensor, call: Call, name: str = "wide scores") -> Tensor:
+    """Scores of a low dtype in the accumulator's, scaled: a low dtype would round the scaled queries too."""
+    return scratch(name, tuple(scores.shape), call.acc_dtype, scores.device).copy_(scores).mul_(call.scale)
+
+
 def _keys(inputs: Inputs, part: Bucket, *, views: bool) -> Tensor:
     if views:
         return inputs.call.k.flatten(0, 1)
@@ -173,7 +189,9 @@ def _keys(inputs: Inputs, part: Bucket, *, views: bool) -> Tensor:
 def _auxiliary(inputs: Inputs, part: Bucket) -> tuple[Tensor | None, Tensor | None]:
     if inputs.q_aux is None or inputs.k_aux is None:
         return None, None
-    q = inputs.q_aux.gather("q_aux", part.rows).mul_(inputs.call.scale)
+    q = inputs.q_aux.gather("q_aux", part.rows)
+    if inputs.compute == inputs.call.acc_dtype:
+        q.mul_(inputs.call.scale)
     k = inputs.k_aux.gather("k_aux", inputs.blocks_in(inputs.k_aux, part))
     return q, k.view(part.rows.shape[0], -1, k.shape[2])
 
@@ -216,6 +234,8 @@ def _gate(inputs: Inputs, chunk: Chunk, scores: Tensor, *, need_lse: bool) -> No
             inputs.turns.turn(key, part.origin.reshape(-1))
         key = key.view(part.rows.shape[0], -1, key.shape[2])
         logits = torch.bmm(chunk.q, key.transpose(1, 2))
+        if inputs.compute != call.acc_dtype:
+            logits = _widen(logits, call, "gate logits")
     chunk.gated, chunk.probs, chunk.dead, lse = gating.weigh(scores, block_k, own=own, mix=mix, logits=logits)
     chunk.gated.key = key
     chunk.lse = lse if need_lse else None
