@@ -64,27 +64,29 @@ def markdown(rows: list[Row], where: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def picture(rows: list[Row], path: Path) -> None:
+def picture(rows: list[Row], where: dict[str, Any], path: Path) -> None:
     """Draws forward and training: how many times faster than the baseline of each row."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import FuncFormatter
 
     chosen = [row for row in rows if row.ratio is not None and not row.at_most]
-    figure, axes = pyplot.subplots(figsize=(9, 0.36 * len(chosen) + 1.2), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(9, 0.36 * len(chosen) + 1.4), layout="constrained")
     place = list(range(len(chosen)))[::-1]
     axes.barh(place, [row.ratio or 0 for row in chosen], color="#2b6ca3", height=0.6, label="measured")
     marked = [(row.must, y) for row, y in zip(chosen, place, strict=True) if row.must is not None]
-    axes.scatter([x for x, _ in marked], [y for _, y in marked], marker="|", s=260, color="#b0413e", label="bound")
-    for y, row in zip(place, chosen, strict=True):
-        axes.text((row.ratio or 0) * 1.03, y, f"{row.ratio:.2f}", va="center", fontsize=8)
-    axes.set_yticks(place, [f"{row.part}: {row.name}" for row in chosen], fontsize=8)
+    bounds = ([x for x, _ in marked], [y for _, y in marked])
+    axes.scatter(*bounds, marker="|", s=260, color="#b0413e", label=f"bound on {CLASS}")
+    axes.set_yticks(place, [f"{row.part}: {row.name} | {row.ratio:.2f}" for row in chosen], fontsize=8)
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.axvline(1.0, color="#444444", linewidth=1)
-    axes.set_xlabel("times faster than FlexAttention (forward) or dense attention (training, decoding); log scale")
+    axes.set_xlabel("times faster than FlexAttention (forward) or dense attention (the rest)")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="lower right", fontsize=8)
+    figure.suptitle(f"{where['cpu']}, class {where['class']}, {where['date']}", fontsize=10)
     figure.savefig(path, dpi=140)
     pyplot.close(figure)
 
@@ -109,7 +111,7 @@ def main(
     text = json.dumps(data, indent=2) + "\n"
     out.with_name(f"{out.name}.json").write_text(text, encoding="utf-8")
     out.with_name(f"{out.name}.md").write_text(markdown(rows, where), encoding="utf-8")
-    picture(rows, out.with_name(f"{out.name}.png"))
+    picture(rows, where, out.with_name(f"{out.name}.png"))
     if as_json:
         typer.echo(text, nl=False)
         return

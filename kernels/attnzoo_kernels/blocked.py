@@ -53,9 +53,7 @@ def _forward(call: Call, *, need_lse: bool) -> tuple[Tensor, Tensor]:
     parts = list(chunks(call, inputs))
     whole = len(parts) == 1 and parts[0].whole and values.dtype == call.q.dtype
     shape = (rows, block, call.v.shape[3])
-    # Rows that no bucket holds read nothing.
-    covered = sum(part.rows.shape[0] for part in parts) == rows
-    out = call.q.new_empty(shape) if covered else call.q.new_zeros(shape)
+    out = call.q.new_empty(shape) if _cover(parts, rows) else call.q.new_zeros(shape)
     lse = torch.full((rows, block, 1), -torch.inf, dtype=call.acc_dtype, device=call.q.device) if need_lse else None
     for part in parts:
         views = _reads_in_place(call, part)
@@ -74,6 +72,11 @@ def _forward(call: Call, *, need_lse: bool) -> tuple[Tensor, Tensor]:
     if lse is None:
         return result, call.q.new_empty(0, dtype=call.acc_dtype)
     return result, untile(lse, call.q.shape).squeeze(-1)
+
+
+def _cover(parts: list[Bucket], rows: int) -> bool:
+    """Whether chunks hold all rows; those that none holds read nothing, and stay zero."""
+    return sum(part.rows.shape[0] for part in parts) == rows
 
 
 def _value_dtype(call: Call) -> torch.dtype:
@@ -138,8 +141,10 @@ def _backward(call: Call, dout: Tensor, dlse: Tensor | None, need: list[bool]) -
         return torch.zeros(shape, dtype=acc, device=device) if needed else None
 
     width = call.q.shape[3] if inputs.turns is None else inputs.turns.padded
+    parts = list(chunks(call, inputs))
+    q_shape = (rows, call.block_q, width)
     grads = Gradients(
-        q=zeros(need[0], rows, call.block_q, width),
+        q=call.q.new_empty(q_shape, dtype=acc) if need[0] and _cover(parts, rows) else zeros(need[0], *q_shape),
         k=zeros(need[1], keys, call.block_k, width),
         v=zeros(need[2], keys, call.block_k, call.v.shape[3]),
     )
@@ -155,7 +160,7 @@ def _backward(call: Call, dout: Tensor, dlse: Tensor | None, need: list[bool]) -
     # The rows behind a ragged end have no gradient; tiles give them zeros.
     dout_tiles = Source(tile(dout, call.block_q).unsqueeze(1), call.block_q, acc)
     dlse_tiles = None if dlse is None else Source(tile(dlse, call.block_q).unsqueeze(1), call.block_q, acc)
-    for part in chunks(call, inputs):
+    for part in parts:
         chunk = weigh(inputs, part, need_lse=False)
         dout_rows = dout_tiles.gather("dout", part.rows)
         dlse_rows = None if dlse_tiles is None else dlse_tiles.gather("dlse", part.rows)
