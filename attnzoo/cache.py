@@ -146,6 +146,7 @@ class KVCache:
             yield
         except BaseException:
             self.length, self.bound, self._lengths = before
+            self._clear_behind()
             raise
 
     def append(self, values: Mapping[str, Tensor], lengths: int | Tensor, *, differentiable: bool) -> dict[str, Tensor]:
@@ -173,7 +174,12 @@ class KVCache:
         return seen
 
     def crop(self, length: int) -> None:
-        """Keeps the first tokens of every item: at most ``length``."""
+        """Keeps the first tokens of every item: at most ``length``.
+
+        Raises:
+            TypeError: If ``length`` is no int.
+            ShapeError: If it is negative.
+        """
         if isinstance(length, bool) or not isinstance(length, int):
             raise TypeError(f"length: expected an int, got {type(length).__name__}")
         if length < 0:
@@ -183,8 +189,16 @@ class KVCache:
         else:
             self.length = min(self.bound, length)
         self.bound = min(self.bound, length)
+        self._clear_behind()
         if self.bound == 0:
             self._lengths, self.length = None, 0
+
+    def _clear_behind(self) -> None:
+        """Zeroes the slots behind what is held: where lengths differ they are handed on, and may hold NaN."""
+        behind = torch.arange(self.max_length + 1, device=self.device) >= self.lengths.unsqueeze(1)
+        with torch.no_grad():
+            for x in self._buffers.values():
+                x.masked_fill_(behind[:, None, :, None], 0)
 
     def reorder(self, index: Tensor) -> None:
         """Takes the items ``index``, int ``[B']``, in their order: beams are chosen, repeated or dropped."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from attnzoo import surgery
-from attnzoo.evaluate import Progress, Score, decode_speed, score
+from attnzoo.evaluate import Decoding, Progress, Score, decode, score
 from attnzoo.registry import get_config
 from attnzoo_kernels.errors import ConfigError
 
@@ -50,6 +50,11 @@ class VariantSpec:
     conversions: tuple[Conversion, ...] = ()
     exact: bool = False
     control: bool = False
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether a conversion reads the calibration text."""
+        return any(conversion.options.get("method") in ("commuting", "latent") for conversion in self.conversions)
 
     @classmethod
     def parse(cls, text: str) -> VariantSpec:
@@ -126,7 +131,7 @@ class Row:
         delta_nll: Mean NLL less the dense model's.
         density: Measured, see :class:`attnzoo.evaluate.Score`.
         kv_bytes_held: Cached bytes for each token, all layers.
-        kv_bytes_read: Of these, what a decode step at the window's end gathers.
+        kv_bytes_read: Of these, what a decode step behind a window gathers.
         max_logit_diff: Largest difference to the dense model's logits where they were kept.
         flags: NO-OP, certificate, negative control.
         decode_tokens_per_s: Measured; differs from run to run.
@@ -172,25 +177,25 @@ class Comparer:
         self.model, self.windows, self.progress = model, windows, progress
         self.batches = [] if calibration is None else [row.unsqueeze(0) for row in calibration]
         self._statistics: surgery.Statistics | None = None
-        self._dense: tuple[Score, float] | None = None
+        self._dense: tuple[Score, Decoding] | None = None
 
     def run(self, specs: Sequence[VariantSpec], about: dict[str, Any]) -> Comparison:
         """All rows; the dense model is measured first, whether it has a row or not."""
-        self._dense = (score(self.model, self.windows, progress=self.progress), self._speed())
+        self._dense = (score(self.model, self.windows, progress=self.progress), self._decode())
         sha = hashlib.sha256(self.windows.numpy().tobytes()).hexdigest()
         about = {**about, "windows": list(self.windows.shape), "tokens_sha256": sha, "torch": torch.__version__}
         about["machine"] = f"{platform.machine()}, {torch.get_num_threads()} threads"
         return Comparison(about, [self._row(spec) for spec in specs])
 
-    def _speed(self) -> float:
-        return decode_speed(self.model, self.windows[0][: min(512, self.windows.shape[1])])
+    def _decode(self) -> Decoding:
+        return decode(self.model, self.windows[0])
 
     def _row(self, spec: VariantSpec) -> Row:
         if self._dense is None:
             raise ConfigError("run: expected the dense model to be measured first")
-        dense, dense_speed = self._dense
+        dense, dense_decoding = self._dense
         if not spec.conversions:
-            return self._figures(spec, dense, dense_speed, 0.0)
+            return self._figures(spec, dense, dense_decoding, 0.0)
         reports: list[surgery.ConversionReport] = []
         begin = time.perf_counter()
         try:
@@ -198,7 +203,7 @@ class Comparer:
                 reports.append(self._convert(conversion, first=not reports))
             seconds = time.perf_counter() - begin
             found = score(self.model, self.windows, progress=self.progress)
-            return self._figures(spec, found, self._speed(), seconds)
+            return self._figures(spec, found, self._decode(), seconds)
         finally:
             for report in reversed(reports):
                 report.undo()
@@ -224,7 +229,7 @@ class Comparer:
             )
         return self._statistics
 
-    def _figures(self, spec: VariantSpec, found: Score, speed: float, seconds: float) -> Row:
+    def _figures(self, spec: VariantSpec, found: Score, decoding: Decoding, seconds: float) -> Row:
         dense = found if self._dense is None else self._dense[0]
         difference = float((found.probe - dense.probe).abs().max())
         held = surgery.cache_bytes(self.model)
@@ -242,9 +247,9 @@ class Comparer:
             delta_nll=found.mean_nll - dense.mean_nll,
             density=found.density,
             kv_bytes_held=held,
-            kv_bytes_read=round(held * found.read_share),
+            kv_bytes_read=round(held * decoding.read_share),
             max_logit_diff=difference,
             flags=flags,
-            decode_tokens_per_s=round(speed, 2),
+            decode_tokens_per_s=round(decoding.tokens_per_s, 2),
             convert_seconds=round(seconds, 1),
         )

@@ -9,6 +9,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from attnzoo.record import has_layers, record
+from attnzoo.record import Recording, has_layers, record
 from attnzoo.records import Plan
 from attnzoo_kernels.errors import ConfigError
 
@@ -33,13 +34,11 @@ class Score:
     Attributes:
         nll: Negative log-likelihood of each window in nats per token; all but a window's first token are scored.
         density: Visible (query, key) pairs over those of dense attention, over all layers; 1 without attnzoo layers.
-        read_share: Key slots gathered for the last query block over all slots, mean over layers and heads.
         probe: Logits ``[PROBE_ROWS, V]`` at the end of the first window.
     """
 
     nll: tuple[float, ...]
     density: float
-    read_share: float
     probe: Tensor
 
     @property
@@ -83,60 +82,83 @@ def score(model: Any, windows: Tensor, *, progress: Progress | None = None) -> S
         progress: Told of each window.
     """
     nll: list[float] = []
-    density = read_share = 1.0
+    density = 1.0
     probe = torch.empty(0)
     for done, window in enumerate(windows):
         ids = window.unsqueeze(0)
         with torch.no_grad():
             if done == 0:
-                logits, density, read_share = _watched(model, ids)
+                logits, density = _watched(model, ids)
                 probe = logits[-PROBE_ROWS:].clone()
             else:
                 logits = model(ids, use_cache=False).logits[0].float()
             nll.append(float(cross_entropy(logits[:-1], window[1:])))
         if progress is not None:
             progress("scoring", done + 1, len(windows))
-    return Score(tuple(nll), density, read_share, probe)
+    return Score(tuple(nll), density, probe)
 
 
-def _watched(model: Any, ids: Tensor) -> tuple[Tensor, float, float]:
-    """Logits of one window, with density and the share of slots read, as the layers' own plans say."""
+def _watched(model: Any, ids: Tensor) -> tuple[Tensor, float]:
+    """Logits of one window, and the density that the layers' own plans say."""
     if not has_layers(model):
-        return model(ids, use_cache=False).logits[0].float(), 1.0, 1.0
+        return model(ids, use_cache=False).logits[0].float(), 1.0
     with record(model) as seen:
         logits = model(ids, use_cache=False).logits[0].float()
+    return logits, _mean_of_plans(seen, lambda plan: plan.density)
+
+
+def _mean_of_plans(seen: Recording, measure: Callable[[Plan], float]) -> float:
+    """The mean over all recorded calls; layers that share a layout are measured once."""
     plans = [plan for layer in seen.plans.values() for plan in layer]
-    if not plans:
-        return logits, 1.0, 1.0
-    known: dict[int, tuple[float, float]] = {}
+    known: dict[int, float] = {}
     for plan in plans:
         if id(plan.layout) not in known:
-            known[id(plan.layout)] = (plan.density, _read_share(plan))
-    pairs = [known[id(plan.layout)] for plan in plans]
-    return logits, statistics.fmean(d for d, _ in pairs), statistics.fmean(s for _, s in pairs)
+            known[id(plan.layout)] = measure(plan)
+    return statistics.fmean(known[id(plan.layout)] for plan in plans) if plans else 1.0
 
 
 def _read_share(plan: Plan) -> float:
-    rows = plan.layout.kv_rows()[..., -1].double()
-    return float(rows.mean()) / plan.layout.seq_k
+    return float(plan.layout.kv_rows().double().mean()) / plan.layout.seq_k
 
 
-def decode_speed(model: Any, prompt: Tensor, *, steps: int = 12, warm_up: int = 2) -> float:
-    """Tokens a second when decoding one sequence after a prompt: from the median time of a step.
+@dataclass(frozen=True)
+class Decoding:
+    """What decoding one sequence costs.
+
+    Attributes:
+        tokens_per_s: From the median time of a step; differs from run to run.
+        read_share: Key slots that a step gathers over all slots, mean over layers and heads; 1 without attnzoo layers.
+    """
+
+    tokens_per_s: float
+    read_share: float
+
+
+def decode(model: Any, prompt: Tensor, *, steps: int = 12, warm_up: int = 2) -> Decoding:
+    """Decodes behind a prompt, greedily.
 
     Args:
         model: A model with ``generate``'s kind of cache (``past_key_values``).
         prompt: int64 ``[L]``.
         steps: Steps timed.
-        warm_up: Steps before, not timed.
+        warm_up: Steps before, at least one, not timed.
     """
     times = []
     with torch.no_grad():
         out = model(prompt.unsqueeze(0), use_cache=True)
-        for step in range(warm_up + steps):
+
+        def step() -> Any:
             token = out.logits[:, -1:].argmax(-1)
+            return model(token, past_key_values=out.past_key_values, use_cache=True)
+
+        share = 1.0
+        with record(model) if has_layers(model) else nullcontext() as seen:
+            out = step()
+        if seen is not None:
+            share = _mean_of_plans(seen, _read_share)
+        for done in range(1, warm_up + steps):
             begin = time.perf_counter()
-            out = model(token, past_key_values=out.past_key_values, use_cache=True)
-            if step >= warm_up:
+            out = step()
+            if done >= warm_up:
                 times.append(time.perf_counter() - begin)
-    return 1.0 / statistics.median(times)
+    return Decoding(1.0 / statistics.median(times), share)

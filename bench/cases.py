@@ -5,6 +5,7 @@ Letters: B batch (1 everywhere), T query tokens, S key tokens, H query heads, G 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -132,21 +133,24 @@ def switch(name: str, case: Case, layout: BlockLayout) -> tuple[BlockLayout, Ext
             case.block, case.block, tokens, tokens, layout.start, layout.count, layout.col, layout.col.clone()
         )
         return turned, Extras(rope=tables)
+    every_seventh = torch.arange(tokens) % 7 == 3
     made = {
         "none": lambda: Extras(),
         "q_pos": lambda: Extras(q_pos=torch.arange(tokens, dtype=torch.int32).view(1, 1, -1)),
         "key_bias": lambda: Extras(key_bias=normal(1, 1, tokens)),
-        "window and sink": lambda: Extras(window=tokens // 2, sink=4),
-        "window per head": lambda: Extras(window=torch.full((heads,), tokens // 2, dtype=torch.int32)),
+        "key_bias, -inf": lambda: Extras(key_bias=normal(1, 1, tokens).masked_fill_(every_seventh, -math.inf)),
+        "window and sink": lambda: Extras(window=tokens, sink=4),
+        "window per head": lambda: Extras(window=torch.full((heads,), tokens, dtype=torch.int32)),
         "aux 16": lambda: Extras(aux=(normal(1, heads, tokens, 16), normal(1, groups, tokens, 16))),
         "aux 64": lambda: Extras(aux=(normal(1, heads, tokens, 64), normal(1, groups, tokens, 64))),
         "gate last": lambda: Extras(gate="last"),
+        "gate last, mixed": lambda: Extras(gate="last", gate_mix=0.5),
         "gate keys": lambda: Extras(gate=normal(1, groups, blocks, case.width)),
     }
     return layout, made[name]()
 
 
 SWITCHES = (
-    "none", "q_pos", "key_bias", "window and sink", "window per head", "aux 16", "aux 64", "gate last", "gate keys",
-    "origin",
+    "none", "q_pos", "key_bias", "key_bias, -inf", "window and sink", "window per head", "aux 16", "aux 64",
+    "gate last", "gate last, mixed", "gate keys", "origin",
 )  # fmt: skip

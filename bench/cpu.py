@@ -114,9 +114,9 @@ def main(
     picture(rows, where, out.with_name(f"{out.name}.png"))
     if as_json:
         typer.echo(text, nl=False)
-        return
-    console = Console()
-    (console if console.is_terminal else Console(width=140)).print(render(rows, where))
+    else:
+        console = Console()
+        (console if console.is_terminal else Console(width=140)).print(render(rows, where))
     if where["class"] == CLASS and any(row.holds is False for row in rows):
         raise typer.Exit(1)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -193,34 +193,53 @@ def memory() -> Iterator[Row]:
 
 
 def switches() -> Iterator[Row]:
-    """What each switch costs against the same layout without it."""
-    case = cases.FORWARD[1]
-    layout, (q, k, v) = case.layout(), case.inputs()
+    """What each switch costs against the same layout without it, its own gradients included."""
+    case, small = cases.FORWARD[1], cases.Case("small", tokens=512, density=0.3)
+    layout, inputs = case.layout(), case.inputs()
     with clock.threads(1):
         for name in cases.SWITCHES:
             if name == "none":
                 continue
-            turned, extras = cases.switch(name, case, layout)
-            times = _switch_times(ours(layout), ours(turned, extras), (q, k, v))
+            _check_switch(name, small)
+            times = _switch_times(layout, *cases.switch(name, case, layout), inputs)
             growth = clock.peak_growth(_MEMORY, "LONG", name, "forward")
-            figures = {
-                "forward": times["with"] / times["plain"],
-                "step": times["step"] / times["plain step"],
-                "MiB at 16k": growth,
-            }
-            # The window hides half of what the layout lists, so that its ratio may be below 1.
-            yield Row("switches, density .06", name, figures, "x", max(figures["forward"], figures["step"]), 1.5, True)
+            figures = {"forward": times["with"] / times["plain"], "step": times["step"] / times["plain step"]}
+            yield Row("switches, density .06", name, figures, "x", max(figures.values()), 1.5, True)
+            yield Row("switches, peak memory at T = 16k", name, {"growth": growth}, "MiB", growth, 150.0, True)
 
 
-def _switch_times(plain: peers.Run, run: peers.Run, inputs: tuple[Tensor, Tensor, Tensor]) -> dict[str, float]:
+def _check_switch(name: str, case: cases.Case) -> None:
+    layout, extras = cases.switch(name, case, case.layout())
+    inputs = case.inputs()
+    gate.check(
+        name, ours(layout, extras)(*inputs), block_sparse_attention(*inputs, layout, extras=extras, impl="reference")
+    )
+
+
+def _switch_times(
+    layout: BlockLayout, turned: BlockLayout, extras: Extras, inputs: tuple[Tensor, Tensor, Tensor]
+) -> dict[str, float]:
     leaves = [x.clone().requires_grad_() for x in inputs]
+    plain, run = ours(layout), ours(turned, extras)
+    trained = replace(
+        extras,
+        key_bias=_leaf(extras.key_bias),
+        aux=None if extras.aux is None else tuple(_leaf(x) for x in extras.aux),
+        gate=_leaf(extras.gate),
+    )
+    more = [x for x in (trained.key_bias, *(trained.aux or ()), trained.gate) if isinstance(x, Tensor)]
+    step = ours(turned, trained)
     contestants = {
         "plain": lambda: plain(*inputs),
         "with": lambda: run(*inputs),
         "plain step": lambda: torch.autograd.grad(plain(*leaves).sum(), leaves),
-        "step": lambda: torch.autograd.grad(run(*leaves).sum(), leaves),
+        "step": lambda: torch.autograd.grad(step(*leaves).sum(), [*leaves, *more]),
     }
     return clock.medians(contestants, wall=False, seconds=2)
+
+
+def _leaf(x: Any) -> Any:
+    return x.clone().requires_grad_() if isinstance(x, Tensor) else x
 
 
 def dense_peers() -> Iterator[Row]:
@@ -259,6 +278,8 @@ def scaling() -> Iterator[Row]:
         for case in cases.SCALING:
             layout, (q, k, v) = case.layout(), case.inputs()
             run = ours(layout)
+            if case is cases.SCALING[0]:
+                gate.check("ours", run(q, k, v), gate.truth(q, k, v, layout))
             time = clock.medians({"ours": lambda run=run, x=(q, k, v): run(*x)}, wall=False, seconds=2, least=3)["ours"]
             points.append((math.log(case.tokens), math.log(time)))
             yield Row("scaling, 8 blocks a row, 1 thread", case.name, {"ours": time})

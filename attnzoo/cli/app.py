@@ -71,7 +71,7 @@ def show(variant: Annotated[str, typer.Argument(help="A variant's name.")], as_j
     layer_class = variants[variant]
     document = sys.modules[layer_class.__module__].__doc__ or ""
     options = {
-        field.name: None if field.default is MISSING else field.default
+        field.name: field.default_factory() if field.default_factory is not MISSING else field.default
         for field in fields(config)
         if field.name not in ("dim", "num_heads")
     }
@@ -176,13 +176,16 @@ def compare(  # noqa: PLR0913  (a command line has one parameter for each option
     from attnzoo import compare_render as render
 
     specs = _specs(variants_, preset)
-    if text == calibrate:
+    needed = any(spec.needs_calibration for spec in specs)
+    if needed and text == calibrate:
         raise ConfigError(f"calibrate: expected another text than the one scored, got {text!r} for both")
     found, tokenizer = load_model(model)
     scored = cut_windows(text_tokens(tokenizer, text), length=length, offset=offset, count=windows)
-    calibration = cut_windows(text_tokens(tokenizer, calibrate), length=512, offset=0, count=calibration_windows)
-    about = {"model": model, "text": text, "offset": offset, "calibration": calibrate}
-    about["calibration_tokens"] = calibration.numel()
+    about = {"model": model, "text": text, "offset": offset}
+    calibration = None
+    if needed:
+        calibration = cut_windows(text_tokens(tokenizer, calibrate), length=512, offset=0, count=calibration_windows)
+        about |= {"calibration": calibrate, "calibration_tokens": calibration.numel()}
     with Bar() as progress:
         comparison = Comparer(found, scored, calibration, progress=progress).run(specs, about)
     if out is not None:

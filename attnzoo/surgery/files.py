@@ -43,13 +43,18 @@ def save(
         adapter_only: Store the changed blocks alone, with a hash of all other weights.
 
     Raises:
-        ConversionError: If the folder exists and is not empty, or the model was not converted.
+        ConversionError: If the folder exists and is not empty, holds something else than a converted model, or the
+            model was not converted.
     """
     folder, recipe = Path(folder), recipe_of(model)
     if not recipe:
         raise ConversionError("model: expected a converted model, got one without conversions")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not overwrite:
+    if folder.exists() and not folder.is_dir():
+        raise ConversionError(f"{folder}: expected a folder, got a file")
+    if folder.exists() and any(folder.iterdir()) and not overwrite:
         raise ConversionError(f"{folder}: exists and is not empty; overwrite=True replaces it")
+    if folder.exists() and any(folder.iterdir()) and not (folder / RECIPE).is_file():
+        raise ConversionError(f"{folder}: refused to replace a folder that holds no converted model ({RECIPE})")
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
@@ -80,7 +85,7 @@ def _write(model: Any, folder: Path, recipe: list[dict[str, Any]], tokenizer: An
 
 
 def _swap(temporary: Path, folder: Path) -> None:
-    """Puts a finished folder in its place."""
+    """Puts a finished folder in its place; what was there is removed only once that is done."""
     temporary.chmod(0o755)
     if not folder.exists():
         temporary.rename(folder)
@@ -89,11 +94,11 @@ def _swap(temporary: Path, folder: Path) -> None:
     folder.rename(old / folder.name)
     try:
         temporary.rename(folder)
-    except OSError:
+    except BaseException:
         (old / folder.name).rename(folder)
+        old.rmdir()
         raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def load(folder: str | Path, *, base: Any = None, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:

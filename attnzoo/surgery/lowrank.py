@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from attnzoo.config import check_bool
 from attnzoo.surgery import merge_heads
 from attnzoo.surgery.grouping import consecutive
 from attnzoo.surgery.projections import LatentProjections, Projections
@@ -65,6 +66,8 @@ class Request:
         value = getattr(self, wanted)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ConfigError(f"{wanted}: expected an int from 1 with method {self.method!r}, got {value!r}")
+        for name in ("refit", "gradients"):
+            check_bool(name, getattr(self, name))
         if getattr(self, other) is not None:
             raise ConfigError(f"{other}: expected None with method {self.method!r}, got {getattr(self, other)!r}")
 

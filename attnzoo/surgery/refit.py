@@ -23,6 +23,7 @@ from attnzoo.surgery import factor, merge_heads
 from attnzoo.surgery.projections import Projections
 from attnzoo.surgery.site import Site
 from attnzoo.surgery.statistics import Batch, Progress, Statistics, evaluating, in_full, real_tokens, with_constant
+from attnzoo_kernels.errors import ConfigError
 
 INPUT_RIDGE = 0.02
 OUTPUT_RIDGE = 0.02
@@ -66,6 +67,9 @@ def refit_sites(
 def join_batches(statistics: Statistics) -> tuple[Batch, dict[str, Tensor]]:
     """All calibration batches as one, padded on the right, and each site's token weights ``[B, T]`` beside it."""
     batches = statistics.batches
+    more = sorted(set().union(*batches) - {"input_ids", "attention_mask", "labels"})
+    if more:
+        raise ConfigError(f"calibration: expected input_ids and attention_mask alone with refit, got {more[0]!r}")
     longest = max(batch["input_ids"].shape[1] for batch in batches)
 
     def padded(rows: Sequence[Tensor]) -> Tensor:

@@ -113,7 +113,10 @@ def as_batches(calibration: Iterable[Any]) -> list[Batch]:
     batches: list[Batch] = []
     for item in calibration:
         if isinstance(item, Mapping):
-            batch = {name: value for name, value in item.items() if isinstance(value, Tensor)}
+            batch = dict(item)
+            odd = sorted(name for name, value in batch.items() if not isinstance(value, Tensor))
+            if odd:
+                raise ConfigError(f"calibration: expected tensors, got {type(batch[odd[0]]).__name__} as {odd[0]!r}")
         elif isinstance(item, Tensor):
             batch = {"input_ids": item}
         else:

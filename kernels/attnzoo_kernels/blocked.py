@@ -193,14 +193,14 @@ def _accumulate(
     if grads.q is not None:
         dq = product("dq", dscores, chunk.k)
         if dgates is not None and chunk.gated is not None and chunk.gated.key is not None:
-            torch.baddbmm(dq, dgates, chunk.gated.key, out=dq)
+            product("dq", dgates, chunk.gated.key, out=dq, add=True)
         grads.q.index_copy_(0, part.rows, dq.mul_(call.scale))
     if grads.k is not None:
         dk = product("dkv", dscores.transpose(1, 2), chunk.q).view(kv.shape[0], call.block_k, -1)
         _turn_back(inputs, part, dk)
         _add(grads.k, kv, dk)
     if grads.gate is not None and dgates is not None:
-        dkey = torch.bmm(dgates.transpose(1, 2), chunk.q).view(kv.shape[0], 1, -1)
+        dkey = product("dgate", dgates.transpose(1, 2), chunk.q).view(kv.shape[0], 1, -1)
         _turn_back(inputs, part, dkey)
         grads.gate.index_add_(0, kv, dkey.squeeze(1))
     _accumulate_rest(inputs, chunk, dscores, grads)

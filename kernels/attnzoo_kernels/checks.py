@@ -157,6 +157,10 @@ def _check_extras(q: Tensor, k: Tensor, layout: BlockLayout, extras: Extras) -> 
             raise TypeError(f"rope: expected a pair (cos, sin), got {type(extras.rope).__name__}")
         cos, sin = extras.rope
         for name, table in (("rope cos", cos), ("rope sin", sin)):
+            if not isinstance(table, Tensor):
+                raise TypeError(f"{name}: expected a Tensor, got {type(table).__name__}")
+            if table.requires_grad:
+                raise ValueError(f"{name}: expected a table without gradient, got one that requires it")
             expect(name, table, (tuple(table.shape[:1]), tuple(range(1, width // 2 + 1))), acc, device)
         if cos.shape != sin.shape:
             raise ShapeError(f"rope: expected cos and sin of one shape, got {list(cos.shape)} and {list(sin.shape)}")

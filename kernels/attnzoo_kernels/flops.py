@@ -31,9 +31,9 @@ def register_when_counting() -> None:
             mode.counter.flop_registry.update(counter.flop_registry)
 
 
-def _pairs(q: Tensor, start: Tensor, count: Tensor, col: Tensor, blocks: tuple[int, int]) -> int:
-    """Listed (query, key) pairs; at most so many where the lists cannot be read."""
-    entries = int(count.sum()) if is_readable(count) else col.shape[0]
+def _pairs(q: Tensor, k: Tensor, start: Tensor, count: Tensor, blocks: tuple[int, int]) -> int:
+    """Listed (query, key) pairs; all that there may be where the lists cannot be read."""
+    entries = int(count.sum()) if is_readable(count) else start.numel() * -(-k.shape[2] // blocks[1])
     shared = q.shape[0] * q.shape[1] // max(start.shape[0] * start.shape[1], 1)
     return entries * shared * math.prod(blocks)
 
@@ -41,11 +41,11 @@ def _pairs(q: Tensor, start: Tensor, count: Tensor, col: Tensor, blocks: tuple[i
 def _forward(q: Tensor, k: Tensor, v: Tensor, start: Tensor, count: Tensor, col: Tensor, *rest: Any, **_: Any) -> int:
     """Two products: scores and outputs."""
     blocks = [x for x in rest if isinstance(x, int) and not isinstance(x, bool)][:2]
-    return 2 * (q.shape[3] + v.shape[3]) * _pairs(q, start, count, col, (blocks[0], blocks[1]))
+    return 2 * (q.shape[3] + v.shape[3]) * _pairs(q, k, start, count, (blocks[0], blocks[1]))
 
 
 def _backward(dout: Any, dlse: Any, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **_: Any) -> int:
     """Five products: the scores again, and the gradients of weights, queries, keys and values."""
-    start, count, col, *others = rest
+    start, count, _, *others = rest
     blocks = [x for x in others if isinstance(x, int) and not isinstance(x, bool)][:2]
-    return 2 * (3 * q.shape[3] + 2 * v.shape[3]) * _pairs(q, start, count, col, (blocks[0], blocks[1]))
+    return 2 * (3 * q.shape[3] + 2 * v.shape[3]) * _pairs(q, k, start, count, (blocks[0], blocks[1]))

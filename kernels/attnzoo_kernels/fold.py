@@ -7,11 +7,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from attnzoo_kernels.call import Call
 from attnzoo_kernels.rule import Fold
+
+MOST_TALL = 256
+"""Rows of a query block that stays whole."""
 
 MOST_ROWS = 64
 """Rows of a folded query block: larger blocks are as quick unfolded."""
@@ -23,7 +27,7 @@ def fold_groups(call: Call) -> Call:
     if seq_q == 0 or batch == 0:
         return call
     # One short query block needs no rows that hold nothing.
-    call = replace(call, block_q=min(call.block_q, seq_q))
+    call = cut_tall(replace(call, block_q=min(call.block_q, seq_q)))
     per_group = heads // groups
     if per_group == 1 or per_group * call.block_q > MOST_ROWS or not _heads_agree(call):
         return call
@@ -37,6 +41,15 @@ def fold_groups(call: Call) -> Call:
         rule=replace(rule, q_pos=q_pos, fold=fold),
         aux=None if aux is None else (_lay(aux[0], fold, per_group), aux[1]),
     )
+
+
+def cut_tall(call: Call) -> Call:
+    """The same call with shorter query blocks where they are so tall that one row of blocks would not fit a chunk."""
+    block = next((n for n in range(MOST_TALL, 15, -1) if call.block_q % n == 0), call.block_q)
+    if call.block_q <= MOST_TALL or block == call.block_q or call.q.shape[2] == 0:
+        return call
+    rows = torch.arange(-(-call.q.shape[2] // block), device=call.col.device) * block // call.block_q
+    return replace(call, block_q=block, start=call.start[..., rows], count=call.count[..., rows])
 
 
 def _heads_agree(call: Call) -> bool:

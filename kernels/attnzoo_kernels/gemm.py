@@ -51,6 +51,9 @@ def route() -> str:
     asked = os.environ.get("ATTNZOO_CPU_GEMM", "auto")
     if asked not in ROUTES:
         raise ValueError(f"ATTNZOO_CPU_GEMM: expected one of {', '.join(ROUTES)}, got {asked!r}")
+    if cpu_class() == "amx":
+        # There the setting would round to bf16.
+        return "mkl"
     if asked != "auto":
         return asked
     return "onednn" if cpu_class() == "avx512" else "mkl"
@@ -64,7 +67,7 @@ class _Process:
         self.depth = 0
         self.before = ""
         self.routed = False
-        self.shapes: set[tuple[int, ...]] = set()
+        self.shapes: set[tuple[object, ...]] = set()
 
 
 _process = _Process()
@@ -82,14 +85,20 @@ def _renew() -> None:
 os.register_at_fork(after_in_child=_renew)
 
 
+def _own_setting() -> str:
+    """What restores the setting: a value that is only inherited must not become one of its own."""
+    found: str = _settings.fp32_precision
+    return "none" if found == cast("Any", torch.backends.mkldnn).fp32_precision else found
+
+
 @contextmanager
 def routed() -> Iterator[None]:
     """Holds the lock and the route; the first in sets it, the last out restores what was there."""
     with _process.lock:
         _process.depth += 1
         try:
-            if _process.depth == 1 and route() == "onednn" and cpu_class() != "amx":
-                _process.before = _settings.fp32_precision
+            if _process.depth == 1 and route() == "onednn":
+                _process.before = _own_setting()
                 _settings.fp32_precision = "bf16"
                 _process.routed = True
             yield
@@ -100,20 +109,24 @@ def routed() -> Iterator[None]:
                 _process.routed = False
 
 
-def product(name: str, a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """A batched product, by default in scratch memory."""
+def product(name: str, a: Tensor, b: Tensor, out: Tensor | None = None, *, add: bool = False) -> Tensor:
+    """A batched product, by default in scratch memory; ``add`` adds it to what ``out`` holds."""
     if out is None:
         out = scratch(name, (*a.shape[:2], b.shape[2]), a.dtype, a.device)
-    if not _process.routed or _may_learn((*a.shape, b.shape[2], a.stride(1) == 1, b.stride(1) == 1)):
-        return torch.bmm(a, b, out=out)
+    if not _process.routed or _may_learn((str(a.dtype), *a.shape, b.shape[2], a.stride(1) == 1, b.stride(1) == 1)):
+        return _multiply(a, b, out, add=add)
     _settings.fp32_precision = "none"
     try:
-        return torch.bmm(a, b, out=out)
+        return _multiply(a, b, out, add=add)
     finally:
         _settings.fp32_precision = "bf16"
 
 
-def _may_learn(shape: tuple[int, ...]) -> bool:
+def _multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool) -> Tensor:
+    return torch.baddbmm(out, a, b, out=out) if add else torch.bmm(a, b, out=out)
+
+
+def _may_learn(shape: tuple[object, ...]) -> bool:
     if shape in _process.shapes:
         return True
     if len(_process.shapes) >= SHAPE_BUDGET:

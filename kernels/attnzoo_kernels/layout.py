@@ -17,6 +17,7 @@ from attnzoo_kernels import layout_build as build
 from attnzoo_kernels import layout_flex, layout_picture
 from attnzoo_kernels.density import layout_density
 from attnzoo_kernels.errors import ShapeError, UnsupportedError
+from attnzoo_kernels.rule import bounded
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -115,10 +116,16 @@ class BlockLayout:
         """
         build.check_sizes(block_q, block_k, seq_q, seq_k)
         build.check_grid("index", index, (-(-seq_q // block_q), None), None)
-        if origin is not None and origin.shape != index.shape:
-            raise ShapeError(f"origin: expected {list(index.shape)} as index has it, got {list(origin.shape)}")
-        if build.is_readable(index) and bool((index < -1).any()):
-            raise ShapeError(f"index: expected blocks from -1 on, got {int(index.min())}")
+        if origin is not None:
+            build.check_grid("origin", origin, (-(-seq_q // block_q), None), None)
+            if origin.shape != index.shape:
+                raise ShapeError(f"origin: expected {list(index.shape)} as index has it, got {list(origin.shape)}")
+        # Before the narrowing to int32, which would make other blocks of values beyond it.
+        index, origin = index.long(), None if origin is None else origin.long()
+        if validate or build.is_readable(index):
+            build.check_range("index", index, -1, -(-seq_k // block_k) - 1)
+            if origin is not None:
+                build.check_range("origin", origin, -(1 << 31), (1 << 31) - 1)
         layout = cls._trusted((block_q, block_k, seq_q, seq_k), build.lists_of_indices(index, origin))
         if validate or build.is_readable(index):
             layout.validate()
@@ -183,7 +190,7 @@ class BlockLayout:
         build.check_at_least("sink", sink, 0)
         first = build.first_slots(q_start, seq_q, seq_k, device)
         sizes = (block_q, block_k, seq_q, seq_k)
-        index = build.sink_window_indices(sizes, first, window, sink, causal=causal)
+        index = build.sink_window_indices(sizes, first, bounded(window), bounded(sink), causal=causal)
         return cls._trusted(sizes, build.lists_of_indices(index, None))
 
     @classmethod
@@ -225,6 +232,8 @@ class BlockLayout:
         for name, value, least in (("local_blocks", local_blocks, 1), ("vert_stride", vert_stride, 1)):
             build.check_at_least(name, value, least)
         build.check_at_least("sink_blocks", sink_blocks, 0)
+        if not isinstance(shift, Sequence):
+            raise TypeError(f"shift: expected a sequence of ints, got {type(shift).__name__}")
         first = build.first_slots(q_start, seq_q, seq_k, device)
         sizes = (block_q, block_k, seq_q, seq_k)
         keep = build.strided_mask(sizes, first, (local_blocks, vert_stride, sink_blocks), shift, dense_heads)

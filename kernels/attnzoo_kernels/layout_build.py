@@ -52,6 +52,12 @@ def check_sizes(block_q: int, block_k: int, seq_q: int, seq_k: int) -> None:
         check_at_least(name, value, least)
 
 
+def check_range(name: str, x: Tensor, least: int, most: int) -> None:
+    """Raises unless all values lie within bounds; reads them."""
+    if x.numel() and (int(x.min()) < least or int(x.max()) > most):
+        raise ShapeError(f"{name}: expected values from {least} to {most}, got {int(x.min())} to {int(x.max())}")
+
+
 def check_grid(name: str, x: Tensor, grid: tuple[int, int | None], dtype: torch.dtype | None) -> None:
     """Raises unless a tensor is ``[B, h, M, N]`` of the dtype (``None``: any integer)."""
     if not isinstance(x, Tensor):
@@ -202,6 +208,10 @@ def strided_mask(
     """The strided pattern (local blocks, stride, first blocks) as a mask ``[B|1, h, M, N]``."""
     _, block_k, _, seq_k = sizes
     local, stride, sinks = pattern
+    if not all(isinstance(n, int) and not isinstance(n, bool) for n in shift):
+        raise TypeError(f"shift: expected ints, got {list(shift)}")
+    if dense is not None and not all(isinstance(n, bool) for n in dense):
+        raise TypeError(f"dense_heads: expected bools, got {list(dense)}")
     if dense is not None and len(dense) != len(shift):
         raise ShapeError(f"dense_heads: expected {len(shift)} values as shift has, got {len(dense)}")
     first_own, own = (torch.div(x, block_k, rounding_mode="floor") for x in _row_slots(sizes, first))

@@ -17,7 +17,7 @@ from attnzoo_kernels.extras import Extras
 from attnzoo_kernels.flops import register_when_counting
 from attnzoo_kernels.layout import BlockLayout
 from attnzoo_kernels.registration import flatten, no_autocast
-from attnzoo_kernels.rule import Rule
+from attnzoo_kernels.rule import Rule, bounded
 
 
 def block_sparse_attention(
@@ -185,7 +185,7 @@ def _attend(
 def _call(
     tensors: tuple[Tensor, Tensor, Tensor], layout: BlockLayout, causal: bool, scale: float, extras: Extras
 ) -> Call:
-    rule = Rule(causal, extras.q_pos, extras.window, extras.sink)
+    rule = Rule(causal, extras.q_pos, bounded(extras.window), bounded(extras.sink))
     gate = origins = None
     if extras.gate is not None:
         gate = Gate(extras.gate if isinstance(extras.gate, Tensor) else None, extras.gate_mix)

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+FARTHEST = 1 << 40
+"""Slots beyond which nothing lies: larger windows and sinks would overflow when a position is added."""
+
+
+def bounded(value: Any) -> Any:
+    """A window or sink, cut where it is beyond every slot; tensors are int32 and need no bound."""
+    return min(value, FARTHEST) if type(value) is int else value
 
 
 class Fold(NamedTuple):

@@ -239,7 +239,7 @@ def build_schedule(call: Call) -> Schedule:
 def _one_block(call: Call) -> Schedule | None:
     """The schedule of a decoding step, where all rows read equally many blocks, each of them in full."""
     batch, heads, groups, seq_q, seq_k = call.shape
-    start, count = call.start.long().view(-1, 1), call.count.view(-1)
+    start, count = call.start.long().reshape(-1, 1), call.count.reshape(-1)
     length = int(count[0])
     if length == 0 or not bool((count == length).all()):
         return None
@@ -306,14 +306,25 @@ class _Remembered:
     start: weakref.ref[Tensor]
     count: weakref.ref[Tensor]
     origin: weakref.ref[Tensor] | None
+    versions: tuple[int, ...]
     schedule: Schedule
 
     def is_of(self, call: Call) -> bool:
         """Whether it was made from these very tensors."""
         origin = None if self.origin is None else self.origin()
         wanted = None if call.origins is None else call.origins.of_entry
-        return self.start() is call.start and self.count() is call.count and origin is wanted
+        same = self.start() is call.start and self.count() is call.count and origin is wanted
+        return same and self.versions == _versions(call)
 
+
+def _versions(call: Call) -> tuple[int, ...]:
+    """How often the lists were written to; inference tensors do not count."""
+    lists = (call.col, call.start, call.count, *((call.origins.of_entry,) if call.origins is not None else ()))
+    return tuple(-1 if x.is_inference() else x._version for x in lists)
+
+
+MOST_RULES = 16
+"""Schedules remembered for one layout."""
 
 _memo: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
@@ -340,6 +351,9 @@ def schedule_for(call: Call, build: Callable[[Call], Schedule] = build_schedule)
     schedule = build(call)
     # Threads may race here: the last writer wins, with an equal value.
     origin = None if call.origins is None else weakref.ref(call.origins.of_entry)
-    remembered = _Remembered(weakref.ref(call.start), weakref.ref(call.count), origin, schedule)
-    _memo.setdefault(call.col, {})[key] = remembered
+    remembered = _Remembered(weakref.ref(call.start), weakref.ref(call.count), origin, _versions(call), schedule)
+    rules = _memo.setdefault(call.col, {})
+    if len(rules) >= MOST_RULES:
+        rules.clear()
+    rules[key] = remembered
     return schedule

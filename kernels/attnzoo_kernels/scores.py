@@ -152,7 +152,7 @@ def weigh(inputs: Inputs, part: Bucket, *, need_lse: bool, views: bool = False) 
                 x.masked_fill_(hidden, 0.0)
     scores = product("scores", q, k.transpose(1, 2))
     if q_aux is not None and k_aux is not None:
-        torch.baddbmm(scores, q_aux, k_aux.transpose(1, 2), out=scores)
+        product("scores", q_aux, k_aux.transpose(1, 2), out=scores, add=True)
     if not wide:
         scores = _widen(scores, call)
     if bias is not None:
@@ -233,56 +233,53 @@ def _gate(inputs: Inputs, chunk: Chunk, scores: Tensor, *, need_lse: bool) -> No
         if inputs.turns is not None and part.origin is not None:
             inputs.turns.turn(key, part.origin.reshape(-1))
         key = key.view(part.rows.shape[0], -1, key.shape[2])
-        logits = torch.bmm(chunk.q, key.transpose(1, 2))
+        logits = product("gate logits", chunk.q, key.transpose(1, 2))
         if inputs.compute != call.acc_dtype:
-            logits = _widen(logits, call, "gate logits")
+            logits = _widen(logits, call, "wide gate logits")
     chunk.gated, chunk.probs, chunk.dead, lse = gating.weigh(scores, block_k, own=own, mix=mix, logits=logits)
     chunk.gated.key = key
     chunk.lse = lse if need_lse else None
 
 
 @lru_cache(maxsize=64)
-def _until(block: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Row j hides the columns from j on: what to add to scores, ``[block + 1, block]``."""
+def _until(block: int, device: torch.device) -> Tensor:
+    """Row j shows the columns before j, bool ``[block + 1, block]``."""
     with torch.inference_mode(False):
-        column = torch.arange(block, device=device)
-        ends = torch.arange(block + 1, device=device).unsqueeze(1)
-        return torch.zeros(block + 1, block, dtype=dtype, device=device).masked_fill_(column >= ends, -torch.inf)
+        return torch.arange(block, device=device) < torch.arange(block + 1, device=device).unsqueeze(1)
 
 
 @lru_cache(maxsize=64)
-def _since(block: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Row j hides the columns before j."""
+def _since(block: int, device: torch.device) -> Tensor:
+    """Row j shows the columns from j on."""
     with torch.inference_mode(False):
-        column = torch.arange(block, device=device)
-        begins = torch.arange(block + 1, device=device).unsqueeze(1)
-        return torch.zeros(block + 1, block, dtype=dtype, device=device).masked_fill_(column < begins, -torch.inf)
+        return ~_until(block, device)
+
+
+@lru_cache(maxsize=16)
+def _nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.full((), -torch.inf, dtype=dtype, device=device)
 
 
 def _hide(inputs: Inputs, part: Bucket, scores: Tensor) -> None:
-    """Hides what the rule hides in the partial blocks."""
+    """Hides what the rule hides in the partial blocks; adding -inf would keep a NaN."""
     call, limits = inputs.call, part.limits
     if limits is None:
         cols = part.cols[:, part.cols.shape[1] - part.partial :]
         limits = limits_of(call, inputs.schedule.positions(part.rows, call.q.shape[1]), part.rows, cols)
     tail = scores[..., (part.cols.shape[1] - part.partial) * call.block_k :]
-    mask = _mask(limits, call.block_k, scores.dtype).view(*scores.shape[:2], -1)[..., : tail.shape[2]]
-    if part.safe and part.limits is not None:
-        tail += mask
-    else:
-        # Rows that see nothing may hold NaN, which adding would keep.
-        torch.where(mask == 0, tail, mask, out=tail)
+    seen = _seen(limits, call.block_k).view(*scores.shape[:2], -1)[..., : tail.shape[2]]
+    torch.where(seen, tail, _nothing(scores.dtype, scores.device), out=tail)
 
 
-def _mask(limits: Limits, block: int, dtype: torch.dtype) -> Tensor:
-    """0 where a slot is seen, -inf where not, ``[R * block_q * partial, block]``."""
+def _seen(limits: Limits, block: int) -> Tensor:
+    """Which slots are seen, bool ``[R * block_q * partial, block]``."""
     hi = limits.hi.reshape(-1)
     shape, device = (hi.shape[0], block), hi.device
-    mask = torch.index_select(_until(block, dtype, device), 0, hi, out=scratch("mask", shape, dtype, device))
+    seen = torch.index_select(_until(block, device), 0, hi, out=scratch("seen", shape, torch.bool, device))
     if limits.lo is not None:
-        lower = scratch("mask lower", shape, dtype, device)
-        mask += torch.index_select(_since(block, dtype, device), 0, limits.lo.reshape(-1), out=lower)
+        other = scratch("seen otherwise", shape, torch.bool, device)
+        seen &= torch.index_select(_since(block, device), 0, limits.lo.reshape(-1), out=other)
         if limits.sink is not None:
-            torch.index_select(_until(block, dtype, device), 0, limits.sink.reshape(-1), out=lower)
-            torch.maximum(mask, lower, out=mask)
-    return mask
+            seen |= torch.index_select(_until(block, device), 0, limits.sink.reshape(-1), out=other)
+    return seen

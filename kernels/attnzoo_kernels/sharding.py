@@ -55,6 +55,8 @@ def attend_locally(
         if any(x.shape[placement.dim] % parts for x in tensors):
             raise UnsupportedError(f"q, k, v: expected sizes that {parts} processes share evenly along {placement}")
         cuts.append((placement.dim, parts, mesh.get_coordinate()[axis]))
+    if cuts and extras is not None:
+        _refuse_shared_gradients(extras, placements)
     local = tuple(x.to_local() for x in tensors)  # type: ignore[attr-defined]
     out, lse = attend(local, _part_of_layout(layout, cuts), None if extras is None else _part_of_extras(extras, cuts))
 
@@ -63,6 +65,17 @@ def attend_locally(
         return placed
 
     return whole(out), whole(lse) if need_lse else lse
+
+
+def _refuse_shared_gradients(extras: Extras, placements: Any) -> None:
+    """What all processes share would get a part of its gradient in each."""
+    for name in ("key_bias", "aux", "gate"):
+        value = getattr(extras, name)
+        for x in value if isinstance(value, tuple) else (value,):
+            if isinstance(x, Tensor) and x.requires_grad and getattr(x, "placements", None) != placements:
+                raise UnsupportedError(
+                    f"{name}: expected the placements of q, or no gradient, with distributed tensors"
+                )
 
 
 def _cut(x: Tensor, cuts: list[tuple[int, int, int]], shift: int = 0) -> Tensor:

@@ -167,3 +167,18 @@ def test_a_cache_follows_the_layer() -> None:
     for stream in streams.values():
         assert stream.shape == (3, 2, 5, 2)
         assert stream.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["mha", "s2"])
+def test_what_was_cropped_away_is_not_read_where_lengths_differ(name: str) -> None:
+    layer = attnzoo.create(attnzoo.get_config(name).small())
+    x = torch.randn(2, 6, layer.config.dim)
+    x[0, 5] = torch.nan
+    cache = layer.new_cache(batch=2, max_length=20)
+    layer(x, cache=cache)
+    cache.crop(3)
+    more = torch.randn(2, 6, layer.config.dim)
+    padding = torch.zeros(2, 6, dtype=torch.bool)
+    padding[0, 1:] = True
+    out = layer.attend(more, cache=cache, key_padding=padding).out
+    assert out.isfinite().all()

@@ -165,7 +165,7 @@ BAD: tuple[tuple[tuple[str, ...], str], ...] = (
     (("compare", "{model}", "--variants", "quadratic"), "quadratic"),
     (("compare", "{model}", "--variants", "s2:block_size"), "s2:name=value"),
     (("compare", "{model}", "--variants", "dense", "--text", "{tmp}/none.txt"), "none.txt"),
-    (("compare", "{model}", "--variants", "dense", "--text", "devil"), "calibrate"),
+    (("compare", "{model}", "--variants", "lowrank_gqa:method=latent,latent_dim=8", "--text", "devil"), "calibrate"),
     (("compare", "{model}", "--variants", "dense", "--length", "1"), "length"),
     (("compare", "{model}", "--variants", "dense", "--offset", "100000000"), "tokens"),
     (("compare", "{model}", "--variants", "mha:windows=4", "--length", "32", "--offset", "0"), "windows"),

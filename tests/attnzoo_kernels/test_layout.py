@@ -291,8 +291,27 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "mask of two dimensions": (lambda: BlockLayout.from_mask(ONES[0, 0], *SIZE), ValueError, r"keep: .*got \[5, 3\]"),
     "mask as a list": (lambda: BlockLayout.from_mask([[True]], *SIZE), TypeError, "keep: expected a Tensor, got list"),
     "indices as floats": (lambda: BlockLayout.from_indices(blocks(0).float(), *SIZE), TypeError, "index: expected int"),
-    "index too large": (lambda: BlockLayout.from_indices(blocks(0, 3), *SIZE), ValueError, "from 0 to 2, got 0 to 3"),
-    "index of -2": (lambda: BlockLayout.from_indices(blocks(0, -2), *SIZE), ValueError, "index: .* -1 on, got -2"),
+    "index beyond int32": (
+        lambda: BlockLayout.from_indices(blocks(0, 2**32 + 1), *SIZE),
+        ValueError,
+        "got 0 to 4294967297",
+    ),
+    "origin of floats": (
+        lambda: BlockLayout.from_indices(blocks(0, 1), *SIZE, origin=blocks(0, 1).float()),
+        TypeError,
+        "origin: expected integers",
+    ),
+    "shift of floats": (
+        lambda: BlockLayout.strided(*SIZE, local_blocks=1, vert_stride=2, shift=[0.5]),
+        TypeError,
+        "shift: expected ints",
+    ),
+    "index too large": (lambda: BlockLayout.from_indices(blocks(0, 3), *SIZE), ValueError, "from -1 to 2, got 0 to 3"),
+    "index of -2": (
+        lambda: BlockLayout.from_indices(blocks(0, -2), *SIZE),
+        ValueError,
+        "index: .* from -1 to 2, got -2 to 0",
+    ),
     "index twice": (lambda: BlockLayout.from_indices(blocks(1, -1, 1), *SIZE), ValueError, "twice|duplicate"),
     "origin of other shape": (
         lambda: BlockLayout.from_indices(blocks(0, 1), *SIZE, origin=blocks(0)),

@@ -213,7 +213,7 @@ BLOCKED: dict[str, Callable[[Patch], None]] = {
     "the scale forgotten": text(blocked, "weigh", ".mul_(call.scale)", ""),
     "the bias forgotten": text(blocked, "weigh", "scores += bias.transpose(1, 2)[..., : scores.shape[2]]", "pass"),
     "auxiliary channels forgotten": text(
-        blocked, "weigh", "torch.baddbmm(scores, q_aux, k_aux.transpose(1, 2), out=scores)", "pass"
+        blocked, "weigh", 'product("scores", q_aux, k_aux.transpose(1, 2), out=scores, add=True)', "pass"
     ),
     "origins turned the other way": text(scores.Turns, "turn", "if back", "if not back"),
     "gradients of turned keys not turned back": text(scores.Turns, "turn", "angle.conj() if back else angle", "angle"),

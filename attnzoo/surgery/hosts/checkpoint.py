@@ -136,12 +136,19 @@ def model_of(config: dict[str, Any], *, dtype: torch.dtype) -> Any:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a folder, or ``None``."""
+    """The tokenizer of a folder, or ``None``.
+
+    Raises:
+        ConversionError: If its files are damaged.
+    """
     if not (folder / "tokenizer.json").is_file():
         return None
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises bare ones
+        raise ConversionError(f"{folder / 'tokenizer.json'}: damaged: {type(error).__name__}: {error}") from error
 
 
 def tensor_files(folder: Path) -> list[Path]:

@@ -106,7 +106,7 @@ def describe_mask(
     """
     if isinstance(attention_mask, Geometry):
         return attention_mask
-    if getattr(mask_function, "__name__", "causal_mask_function") != "causal_mask_function":
+    if mask_function is not None and getattr(mask_function, "__name__", "") != "causal_mask_function":
         raise UnsupportedError("attention_mask: expected causality and padding alone, got a further rule of the host's")
     if kv_offset:
         raise UnsupportedError(f"kv_offset: expected a cache that keeps every slot, got one that begins at {kv_offset}")

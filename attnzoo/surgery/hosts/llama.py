@@ -128,7 +128,7 @@ class LatentSeat(nn.Module):
         """As the host calls it: ``[B, T, C]`` to ``([B, T, C], None)``.
 
         Raises:
-            UnsupportedError: If positions are not consecutive, or an argument cannot be honoured.
+            UnsupportedError: If positions within a call are not consecutive, or an argument cannot be honoured.
         """
         q = self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H, T, D]
         latent = self.kv_down(hidden_states).unsqueeze(1)  # [B, 1, T, r]

@@ -34,10 +34,22 @@ def test_a_generator_of_batches_is_read_once_and_is_enough(options: dict[str, An
 @pytest.mark.parametrize("options", METHODS, ids=str)
 def test_mappings_with_labels_and_plain_ids_give_the_same_weights(options: dict[str, Any]) -> None:
     here, there = tiny(), tiny()
-    batches = [{"input_ids": x, "labels": x, "note": "not for the model"} for x in calibration()]
+    batches = [{"input_ids": x, "labels": x} for x in calibration()]
     convert(here, "lowrank_gqa", calibration=batches, **options)
     convert(there, "lowrank_gqa", calibration=calibration(), **options)
     assert same_weights(here, there)
+
+
+def test_what_calibration_cannot_use_is_refused_and_does_not_vanish() -> None:
+    model, x = tiny(), calibration()[0]
+    latent = {"method": "latent", "latent_dim": 20}
+    with pytest.raises(ValueError, match="calibration: expected tensors, got list as 'attention_mask'"):
+        convert(model, "lowrank_gqa", calibration=[{"input_ids": x, "attention_mask": [[1]]}], **latent)
+    batch = {"input_ids": x, "position_ids": torch.arange(x.shape[1]).expand_as(x)}
+    with pytest.raises(ValueError, match=r"calibration: .* alone with refit, got 'position_ids'"):
+        convert(model, "lowrank_gqa", calibration=[batch], method="commuting", num_kv_heads=1)
+    with pytest.raises(ValueError, match="refit: expected a bool, got 'no'"):
+        convert(model, "lowrank_gqa", calibration=[x], method="commuting", num_kv_heads=1, refit="no")
 
 
 @pytest.mark.parametrize("options", METHODS, ids=str)

@@ -130,6 +130,10 @@ def test_a_folder_in_use_is_replaced_on_request_alone(tmp_path: Path) -> None:
     with pytest.raises(attnzoo.ConversionError, match="overwrite"):
         surgery.save(model, folder)
     assert contents(tmp_path) == before
+    with pytest.raises(attnzoo.ConversionError, match="holds no converted model"):
+        surgery.save(model, folder, overwrite=True)
+    assert contents(tmp_path) == before
+    (folder / "attnzoo_config.json").write_text("{}")
     surgery.save(model, folder, overwrite=True)
     assert not (folder / "mine.txt").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
