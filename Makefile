@@ -4,7 +4,7 @@ BIN := .venv/bin
 WORKERS ?= 2
 SOURCES := attnzoo kernels tests docs bench
 
-.PHONY: help setup setup-demo demo test test-slow test-gpu check bench-cpu fix docs clean
+.PHONY: help setup setup-demo demo test test-slow check bench-cpu fix docs clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -23,9 +23,6 @@ test: setup  ## The test suite; under 12 minutes on two cores
 
 test-slow: setup  ## The tests that take minutes
 	$(BIN)/python -m pytest -n $(WORKERS) -m slow tests
-
-test-gpu:  ## The tests that need a CUDA device, from source, with the Python that is there
-	PYTHONPATH=.:kernels $(PYTHON) -m pytest -m gpu tests
 
 check: setup  ## Format, lint, types, import contracts
 	$(BIN)/ruff format --check $(SOURCES)

@@ -7,6 +7,7 @@ from attnzoo_kernels.extras import Extras
 from attnzoo_kernels.layout import BlockLayout
 from attnzoo_kernels.merge import merge_states
 from attnzoo_kernels.op import block_sparse_attention, block_sparse_attention_with_lse, visible_pairs, why_not
+from attnzoo_kernels.workspace import clear_scratch
 
 __all__ = [
     "AttnzooError",
@@ -18,6 +19,7 @@ __all__ = [
     "UnsupportedError",
     "block_sparse_attention",
     "block_sparse_attention_with_lse",
+    "clear_scratch",
     "merge_states",
     "visible_pairs",
     "why_not",

@@ -86,6 +86,10 @@ class BlockLayout:
             block_k: Slots in a key block.
             seq_q: Rows T.
             seq_k: Slots S.
+
+        Raises:
+            TypeError: If an argument has the wrong type.
+            ValueError: If a size or value does not fit.
         """
         build.check_sizes(block_q, block_k, seq_q, seq_k)
         build.check_grid("keep", keep, (-(-seq_q // block_q), -(-seq_k // block_k)), torch.bool)
@@ -113,6 +117,10 @@ class BlockLayout:
             seq_k: Slots S.
             origin: Integers of the same shape, the rotary origin of each entry.
             validate: Check values (range, duplicates) off the CPU too, which synchronises. On CPU they always are.
+
+        Raises:
+            TypeError: If an argument has the wrong type.
+            ValueError: If a size or value does not fit.
         """
         build.check_sizes(block_q, block_k, seq_q, seq_k)
         build.check_grid("index", index, (-(-seq_q // block_q), None), None)
@@ -184,6 +192,10 @@ class BlockLayout:
             causal: Whether rows see only slots up to their own; else the window reaches as far ahead.
             q_start: The slot of row 0, an int or int ``[B]``; ``None`` aligns the last row at the last slot.
             device: Where the layout lies; by default with ``q_start``.
+
+        Raises:
+            TypeError: If an argument has the wrong type.
+            ValueError: If a size or value does not fit.
         """
         build.check_sizes(block_q, block_k, seq_q, seq_k)
         build.check_at_least("window", window, 1)
@@ -227,6 +239,10 @@ class BlockLayout:
             dense_heads: Which heads read everything.
             q_start: The slot of row 0, an int or int ``[B]``; ``None`` aligns the last row at the last slot.
             device: Where the layout lies; by default with ``q_start``.
+
+        Raises:
+            TypeError: If an argument has the wrong type.
+            ValueError: If a size or value does not fit.
         """
         build.check_sizes(block_q, block_k, seq_q, seq_k)
         for name, value, least in (("local_blocks", local_blocks, 1), ("vert_stride", vert_stride, 1)):

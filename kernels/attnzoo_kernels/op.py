@@ -82,6 +82,11 @@ def block_sparse_attention_with_lse(
     Returns:
         ``(out, lse)``: out as there; lse ``[B, H, T]``, natural log, differentiable, fp64 when the inputs are fp64,
         else fp32. A row with nothing to read gives 0 and -inf.
+
+    Raises:
+        TypeError: As there.
+        ShapeError: As there.
+        UnsupportedError: As there.
     """
     return _attend((q, k, v), layout, causal, scale, extras, impl, need_lse=True)
 
@@ -102,6 +107,7 @@ def why_not(
     Reads metadata only, so that it also answers on fake and meta tensors.
 
     Raises:
+        TypeError: If an argument has the wrong type.
         ValueError: If the inputs are wrong for every implementation.
     """
     check_arguments((q, k, v), layout, causal=causal, scale=scale, extras=extras, impl=impl)
