@@ -17,7 +17,7 @@ from attnzoo_kernels.call import Call
 from attnzoo_kernels.fold import fold_groups, fold_rows, unfold_rows
 from attnzoo_kernels.gemm import multiplies_bf16, product, routed
 from attnzoo_kernels.schedule import Bucket, schedule_for
-from attnzoo_kernels.scores import Chunk, Inputs, Turns, weigh
+from attnzoo_kernels.scores import Chunk, Inputs, Turns, silence, weigh
 from attnzoo_kernels.tiles import Source, tile, untile
 from attnzoo_kernels.workspace import scratch
 
@@ -98,7 +98,9 @@ def _values(values: Source, chunk: Chunk) -> Tensor:
     part = chunk.part
     v = values.gather("v", part.kv.reshape(-1))
     v = v.view(part.rows.shape[0], -1, v.shape[2])
-    return v if chunk.hidden is None else v.masked_fill_(chunk.hidden, 0.0)
+    if chunk.hidden is not None:
+        silence(v, chunk.hidden)
+    return v
 
 
 @dataclass

@@ -146,10 +146,9 @@ def weigh(inputs: Inputs, part: Bucket, *, need_lse: bool, views: bool = False) 
         hidden = bias == -torch.inf if inputs.bias_hides else None
     k = _keys(inputs, part, views=views)
     q_aux, k_aux = _auxiliary(inputs, part)
-    if hidden is not None:
-        for x in (k, k_aux):
-            if x is not None:
-                x.masked_fill_(hidden, 0.0)
+    for x in (k, k_aux):
+        if x is not None and hidden is not None:
+            silence(x, hidden)
     scores = product("scores", q, k.transpose(1, 2))
     if q_aux is not None and k_aux is not None:
         product("scores", q_aux, k_aux.transpose(1, 2), out=scores, add=True)
@@ -175,6 +174,12 @@ def weigh(inputs: Inputs, part: Bucket, *, need_lse: bool, views: bool = False) 
 def _widen(scores: Tensor, call: Call, name: str = "wide scores") -> Tensor:
     """Scores of a low dtype in the accumulator's, scaled: a low dtype would round the scaled queries too."""
     return scratch(name, tuple(scores.shape), call.acc_dtype, scores.device).copy_(scores).mul_(call.scale)
+
+
+def silence(x: Tensor, hidden: Tensor) -> None:
+    """Zeroes hidden slots that may hold what is not finite; weights of zero silence all others."""
+    if not bool(x.sum().isfinite()):
+        x.masked_fill_(hidden, 0.0)
 
 
 def _keys(inputs: Inputs, part: Bucket, *, views: bool) -> Tensor:

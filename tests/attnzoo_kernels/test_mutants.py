@@ -203,10 +203,8 @@ BLOCKED: dict[str, Callable[[Patch], None]] = {
         "dscores.mul_(chunk.probs)",
     ),
     "NaN of absent rows in dK": text(blocked, "weigh", "x.masked_fill_(chunk.dead, 0.0)", "pass"),
-    "NaN of hidden keys in the products": text(blocked, "weigh", "x.masked_fill_(hidden, 0.0)", "pass"),
-    "NaN of hidden values in the products": text(
-        blocked, "_values", "v if chunk.hidden is None else v.masked_fill_(chunk.hidden, 0.0)", "v"
-    ),
+    "NaN of hidden keys in the products": text(blocked, "weigh", "silence(x, hidden)", "pass"),
+    "NaN of hidden values in the products": text(blocked, "_values", "silence(v, chunk.hidden)", "pass"),
     "uniform weights in empty rows": text(
         scores, "_normalise", "out=scores)\n    if chunk.dead is not None:", "out=scores)\n    if False:"
     ),
