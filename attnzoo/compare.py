@@ -17,6 +17,7 @@ from torch import Tensor
 from attnzoo import surgery
 from attnzoo.evaluate import Decoding, Progress, Score, decode, score
 from attnzoo.registry import get_config
+from attnzoo.surgery.lowrank import CALIBRATED
 from attnzoo_kernels.errors import ConfigError
 
 SAME_LOGITS = 1e-4
@@ -29,6 +30,11 @@ class Conversion:
 
     variant: str
     options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether it reads the calibration text."""
+        return self.options.get("method") in CALIBRATED
 
     def __str__(self) -> str:
         options = ",".join(f"{name}={value}" for name, value in self.options.items())
@@ -54,7 +60,7 @@ class VariantSpec:
     @property
     def needs_calibration(self) -> bool:
         """Whether a conversion reads the calibration text."""
-        return any(conversion.options.get("method") in ("commuting", "latent") for conversion in self.conversions)
+        return any(conversion.needs_calibration for conversion in self.conversions)
 
     @classmethod
     def parse(cls, text: str) -> VariantSpec:
@@ -210,7 +216,7 @@ class Comparer:
 
     def _convert(self, conversion: Conversion, *, first: bool) -> surgery.ConversionReport:
         calibration: Any = None
-        if conversion.options.get("method") in ("commuting", "latent"):
+        if conversion.needs_calibration:
             if not self.batches:
                 raise ConfigError("calibrate: expected a calibration text, got none")
             # Statistics of the model as it was do not describe one that was converted before.

@@ -139,14 +139,14 @@ def convert(
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]) and not overwrite:
         raise ConfigError(f"out: {out} exists and is not empty; --overwrite replaces it")
     found, tokenizer = load_model(model)
-    options = spec.conversions[0].options
     calibration = None
-    if options.get("method") in ("commuting", "latent"):
+    if spec.needs_calibration:
         tokens = cut_windows(text_tokens(tokenizer, calibrate), length=length, offset=0, count=windows)
         calibration = [row.unsqueeze(0) for row in tokens]
     with Bar() as progress:
+        conversion = spec.conversions[0]
         report = surgery.convert(
-            found, spec.conversions[0].variant, calibration=calibration, progress=progress, **options
+            found, conversion.variant, calibration=calibration, progress=progress, **conversion.options
         )
     surgery.save(found, out, tokenizer=tokenizer, overwrite=overwrite)
     if as_json:

@@ -24,9 +24,10 @@ def load_model(name: str) -> tuple[Any, Any]:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from attnzoo import surgery
+    from attnzoo.surgery.files import RECIPE
 
     path = checkpoint.locate_smollm2() if name == SMOLLM2 else Path(name)
-    if (path / "attnzoo_config.json").is_file():
+    if (path / RECIPE).is_file():
         return surgery.load(path)
     return checkpoint.load_checkpoint(path)
 

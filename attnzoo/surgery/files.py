@@ -51,9 +51,10 @@ def save(
         raise ConversionError("model: expected a converted model, got one without conversions")
     if folder.exists() and not folder.is_dir():
         raise ConversionError(f"{folder}: expected a folder, got a file")
-    if folder.exists() and any(folder.iterdir()) and not overwrite:
+    occupied = folder.exists() and any(folder.iterdir())
+    if occupied and not overwrite:
         raise ConversionError(f"{folder}: exists and is not empty; overwrite=True replaces it")
-    if folder.exists() and any(folder.iterdir()) and not (folder / RECIPE).is_file():
+    if occupied and not (folder / RECIPE).is_file():
         raise ConversionError(f"{folder}: refused to replace a folder that holds no converted model ({RECIPE})")
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))

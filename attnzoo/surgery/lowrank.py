@@ -21,6 +21,8 @@ from attnzoo.surgery.statistics import Progress, Statistics, collect, has_biases
 from attnzoo_kernels.errors import ConfigError
 
 METHODS = ("commuting", "latent", "mean", "expand")
+CALIBRATED = ("commuting", "latent")
+"""Methods that read a calibration text."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +76,7 @@ class Request:
     @property
     def needs_calibration(self) -> bool:
         """Whether the method reads a calibration text."""
-        return self.method in ("commuting", "latent")
+        return self.method in CALIBRATED
 
     def check(self, site: Site) -> None:
         """Raises unless a site can be converted so.

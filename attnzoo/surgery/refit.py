@@ -106,9 +106,8 @@ def _watch(module: nn.Module, *, stop: bool = False) -> Iterator[list[Tensor]]:
 
     handle = module.register_forward_pre_hook(see_input)
     try:
-        yield seen
-    except _Stop:
-        pass
+        with suppress(_Stop):
+            yield seen
     finally:
         handle.remove()
 

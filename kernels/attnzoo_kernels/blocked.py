@@ -17,7 +17,7 @@ from attnzoo_kernels.call import Call
 from attnzoo_kernels.fold import fold_groups, fold_rows, unfold_rows
 from attnzoo_kernels.gemm import multiplies_bf16, product, routed
 from attnzoo_kernels.schedule import Bucket, schedule_for
-from attnzoo_kernels.scores import Chunk, Inputs, Turns, silence, weigh
+from attnzoo_kernels.scores import Chunk, Inputs, silence, weigh
 from attnzoo_kernels.tiles import Source, tile, untile
 from attnzoo_kernels.workspace import scratch
 
@@ -171,6 +171,10 @@ def _backward(call: Call, dout: Tensor, dlse: Tensor | None, need: list[bool]) -
             if dlse_rows is not None:
                 dlse_rows.masked_fill_(chunk.dead, 0.0)
         _accumulate(inputs, chunk, dout_rows, dlse_rows, values, grads)
+    if inputs.turns is not None:
+        for name in ("q", "k", "gate"):
+            paired = getattr(grads, name)
+            setattr(grads, name, None if paired is None else inputs.turns.in_halves(paired))
     return grads
 
 
@@ -233,7 +237,6 @@ def _turn_back(inputs: Inputs, part: Bucket, dk: Tensor) -> None:
 
 def _as_given(call: Call, folded: Call, grads: Gradients) -> tuple[Tensor | None, ...]:
     """The gradients in the shapes, orders and dtypes of the inputs."""
-    turns_back = None if call.origins is None else Turns(call)
 
     def rows(grad: Tensor | None, like: Tensor | None, given: Tensor | None) -> Tensor | None:
         if grad is None or like is None or given is None:
@@ -243,20 +246,17 @@ def _as_given(call: Call, folded: Call, grads: Gradients) -> tuple[Tensor | None
     def keys(grad: Tensor | None, like: Tensor | None) -> Tensor | None:
         return None if grad is None or like is None else untile(grad, like.shape).to(like.dtype).contiguous()
 
-    q, k, gate = grads.q, grads.k, grads.gate
-    if turns_back is not None:
-        q, k, gate = (None if x is None else turns_back.in_halves(x) for x in (q, k, gate))
     q_aux, k_aux = call.aux or (None, None)
     folded_aux = folded.aux[0] if folded.aux is not None else None
     bias = None if call.key_bias is None else call.key_bias.unsqueeze(-1)
     dbias = keys(None if grads.bias is None else grads.bias.unsqueeze(-1), bias)
     gate_key = None if call.gate is None else call.gate.key
     return (
-        rows(q, folded.q, call.q),
-        keys(k, call.k),
+        rows(grads.q, folded.q, call.q),
+        keys(grads.k, call.k),
         keys(grads.v, call.v),
         None if dbias is None else dbias.squeeze(-1),
         rows(grads.q_aux, folded_aux, q_aux),
         keys(grads.k_aux, k_aux),
-        None if gate is None or gate_key is None else gate.view_as(gate_key).to(gate_key.dtype),
+        None if grads.gate is None or gate_key is None else grads.gate.view_as(gate_key).to(gate_key.dtype),
     )

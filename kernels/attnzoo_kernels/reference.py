@@ -14,14 +14,18 @@ from attnzoo_kernels.call import Call, Gate, Origins
 from attnzoo_kernels.rule import token_mask
 
 
+def _listed_blocks(call: Call) -> Tensor:
+    """The key block at each place of ``col`` for each row, int64 ``[B|1, h, M, cap]``; N beyond a row's own list."""
+    place = torch.arange(call.col.shape[0], device=call.col.device)
+    inside = (place >= call.start.unsqueeze(-1)) & (place < (call.start + call.count).unsqueeze(-1))
+    return torch.where(inside, call.col.long(), call.grid[1])
+
+
 def layout_mask(call: Call) -> Tensor:
     """The slots that the layout alone lists, bool ``[B|1, H|1, T, S]``."""
     _, heads, _, seq_q, seq_k = call.shape
     _, blocks_k = call.grid
-    # One extra column takes what lies beyond a row's list.
-    width = torch.arange(call.col.shape[0], device=call.col.device)
-    inside = (width >= call.start.unsqueeze(-1)) & (width < (call.start + call.count).unsqueeze(-1))
-    target = torch.where(inside, call.col.long(), blocks_k)
+    target = _listed_blocks(call)
     keep = torch.zeros(*call.start.shape, blocks_k + 1, dtype=torch.int32, device=call.col.device)
     keep = keep.scatter_add(-1, target, torch.ones_like(target, dtype=torch.int32))[..., :blocks_k] > 0
     keep = keep.repeat_interleave(call.block_q, -2)[..., :seq_q, :]
@@ -128,9 +132,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def _dense_origins(call: Call, origins: Origins) -> Tensor:
     """The origin of each listed block, int64 ``[B|1, H|1, M, N]``; 0 where it is not listed."""
     _, blocks_k = call.grid
-    place = torch.arange(call.col.shape[0], device=call.col.device)
-    inside = (place >= call.start.unsqueeze(-1)) & (place < (call.start + call.count).unsqueeze(-1))
-    target = torch.where(inside, call.col.long(), blocks_k)
+    target = _listed_blocks(call)
     table = torch.zeros(*call.start.shape, blocks_k + 1, dtype=torch.int64, device=call.col.device)
     table = table.scatter(-1, target, origins.of_entry.long().expand(target.shape))[..., :blocks_k]
     return table if table.shape[1] == 1 else table.repeat_interleave(call.shape[1] // table.shape[1], 1)

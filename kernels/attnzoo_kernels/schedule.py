@@ -236,9 +236,18 @@ def build_schedule(call: Call) -> Schedule:
     return Schedule(tuple(_buckets(call, schedule, source, sources)), entries.pos)
 
 
+def _kv_blocks(call: Call, rows: Tensor, cols: Tensor) -> Tensor:
+    """Key blocks ``[R, n]`` of query blocks ``[R]`` as flat indices into ``[B, G, N]``."""
+    _, heads, groups, _, _ = call.shape
+    blocks_q, blocks_k = call.grid
+    head = rows // blocks_q
+    group = (head // heads) * groups + (head % heads) // (heads // groups)
+    return group.unsqueeze(1) * blocks_k + cols
+
+
 def _one_block(call: Call) -> Schedule | None:
     """The schedule of a decoding step, where all rows read equally many blocks, each of them in full."""
-    batch, heads, groups, seq_q, seq_k = call.shape
+    batch, heads, _, seq_q, seq_k = call.shape
     start, count = call.start.long().reshape(-1, 1), call.count.reshape(-1)
     length = int(count[0])
     if length == 0 or not bool((count == length).all()):
@@ -254,10 +263,8 @@ def _one_block(call: Call) -> Schedule | None:
     repeat = heads // call.start.shape[1]
     cols = cols.view(*call.start.shape[:2], length).repeat_interleave(repeat, 1).expand(batch, -1, -1)
     cols = cols.reshape(batch * heads, length)
-    group = (rows // heads) * groups + (rows % heads) // (heads // groups)
     every = length == call.grid[1] and bool((cols == torch.arange(length, device=cols.device)).all())
-    kv = group.unsqueeze(1) * call.grid[1] + cols
-    bucket = Bucket(rows, cols, kv, None, 0, safe=True, whole=True, every=every)
+    bucket = Bucket(rows, cols, _kv_blocks(call, rows, cols), None, 0, safe=True, whole=True, every=every)
     return Schedule((bucket,), pos.view(1, 1, 1, seq_q))
 
 
@@ -274,8 +281,7 @@ class _Sources:
 
 def _buckets(call: Call, schedule: Schedule, source: Tensor, sources: _Sources) -> Iterator[Bucket]:
     """Groups rows by the number of blocks they read; rows that read nothing belong to none."""
-    _, heads, groups, _, _ = call.shape
-    blocks_q, blocks_k = call.grid
+    heads, blocks_k = call.shape[1], call.grid[1]
     begin = sources.count.cumsum(0) - sources.count
     lengths = sources.count[source]
     order = torch.argsort(lengths, stable=True)
@@ -286,8 +292,6 @@ def _buckets(call: Call, schedule: Schedule, source: Tensor, sources: _Sources) 
         origin = source[rows]
         at = begin[origin].unsqueeze(1) + torch.arange(length, device=rows.device)
         cols = sources.col[at]
-        head = rows // blocks_q
-        group = (head // heads) * groups + (head % heads) // (heads // groups)
         partial = int(sources.masked[origin].max())
         limits = None
         if partial and call.rule.is_static:
@@ -295,7 +299,7 @@ def _buckets(call: Call, schedule: Schedule, source: Tensor, sources: _Sources) 
         whole = rows.shape[0] == source.shape[0]
         every = whole and length == blocks_k and bool((cols == torch.arange(length, device=rows.device)).all())
         yield Bucket(
-            rows, cols, group.unsqueeze(1) * blocks_k + cols,
+            rows, cols, _kv_blocks(call, rows, cols),
             None if sources.origin is None else sources.origin[at],
             partial, bool(sources.safe[origin].all()), limits, whole, every,
         )  # fmt: skip

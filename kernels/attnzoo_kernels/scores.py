@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from attnzoo_kernels import gating
-from attnzoo_kernels.call import Call
+from attnzoo_kernels.call import Call, Origins
 from attnzoo_kernels.gemm import product
 from attnzoo_kernels.schedule import Bucket, Limits, Schedule, limits_of
 from attnzoo_kernels.tiles import Source
@@ -66,7 +66,7 @@ class Inputs:
         q, k = call.q, call.k
         self.turns = None
         if call.origins is not None:
-            self.turns = Turns(call)
+            self.turns = Turns(call.origins, call.q.shape[3], call.acc_dtype)
             q, k = self.turns.in_pairs(q), self.turns.in_pairs(k)
         self.q, self.k = Source(q, call.block_q, acc), Source(k, call.block_k, acc)
         self.q_aux = self.k_aux = self.bias = self.gate_key = None
@@ -96,12 +96,9 @@ class Turns:
     Columns that are rotated together lie side by side here, so that a rotation is one complex product.
     """
 
-    def __init__(self, call: Call) -> None:
-        if call.origins is None:
-            raise ValueError("origins: expected some")
-        cos, sin = (x.to(call.acc_dtype) for x in (call.origins.cos, call.origins.sin))
-        self.table = torch.complex(cos, sin)  # [P, Dr / 2]
-        self.width, self.full = 2 * cos.shape[1], call.q.shape[3]
+    def __init__(self, origins: Origins, width: int, dtype: torch.dtype) -> None:
+        self.table = torch.complex(origins.cos.to(dtype), origins.sin.to(dtype))  # [P, Dr / 2]
+        self.width, self.full = 2 * origins.cos.shape[1], width
         # Complex views need even strides.
         self.padded = self.full + self.full % 2
 

@@ -172,7 +172,7 @@ BLOCKED: dict[str, Callable[[Patch], None]] = {
         "token.repeat(heads).view(1, 1, seq_q)",
     ),
     "heads on KV heads by remainder": text(
-        schedule, "_buckets", "(head % heads) // (heads // groups)", "head % heads % groups"
+        schedule, "_kv_blocks", "(head % heads) // (heads // groups)", "head % heads % groups"
     ),
     "layout heads by remainder": layout_heads_by_remainder,
     "bias of the first item for all": text(scores.Inputs, "blocks_in", "(head // heads) * source.heads", "head * 0"),
