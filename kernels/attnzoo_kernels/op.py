@@ -110,7 +110,7 @@ def why_not(
         ValueError: If the inputs are wrong for every implementation.
     """
     check_arguments((q, k, v), layout, causal=causal, scale=scale, extras=extras, impl=impl)
-    return reasons_against(impl, _call((q, k, v), layout, causal, 1.0, extras or Extras()))
+    return reasons_against(impl, make_call((q, k, v), layout, causal=causal, scale=1.0, extras=extras or Extras()))
 
 
 def visible_pairs(
@@ -139,7 +139,7 @@ def visible_pairs(
     device = layout.col.device
     q = torch.empty(batch, heads, layout.seq_q, 0, device=device)
     k = torch.empty(batch, groups, layout.seq_k, 0, device=device)
-    return count_pairs(_call((q, k, k), layout, causal, 1.0, extras))
+    return count_pairs(make_call((q, k, k), layout, causal=causal, scale=1.0, extras=extras))
 
 
 def _attend(
@@ -167,7 +167,8 @@ def _attend(
     q, k, v = tensors
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         q, k, v = (x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(device)) for x in tensors)
-    call = _call((q, k, v), layout, causal, q.shape[3] ** -0.5 if scale is None else float(scale), extras)
+    factor = q.shape[3] ** -0.5 if scale is None else float(scale)
+    call = make_call((q, k, v), layout, causal=causal, scale=factor, extras=extras)
     if impl == "reference":
         with no_autocast(device):
             return reference.attend(call)
@@ -181,9 +182,10 @@ def _attend(
     return out, lse
 
 
-def _call(
-    tensors: tuple[Tensor, Tensor, Tensor], layout: BlockLayout, causal: bool, scale: float, extras: Extras
+def make_call(
+    tensors: tuple[Tensor, Tensor, Tensor], layout: BlockLayout, *, causal: bool, scale: float, extras: Extras
 ) -> Call:
+    """Checked arguments as every implementation receives them."""
     rule = Rule(causal, extras.q_pos, bounded(extras.window), bounded(extras.sink))
     gate = origins = None
     if extras.gate is not None:

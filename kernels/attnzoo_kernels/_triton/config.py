@@ -12,6 +12,8 @@ from typing import Literal, NamedTuple
 
 Pass = Literal["forward", "decode", "query", "key"]
 PASSES: tuple[Pass, ...] = ("forward", "decode", "query", "key")
+WIDTHS = (32, 64, 128, 256)
+"""Padded widths of the tables."""
 
 
 class Tiles(NamedTuple):

@@ -298,8 +298,8 @@ def backward(
     with _on(call.q.device):
         lists = lists_of(call)
         delta = torch.empty_like(lse)
-        queries = _query_gradients(job(call, "query", lists.queries), (out, dout, lse, dlse, delta), need)
-        keys = _key_gradients(job(call, "key", lists.keys), (dout, lse, delta), need)
+        queries = query_gradients(job(call, "query", lists.queries), (out, dout, lse, dlse, delta), need)
+        keys = key_gradients(job(call, "key", lists.keys), (dout, lse, delta), need)
     dq, dq_aux = queries
     dk, dv, dbias, dk_aux, dgate = keys
     found = (dq, dk, dv, dbias, dq_aux, dk_aux, dgate)
@@ -311,7 +311,8 @@ def _gradient_like(call: Call) -> tuple[Tensor | None, ...]:
     return call.q, call.k, call.v, call.key_bias, q_aux, k_aux, None if call.gate is None else call.gate.key
 
 
-def _query_gradients(work: Job, given: tuple[Any, ...], need: Sequence[bool]) -> tuple[Tensor | None, Tensor | None]:
+def query_gradients(work: Job, given: tuple[Any, ...], need: Sequence[bool]) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of q and q_aux; ``given`` are out, dout, lse, dlse and delta, which is written."""
     call = work.call
     out, dout, lse, dlse, delta = given
     dq = call.q.new_empty(call.q.shape) if need[0] else None
@@ -323,7 +324,7 @@ def _query_gradients(work: Job, given: tuple[Any, ...], need: Sequence[bool]) ->
     return dq, dq_aux
 
 
-def _key_gradients(work: Job, given: tuple[Tensor, ...], need: Sequence[bool]) -> tuple[Tensor | None, ...]:
+def key_gradients(work: Job, given: tuple[Tensor, ...], need: Sequence[bool]) -> tuple[Tensor | None, ...]:
     """Gradients ``[B, G|H, .., D]`` of keys and what belongs to them, in the accumulator's dtype."""
     call, c = work.call, work.shape
     dout, lse, delta = given
