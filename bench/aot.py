@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -175,14 +175,33 @@ def compiling(architecture: str, tiles: Tiles | None = None) -> Iterator[list[Re
 
 
 def call_of(
-    width: int, dtype: torch.dtype, *, decoding: bool = False, tokens: int = TOKENS, device: str = "cpu", **extras: Any
+    width: int,
+    dtype: torch.dtype,
+    *,
+    decoding: bool = False,
+    tokens: int = TOKENS,
+    device: str = "cpu",
+    extras: Extras | None = None,
 ) -> Call:
     """A call of a table's entry: aligned, causal; a step that decodes has four heads for each KV head."""
-    queries, heads, block = (1, 4, 1) if decoding else (tokens, 1, 128)
+    extras = extras or Extras()
+    queries, block = (1, 1) if decoding else (tokens, 128)
+    heads = 4 if decoding and extras.aux is None and not isinstance(extras.window, Tensor) else 1
     q = torch.zeros(1, heads, queries, width, dtype=dtype, device=device)
     k = torch.zeros(1, 1, tokens, width, dtype=dtype, device=device)
     layout = BlockLayout.dense(block, 128, queries, tokens, device=device)
-    return make_call((q, k, k), layout, causal=True, scale=0.1, extras=Extras(**extras))
+    if decoding:
+        pos = None if extras.q_pos is None else extras.q_pos[..., :1]
+        aux = None if extras.aux is None else (extras.aux[0][:, :, :1], extras.aux[1])
+        extras = replace(extras, q_pos=pos, aux=aux)
+    if extras.rope is not None:
+        layout = BlockLayout(block, 128, queries, tokens, *lists_with_origins(layout))
+    return make_call((q, k, k), layout, causal=True, scale=0.1, extras=extras)
+
+
+def lists_with_origins(layout: BlockLayout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A layout's lists, with origins of 0."""
+    return layout.start, layout.count, layout.col, torch.zeros_like(layout.col)
 
 
 def compile_pass(of: Pass, call: Call) -> None:
@@ -233,29 +252,83 @@ def compile_entry(architecture: str, of: Pass, width: int, size: int, tiles: Til
     return found[0]
 
 
+def compile_table(
+    architecture: str, which: Iterator[tuple[Pass, int, int]]
+) -> Iterator[tuple[str, Resources, list[str]]]:
+    """Entries of a table, with what is at fault."""
+    for of, width, size in which:
+        found = compile_entry(architecture, of, width, size)
+        yield f"{of}/{width}/{size}", found, faults(found, architecture, of, size)
+
+
+def switches() -> dict[str, Extras]:
+    """Each switch of the operation alone, at width 64."""
+    tokens, planes = torch.zeros(1, 1, TOKENS), torch.zeros(TOKENS, 32)
+    half = torch.zeros(1, 1, TOKENS, 64, dtype=torch.bfloat16)
+    return {
+        "q_pos": Extras(q_pos=tokens.int()),
+        "key_bias": Extras(key_bias=tokens),
+        "window, sink": Extras(window=100, sink=4),
+        "window and sink of heads": Extras(window=torch.ones(1, dtype=torch.int32), sink=torch.ones(1).int()),
+        "aux": Extras(aux=(half, half)),
+        "gate last": Extras(gate="last", gate_mix=0.5),
+        "gate keys": Extras(gate=half[:, :, :2]),
+        "origin": Extras(rope=(planes, planes)),
+    }
+
+
+def compile_switches(architecture: str) -> Iterator[tuple[str, Resources, list[str]]]:
+    """Every pass with each switch, and the forms of the forward loop, with what is at fault.
+
+    Spills are allowed here: tables are made for plain attention.
+    """
+    for name, extras in switches().items():
+        for of in PASSES:
+            with compiling(architecture) as found:
+                compile_pass(of, call_of(64, torch.bfloat16, decoding=of == "decode", extras=extras))
+            wrong = [text for text in faults(found[0], architecture, of, 2) if not text.startswith(("spills", "prod"))]
+            yield f"{name}, {of}", found[0], wrong
+    for form, tiles in (("skewed", (128, 64, 8, 3)), ("specialised", (128, 64, 4, 2))):
+        with compiling(architecture, Tiles(*tiles, form)) as found:
+            compile_pass("forward", call_of(128, torch.bfloat16))
+        wrong = faults(found[0], architecture, "forward", 2)
+        if form == "specialised" and not found[0].specialised:
+            wrong.append("warps are not specialised")
+        yield form, found[0], wrong
+
+
+def line(name: str, r: Resources, wrong: Sequence[str]) -> str:
+    """A row of the printed table."""
+    return (
+        f"{name:32} {r.registers:3} registers  {r.spill:5} spilled  {r.shared:7} shared  "
+        f"wgmma {r.wgmma:3} mma {r.mma:3} tma {r.tma:2}  {r.seconds:5.1f} s  {'; '.join(wrong)}"
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Compiles a table and prints it; 1 where something is at fault."""
+    """Compiles a table, or every switch, and prints it; 1 where something is at fault."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--architecture", choices=ARCHITECTURES, default="sm_90")
     parser.add_argument("--sizes", type=int, nargs="*", default=[2, 4], help="bytes of a value")
     parser.add_argument("--widths", type=int, nargs="*", default=list(WIDTHS))
+    parser.add_argument("--switches", action="store_true", help="every switch and form instead of the table")
     parser.add_argument("--out", type=Path, help="where a JSON file of the results goes")
     options = parser.parse_args(arguments)
+    architecture = options.architecture
+    if options.switches:
+        made = compile_switches(architecture)
+    else:
+        made = compile_table(architecture, entries(options.widths, options.sizes))
     rows, red = [], 0
-    for of, width, size in entries(options.widths, options.sizes):
-        r = compile_entry(options.architecture, of, width, size)
-        wrong = faults(r, options.architecture, of, size)
+    for name, found, wrong in made:
         red += bool(wrong)
-        rows.append({"pass": of, "width": width, "size": size, "faults": wrong, **asdict(r)})
-        print(
-            f"{of:8} {width:4} {size}  {r.registers:3} registers  {r.spill:5} spilled  {r.shared:7} shared  "
-            f"wgmma {r.wgmma:3} mma {r.mma:3} tma {r.tma:2}  {r.seconds:5.1f} s  {'; '.join(wrong)}",
-            flush=True,
-        )
-    print(f"{options.architecture}, triton {triton.__version__}: {len(rows)} kernels, {red} at fault")
+        rows.append({"name": name, "faults": wrong, **asdict(found)})
+        print(line(name, found, wrong), flush=True)
+    print(f"{architecture}, triton {triton.__version__}: {len(rows)} kernels, {red} at fault")
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
-        target = options.out / f"{options.architecture}-triton{triton.__version__}.json"
+        part = "switches" if options.switches else "tables"
+        target = options.out / f"{architecture}-{part}-triton{triton.__version__}.json"
         target.write_text(json.dumps(rows, indent=1), encoding="utf-8")
     return int(red > 0)
 

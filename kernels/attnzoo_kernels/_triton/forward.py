@@ -203,7 +203,14 @@ def forward_kernel(
     split = tl.program_id(0) % splits
     b, g, h, m, part, place = tile_of(tl.program_id(0) // splits, lists, sizes, c)
     rows = rows_of(b, h, m, part, more, sizes, c)
-    queries = load_tile(q, b, rows, more, c)
+    if c.SPECIAL:
+        # Specialised warps exist only in kernels without loads through tensors of pointers before the loop.
+        head = q.ptr + b.to(tl.int64) * q.batch + h.to(tl.int64) * q.head
+        source = tl.make_tensor_descriptor(head, [seq_q, c.D], [q.row, 1], [c.BM, c.DP])
+        own = source.load([m * c.BLOCK_Q + part * c.BM, 0])
+        queries = Queries(own, own, own, blank(c.BM, 0, c))
+    else:
+        queries = load_tile(q, b, rows, more, c)
     keys = open_group(k, v, b, g, seq_k, more, c)
     where = Place(b, g, h, (seq_k + c.BLOCK_K - 1) // c.BLOCK_K)
     tiles: tl.constexpr = (c.BLOCK_K + c.BN - 1) // c.BN

@@ -181,6 +181,9 @@ def job(call: Call, of: Pass, lists: BlockLists | None) -> Job:
     aux_width = 0 if call.aux is None else call.aux[0].shape[3]
     widest = max(padded(width + aux_width), padded(value_width))
     tiles = tiles_for(architecture(call.q.device), of, min(widest, 256), call.q.element_size())
+    switched = call.rule.window is not None or call.rule.q_pos is not None or call.key_bias is not None
+    if switched or call.gate is not None or call.origins is not None:
+        tiles = _narrowed(tiles, of)
     listed = _sharing((call.start if lists is None else lists.start).shape, heads, groups)
     bias = (0, 0) if call.key_bias is None else _sharing(call.key_bias.shape, heads, groups)
     pos = (0, 0) if call.rule.q_pos is None else _sharing(call.rule.q_pos.shape, heads, heads)
@@ -188,18 +191,11 @@ def job(call: Call, of: Pass, lists: BlockLists | None) -> Job:
     pack = per if per * call.block_q <= tiles.rows and listed[1] < 2 and bias[1] < 2 else 1
     rows, keys = _sides(call, tiles, pack)
     gate = 0 if call.gate is None else 1 if call.gate.is_last else 2
-    if lists is None:
-        origin = None if call.origins is None else call.origins.of_entry
-        own = Lists(call.start.contiguous(), None, call.count.contiguous(), call.col, origin, None)
-    else:
-        hidden = call.key_bias is not None or gate > 0 or call.block_k % keys > 0
-        own = Lists(
-            lists.start, lists.start if hidden else lists.full, lists.end, lists.col, lists.origin, lists.order
-        )  # fmt: skip
     plain = call.key_bias is None and call.aux is None and gate == 0 and call.origins is None
-    form = tiles.form if plain else "plain"
-    sources = [call.k, call.v, *(() if call.aux is None else (call.aux[1],))]
-    described = all(_describable(x) for x in sources)
+    form = tiles.form if plain and of == "forward" else "plain"
+    described = all(_describable(x) for x in (call.k, call.v, *(() if call.aux is None else (call.aux[1],))))
+    special = form == "specialised" and described and pack == 1 and _describable(call.q)
+    hidden = call.key_bias is not None or gate > 0 or call.block_k % keys > 0
     fields: dict[str, Any] = {
         "BLOCK_Q": call.block_q, "BLOCK_K": call.block_k, "BM": rows, "BN": keys,
         "D": width, "DV": value_width, "DA": aux_width,
@@ -212,9 +208,27 @@ def job(call: Call, of: Pass, lists: BlockLists | None) -> Job:
         "ACC": tl.float64 if call.acc_dtype == torch.float64 else tl.float32,
         "PRECISION": _precision(),
         "RAISING": call.scale > 0 and call.key_bias is None and gate == 0 and of in ("forward", "decode"),
-        "TMA": described, "SKEW": form == "skewed", "SPECIAL": form == "specialised" and described,
+        "TMA": described, "SKEW": form == "skewed", "SPECIAL": special,
     }  # fmt: skip
-    return Job(call, _switches(call), tiles, Shape(**fields), own)
+    return Job(call, _switches(call), tiles, Shape(**fields), _lists(call, lists, split=not hidden, merged=special))
+
+
+def _lists(call: Call, lists: BlockLists | None, *, split: bool, merged: bool) -> Lists:
+    """The lists as the kernel takes them.
+
+    Args:
+        call: The call.
+        lists: Sorted lists, or ``None`` for the layout's own.
+        split: Whether entries before ``full`` may go without a mask.
+        merged: Whether there must be one loop, which masks every entry.
+    """
+    if lists is None:
+        origin = None if call.origins is None else call.origins.of_entry
+        return Lists(call.start.contiguous(), None, call.count.contiguous(), call.col, origin, None)
+    if merged:
+        return Lists(lists.start, None, lists.end - lists.start, lists.col, lists.origin, lists.order)
+    full = lists.full if split else lists.start
+    return Lists(lists.start, full, lists.end, lists.col, lists.origin, lists.order)
 
 
 def _precision() -> str:
@@ -222,6 +236,13 @@ def _precision() -> str:
     if torch.backends.cuda.matmul.allow_tf32:
         return "tf32"
     return "ieee" if torch.version.hip is not None else "tf32x3"
+
+
+def _narrowed(tiles: Tiles, of: Pass) -> Tiles:
+    """Half the side that passes by: switches take registers, which the table's tiles leave none of."""
+    if of == "key":
+        return tiles._replace(rows=max(16, tiles.rows // 2))
+    return tiles._replace(keys=max(16, tiles.keys // 2))
 
 
 def _sides(call: Call, tiles: Tiles, pack: int) -> tuple[int, int]:
