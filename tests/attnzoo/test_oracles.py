@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from attnzoo.oracles.longheads import Chunks, chunk_key, longheads
 from attnzoo.oracles.mha import Recipe, mha
 from attnzoo.oracles.moh import Routing, balance_loss, chosen, gates, moh
 
@@ -186,3 +187,101 @@ def test_moh_straight_through_gates_pass_the_gradient_of_the_probabilities(scope
     (grad,) = torch.autograd.grad((gate * wanted).sum(), q, retain_graph=True)
     (expected,) = torch.autograd.grad(0.5 * sum((p[e] * wanted[1 + e] for e in heads), start=0 * p[0]), q)
     near(grad, expected)
+
+
+# LongHeads ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["longheads_prefill_w32_a256_t256", "longheads_prefill_w64_a256_t320"])
+def test_longheads_is_the_published_layer(name: str) -> None:
+    golden = Golden(name)
+    config, x, weights = golden.config, golden["x"][None], golden.projections()
+    heads, begin, prefilled = config["num_heads"], config["begin_selective_length"], config["decode_prefill_length"]
+    recipe = Recipe(num_heads=heads, num_kv_heads=heads, head_dim=config["head_dim"])
+    chunks = Chunks(size=config["window_size"], slots=config["slots"], begin=begin)
+    ours = longheads(x, weights, recipe, chunks)
+    near(ours.chunk_keys[0], golden["chunk_keys"])
+    prefill = longheads(x, weights, recipe, replace(chunks, official_quirks=True))
+    near(prefill.out[0], golden["out_prefill"])
+    published = golden["selected_prefill"].tolist()
+    for result in (ours, prefill):
+        assert [[list(row) for row in head[begin:]] for head in result.chunks[0]] == published
+    near(ours.out[0, :begin], golden["out_prefill"][:begin])
+    # The published prefill leaves out a token's own key: ours must differ in every row that selects.
+    assert bool(((ours.out[0, begin:] - golden["out_prefill"][begin:]).abs().amax(-1) > 1e-6).all())
+
+    steps = longheads(x, weights, recipe, replace(chunks, official_quirks=True, prefilled=prefilled))
+    near(steps.out[0, prefilled:], golden["out_decode"])
+    padded = [[[c for c in row if c >= 0] for row in head] for head in golden["selected_decode"].tolist()]
+    assert [[list(row) for row in head[prefilled:]] for head in steps.chunks[0]] == padded
+    usual = golden["decode_quirk"] == 0
+    assert torch.equal(usual, (golden["decode_positions"] + 1) % chunks.size != 0)
+    near(ours.out[0, prefilled:][usual], golden["out_decode"][usual])
+
+
+@pytest.mark.parametrize("length", [1, 4, 11, 12])
+def test_longheads_that_reads_everything_is_plain_attention(length: int) -> None:
+    weights, x = projections(GQA), random(2, length, 16, seed=9)
+    padding = HOLES[:, :length]
+    plain = mha(x, weights, GQA, key_padding=padding if length == 11 else None)
+    for chunks in (Chunks(size=4, slots=3, begin=12), Chunks(size=2, slots=6, begin=0), Chunks(size=20, slots=3)):
+        ours = longheads(x, weights, GQA, chunks, key_padding=padding if length == 11 else None)
+        near(ours.out, plain)
+
+
+def test_longheads_grouped_heads_are_repeated_heads_and_choose_apart() -> None:
+    weights, x = projections(GQA), random(1, 40, 16, seed=9)
+    wide = dict(weights)
+    for name in ("k_proj.weight", "v_proj.weight"):
+        wide[name] = weights[name].unflatten(0, (2, 4)).repeat_interleave(2, 0).flatten(0, 1)
+    chunks = Chunks(size=4, slots=4)
+    ours = longheads(x, weights, GQA, chunks)
+    repeated = longheads(x, wide, replace(GQA, num_kv_heads=4), chunks)
+    near(ours.out, repeated.out)
+    assert ours.chunks == repeated.chunks
+    assert ours.chunks[0][0] != ours.chunks[0][1]
+    together = longheads(x, weights, GQA, replace(chunks, group_select=True)).chunks[0]
+    assert together[0] == together[1]
+    assert together[2] == together[3]
+    assert together[0] != together[2]
+    q = (x[0] @ weights["q_proj.weight"].T).unflatten(-1, (4, 4))
+    for t in range(16, 40):
+        scores = (q[t, :2].unsqueeze(1) * ours.chunk_keys[0][:2]).sum((0, 2))
+        best = 1 + int(scores[1 : t // 4 - 1].argmax())
+        assert together[0][t] == (0, best, t // 4 - 1, t // 4)
+
+
+def test_longheads_first_query_of_a_block_selects_for_it() -> None:
+    weights, x = projections(GQA), random(1, 40, 16, seed=9)
+    chunks = Chunks(size=4, slots=4)
+    token = longheads(x, weights, GQA, chunks)
+    near(longheads(x, weights, GQA, replace(chunks, select="block", block_q=1)).out, token.out)
+    block = longheads(x, weights, GQA, replace(chunks, select="block", block_q=2))
+    for mine, first in zip(block.chunks[0], token.chunks[0], strict=True):
+        assert mine == [first[t // 2 * 2] for t in range(40)]
+    rows = [t for t in range(40) if all(h[t] == h[t // 2 * 2] for h in token.chunks[0])]
+    near(block.out[0, rows], token.out[0, rows])
+    assert len(rows) < 40
+    with pytest.raises(ValueError, match="whole blocks"):
+        longheads(x, weights, GQA, replace(chunks, select="block", block_q=3))
+
+
+def test_longheads_does_not_read_the_future_and_can_be_differentiated() -> None:
+    weights, x = projections(GQA), random(1, 30, 16, seed=9)
+    for chunks in (Chunks(size=4, slots=4), Chunks(size=4, slots=4, select="block", block_q=4, chunk_rep="mean_key")):
+        whole = longheads(x, weights, GQA, chunks)
+        for end in (17, 23, 24, 29):
+            near(longheads(x[:, :end], weights, GQA, chunks).out, whole.out[:, :end])
+    y = x.clone().requires_grad_()
+    result = longheads(y, weights, GQA, Chunks(size=4, slots=4))
+    (grad,) = torch.autograd.grad(result.out[0, 29].sum(), y)
+    read = {c for head in result.chunks[0] for c in head[29]}
+    assert 4 <= len(read) < 8
+    assert {t // 4 for t in range(30) if float(grad[0, t].abs().max()) > 0} == read
+
+
+def test_longheads_mean_key_is_the_published_key_of_an_empty_query() -> None:
+    q, k, v = (random(4, 4, seed=i) for i in range(3))
+    recipe = replace(GQA, scale=0.5)
+    chunks = Chunks(size=4, slots=4)
+    near(chunk_key(q, k, 0 * v, recipe, chunks), chunk_key(q, k, v, recipe, replace(chunks, chunk_rep="mean_key")))
