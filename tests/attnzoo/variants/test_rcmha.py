@@ -17,8 +17,9 @@ from torch.nn.functional import conv1d, pad
 
 import attnzoo
 from attnzoo.convolution import DepthwiseConvolution
+from attnzoo.oracles.rcmha import Relative, rcmha
 from attnzoo.relative import channels_by_position, channels_by_slot
-from tests.attnzoo.cases import assert_same, build, gradients, tokens
+from tests.attnzoo.cases import assert_same, build, gradients, recipe_of, tokens
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "as published": {},
@@ -126,6 +127,65 @@ def sinusoids(distance: Tensor, width: int) -> Tensor:
     """``[sin | cos]`` of distances, fp64."""
     angles = distance.double()[..., None] * 10000.0 ** (-torch.arange(0, width, 2).double() / width)
     return torch.cat([angles.sin(), angles.cos()], -1)
+
+
+ORACLE_NAMES = {
+    "rel_u": "content_bias",
+    "rel_v": "position_bias",
+    "rel_proj": "position_proj",
+    "rel_table": "distance_table",
+}
+
+
+def oracle(layer: Any, x: Tensor, **options: Any) -> Tensor:
+    """The oracle's answer, with a layer's parameters under its names; one kernel for all has no heads there."""
+    config, weights = layer.config, {}
+    headless = config.conv_pos == "pre_proj" or config.conv_share == "across_heads"
+    for name, value in layer.named_parameters():
+        if name.startswith("conv."):
+            _, which, kind = name.split(".")
+            weights[f"{which}_conv.{kind}"] = value.squeeze(0) if headless else value
+        else:
+            weights[ORACLE_NAMES.get(name, name)] = value
+    relative = Relative(
+        taps=config.conv_size,
+        conv_on=config.conv_on,
+        conv_share=config.conv_share,
+        conv_pos=config.conv_pos,
+        scores=config.rel,
+    )
+    return rcmha(x, weights, recipe_of(config), relative, **options)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_layer_is_its_oracle(name: str) -> None:
+    layer = layer_of(**CONFIGS[name])
+    key_padding = torch.zeros(2, 21, dtype=torch.bool)
+    key_padding[1, [0, 4, 5, 13, 20]] = True
+    x = tokens(layer, 2, 21).requires_grad_()
+    weight = tokens(layer, 2, 21, seed=1)
+    expected, out = oracle(layer, x, key_padding=key_padding), layer.attend(x, key_padding=key_padding).out
+    assert_same(out, expected)
+    same = gradients(layer, x, expected, weight)
+    for key, grad in gradients(layer, x, out, weight).items():
+        assert_same(grad, same[key])
+
+
+@pytest.mark.parametrize("name", ["as published", "before the projections", "rmha", "rotary beside"])
+def test_given_positions_and_memory_are_the_oracles(name: str) -> None:
+    layer = layer_of(**CONFIGS[name])
+    x = tokens(layer, 2, 20)
+    positions = torch.randint(0, 50, (2, 20), generator=torch.Generator().manual_seed(0))
+    assert_same(layer.attend(x, positions=positions).out, oracle(layer, x, positions=positions))
+    new = tokens(layer, 2, 5, seed=1).requires_grad_()
+    weight = tokens(layer, 2, 5, seed=2)
+    cache = layer.new_cache(2, 25)
+    layer(x, cache=cache)
+    out, expected = layer(new, cache=cache), oracle(layer, new, memory=x)
+    assert_same(out, expected)
+    same = gradients(layer, new, expected, weight)
+    for key, grad in gradients(layer, new, out, weight).items():
+        assert_same(grad, same[key])
 
 
 @pytest.mark.parametrize("name", CONFIGS)
