@@ -12,6 +12,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from attnzoo_kernels.errors import ConfigError, ShapeError
 
@@ -173,13 +174,32 @@ class KVCache:
         self._lengths, self.length = before + lengths, None
         return seen
 
-    def crop(self, length: int) -> None:
-        """Keeps the first tokens of every item: at most ``length``.
+    def grow(self, max_length: int) -> None:
+        """Makes room for more tokens of each item; what is held stays.
 
         Raises:
-            TypeError: If ``length`` is no int.
-            ShapeError: If it is negative.
+            ShapeError: If that would be less room than there is.
         """
+        if max_length < self.max_length:
+            raise ShapeError(f"max_length: expected at least {self.max_length}, got {max_length}")
+        more = max_length - self.max_length
+        with torch.inference_mode(False), torch.no_grad():
+            # The last slot takes rows without a token: what was written there is no token's.
+            self._buffers = {
+                name: pad(x[:, :, : self.max_length], (0, 0, 0, more + 1)) for name, x in self._buffers.items()
+            }
+        self.max_length = max_length
+
+    def crop(self, length: int | Tensor) -> None:
+        """Keeps the first tokens of every item: at most ``length``, which is int64 ``[B]`` where items differ.
+
+        Raises:
+            TypeError: If ``length`` is neither.
+            ShapeError: If it is negative, or not one number for each item.
+        """
+        if isinstance(length, Tensor):
+            self._crop_each(length)
+            return
         if isinstance(length, bool) or not isinstance(length, int):
             raise TypeError(f"length: expected an int, got {type(length).__name__}")
         if length < 0:
@@ -189,6 +209,18 @@ class KVCache:
         else:
             self.length = min(self.bound, length)
         self.bound = min(self.bound, length)
+        self._clear_behind()
+        if self.bound == 0:
+            self._lengths, self.length = None, 0
+
+    def _crop_each(self, length: Tensor) -> None:
+        if list(length.shape) != [self.batch] or length.dtype != torch.int64:
+            raise ShapeError(f"length: expected int64 [{self.batch}], got {length.dtype} {list(length.shape)}")
+        least, most = (int(x) for x in length.aminmax()) if self.batch else (0, 0)
+        if least < 0:
+            raise ShapeError(f"length: expected at least 0, got {least}")
+        self._lengths, self.length = torch.minimum(self.lengths, length.to(self.device)), None
+        self.bound = min(self.bound, most)
         self._clear_behind()
         if self.bound == 0:
             self._lengths, self.length = None, 0
