@@ -200,8 +200,8 @@ def test_bad_lengths_for_each_item_and_less_room_are_refused() -> None:
     cache = cache_of()
     cache.append(values_of(2, 3, 1.0), 3, differentiable=False)
     for bad in (torch.tensor([1]), torch.tensor([1, -1]), torch.tensor([1.0, 2.0])):
-        with pytest.raises(attnzoo.ShapeError, match="^length: "):
+        with pytest.raises(attnzoo.ShapeError, match=r"^length: "):
             cache.crop(bad)
-    with pytest.raises(attnzoo.ShapeError, match="^max_length: "):
+    with pytest.raises(attnzoo.ShapeError, match=r"^max_length: "):
         cache.grow(MAX - 1)
     assert cache.lengths.tolist() == [3, 3]
