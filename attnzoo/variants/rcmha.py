@@ -52,7 +52,7 @@ class RCMHAConfig(AttentionConfig):
         conv_init: Kernels at the start: "uniform" as torch's convolutions, "delta" passes what comes.
         rel: Distances in the score: "sinusoidal", "learned" or ``None``.
         rel_dim: Width of a distance's vector, even; ``None`` means a head's. Sinusoidal distances only.
-        rel_init: How the sinusoids' projection starts: "xavier", or "zero", which leaves the scores as they are.
+        rel_init: How distances' vectors start: "xavier" (learned ones small), or "zero", as if there were none.
         max_distance: Distance from which on all share one learned vector.
     """
 
@@ -207,14 +207,15 @@ class RCMHAAttention(AttentionLayer, name="rcmha"):
             return
         nn.init.zeros_(self.rel_u)
         nn.init.zeros_(self.rel_v)
-        if config.rel == "learned":
-            nn.init.normal_(self.rel_table, std=0.02)
-        elif config.rel_init == "zero":
-            nn.init.zeros_(self.rel_proj)
+        vectors = self.rel_table if config.rel == "learned" else self.rel_proj
+        if config.rel_init == "zero":
+            nn.init.zeros_(vectors)
+        elif config.rel == "learned":
+            nn.init.normal_(vectors, std=0.02)
         else:
             # Xavier for a linear map of Da values to those of all heads.
             bound = math.sqrt(6 / (config.rel_width + config.num_heads * config.head_width))
-            nn.init.uniform_(self.rel_proj, -bound, bound)
+            nn.init.uniform_(vectors, -bound, bound)
 
     def check_context(self, cache: KVCache | None, positions: Tensor | None) -> None:
         """Refuses: distances and convolutions are those of one sequence."""

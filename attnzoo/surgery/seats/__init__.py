@@ -14,9 +14,11 @@ holds more than streams of tokens extends ``grow``, ``crop`` (which may be given
 
 from __future__ import annotations
 
+from attnzoo.surgery.seats import rcmha
 from attnzoo.surgery.seats.spec import SeatSpec
 
 SEATS: dict[str, SeatSpec] = {
     "mha": SeatSpec(),
+    "rcmha": rcmha.SPEC,
 }
 """The variants that can be seated. To ``convert``, "mha" is a way of reading; its seat is the certificate of all."""
