@@ -176,12 +176,12 @@ class PoolCache(KVCache):
         """A bias ``[1, 1, B (P + 1) w]`` that hides what lies behind the tokens in the block that is being filled."""
         block, device = self.pattern.block, self.device
         offset = torch.as_tensor(self.offset, device=device).expand(self.batch)
+        # An item that is full fills no block, and has no row that could read one.
         filling = (offset // block).clamp(max=self._kept.shape[1] - 1)
         item = torch.arange(self.batch, device=device)
         place = (self._place[:, filling] + item * (self.blocks + 1)).T  # [B, G]
         hidden = torch.arange(block, device=device) >= (offset % block).unsqueeze(1)  # [B, w]
-        acc = torch.float64 if dtype == torch.float64 else torch.float32
-        bias = torch.zeros(self.batch * (self.blocks + 1), block, dtype=acc, device=device)
+        bias = torch.zeros(self.batch * (self.blocks + 1), block, dtype=_bias_dtype(dtype), device=device)
         part = bias.new_zeros(hidden.shape).masked_fill(hidden, -torch.inf)
         bias[place] = part.unsqueeze(1).expand(-1, place.shape[1], -1)
         return bias.view(1, 1, -1)
@@ -207,7 +207,7 @@ class PoolCache(KVCache):
         if call.q_pos is not None:
             q_pos = torch.where(call.q_pos < 0, -1, q_pos)
         slot = torch.arange(slots, device=call.q.device)
-        bias = self._unfilled(call.q.dtype).new_zeros(self.batch, slots)
+        bias = torch.zeros(self.batch, slots, dtype=_bias_dtype(call.q.dtype), device=call.q.device)
         bias = bias.masked_fill(slot < _column(keys.front), -torch.inf).unsqueeze(1)
         block = (keys.blocks(slots, call.q.device)).unsqueeze(1)  # [B|1, 1, N]
         own = grid.blocks(rows, call.q.device).unsqueeze(-1)  # [B|1, M, 1]
@@ -291,3 +291,7 @@ def _places(pattern: Pattern) -> tuple[Tensor, int]:
 def _column(x: int | Tensor, dims: int = 2) -> Any:
     """A number of each item, to go with ``[B, ...]``; ints as they are."""
     return x.view(-1, *[1] * (dims - 1)) if isinstance(x, Tensor) else x
+
+
+def _bias_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
