@@ -141,9 +141,19 @@ class _ClippedPlan(Plan):
 
 
 class PlacedCache(KVCache):
-    """A cache that knows whether positions were ever given to it; if not, a token's position is its slot."""
+    """A cache that holds positions once some are given; until then a token's position is its slot."""
 
-    placed = False
+    @property
+    def placed(self) -> bool:
+        """Whether positions are held."""
+        return "position" in self._buffers
+
+    def place(self) -> None:
+        """Holds positions from now on; those of the tokens held so far are their slots."""
+        if not self.placed:
+            with torch.inference_mode(False):
+                slot = torch.arange(self.max_length + 1, dtype=torch.int32, device=self.device)
+                self._buffers["position"] = slot.view(1, 1, -1, 1).repeat(self.batch, 1, 1, 1)
 
 
 class RCMHAAttention(AttentionLayer, name="rcmha"):
@@ -274,16 +284,19 @@ class RCMHAAttention(AttentionLayer, name="rcmha"):
             q = q + self.rel_u.unsqueeze(1).to(q.dtype)  # [H, 1, D]
         if self.config.rotary is not None:
             q, k = self.rotate(step.positions, q, k)
-        places = step.positions if isinstance(step, _Step) and step.given else None
-        if step.cache is not None:
+        given = isinstance(step, _Step) and step.given and self.config.rel == "sinusoidal"
+        places = step.positions if given else None
+        cache = step.cache
+        if cache is not None:
             values = {"k": k, "v": v, **(heads.before if isinstance(heads, _Heads) else {})}
-            if self.config.rel == "sinusoidal":
+            if isinstance(cache, PlacedCache) and given:
+                cache.place()
+            placed = isinstance(cache, PlacedCache) and cache.placed
+            if placed:
                 values["position"] = step.positions.to(torch.int32).expand(step.x.shape[0], -1)[:, None, :, None]
-            seen = step.cache.append(values, step.lengths, differentiable=is_training(q, k, v))
+            seen = cache.append(values, step.lengths, differentiable=is_training(q, k, v))
             k, v = seen["k"], seen["v"]
-            if isinstance(step.cache, PlacedCache):
-                step.cache.placed |= places is not None
-                places = seen["position"].flatten(1) if "position" in seen and step.cache.placed else None  # [B, S]
+            places = seen["position"].flatten(1) if placed else None  # [B, S]
         return _Memory(**vars(self.memory(step, q, k, v)), places=places)
 
     def plan(self, step: Step, heads: Heads, memory: Memory) -> Plan:
@@ -323,7 +336,7 @@ class RCMHAAttention(AttentionLayer, name="rcmha"):
         return attend_clipped(call, plan.tau.to(memory.q.dtype), causal=plan.causal, block=DENSE_BLOCK)
 
     def streams(self) -> dict[str, Stream]:
-        """Keys and values, rings of what the convolutions still need, and positions where they count."""
+        """Keys and values, and rings of what the convolutions still need."""
         config, streams = self.config, super().streams()
         history = config.conv_size - 1
         if self._convolved() and config.conv_pos == "pre_proj":
@@ -333,6 +346,4 @@ class RCMHAAttention(AttentionLayer, name="rcmha"):
                 held = streams["v" if name == "v" else "k"]
                 heads = config.num_heads if name == "q" else held.heads
                 streams[f"conv_{name}"] = Stream(heads, held.width, ring=history)
-        if config.rel == "sinusoidal":
-            streams["position"] = Stream(1, 1, torch.int32)
         return streams

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import conv1d, pad
 
@@ -227,6 +229,52 @@ def test_segments_with_a_memory_are_the_whole_sequence(name: str) -> None:
         assert_same(torch.cat(parts, 1), expected)
 
 
+@st.composite
+def options_of(draw: Any) -> dict[str, Any]:
+    groups, causal = draw(st.sampled_from([1, 2, 3])), draw(st.booleans())
+    heads, width = groups * draw(st.integers(1, 2)), draw(st.sampled_from([2, 3, 4]))
+    before = draw(st.booleans())
+    return {
+        "dim": draw(st.integers(3, 9)),
+        "num_heads": heads,
+        "num_kv_heads": groups,
+        "head_dim": width,
+        "bias": draw(st.booleans()),
+        "causal": causal,
+        "rotary": attnzoo.RotaryConfig() if width != 3 and draw(st.booleans()) else None,
+        "conv_size": draw(st.integers(1, 5)) if causal else draw(st.sampled_from([1, 3, 5])),
+        "conv_on": draw(st.lists(st.sampled_from(["q", "k", "v"]), unique=True)),
+        "conv_share": "per_head" if before else draw(st.sampled_from(["per_head", "across_heads"])),
+        "conv_pos": "pre_proj" if before else "post_proj",
+        "conv_bias": draw(st.booleans()),
+        "rel": draw(st.sampled_from(["sinusoidal", "learned", None])),
+        "rel_dim": draw(st.none() | st.sampled_from([2, 6])),
+        "max_distance": draw(st.integers(1, 30)),
+    }
+
+
+@settings(max_examples=40, deadline=None)
+@given(options=options_of(), ends=st.sets(st.integers(1, 24), max_size=5), seed=st.none() | st.integers(0, 99))
+def test_any_setting_padding_and_split_is_the_definition(
+    options: dict[str, Any], ends: set[int], seed: int | None
+) -> None:
+    layer = layer_of(**options)
+    x, key_padding = tokens(layer, 2, 25), torch.zeros(2, 25, dtype=torch.bool)
+    if seed is not None:
+        key_padding = torch.rand(2, 25, generator=torch.Generator().manual_seed(seed)) < 0.4
+    cut = pairwise([0, *sorted(ends), 25]) if options["causal"] else [(0, 25)]
+    cache = layer.new_cache(2, 25) if options["causal"] else None
+    shown = torch.where(key_padding.unsqueeze(-1), math.nan, x)
+    with torch.no_grad():
+        parts = [
+            layer.attend(shown[:, a:b], key_padding=None if seed is None else key_padding[:, a:b], cache=cache).out
+            for a, b in cut
+        ]
+        for item in range(2):
+            real = ~key_padding[item]
+            assert_same(torch.cat(parts, 1)[item, real], definition(layer, x[item : item + 1, real])[0])
+
+
 def test_earlier_segments_are_remembered_without_gradient() -> None:
     layer = layer_of()
     x = tokens(layer, 2, 40)
@@ -315,6 +363,7 @@ def test_one_table_serves_all_heads_items_and_lengths() -> None:
         _, k_aux = plan.extras.aux
         assert k_aux.shape == (1, 1, slots, 8)
         assert not k_aux.requires_grad
+    assert set(cache.streams) == {"k", "v", "conv_q", "conv_k", "conv_v"}
     again = layer.attend(x[:, :1], cache=cache).plan.extras.aux[1]
     assert again.untyped_storage().data_ptr() == plans[1].extras.aux[1].untyped_storage().data_ptr()
 

@@ -52,9 +52,13 @@ def placed(layer: Any) -> None:
     x = tokens(layer, 2, 23)
     moved, stretched = torch.arange(23) + 40, torch.arange(23) * 3
     expected = {moved: definition(layer, x), stretched: layer.attend(x, positions=stretched).out}
+    late = torch.cat([torch.arange(9), stretched[9:] + 5])
+    expected[late] = layer.attend(x, positions=late).out
     for positions, whole_call in expected.items():
         cache = layer.new_cache(2, 23)
-        parts = [layer.attend(x[:, a:b], positions=positions[a:b], cache=cache).out for a, b in ((0, 9), (9, 23))]
+        first = None if positions is late else positions[:9]
+        parts = [layer.attend(x[:, :9], positions=first, cache=cache).out]
+        parts.append(layer.attend(x[:, 9:], positions=positions[9:], cache=cache).out)
         assert_same(torch.cat(parts, 1), whole_call)
 
 
@@ -111,11 +115,12 @@ MUTANTS: dict[str, tuple[Any, str, str, str]] = {
     ),
     "u missing": (rcmha.RCMHAAttention, "remember", "self.config.rel is not None", "False"),
     "u in the distance's part": (rcmha.RCMHAAttention, "plan", "self.rel_v", "self.rel_u"),
-    "given positions forgotten": (
-        rcmha.RCMHAAttention,
-        "remember",
-        "step.cache.placed |= places is not None",
-        "step.cache.placed = False",
+    "given positions forgotten": (rcmha.RCMHAAttention, "remember", "if placed else None", "if False else None"),
+    "positions before the first given ones forgotten": (
+        rcmha.PlacedCache,
+        "place",
+        "torch.arange(",
+        "0 * torch.arange(",
     ),
     "what is cached lies behind the convolution": (
         rcmha.RCMHAAttention,
