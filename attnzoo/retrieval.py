@@ -1,0 +1,143 @@
+"""Choosing blocks by their landmarks, and where the chosen ones are placed for the rotation.
+
+A query that has N complete blocks before it takes the best k. Positions are stingy: the last k blocks stay where they
+are, and all others are packed into the k + 1 block places that end at block N, so that the distances that a model meets
+do not grow with the sequence. Everything here is counted in blocks, as a shift from a block's own place; ``retrieve`` is
+not differentiated.
+
+Letters: B batch, H query heads, G KV heads, T query tokens, N blocks, k blocks chosen, D head width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attnzoo.rope import RotaryConfig, apply_rotary, rotary_frequencies
+
+_SCORES_AT_ONCE = 1 << 24
+
+
+@dataclass(frozen=True, eq=False)
+class BlockTurns:
+    """Rotations by whole blocks.
+
+    Attributes:
+        cos: ``[P, Dr / 2]``, of the angle of a whole block times 0, 1, ...
+        sin: As ``cos``.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    @classmethod
+    def of(cls, rotary: RotaryConfig, head_dim: int, stride: int, blocks: int, like: Tensor) -> BlockTurns:
+        """Tables for shifts of up to ``blocks`` blocks that take ``stride`` positions each; pure rotations."""
+        frequencies = rotary_frequencies(rotary, head_dim, device=like.device)
+        angles = torch.arange(blocks + 1, device=like.device).to(torch.float64).unsqueeze(-1) * (frequencies * stride)
+        acc = torch.float64 if like.dtype == torch.float64 else torch.float32
+        return cls(angles.cos().to(acc), angles.sin().to(acc))
+
+    def back(self, x: Tensor, blocks: Tensor) -> Tensor:
+        """Rotates ``x [B, h, T, D]`` by minus as many blocks as ``blocks [B|1, T]`` or ``[T]`` says."""
+        return apply_rotary(x, self.cos[blocks], -self.sin[blocks])
+
+
+@dataclass(frozen=True, eq=False)
+class Retrieved:
+    """What each query takes.
+
+    Attributes:
+        blocks: The chosen blocks, ascending, int64 ``[B, H, T, k]``; -1 where there are fewer, at the end.
+        shift: How many blocks each is moved towards the query, int64, as ``blocks``; 0 where there is none.
+    """
+
+    blocks: Tensor
+    shift: Tensor
+
+
+def retrieve(
+    q: Tensor,
+    keys: Tensor,
+    complete: Tensor,
+    *,
+    top_k: int,
+    scale: float,
+    turns: BlockTurns | None,
+    shared: bool = False,
+) -> Retrieved:
+    """Chooses each query's blocks by the scores of their landmarks; of equal scores, the earlier block.
+
+    A landmark of the last k blocks is scored where it stands, any older one in the first of the packed places, whichever
+    place its block will get.
+
+    Args:
+        q: Rotated queries ``[B, H, T, D]``.
+        keys: Rotated landmark keys ``[B, G, N, D]``, those that an item has not reached included.
+        complete: Blocks that a query may choose from, the first ones, int64 ``[B|1, T]``; below 1 there are none.
+        top_k: Blocks to choose.
+        scale: The factor on scores.
+        turns: Rotations by blocks; ``None`` where nothing is rotated.
+        shared: Whether all tokens of a head take the same blocks: those whose share of a softmax over the blocks is
+            the largest at any token. Later tokens then decide for earlier ones.
+    """
+    count = min(top_k, keys.shape[2])
+    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+        q, keys = q.detach(), keys.detach()
+        if shared:
+            scores = _scores(q, keys, complete, top_k, scale, turns)
+            share = torch.softmax(scores, -1).nan_to_num(0.0).amax(2, keepdim=True)  # [B, H, 1, N]
+            last = complete.amax(1, keepdim=True)
+            taken = _best(share.masked_fill(_beyond(last, keys.shape[2]), -torch.inf), last, count)
+            taken = taken.expand(-1, -1, q.shape[2], -1)
+        else:
+            rows = max(1, _SCORES_AT_ONCE // max(1, q.shape[0] * q.shape[1] * keys.shape[2]))
+            # A loop over parts of a length that is being traced would fix that length.
+            if torch.compiler.is_compiling() or q.shape[2] <= rows:
+                taken = _best(_scores(q, keys, complete, top_k, scale, turns), complete, count)
+            else:
+                parts = zip(q.split(rows, 2), complete.split(rows, 1), strict=True)
+                taken = torch.cat([_best(_scores(x, keys, n, top_k, scale, turns), n, count) for x, n in parts], 2)
+        return Retrieved(taken, _shift(taken, complete, top_k))
+
+
+def _beyond(complete: Tensor, blocks: int) -> Tensor:
+    """Blocks that may not be chosen, bool ``[B|1, 1, T, N]``."""
+    return torch.arange(blocks, device=complete.device) >= complete[:, None, :, None]
+
+
+def _scores(q: Tensor, keys: Tensor, complete: Tensor, top_k: int, scale: float, turns: BlockTurns | None) -> Tensor:
+    """Scores of landmarks, ``[B, H, T, N]``, -inf at blocks that may not be chosen."""
+    block = torch.arange(keys.shape[2], device=q.device)
+    older = (complete - top_k).clamp(min=0)  # [B|1, T]: blocks before this one are packed
+    scores = _products(q, keys)
+    if turns is not None:
+        packed = _products(turns.back(q, (older - 1).clamp(min=0)), turns.back(keys, block))
+        scores = torch.where(block < older[:, None, :, None], packed, scores)
+    return (scores * scale).masked_fill(_beyond(complete, keys.shape[2]), -torch.inf)
+
+
+def _products(q: Tensor, keys: Tensor) -> Tensor:
+    """``q . k`` of each query head with its group's keys, ``[B, H, T, N]``, in fp32 at least."""
+    acc = torch.promote_types(q.dtype, torch.float32)
+    grouped = q.to(acc).unflatten(1, (keys.shape[1], -1))  # [B, G, h, T, D]
+    found = torch.matmul(grouped.flatten(2, 3), keys.to(acc).transpose(-1, -2))  # [B, G, h * T, N]
+    return found.unflatten(2, (grouped.shape[2], grouped.shape[3])).flatten(1, 2)
+
+
+def _best(scores: Tensor, complete: Tensor, count: int) -> Tensor:
+    """The blocks with the best scores, ascending, ``[B, H, T, k]``; -1 at the end where there are fewer."""
+    blocks = scores.shape[3]
+    order = torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., :count]
+    taken = torch.where(order < complete[:, None, :, None], order, blocks).sort(-1).values
+    return torch.where(taken < blocks, taken, -1)
+
+
+def _shift(taken: Tensor, complete: Tensor, top_k: int) -> Tensor:
+    """How far each chosen block is moved, from its rank among the chosen ones."""
+    older = (complete - top_k).clamp(min=0)[:, None, :, None]
+    rank = torch.arange(taken.shape[3], device=taken.device)
+    place = older - 1 + rank + (taken >= older).long()
+    return torch.where(taken >= 0, place - taken, 0)
