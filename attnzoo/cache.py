@@ -5,24 +5,18 @@ Letters: B batch, T tokens of a call, S slots read, G heads of a stream, D its w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from attnzoo.cache_streams import CROP_MARGIN, Groups, Ring, Stream
 from attnzoo_kernels.errors import ConfigError, ShapeError
 
-
-@dataclass(frozen=True)
-class Stream:
-    """One kind of value that a layer remembers for each token: its heads, its width, and its dtype if it is fixed."""
-
-    heads: int
-    width: int
-    dtype: torch.dtype | None = None
+__all__ = ["KVCache", "Stream"]
 
 
 class KVCache:
@@ -31,6 +25,10 @@ class KVCache:
     Slot s of an item holds its s-th real token. The buffers start as zeros and hold detached values: training through
     a cache reaches the current call's tokens only. Lengths that all items share are known on the host, so that
     nothing synchronises.
+
+    Beside streams with a value for each token there are two kinds that cost less. A *ring* (``Stream(ring=n)``) is
+    written by :meth:`append` too, and :meth:`history` reads it. A *grouped* stream (``Stream(every=w)``) has a value
+    for each complete group of w tokens: :meth:`complete` writes it after :meth:`append`, :meth:`groups` reads it.
 
     Attributes:
         max_length: Tokens that fit, for each item.
@@ -60,14 +58,26 @@ class KVCache:
         self._lengths: Tensor | None = None
         self._owner, self._config = owner
         self._rounds = rounds
-        with torch.inference_mode(False):
-            # One slot more than fits: rows without a token are written there.
-            self._buffers = {
-                name: torch.zeros(
-                    batch, stream.heads, max_length + 1, stream.width, device=device, dtype=stream.dtype or dtype
+        self._buffers: dict[str, Tensor] = {}
+        self._rings: dict[str, Ring] = {}
+        self._groups: dict[str, Groups] = {}
+        for name, stream in streams.items():
+            rows = max_length // stream.every
+            if stream.ring is not None:
+                rows = Ring.length_for(stream.ring, max_length)
+            with torch.inference_mode(False):
+                # One row more than fits: rows without a token are written there.
+                values = torch.zeros(
+                    batch, stream.heads, rows + 1, stream.width, device=device, dtype=stream.dtype or dtype
                 )
-                for name, stream in streams.items()
-            }
+            if stream.ring is not None:
+                self._rings[name] = Ring(stream.ring, values)
+            elif stream.every > 1:
+                self._groups[name] = Groups(stream.every, values)
+            else:
+                self._buffers[name] = values
+        if not self._buffers:
+            raise ConfigError(f"streams: expected one with a value for each token, got {', '.join(streams) or 'none'}")
 
     def __repr__(self) -> str:
         streams = ", ".join(f"{name} {list(x.shape)}" for name, x in self.streams.items())
@@ -79,8 +89,10 @@ class KVCache:
 
     @property
     def streams(self) -> dict[str, Tensor]:
-        """The buffers by name, each ``[B, G, max_length, D]``."""
-        return {name: x[:, :, : self.max_length] for name, x in self._buffers.items()}
+        """The buffers by name, each ``[B, G, max_length, D]``; rings and groups have as many rows as they hold."""
+        held = {name: x[:, :, : self.max_length] for name, x in self._buffers.items()}
+        held |= {name: x.values[:, :, :-1] for name, x in (self._rings | self._groups).items()}
+        return held
 
     @property
     def batch(self) -> int:
@@ -106,8 +118,14 @@ class KVCache:
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes held for each token of an item."""
-        return sum(x.shape[1] * x.shape[3] * x.element_size() for x in self._buffers.values())
+        """Bytes held for each token of an item, rounded up; what rings hold does not grow with the tokens."""
+        size = sum(_row_bytes(x) for x in self._buffers.values())
+        return size + math.ceil(sum(_row_bytes(x.values) / x.every for x in self._groups.values()))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        return sum(x.numel() * x.element_size() for x in self.streams.values())
 
     def check(self, owner: tuple[object, object], batch: int, device: torch.device) -> None:
         """Raises unless the cache belongs to this layer and fits its input.
@@ -142,10 +160,13 @@ class KVCache:
     def all_or_nothing(self) -> Iterator[None]:
         """Forgets what the block appended if it raises."""
         before = self.length, self.bound, self._lengths
+        rings = {name: ring.state() for name, ring in self._rings.items()}
         try:
             yield
         except BaseException:
             self.length, self.bound, self._lengths = before
+            for name, state in rings.items():
+                self._rings[name].restore(state)
             self._clear_behind()
             raise
 
@@ -153,15 +174,20 @@ class KVCache:
         """Writes a call's tokens behind those held and gives back everything that may be read.
 
         Args:
-            values: For each stream ``[B, G, T, D]``, left-aligned.
+            values: For each stream but grouped ones ``[B, G, T, D]``, left-aligned.
             lengths: Real tokens of each item; T as an int where there are no others.
             differentiable: Whether to give copies, with the current tokens in the graph, instead of the buffers.
 
         Returns:
-            For each stream ``[B, G, S, D]`` in the dtype of its value, S the new bound.
+            For each stream with a value for each token ``[B, G, S, D]`` in the dtype of its value, S the new bound.
         """
         tokens = self._check_values(values)
         self.check_room(tokens, lengths)
+        if self._rings:
+            with torch.no_grad():
+                for name, ring in self._rings.items():
+                    ring.write(values[name].detach(), self.offset, lengths)
+            values = {name: value for name, value in values.items() if name in self._buffers}
         if self.length is not None and not isinstance(lengths, Tensor):
             seen = self._append_common(values, self.length, differentiable)
             self.length += tokens
@@ -173,17 +199,79 @@ class KVCache:
         self._lengths, self.length = before + lengths, None
         return seen
 
+    def history(self, name: str, count: int) -> Tensor:
+        """What a ring holds of the last ``count`` tokens, ``[B, G, count, D]``; zeros before an item's first token.
+
+        Detached, a copy, in the buffer's dtype. A layer that wants the tokens before this call's reads them before
+        :meth:`append`.
+
+        Raises:
+            ShapeError: If no ring has this name, or ``count`` is more than the history that it keeps.
+        """
+        ring = self._rings.get(name)
+        if ring is None:
+            raise ShapeError(f"name: expected a ring, one of {sorted(self._rings)}, got {name!r}")
+        if not 0 <= count <= ring.history:
+            raise ShapeError(f"count: expected 0 to {ring.history} tokens, which {name} keeps, got {count}")
+        return ring.last(count, self.offset)
+
+    def complete(self, values: Mapping[str, Tensor], before: int | Tensor) -> None:
+        """Writes the groups that the last :meth:`append` has completed.
+
+        Args:
+            values: For each grouped stream ``[B, G, P, D]``: an item's p-th value is of its group ``before // every
+                + p``. Values of groups that are not complete are not written, whatever they are.
+            before: Tokens held before that call: the ``offset`` from then.
+
+        Raises:
+            ShapeError: If names or shapes do not fit, or there are fewer groups than have become complete where the
+                host knows their number.
+        """
+        self._check_shapes(values, {name: x.values for name, x in self._groups.items()})
+        for name, value in values.items():
+            groups, given = self._groups[name], value.shape[2]
+            if self.length is not None and not isinstance(before, Tensor):
+                most = self.length // groups.every - before // groups.every
+                if given < most:
+                    raise ShapeError(f"cache: expected {most} groups of {name}, got {given}")
+            with torch.no_grad():
+                groups.write(value.detach(), before, self.offset)
+
+    def groups(self, name: str) -> Tensor:
+        """What is held of groups, ``[B, G, N, D]``, N those that the longest item may have; zeros where incomplete.
+
+        A view of the buffer, in its dtype.
+
+        Raises:
+            ShapeError: If no grouped stream has this name.
+        """
+        groups = self._groups.get(name)
+        if groups is None:
+            raise ShapeError(f"name: expected a grouped stream, one of {sorted(self._groups)}, got {name!r}")
+        return groups.values[:, :, : self.bound // groups.every]
+
     def crop(self, length: int) -> None:
         """Keeps the first tokens of every item: at most ``length``.
 
         Raises:
             TypeError: If ``length`` is no int.
-            ShapeError: If it is negative.
+            ShapeError: If it is negative, or a ring no longer holds the history of what would be left: at most
+                ``CROP_MARGIN`` tokens may be cropped from a cache with rings, or all. Nothing is changed then.
         """
         if isinstance(length, bool) or not isinstance(length, int):
             raise TypeError(f"length: expected an int, got {type(length).__name__}")
         if length < 0:
             raise ShapeError(f"length: expected at least 0, got {length}")
+        before = self.offset
+        after = before.clamp(max=length) if isinstance(before, Tensor) else min(before, length)
+        for name, ring in self._rings.items():
+            if not ring.can_crop(before, after):
+                raise ShapeError(
+                    f"length: expected at most {CROP_MARGIN} tokens to be cropped, or all, since {name} keeps only "
+                    f"the last ones, got {length} of {self.bound}"
+                )
+        for ring in self._rings.values():
+            ring.crop(after)
         if self._lengths is not None:
             self._lengths = self._lengths.clamp(max=length)
         else:
@@ -199,6 +287,8 @@ class KVCache:
         with torch.no_grad():
             for x in self._buffers.values():
                 x.masked_fill_(behind[:, None, :, None], 0)
+            for groups in self._groups.values():
+                groups.clear_behind(self.lengths)
 
     def reorder(self, index: Tensor) -> None:
         """Takes the items ``index``, int ``[B']``, in their order: beams are chosen, repeated or dropped."""
@@ -207,6 +297,8 @@ class KVCache:
         with torch.inference_mode(False), torch.no_grad():
             index = index.to(self.device, copy=True)
             self._buffers = {name: x.index_select(0, index) for name, x in self._buffers.items()}
+            self._rings = {name: x.select(index) for name, x in self._rings.items()}
+            self._groups = {name: Groups(x.every, x.values.index_select(0, index)) for name, x in self._groups.items()}
             if self._lengths is not None:
                 self._lengths = self._lengths.index_select(0, index)
 
@@ -216,19 +308,30 @@ class KVCache:
         copy.__dict__.update(self.__dict__)
         with torch.inference_mode(False), torch.no_grad():
             copy._buffers = {name: x.clone() for name, x in self._buffers.items()}
+            copy._rings = {name: x.clone() for name, x in self._rings.items()}
+            copy._groups = {name: Groups(x.every, x.values.clone()) for name, x in self._groups.items()}
         return copy
 
     def _check_values(self, values: Mapping[str, Tensor]) -> int:
-        if set(values) != set(self._buffers):
-            raise ShapeError(f"values: expected streams {sorted(self._buffers)}, got {sorted(values)}")
+        held = self._buffers
+        if self._rings:
+            held = held | {name: ring.values for name, ring in self._rings.items()}
+        self._check_shapes(values, held)
+        tokens = {value.shape[2] for value in values.values()}
+        if len(tokens) > 1:
+            raise ShapeError(f"cache: expected equally many tokens in all streams, got {sorted(tokens)}")
+        return next(iter(tokens))
+
+    def _check_shapes(self, values: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
+        if set(values) != set(buffers):
+            raise ShapeError(f"values: expected streams {sorted(buffers)}, got {sorted(values)}")
         for name, value in values.items():
-            held = self._buffers[name]
+            held = buffers[name]
             if value.shape[:2] != held.shape[:2] or value.shape[3:] != held.shape[3:]:
                 shape = [*held.shape[:2], "T", *held.shape[3:]]
                 raise ShapeError(f"cache: expected {name} {shape}, got {list(value.shape)}")
             if not self._rounds and torch.promote_types(value.dtype, held.dtype) != held.dtype:
                 raise ShapeError(f"cache: expected {name} in {held.dtype} or narrower, got {value.dtype}")
-        return next(iter(values.values())).shape[2]
 
     def _append_common(self, values: Mapping[str, Tensor], start: int, differentiable: bool) -> dict[str, Tensor]:
         seen = {}
@@ -261,3 +364,7 @@ class KVCache:
             if not differentiable:
                 seen[name] = held[:, :, : self.bound].to(value.dtype)
         return seen
+
+
+def _row_bytes(x: Tensor) -> int:
+    return x.shape[1] * x.shape[3] * x.element_size()

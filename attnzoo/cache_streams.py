@@ -1,0 +1,190 @@
+"""What a cache holds beside one value for each token: the last tokens' values, and one value for a group of tokens.
+
+Letters: B batch, T tokens of a call, R tokens that a ring holds, N groups, h heads of a stream, D its width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from attnzoo_kernels.errors import ConfigError
+
+CROP_MARGIN = 128
+"""Tokens that may be cropped from a ring and still leave its whole history, however long the sequence is."""
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One kind of value that a layer remembers: its heads, its width, and its dtype if it is fixed.
+
+    Attributes:
+        heads: Heads h.
+        width: Width D.
+        dtype: Of the values; ``None`` means the cache's.
+        ring: Keeps the values of the last tokens only: those of so many can always be read, and ``CROP_MARGIN`` more
+            tokens are held, so that they may be cropped. ``None`` keeps every token's.
+        every: One value for each complete group of so many tokens instead of one for each token.
+
+    Raises:
+        ConfigError: If ``ring`` or ``every`` does not fit, or both are given.
+    """
+
+    heads: int
+    width: int
+    dtype: torch.dtype | None = None
+    ring: int | None = None
+    every: int = 1
+
+    def __post_init__(self) -> None:
+        for name, value in (("ring", 1 if self.ring is None else self.ring), ("every", self.every)):
+            if type(value) is not int or value < 1:
+                raise ConfigError(f"{name}: expected an int >= 1, got {value!r}")
+        if self.ring is not None and self.every > 1:
+            raise ConfigError(f"ring: expected None beside every {self.every}, got {self.ring}")
+
+
+class Ring:
+    """The values of each item's last tokens: token s lies at row ``s % R``.
+
+    Attributes:
+        history: Tokens whose values can be read in any case.
+        rows: Tokens held, R.
+        values: ``[B, h, R + 1, D]``; rows without a token are written to the last one.
+        oldest: The first token whose value is held, an int or int64 ``[B]``.
+    """
+
+    def __init__(self, history: int, values: Tensor) -> None:
+        self.history = history
+        self.rows = values.shape[2] - 1
+        self.values = values
+        self.oldest: int | Tensor = 0
+
+    @staticmethod
+    def length_for(history: int, max_length: int) -> int:
+        """Tokens that a ring holds; as many as there can be, it never forgets any."""
+        return min(history + CROP_MARGIN, max_length)
+
+    def write(self, value: Tensor, before: int | Tensor, lengths: int | Tensor) -> None:
+        """Writes a call's tokens ``[B, h, T, D]`` behind the ``before`` tokens held."""
+        tokens = value.shape[2]
+        if tokens > CROP_MARGIN and self.rows == self.history + CROP_MARGIN:
+            # The history would be overwritten, and is needed again if the call fails: see restore.
+            with torch.inference_mode(False):
+                self.values = self.values.clone()
+        if isinstance(before, Tensor) or isinstance(lengths, Tensor):
+            self._write_ragged(value, before, lengths)
+            return
+        first = max(0, tokens - self.rows)
+        begin = (before + first) % self.rows
+        if begin + tokens - first <= self.rows:
+            self.values[:, :, begin : begin + tokens - first].copy_(value[:, :, first:])
+        else:
+            row = torch.arange(before + first, before + tokens, device=value.device) % self.rows
+            self.values.index_copy_(2, row, value[:, :, first:].to(self.values.dtype))
+        self.oldest = self._later(before + tokens - self.rows)
+
+    def _write_ragged(self, value: Tensor, before: int | Tensor, lengths: int | Tensor) -> None:
+        batch, _, tokens, _ = value.shape
+        token = torch.arange(tokens, device=value.device)
+        count = lengths.unsqueeze(1) if isinstance(lengths, Tensor) else lengths
+        start = before.unsqueeze(1) if isinstance(before, Tensor) else before
+        kept = (token < count) & (token >= count - self.rows)
+        row = torch.where(kept, (start + token) % self.rows, self.rows).expand(batch, -1)  # [B, T]
+        item = torch.arange(batch, device=value.device).unsqueeze(1)
+        self.values.transpose(1, 2).index_put_((item, row), value.transpose(1, 2).to(self.values.dtype))
+        self.oldest = self._later(before + lengths - self.rows)
+
+    def _later(self, token: int | Tensor) -> int | Tensor:
+        if isinstance(token, Tensor):
+            return token.clamp(min=self.oldest)
+        return self.oldest.clamp(min=token) if isinstance(self.oldest, Tensor) else max(self.oldest, token)
+
+    def last(self, count: int, length: int | Tensor) -> Tensor:
+        """The values of the ``count`` tokens before token ``length``, ``[B, h, count, D]``; zeros before the first."""
+        back = torch.arange(-count, 0, device=self.values.device)
+        if not isinstance(length, Tensor):
+            seen = self.values.index_select(2, (back + length) % self.rows)
+            return seen if length >= count else seen.masked_fill((back + length < 0).view(1, 1, -1, 1), 0)
+        token = length.unsqueeze(1) + back  # [B, count]
+        row = (token % self.rows)[:, None, :, None].expand(-1, self.values.shape[1], -1, self.values.shape[3])
+        return self.values.gather(2, row).masked_fill((token < 0)[:, None, :, None], 0)
+
+    def can_crop(self, before: int | Tensor, after: int | Tensor) -> bool:
+        """Whether the history of the ``after`` tokens that are left is still held; reads values where items differ."""
+        if not (isinstance(before, Tensor) or isinstance(after, Tensor) or isinstance(self.oldest, Tensor)):
+            return after == before or after == 0 or self.oldest <= max(after - self.history, 0)
+        left = torch.as_tensor(after, device=self.values.device)
+        held = (left - self.history).clamp(min=0) >= self.oldest
+        return bool((held | (left == before) | (left == 0)).all())
+
+    def crop(self, after: int | Tensor) -> None:
+        """Forgets the tokens from ``after`` on."""
+        if isinstance(after, Tensor) or isinstance(self.oldest, Tensor):
+            self.oldest = torch.minimum(*(torch.as_tensor(x, device=self.values.device) for x in (self.oldest, after)))
+            self.oldest = self.oldest.expand(self.values.shape[0])
+        else:
+            self.oldest = min(self.oldest, after)
+
+    def state(self) -> tuple[Tensor, int | Tensor]:
+        """What :meth:`restore` needs to forget what is written from here on."""
+        return self.values, self.oldest
+
+    def restore(self, state: tuple[Tensor, int | Tensor]) -> None:
+        """Forgets what was written since: the history is as it was, and what was overwritten shortens the margin."""
+        values, oldest = state
+        if values is not self.values:
+            self.values, self.oldest = values, oldest
+
+    def select(self, index: Tensor) -> Self:
+        """The items ``index``, in a ring of their own."""
+        return self._with(
+            self.values.index_select(0, index),
+            self.oldest.index_select(0, index) if isinstance(self.oldest, Tensor) else self.oldest,
+        )
+
+    def clone(self) -> Self:
+        """A copy of its own."""
+        return self._with(self.values.clone(), self.oldest)
+
+    def _with(self, values: Tensor, oldest: int | Tensor) -> Self:
+        copy = object.__new__(type(self))
+        copy.__dict__.update(self.__dict__)
+        copy.values, copy.oldest = values, oldest
+        return copy
+
+
+class Groups:
+    """One value for each complete group of ``every`` tokens of an item: group g of tokens ``g * every`` onwards.
+
+    Attributes:
+        every: Tokens in a group.
+        values: ``[B, h, N + 1, D]``, zeros where the group is not complete; rows without one are written to the last.
+    """
+
+    def __init__(self, every: int, values: Tensor) -> None:
+        self.every = every
+        self.values = values
+
+    def write(self, value: Tensor, before: int | Tensor, after: int | Tensor) -> None:
+        """Writes ``value [B, h, P, D]`` at the groups from ``before // every`` on that ``after`` tokens complete."""
+        batch, _, given, _ = value.shape
+        if not isinstance(before, Tensor) and not isinstance(after, Tensor):
+            begin, end = before // self.every, after // self.every
+            self.values[:, :, begin:end].copy_(value[:, :, : end - begin])
+            return
+        rows = torch.arange(given, device=value.device)
+        first = torch.as_tensor(before // self.every, device=value.device).view(-1, 1)
+        behind = torch.as_tensor(after // self.every, device=value.device).view(-1, 1)
+        last = self.values.shape[2] - 1
+        group = torch.where(first + rows < behind, first + rows, last).expand(batch, -1)
+        item = torch.arange(batch, device=value.device).unsqueeze(1)
+        self.values.transpose(1, 2).index_put_((item, group), value.transpose(1, 2).to(self.values.dtype))
+
+    def clear_behind(self, lengths: Tensor) -> None:
+        """Zeroes the groups that ``lengths [B]`` tokens do not complete."""
+        group = torch.arange(self.values.shape[2], device=self.values.device)
+        self.values.masked_fill_((group >= (lengths // self.every).unsqueeze(1))[:, None, :, None], 0)
