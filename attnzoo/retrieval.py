@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from attnzoo.rope import RotaryConfig, apply_rotary, rotary_frequencies
+from attnzoo.select import top_blocks
+from attnzoo_kernels.registration import no_autocast
 
 _SCORES_AT_ONCE = 1 << 24
 
@@ -84,39 +86,41 @@ def retrieve(
             the largest at any token. Later tokens then decide for earlier ones.
     """
     count = min(top_k, keys.shape[2])
-    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-        q, keys = q.detach(), keys.detach()
+    def best(q: Tensor, complete: Tensor) -> Tensor:
+        scores, allowed = _scores(q, keys, complete, top_k, turns) * scale, _allowed(complete, keys.shape[2])
         if shared:
-            scores = _scores(q, keys, complete, top_k, scale, turns)
-            share = torch.softmax(scores, -1).nan_to_num(0.0).amax(2, keepdim=True)  # [B, H, 1, N]
-            last = complete.amax(1, keepdim=True)
-            taken = _best(share.masked_fill(_beyond(last, keys.shape[2]), -torch.inf), last, count)
-            taken = taken.expand(-1, -1, q.shape[2], -1)
+            # A row without blocks has no softmax.
+            share = torch.softmax(scores.masked_fill(~allowed, -torch.inf), -1).nan_to_num(0.0)
+            scores, allowed = share.amax(2, keepdim=True), allowed.any(2, keepdim=True)
+        return top_blocks(scores, count, allowed=allowed)
+
+    with torch.no_grad(), no_autocast(q.device.type):
+        q, keys = q.detach(), keys.detach()
+        rows = max(1, _SCORES_AT_ONCE // max(1, q.shape[0] * q.shape[1] * keys.shape[2]))
+        # A loop over parts of a length that is being traced would fix that length.
+        if shared or torch.compiler.is_compiling() or q.shape[2] <= rows:
+            taken = best(q, complete)
         else:
-            rows = max(1, _SCORES_AT_ONCE // max(1, q.shape[0] * q.shape[1] * keys.shape[2]))
-            # A loop over parts of a length that is being traced would fix that length.
-            if torch.compiler.is_compiling() or q.shape[2] <= rows:
-                taken = _best(_scores(q, keys, complete, top_k, scale, turns), complete, count)
-            else:
-                parts = zip(q.split(rows, 2), complete.split(rows, 1), strict=True)
-                taken = torch.cat([_best(_scores(x, keys, n, top_k, scale, turns), n, count) for x, n in parts], 2)
+            taken = torch.cat([best(*part) for part in zip(q.split(rows, 2), complete.split(rows, 1), strict=True)], 2)
+        if shared:
+            taken = taken.expand(-1, -1, q.shape[2], -1).masked_fill((complete < 1)[:, None, :, None], -1)
         return Retrieved(taken, _shift(taken, complete, top_k))
 
 
-def _beyond(complete: Tensor, blocks: int) -> Tensor:
-    """Blocks that may not be chosen, bool ``[B|1, 1, T, N]``."""
-    return torch.arange(blocks, device=complete.device) >= complete[:, None, :, None]
+def _allowed(complete: Tensor, blocks: int) -> Tensor:
+    """Blocks that may be chosen, bool ``[B|1, 1, T, N]``."""
+    return torch.arange(blocks, device=complete.device) < complete[:, None, :, None]
 
 
-def _scores(q: Tensor, keys: Tensor, complete: Tensor, top_k: int, scale: float, turns: BlockTurns | None) -> Tensor:
-    """Scores of landmarks, ``[B, H, T, N]``, -inf at blocks that may not be chosen."""
+def _scores(q: Tensor, keys: Tensor, complete: Tensor, top_k: int, turns: BlockTurns | None) -> Tensor:
+    """Products of queries and landmarks where they are scored, ``[B, H, T, N]``."""
     block = torch.arange(keys.shape[2], device=q.device)
     older = (complete - top_k).clamp(min=0)  # [B|1, T]: blocks before this one are packed
     scores = _products(q, keys)
     if turns is not None:
         packed = _products(turns.back(q, (older - 1).clamp(min=0)), turns.back(keys, block))
         scores = torch.where(block < older[:, None, :, None], packed, scores)
-    return (scores * scale).masked_fill(_beyond(complete, keys.shape[2]), -torch.inf)
+    return scores
 
 
 def _products(q: Tensor, keys: Tensor) -> Tensor:
@@ -125,14 +129,6 @@ def _products(q: Tensor, keys: Tensor) -> Tensor:
     grouped = q.to(acc).unflatten(1, (keys.shape[1], -1))  # [B, G, h, T, D]
     found = torch.matmul(grouped.flatten(2, 3), keys.to(acc).transpose(-1, -2))  # [B, G, h * T, N]
     return found.unflatten(2, (grouped.shape[2], grouped.shape[3])).flatten(1, 2)
-
-
-def _best(scores: Tensor, complete: Tensor, count: int) -> Tensor:
-    """The blocks with the best scores, ascending, ``[B, H, T, k]``; -1 at the end where there are fewer."""
-    blocks = scores.shape[3]
-    order = torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., :count]
-    taken = torch.where(order < complete[:, None, :, None], order, blocks).sort(-1).values
-    return torch.where(taken < blocks, taken, -1)
 
 
 def _shift(taken: Tensor, complete: Tensor, top_k: int) -> Tensor:

@@ -30,11 +30,12 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from attnzoo.base import DENSE_BLOCK, AttentionLayer, Heads, Memory, Plan, Step
+from attnzoo.base import DENSE_BLOCK, AttentionLayer, Heads, Memory, Plan, Step, is_training
 from attnzoo.cache import KVCache
 from attnzoo.config import AttentionConfig, check_bool, check_int
 from attnzoo.layouts import dense_layout
-from attnzoo.retrieval import BlockTurns, Retrieved, retrieve
+from attnzoo.offload import ListedPlan, OffloadedCache, OffloadedMemory, bring
+from attnzoo.retrieval import BlockTurns, retrieve
 from attnzoo.rope import apply_rotary, rotary_tables
 from attnzoo_kernels import BlockLayout, Extras
 from attnzoo_kernels.errors import ConfigError, UnsupportedError
@@ -161,20 +162,95 @@ class LandmarkAttention(AttentionLayer, name="landmark"):
         cos, sin = rotary_tables(rotary, self.config.head_width, positions, dtype)
         return tuple(apply_rotary(_apart(x, width), cos, sin) for x in heads)
 
+    def remember(self, step: Step, heads: Heads) -> Memory:
+        """As ever, or from the host's memory: the blocks that are read are known only once they are chosen."""
+        cache = step.cache
+        if not isinstance(cache, OffloadedCache):
+            return super().remember(step, heads)
+        q, k = self.rotate(step.positions, heads.q, heads.k)
+        slots = cache.bound_with(q.shape[2])
+        seen = cache.store(
+            {"k": k, "v": heads.v},
+            step.lengths,
+            differentiable=is_training(q, k, heads.v),
+            everything=self._reads_all(slots),
+        )
+        memory = self.memory(step, q, seen["k"], seen["v"])
+        if self._reads_all(slots):
+            return memory
+        return OffloadedMemory(
+            q,
+            memory.k,
+            memory.v,
+            memory.q_pos,
+            cache=cache,
+            slots=slots,
+            landmarks=cache.landmarks,
+            first=torch.div(step.offset, cache.block, rounding_mode="floor")
+            if isinstance(step.offset, Tensor)
+            else step.offset // cache.block,
+        )
+
+    def _reads_all(self, slots: int) -> bool:
+        """Whether a call over so many slots reads all blocks: among few of them, top-k takes all, and moves none."""
+        return self.effective_mode == "soft" or slots <= (self.config.top_k + 1) * self.config.block_size
+
     def plan(self, step: Step, heads: Heads, memory: Memory) -> Plan:
         """All blocks through their landmarks, or the own one and those that each query chooses."""
         config, tokens, slots = self.config, memory.q.shape[2], memory.k.shape[2]
         check_mix(self.gate_mix)
+        extras = Extras(gate="last", gate_mix=self.gate_mix)
+        if isinstance(memory, OffloadedMemory):
+            return self._choose(step, memory, memory.landmarks, memory.slots, extras)
         if slots < config.block_size:
             return Plan(dense_layout(DENSE_BLOCK, tokens, slots, memory.q), Extras(), True)
-        extras = Extras(gate="last", gate_mix=self.gate_mix)
-        # Among so few blocks, top-k takes all, and moves none.
-        if self.effective_mode == "soft" or slots <= (config.top_k + 1) * config.block_size:
+        if self._reads_all(slots):
             return Plan(dense_layout(config.block_size, tokens, slots, memory.q), extras, True)
-        return self._choose(step, memory, extras)
+        landmarks = memory.k[:, :, config.block_size - 1 :: config.block_size]
+        return self._choose(step, memory, landmarks, slots, extras)
 
-    def _choose(self, step: Step, memory: Memory, extras: Extras) -> Plan:
-        config, q, slots, size = self.config, memory.q, memory.k.shape[2], self.config.block_size
+    def operate(self, memory: Memory, plan: Plan) -> Tensor:
+        """The operation, over what had to be fetched for it."""
+        if isinstance(memory, OffloadedMemory) and isinstance(plan, ListedPlan):
+            return super().operate(*bring(memory, plan))
+        return super().operate(memory, plan)
+
+    def new_cache(
+        self,
+        batch: int,
+        max_length: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        offload: bool = False,
+    ) -> KVCache:
+        """An empty cache; with ``offload``, one that keeps complete blocks on the host.
+
+        The device then holds their landmarks' keys and the unfinished block; a call in mode "topk" fetches the blocks
+        that its tokens choose, one in mode "soft" fetches all.
+
+        Args:
+            batch: Items B.
+            max_length: Tokens that fit, for each item.
+            device: Where it lies; ``None`` means with the weights.
+            dtype: Of its values; ``None`` means the weights'.
+            offload: Whether complete blocks lie on the host.
+        """
+        if not offload:
+            return super().new_cache(batch, max_length, device=device, dtype=dtype)
+        return OffloadedCache(
+            self.streams(),
+            self.config.block_size,
+            batch=batch,
+            max_length=max_length,
+            device=device or self.q_proj.weight.device,
+            dtype=dtype or self.q_proj.weight.dtype,
+            owner=(self._identity, self.config),
+            rounds=dtype is not None,
+        )
+
+    def _choose(self, step: Step, memory: Memory, landmarks: Tensor, slots: int, extras: Extras) -> Plan:
+        config, q, size = self.config, memory.q, self.config.block_size
         own = torch.div(_slots(step, memory), size, rounding_mode="floor")  # [B|1, T]
         turns = None
         if config.rotary is not None:
@@ -185,22 +261,19 @@ class LandmarkAttention(AttentionLayer, name="landmark"):
             complete, near = _whole_call(step, own, size, q.shape[2])
         found = retrieve(
             q,
-            memory.k[:, :, size - 1 :: size],
+            landmarks,
             complete,
             top_k=config.top_k,
             scale=1 / math.sqrt(config.head_width) if config.scale is None else config.scale,
             turns=turns,
+            shared=config.official_quirks and isinstance(memory, OffloadedMemory),
         )
-        layout = self._layout(found, near, q.shape[2], slots, rotated=turns is not None)
-        return Plan(layout, extras, True, info={"blocks": found.blocks})
-
-    def _layout(self, found: Retrieved, near: Tensor, tokens: int, slots: int, *, rotated: bool) -> BlockLayout:
-        """One list a query: the chosen blocks, moved, and those of ``near [B|1, T, n]``, where they are."""
-        batch, heads = found.blocks.shape[:2]
-        near = near.unsqueeze(1).expand(batch, heads, -1, -1)
+        # One list a query: the chosen blocks, moved, and the near ones, where they are.
+        near = near.unsqueeze(1).expand(*found.blocks.shape[:2], -1, -1)
         index = torch.cat([found.blocks, near], -1)
-        origin = torch.cat([found.shift, torch.zeros_like(near)], -1) if rotated else None
-        return BlockLayout.from_indices(index, 1, self.config.block_size, tokens, slots, origin)
+        origin = None if turns is None else torch.cat([found.shift, torch.zeros_like(near)], -1)
+        layout = BlockLayout.from_indices(index, 1, size, q.shape[2], slots, origin)
+        return ListedPlan(layout, extras, True, info={"blocks": found.blocks}, index=index, origin=origin)
 
 
 def _slots(step: Step, memory: Memory) -> Tensor:
