@@ -3,8 +3,8 @@
 The device holds one key for each complete block, by which blocks are chosen, and the tokens of each item's unfinished
 block. Everything else lies on the host.
 
-Letters: B batch, T tokens of a call, G KV heads, H query heads, K blocks listed for a query, U blocks fetched, R slots on
-the device, w tokens of a block, D width.
+Letters: B batch, T tokens of a call, G KV heads, H query heads, K blocks listed for a query, U blocks fetched, R slots
+on the device, w tokens of a block, D width.
 """
 
 from __future__ import annotations
@@ -115,10 +115,10 @@ class OffloadedCache(KVCache):
             found.append(held[item, group, places].to(self.device).flatten(2, 3))
         return found[0], found[1]
 
-    def crop(self, length: Any) -> None:
+    def crop(self, length: int) -> None:
         """As any cache; the block that becomes unfinished is brought back to the device."""
         super().crop(length)
-        self.host.crop(length.to("cpu") if isinstance(length, Tensor) else length)
+        self.host.crop(length)
         self._reload_tail()
 
     def reorder(self, index: Tensor) -> None:
@@ -174,8 +174,8 @@ class OffloadedCache(KVCache):
                     begin = (after // block - before // block) * block
                     tail[:, :, : after % block].copy_(rows[:, :, begin : begin + after % block])
                     continue
-                begin = torch.as_tensor(after // block - before // block, device=tail.device).reshape(-1, 1) * block
-                place = (begin + torch.arange(block, device=tail.device)).clamp(max=rows.shape[2] - 1)
+                start = torch.as_tensor(after // block - before // block, device=tail.device).reshape(-1, 1) * block
+                place = (start + torch.arange(block, device=tail.device)).clamp(max=rows.shape[2] - 1)
                 tail.copy_(_rows(rows, place.expand(tail.shape[0], -1)))
 
     def _reload_tail(self) -> None:

@@ -1,9 +1,9 @@
 """Choosing blocks by their landmarks, and where the chosen ones are placed for the rotation.
 
 A query that has N complete blocks before it takes the best k. Positions are stingy: the last k blocks stay where they
-are, and all others are packed into the k + 1 block places that end at block N, so that the distances that a model meets
-do not grow with the sequence. Everything here is counted in blocks, as a shift from a block's own place; ``retrieve`` is
-not differentiated.
+are, and all others are packed into the k + 1 block places that end at block N, so that the distances that a model
+meets do not grow with the sequence. Everything here is counted in blocks, as a shift from a block's own place, and
+nothing is differentiated.
 
 Letters: B batch, H query heads, G KV heads, T query tokens, N blocks, k blocks chosen, D head width.
 """
@@ -72,8 +72,8 @@ def retrieve(
 ) -> Retrieved:
     """Chooses each query's blocks by the scores of their landmarks; of equal scores, the earlier block.
 
-    A landmark of the last k blocks is scored where it stands, any older one in the first of the packed places, whichever
-    place its block will get.
+    A landmark of the last k blocks is scored where it stands, any older one in the first of the packed places,
+    whichever place its block will get.
 
     Args:
         q: Rotated queries ``[B, H, T, D]``.
@@ -86,6 +86,7 @@ def retrieve(
             the largest at any token. Later tokens then decide for earlier ones.
     """
     count = min(top_k, keys.shape[2])
+
     def best(q: Tensor, complete: Tensor) -> Tensor:
         scores, allowed = _scores(q, keys, complete, top_k, turns) * scale, _allowed(complete, keys.shape[2])
         if shared:
@@ -127,13 +128,13 @@ def _products(q: Tensor, keys: Tensor) -> Tensor:
     """``q . k`` of each query head with its group's keys, ``[B, H, T, N]``, in fp32 at least."""
     acc = torch.promote_types(q.dtype, torch.float32)
     grouped = q.to(acc).unflatten(1, (keys.shape[1], -1))  # [B, G, h, T, D]
-    found = torch.matmul(grouped.flatten(2, 3), keys.to(acc).transpose(-1, -2))  # [B, G, h * T, N]
-    return found.unflatten(2, (grouped.shape[2], grouped.shape[3])).flatten(1, 2)
+    found: Tensor = torch.matmul(grouped.flatten(2, 3), keys.to(acc).transpose(-1, -2))  # [B, G, h * T, N]
+    return found.reshape(*q.shape[:3], keys.shape[2])
 
 
 def _shift(taken: Tensor, complete: Tensor, top_k: int) -> Tensor:
     """How far each chosen block is moved, from its rank among the chosen ones."""
     older = (complete - top_k).clamp(min=0)[:, None, :, None]
     rank = torch.arange(taken.shape[3], device=taken.device)
-    place = older - 1 + rank + (taken >= older).long()
-    return torch.where(taken >= 0, place - taken, 0)
+    shift: Tensor = torch.where(taken >= 0, older - 1 + rank + (taken >= older).long() - taken, 0)
+    return shift

@@ -30,15 +30,17 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from attnzoo.base import DENSE_BLOCK, AttentionLayer, Heads, Memory, Plan, Step, is_training
+from attnzoo.align import Alignment
+from attnzoo.base import DENSE_BLOCK, AttentionLayer, AttentionOutput, Heads, Memory, Plan, Step, is_training
 from attnzoo.cache import KVCache
 from attnzoo.config import AttentionConfig, check_bool, check_int
+from attnzoo.landmarks import LandmarkGrid
 from attnzoo.layouts import dense_layout
 from attnzoo.offload import ListedPlan, OffloadedCache, OffloadedMemory, bring
 from attnzoo.retrieval import BlockTurns, retrieve
 from attnzoo.rope import apply_rotary, rotary_tables
 from attnzoo_kernels import BlockLayout, Extras
-from attnzoo_kernels.errors import ConfigError, UnsupportedError
+from attnzoo_kernels.errors import ConfigError, ShapeError, UnsupportedError
 
 Mode = Literal["soft", "topk"]
 _MODES = ("soft", "topk")
@@ -108,6 +110,36 @@ def check_mix(mix: object) -> None:
         raise ConfigError(f"gate_mix: expected a number from 0 to 1, got {mix!r}")
 
 
+def check_landmarks(is_landmark: Tensor, x: Tensor) -> None:
+    """Raises unless a mask says of each token of ``x [B, T, C]`` whether it is a landmark.
+
+    Raises:
+        TypeError: If it is no bool tensor.
+        ShapeError: If its shape or device does not fit.
+    """
+    if not isinstance(is_landmark, Tensor) or is_landmark.dtype != torch.bool:
+        raise TypeError(f"is_landmark: expected a bool Tensor, got {getattr(is_landmark, 'dtype', is_landmark)}")
+    if is_landmark.shape != x.shape[:2] or is_landmark.device != x.device:
+        raise ShapeError(
+            f"is_landmark: expected {list(x.shape[:2])} on {x.device}, got {list(is_landmark.shape)} on "
+            f"{is_landmark.device}"
+        )
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _IrregularStep(Step):
+    """A call whose blocks have unequal lengths."""
+
+    grid: LandmarkGrid
+
+    def memory(self, q: Tensor, k: Tensor, v: Tensor) -> Memory:
+        """Rotated q, and k and v on the grid."""
+        acc = torch.float64 if q.dtype == torch.float64 else torch.float32
+        holes = self.grid.holes.unsqueeze(1)  # [B, 1, S]
+        bias = torch.zeros(holes.shape, dtype=acc, device=q.device).masked_fill(holes, -torch.inf)
+        return Memory(q, self.grid.spread(k), self.grid.spread(v), self.grid.q_pos, bias)
+
+
 class LandmarkAttention(AttentionLayer, name="landmark"):
     """Attention through landmarks: every ``block_size``-th token of an item is one.
 
@@ -133,6 +165,52 @@ class LandmarkAttention(AttentionLayer, name="landmark"):
         check_mode(self.mode)
         return self.mode or ("soft" if self.training else "topk")
 
+    def attend(
+        self,
+        x: Tensor,
+        positions: Tensor | None = None,
+        key_padding: Tensor | None = None,
+        cache: KVCache | None = None,
+        context: Tensor | None = None,
+        *,
+        is_landmark: Tensor | None = None,
+    ) -> AttentionOutput:
+        """Runs the layer, see :meth:`attnzoo.base.AttentionLayer.attend`.
+
+        Args:
+            x: Tokens ``[B, T, C]``, landmarks among them.
+            positions: As there.
+            key_padding: As there; padding counts for no block.
+            cache: As there.
+            context: Refused.
+            is_landmark: bool ``[B, T]``: which tokens are landmarks, in blocks of any lengths, instead of every
+                ``block_size``-th. In mode "soft" and without a cache.
+
+        Raises:
+            TypeError: If an argument has the wrong type.
+            ShapeError: If shapes, dtypes or devices disagree, or the cache is full.
+            ConfigError: If the cache belongs to another layer.
+            UnsupportedError: If this variant cannot do what is asked.
+        """
+        if is_landmark is None:
+            return super().attend(x, positions, key_padding, cache, context)
+        for name, value in (("cache", cache), ("context", context)):
+            if value is not None:
+                raise UnsupportedError(f"{name}: expected None beside is_landmark, got {type(value).__name__}")
+        if self.effective_mode != "soft":
+            raise UnsupportedError("is_landmark: expected mode 'soft', blocks of unequal lengths have no packed places")
+        step = self.begin(x, positions, key_padding, None, None)
+        check_landmarks(is_landmark, x)
+        if key_padding is not None:
+            is_landmark = is_landmark.gather(1, Alignment.of(key_padding).order)
+        if positions is None and not self.config.landmark_positions:
+            counted = torch.arange(x.shape[1], device=x.device) - is_landmark.long().cumsum(1)
+            step = replace(step, positions=counted.clamp(min=0))
+        result = self._run(_IrregularStep(**vars(step), grid=LandmarkGrid.of(is_landmark, step.lengths)))
+        for recording in self.recordings:
+            recording.add(self, result.plan)
+        return result
+
     def begin(
         self,
         x: Tensor,
@@ -153,7 +231,7 @@ class LandmarkAttention(AttentionLayer, name="landmark"):
         raise UnsupportedError("context: landmark attention reads the blocks of its own sequence, not another")
 
     def rotate(self, positions: Tensor, *heads: Tensor) -> tuple[Tensor, ...]:
-        """Rotates in halves: shifts by blocks are made so. Neighbouring pairs are laid apart first, in q and k alike."""
+        """Rotates in halves: shifts by blocks are made so. Neighbours that pair are first laid apart, in q and k."""
         rotary = self.config.rotary
         if rotary is None or not rotary.interleaved:
             return super().rotate(positions, *heads)
@@ -165,6 +243,9 @@ class LandmarkAttention(AttentionLayer, name="landmark"):
     def remember(self, step: Step, heads: Heads) -> Memory:
         """As ever, or from the host's memory: the blocks that are read are known only once they are chosen."""
         cache = step.cache
+        if isinstance(step, _IrregularStep):
+            q, k = self.rotate(step.positions, heads.q, heads.k)
+            return step.memory(q, k, heads.v)
         if not isinstance(cache, OffloadedCache):
             return super().remember(step, heads)
         q, k = self.rotate(step.positions, heads.q, heads.k)
@@ -200,6 +281,8 @@ class LandmarkAttention(AttentionLayer, name="landmark"):
         config, tokens, slots = self.config, memory.q.shape[2], memory.k.shape[2]
         check_mix(self.gate_mix)
         extras = Extras(gate="last", gate_mix=self.gate_mix)
+        if isinstance(step, _IrregularStep):
+            return Plan(dense_layout(step.grid.block, tokens, slots, memory.q), extras, True)
         if isinstance(memory, OffloadedMemory):
             return self._choose(step, memory, memory.landmarks, memory.slots, extras)
         if slots < config.block_size:
@@ -290,7 +373,9 @@ def _whole_call(step: Step, own: Tensor, size: int, tokens: int) -> tuple[Tensor
         Blocks to choose from ``[B|1, T]``, -1 at absent rows, and blocks seen ``[B|1, T, n]``, -1 padded.
     """
     offset = step.offset
-    before = torch.div(offset, size, rounding_mode="floor").unsqueeze(1) if isinstance(offset, Tensor) else offset // size
+    before = (
+        torch.div(offset, size, rounding_mode="floor").unsqueeze(1) if isinstance(offset, Tensor) else offset // size
+    )
     complete = torch.where(own >= 0, before, -1)
     near = complete.unsqueeze(-1) + torch.arange((tokens + size - 2) // size + 1, device=own.device)
     return complete, torch.where((near <= own.unsqueeze(-1)) & (own >= 0).unsqueeze(-1), near, -1)
