@@ -40,10 +40,8 @@ class OffloadedCache(KVCache):
         super().__init__(own, batch=batch, max_length=max_length, **options)
         self.block = block
         self.host = KVCache(streams, batch=batch, max_length=max_length, **{**options, "device": "cpu"})
-        pins = self.device.type == "cuda"
+        self._pin()
         with torch.inference_mode(False):
-            if pins:
-                self.host._buffers = {name: x.pin_memory() for name, x in self.host._buffers.items()}
             self._tail = {
                 name: torch.zeros(batch, x.shape[1], block, x.shape[3], dtype=x.dtype, device=self.device)
                 for name, x in self.host._buffers.items()
@@ -115,16 +113,23 @@ class OffloadedCache(KVCache):
             found.append(held[item, group, places].to(self.device).flatten(2, 3))
         return found[0], found[1]
 
-    def crop(self, length: int) -> None:
+    def grow(self, max_length: int) -> None:
+        """As any cache."""
+        super().grow(max_length)
+        self.host.grow(max_length)
+        self._pin()
+
+    def crop(self, length: int | Tensor) -> None:
         """As any cache; the block that becomes unfinished is brought back to the device."""
         super().crop(length)
-        self.host.crop(length)
+        self.host.crop(length.to("cpu") if isinstance(length, Tensor) else length)
         self._reload_tail()
 
     def reorder(self, index: Tensor) -> None:
         """As any cache."""
         super().reorder(index)
         self.host.reorder(index.to("cpu"))
+        self._pin()
         with torch.inference_mode(False), torch.no_grad():
             self._tail = {name: x.index_select(0, index.to(x.device)) for name, x in self._tail.items()}
 
@@ -132,6 +137,7 @@ class OffloadedCache(KVCache):
         """A copy of its own, on the host too."""
         copy = super().fork()
         copy.host = self.host.fork()
+        copy._pin()
         with torch.inference_mode(False), torch.no_grad():
             copy._tail = {name: x.clone() for name, x in self._tail.items()}
         return copy
@@ -145,6 +151,12 @@ class OffloadedCache(KVCache):
         except BaseException:
             self._reload_tail()
             raise
+
+    def _pin(self) -> None:
+        """Lets the device copy from the host's memory by itself."""
+        if self.device.type == "cuda":
+            with torch.inference_mode(False):
+                self.host._buffers = {name: x.pin_memory() for name, x in self.host._buffers.items()}
 
     def _behind_tail(
         self, values: dict[str, Tensor], before: int | Tensor, *, differentiable: bool
