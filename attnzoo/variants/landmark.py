@@ -160,6 +160,11 @@ class LandmarkAttention(AttentionLayer, name="landmark"):
         self.gate_mix: float = self.config.gate_mix
 
     @property
+    def current_config(self) -> LandmarkConfig:
+        """The configuration with ``mode`` and ``gate_mix`` as they are set now."""
+        return replace(self.config, mode=self.mode, gate_mix=self.gate_mix)
+
+    @property
     def effective_mode(self) -> Mode:
         """What a call reads now, by ``mode`` and whether the layer is training."""
         check_mode(self.mode)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from attnzoo.base import AttentionLayer
+from attnzoo.base import AttentionConfig, AttentionLayer
 from attnzoo.surgery.hosts import interface
 from attnzoo_kernels.errors import ConversionError, ShapeError, UnsupportedError
 
@@ -56,6 +56,12 @@ class LayerSeat(nn.Module):
     def variant(self) -> str:
         """The name of the layer's variant."""
         return self.layer.config.kind
+
+    @property
+    def current_config(self) -> AttentionConfig:
+        """The layer's configuration, with the attributes of it that may be set later as they are now."""
+        config: AttentionConfig = getattr(self.layer, "current_config", self.layer.config)
+        return config
 
     @property
     def q_proj(self) -> nn.Linear:

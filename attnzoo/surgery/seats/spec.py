@@ -48,6 +48,7 @@ class SeatSpec:
             consecutive; else it rotates by the host's positions.
         model_change: What happens to the model itself, built (not made) from the model and the configuration. It is
             made once, with the first seat of this variant, and taken back with it.
+        whole_model: Whether all blocks must be seated at once, because the model's change reaches all of them.
         model_state: Prefixes of names in the model's ``state_dict`` that ``model_change`` adds; saved with adapters.
     """
 
@@ -57,6 +58,7 @@ class SeatSpec:
     warn: Callable[[AttentionConfig], str | None] = lambda config: None
     by_slot: bool = False
     model_change: Callable[[nn.Module, AttentionConfig], ModelChange] | None = None
+    whole_model: bool = False
     model_state: tuple[str, ...] = ()
 
 
