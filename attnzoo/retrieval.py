@@ -72,6 +72,9 @@ def retrieve(
 ) -> Retrieved:
     """Chooses each query's blocks by the scores of their landmarks; of equal scores, the earlier block.
 
+    In a model's first layer all landmarks are one embedding, so that all older ones score the same but for rounding,
+    which differs between one call and another: scores that rounding could make equal count as equal.
+
     A landmark of the last k blocks is scored where it stands, any older one in the first of the packed places,
     whichever place its block will get.
 
@@ -88,12 +91,17 @@ def retrieve(
     count = min(top_k, keys.shape[2])
 
     def best(q: Tensor, complete: Tensor) -> Tensor:
-        scores, allowed = _scores(q, keys, complete, top_k, turns) * scale, _allowed(complete, keys.shape[2])
+        allowed = _allowed(complete, keys.shape[2])
+        scores = (_scores(q, keys, complete, top_k, turns) * scale).masked_fill(~allowed, -torch.inf)
         if shared:
             # A row without blocks has no softmax.
-            share = torch.softmax(scores.masked_fill(~allowed, -torch.inf), -1).nan_to_num(0.0)
-            scores, allowed = share.amax(2, keepdim=True), allowed.any(2, keepdim=True)
-        return top_blocks(scores, count, allowed=allowed)
+            share = torch.softmax(scores, -1).nan_to_num(0.0)
+            return top_blocks(share.amax(2, keepdim=True), count, allowed=allowed.any(2, keepdim=True))
+        last = scores.topk(count).values[..., -1:] if count else scores[..., :1]
+        slack = _rounding(q, keys, complete, scale)
+        return top_blocks(
+            torch.zeros_like(scores), count, allowed=(scores - last).abs() <= slack, forced=scores > last + slack
+        )
 
     with torch.no_grad(), no_autocast(q.device.type):
         q, keys = q.detach(), keys.detach()
@@ -106,6 +114,20 @@ def retrieve(
         if shared:
             taken = taken.expand(-1, -1, q.shape[2], -1).masked_fill((complete < 1)[:, None, :, None], -1)
         return Retrieved(taken, _shift(taken, complete, top_k))
+
+
+def _rounding(q: Tensor, keys: Tensor, complete: Tensor, scale: float) -> Tensor:
+    """What rounding in projections and rotations may change a score by, ``[B, H, T, 1]``."""
+    # Errors of the values of a head are independent, so that they grow with its norm alone. A wider margin in half
+    # precision would take landmarks that really differ for equal.
+    units = 16 if torch.promote_types(q.dtype, torch.float32) == q.dtype else 4
+    unit = units * abs(scale) * torch.finfo(q.dtype).eps / q.shape[3] ** 0.5
+    acc = torch.promote_types(q.dtype, torch.float32)
+    longest = keys.to(acc).norm(dim=-1).cummax(-1).values  # [B, G, N]
+    at = (complete - 1).clamp(min=0).unsqueeze(1).expand(*longest.shape[:2], -1)
+    longest = longest.gather(-1, at).repeat_interleave(q.shape[1] // keys.shape[1], 1)  # [B, H, T]
+    slack: Tensor = q.to(acc).norm(dim=-1) * longest * unit
+    return slack.unsqueeze(-1)
 
 
 def _allowed(complete: Tensor, blocks: int) -> Tensor:

@@ -143,9 +143,7 @@ def convert_to_seats(
     """Puts layers of a variant in the places of blocks; see :mod:`attnzoo.surgery.seats`."""
     spec = seats.spec_of(variant, SEATS, (*READ_VARIANTS, "lowrank_gqa"))
     if spec.whole_model and len(sites) < len(everywhere := find(model)):
-        raise UnsupportedError(
-            f"where: expected all {len(everywhere)} sites, which {variant!r} needs, got {len(sites)}"
-        )
+        raise ConfigError(f"where: expected all {len(everywhere)} sites, which {variant!r} needs, got {len(sites)}")
     _refuse(model, sites, "seat")
     _no_calibration(variant, calibration)
     modules = {site.path: model.get_submodule(site.path) for site in sites}

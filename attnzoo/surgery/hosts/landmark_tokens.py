@@ -42,6 +42,12 @@ class _WithLandmarks(interface.Geometry):
     given_real: Tensor | None
     held: tuple[LandmarkCacheLayer, ...]
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """B and the slots up to the call's last: hosts without a cache ask for them."""
+        batch, tokens = self.inserted.is_landmark.shape
+        return batch, (self.first if isinstance(self.first, int) else 0) + tokens
+
 
 class LandmarkTokens(nn.Module):
     """The landmark's embedding, and the hooks that put it among a decoder's tokens.
@@ -128,14 +134,14 @@ class LandmarkInput:
     """The change of a model whose blocks become landmark attention, see :class:`LandmarkTokens`."""
 
     def __init__(self, model: nn.Module, config: LandmarkConfig) -> None:
-        found = [
+        found: list[Any] = [
             module
             for module in model.modules()
             if isinstance(getattr(module, "embed_tokens", None), nn.Embedding) and hasattr(module, "layers")
         ]
         if len(found) != 1:
             raise ConversionError(f"model: expected one decoder with embed_tokens and layers, got {len(found)}")
-        self.decoder: Any = found[0]
+        self.decoder = found[0]
         if hasattr(self.decoder, NAME):
             raise ConversionError(f"model: expected a decoder without {NAME}, got one that has them")
         self.tokens = LandmarkTokens(config.block_size, self.decoder.embed_tokens.weight)

@@ -366,6 +366,30 @@ def test_equal_landmarks_are_taken_from_the_front() -> None:
     assert (blocks[:, 12:] == torch.tensor([0, 1])).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+def test_landmarks_of_one_embedding_are_told_apart_by_nothing_but_their_order(dtype: torch.dtype) -> None:
+    """As in a first layer: where older ones are scored they are all equal, and rounding must not choose among them."""
+    layer = layer_of(dtype, block_size=5, top_k=3, num_kv_heads=2)
+    x = tokens(layer, 1, 150)
+    x[:, 4::5] = tokens(layer, 1, 1, seed=9)
+    result = layer.attend(x)
+    cache = layer.new_cache(1, 150)
+    older = 0
+    for t in range(150):
+        with torch.no_grad():
+            step = layer.attend(x[:, t : t + 1], cache=cache)
+        assert_same(step.out, result.out[:, t : t + 1])
+        if "blocks" not in step.plan.info:
+            continue
+        blocks = result.plan.info["blocks"][0, :, t]
+        assert torch.equal(step.plan.info["blocks"][0, :, 0], blocks)
+        for row in blocks.tolist():
+            packed = [block for block in row if block < t // 5 - 3]
+            assert packed == list(range(len(packed)))
+            older += len(packed)
+    assert older > 200
+
+
 @pytest.mark.parametrize("size", [51, 64])
 def test_gradients_are_those_of_the_definition(size: int) -> None:
     for mode in ("soft", "topk"):
