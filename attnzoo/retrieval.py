@@ -118,11 +118,10 @@ def retrieve(
 
 def _rounding(q: Tensor, keys: Tensor, complete: Tensor, scale: float) -> Tensor:
     """What rounding in projections and rotations may change a score by, ``[B, H, T, 1]``."""
-    # Errors of the values of a head are independent, so that they grow with its norm alone. A wider margin in half
-    # precision would take landmarks that really differ for equal.
-    units = 16 if torch.promote_types(q.dtype, torch.float32) == q.dtype else 4
-    unit = units * abs(scale) * torch.finfo(q.dtype).eps / q.shape[3] ** 0.5
+    # Errors of a head's values are independent, so that they grow with its norm alone. In half precision the keys are
+    # rounded where they are stored, the same for every call.
     acc = torch.promote_types(q.dtype, torch.float32)
+    unit = 16 * abs(scale) * torch.finfo(acc).eps / q.shape[3] ** 0.5
     longest = keys.to(acc).norm(dim=-1).cummax(-1).values  # [B, G, N]
     at = (complete - 1).clamp(min=0).unsqueeze(1).expand(*longest.shape[:2], -1)
     longest = longest.gather(-1, at).repeat_interleave(q.shape[1] // keys.shape[1], 1)  # [B, H, T]
