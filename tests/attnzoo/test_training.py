@@ -16,6 +16,7 @@ VARIANTS = {
     "mha": {"num_kv_heads": 2},
     "s2": {"block_size": 8, "local_blocks": 2, "vert_stride": 4},
     "lowrank_gqa": {"latent_dim": 24},
+    "landmark": {"block_size": 8, "top_k": 2},
 }
 LENGTH, BATCH, STEPS = 96, 8, 150
 
