@@ -160,6 +160,7 @@ def test_a_cache_is_cut_back_repeated_chosen_from_and_emptied(mode: str, padding
     assert_close(again[mask.bool()], first[mask.bool()], EXACT)
 
 
+@torch.no_grad()
 def test_all_that_comes_out_is_of_the_given_tokens() -> None:
     model, tokens = tiny(), ids(2, TOKENS)
     expected = model(tokens, labels=tokens, output_hidden_states=True)
@@ -177,6 +178,7 @@ def test_all_that_comes_out_is_of_the_given_tokens() -> None:
     assert model(tokens[:, :0], use_cache=False).logits.shape == (2, 0, expected.logits.shape[2])
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
 def test_healing_reaches_the_landmarks_and_checkpointing_recomputes_the_same() -> None:
     model, tokens = healed("soft"), ids(2, TOKENS)
     embedding = model.model.landmark_tokens.embedding
