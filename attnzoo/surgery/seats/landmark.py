@@ -39,6 +39,7 @@ SPEC = SeatSpec(
     defaults=lambda site: {"mode": "soft", "gate_mix": 0.0, "landmark_positions": False},
     refused=frozenset({"landmark_positions", "official_quirks"}),
     warn=_warning,
+    slots_per_token=lambda config: _checked(config).block_size / (_checked(config).block_size - 1),
     model_change=_change,
     model_state=(f"model.{NAME}.", f"{NAME}."),
     whole_model=True,

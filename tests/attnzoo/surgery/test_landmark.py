@@ -257,6 +257,14 @@ def test_what_cannot_be_done_is_refused_and_nothing_is_changed(options: dict[str
     assert_untouched(model, before)
 
 
+def test_landmarks_are_counted_among_the_bytes_of_the_cache() -> None:
+    model = tiny()
+    before = surgery.cache_bytes(model)
+    report = seat(model, block_size=5)
+    assert report.cache_bytes == (before, before * 5 // 4)
+    assert surgery.cache_bytes(model) == before * 5 // 4
+
+
 def test_a_start_that_is_another_function_is_warned_about() -> None:
     for options in ({"gate_mix": 0.5}, {"mode": "topk"}, {"mode": None}):
         with pytest.warns(UserWarning, match="has never seen landmarks"):
