@@ -88,7 +88,7 @@ def retrieve(
         shared: Whether all tokens of a head take the same blocks: those whose share of a softmax over the blocks is
             the largest at any token. Later tokens then decide for earlier ones.
     """
-    count = min(top_k, keys.shape[2])
+    count, shared = min(top_k, keys.shape[2]), shared and q.shape[2] > 0
 
     def best(q: Tensor, complete: Tensor) -> Tensor:
         allowed = _allowed(complete, keys.shape[2])

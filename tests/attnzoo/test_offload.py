@@ -151,6 +151,30 @@ def test_training_with_a_memory_is_that_with_a_resident_one(mode: str) -> None:
         assert_same(mine, theirs)
 
 
+@pytest.mark.parametrize("quirks", [False, True])
+@pytest.mark.parametrize("offload", [False, True])
+def test_calls_without_tokens_and_batches_without_items_do_nothing(quirks: bool, offload: bool) -> None:
+    layer = layer_of(official_quirks=quirks)
+    x = tokens(layer, 2, 60)
+    outs = []
+    with torch.no_grad():
+        for empty in (True, False):
+            cache = layer.new_cache(2, 60, offload=offload)
+            layer.attend(x[:, :40], key_padding=torch.arange(40) < torch.tensor([[0], [9]]), cache=cache)
+            if empty:
+                assert layer.attend(x[:, :0], cache=cache).out.shape == (2, 0, 32)
+                gone = layer.attend(x[:, :3], key_padding=torch.ones(2, 3, dtype=torch.bool), cache=cache).out
+                assert not gone.any()
+            pause = torch.tensor([[True], [False]])
+            outs.append(layer.attend(x[:, 40:43], key_padding=pause.expand(-1, 3), cache=cache).out)
+        nobody = layer.new_cache(0, 60, offload=offload)
+        assert layer.attend(x[:0, :40], cache=nobody).out.shape == (0, 40, 32)
+        assert layer.attend(x[:0, :5], cache=nobody).out.shape == (0, 5, 32)
+    assert_same(*outs)
+    assert not outs[0][0].any()
+    assert outs[0][1].any()
+
+
 def test_a_step_fetches_what_it_chose_and_the_device_holds_little() -> None:
     layer = build(attnzoo.LandmarkConfig(dim=32, num_heads=4, num_kv_heads=2, block_size=8, top_k=2))
     x = tokens(layer, 1, 801)
