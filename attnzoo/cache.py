@@ -62,7 +62,7 @@ class KVCache:
         self._rings: dict[str, Ring] = {}
         self._groups: dict[str, Groups] = {}
         for name, stream in streams.items():
-            rows = max_length // stream.every
+            rows = max_length // (stream.every or 1)
             if stream.ring is not None:
                 rows = Ring.length_for(stream.ring, max_length)
             with torch.inference_mode(False):
@@ -72,7 +72,7 @@ class KVCache:
                 )
             if stream.ring is not None:
                 self._rings[name] = Ring(stream.ring, values)
-            elif stream.every > 1:
+            elif stream.every is not None:
                 self._groups[name] = Groups(stream.every, values)
             else:
                 self._buffers[name] = values
