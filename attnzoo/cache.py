@@ -12,6 +12,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from attnzoo.cache_streams import CROP_MARGIN, Groups, Ring, Stream
 from attnzoo_kernels.errors import ConfigError, ShapeError
@@ -250,20 +251,40 @@ class KVCache:
             raise ShapeError(f"name: expected a grouped stream, one of {sorted(self._groups)}, got {name!r}")
         return groups.values[:, :, : self.bound // groups.every]
 
-    def crop(self, length: int) -> None:
-        """Keeps the first tokens of every item: at most ``length``.
+    def grow(self, max_length: int) -> None:
+        """Makes room for more tokens of each item; what is held stays.
 
         Raises:
-            TypeError: If ``length`` is no int.
-            ShapeError: If it is negative, or a ring no longer holds the history of what would be left: at most
-                ``CROP_MARGIN`` tokens may be cropped from a cache with rings, or all. Nothing is changed then.
+            ShapeError: If that would be less room than there is.
         """
-        if isinstance(length, bool) or not isinstance(length, int):
-            raise TypeError(f"length: expected an int, got {type(length).__name__}")
-        if length < 0:
-            raise ShapeError(f"length: expected at least 0, got {length}")
+        if max_length < self.max_length:
+            raise ShapeError(f"max_length: expected at least {self.max_length}, got {max_length}")
+        with torch.inference_mode(False), torch.no_grad():
+            self._buffers = {name: _with_rows(x, max_length) for name, x in self._buffers.items()}
+            for ring in self._rings.values():
+                # A ring that is shorter than its margin has never come round: its rows are tokens.
+                ring.rows = Ring.length_for(ring.history, max_length)
+                ring.values = _with_rows(ring.values, ring.rows)
+            for groups in self._groups.values():
+                groups.values = _with_rows(groups.values, max_length // groups.every)
+        self.max_length = max_length
+
+    def crop(self, length: int | Tensor) -> None:
+        """Keeps the first tokens of every item: at most ``length``, which is int64 ``[B]`` where items differ.
+
+        Raises:
+            TypeError: If ``length`` is neither.
+            ShapeError: If it is negative, or not one number for each item, or a ring no longer holds the history of
+                what would be left: at most ``CROP_MARGIN`` tokens may be cropped from a cache with rings, or all.
+                Nothing is changed then.
+        """
+        most = self._check_crop(length)
         before = self.offset
-        after = before.clamp(max=length) if isinstance(before, Tensor) else min(before, length)
+        after: int | Tensor
+        if isinstance(length, Tensor):
+            after = torch.minimum(self.lengths, length.to(self.device))
+        else:
+            after = before.clamp(max=length) if isinstance(before, Tensor) else min(before, length)
         for name, ring in self._rings.items():
             if not ring.can_crop(before, after):
                 raise ShapeError(
@@ -272,14 +293,28 @@ class KVCache:
                 )
         for ring in self._rings.values():
             ring.crop(after)
-        if self._lengths is not None:
-            self._lengths = self._lengths.clamp(max=length)
+        if isinstance(after, Tensor):
+            self._lengths, self.length = after, None
         else:
-            self.length = min(self.bound, length)
-        self.bound = min(self.bound, length)
+            self.length = after
+        self.bound = min(self.bound, most)
         self._clear_behind()
         if self.bound == 0:
             self._lengths, self.length = None, 0
+
+    def _check_crop(self, length: int | Tensor) -> int:
+        """The most tokens that a crop leaves to any item."""
+        if isinstance(length, Tensor):
+            if list(length.shape) != [self.batch] or length.dtype != torch.int64:
+                raise ShapeError(f"length: expected int64 [{self.batch}], got {length.dtype} {list(length.shape)}")
+            least, most = (int(x) for x in length.aminmax()) if self.batch else (0, 0)
+        elif isinstance(length, bool) or not isinstance(length, int):
+            raise TypeError(f"length: expected an int, got {type(length).__name__}")
+        else:
+            least = most = length
+        if least < 0:
+            raise ShapeError(f"length: expected at least 0, got {least}")
+        return most
 
     def _clear_behind(self) -> None:
         """Zeroes the slots behind what is held: where lengths differ they are handed on, and may hold NaN."""
@@ -368,3 +403,8 @@ class KVCache:
 
 def _row_bytes(x: Tensor) -> int:
     return x.shape[1] * x.shape[3] * x.element_size()
+
+
+def _with_rows(x: Tensor, rows: int) -> Tensor:
+    """A buffer ``[B, h, n + 1, D]`` with so many rows; the last one, beside them, takes rows without a token."""
+    return pad(x[:, :, :-1], (0, 0, 0, rows + 2 - x.shape[2]))

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -18,8 +18,12 @@ from attnzoo.config import AttentionConfig
 from attnzoo.registry import create, get_config
 from attnzoo.surgery import lowrank
 from attnzoo.surgery.hosts import interface, llama
+from attnzoo.surgery.hosts.seat import LayerSeat
 from attnzoo.surgery.projections import LatentProjections
 from attnzoo.surgery.report import ConversionReport, SiteReport
+from attnzoo.surgery.seats import SEATS
+from attnzoo.surgery.seats import spec as seats
+from attnzoo.surgery.seats.spec import ModelChange
 from attnzoo.surgery.site import Site
 from attnzoo.surgery.statistics import Progress, Statistics
 from attnzoo_kernels.errors import ConfigError, ConversionError, UnsupportedError
@@ -40,6 +44,7 @@ class _Cut:
     recipe: dict[str, Any]
     module: nn.Module | None = None
     rule: interface.Rule | None = None
+    change: ModelChange | None = None
 
 
 def find(model: nn.Module) -> tuple[Site, ...]:
@@ -70,7 +75,9 @@ def convert(
     "mha" (identity, or ``window`` and ``sink``) and "s2" (its configuration's fields; ``sink_blocks`` is 1 here) change
     what is read, and no weight. "lowrank_gqa" changes weights: ``method`` "commuting" or "mean" with fewer
     ``num_kv_heads``, "expand" with more, "latent" with ``latent_dim``; "commuting" and "latent" need calibration, and
-    take ``refit`` and ``gradients``, see :class:`attnzoo.surgery.lowrank.Request`.
+    take ``refit`` and ``gradients``, see :class:`attnzoo.surgery.lowrank.Request`. The variants of
+    :data:`attnzoo.surgery.seats.SEATS` put a layer of theirs in the block's place, round the block's own projections;
+    their options are their configuration's fields.
 
     Args:
         model: A model of the Llama family.
@@ -101,24 +108,63 @@ def _convert(
     options: dict[str, Any],
 ) -> ConversionReport:
     sites = _choose(model, where)
-    reads_only = variant in READ_VARIANTS
-    if not reads_only and variant != "lowrank_gqa":
-        get_config(variant)
-        raise UnsupportedError(f"variant: expected one of mha, s2, lowrank_gqa, got {variant!r}; it is not convertible")
+    if variant in READ_VARIANTS:
+        _refuse(model, sites, "read")
+        _no_calibration(variant, calibration)
+        options = {**_DEFAULTS[variant], **options}
+        return _apply(model, _reading_cuts(model, sites, variant, options), variant, options)
+    if variant != "lowrank_gqa":
+        return convert_to_seats(model, sites, variant, calibration, options)
+    _refuse(model, sites, "weights")
+    request = _request(options)
+    _refuse_shared(model, sites, request)
+    return _apply(model, _weight_cuts(model, sites, request, calibration, progress), variant, options)
+
+
+def _refuse(model: nn.Module, sites: list[Site], to: Literal["read", "weights", "seat"]) -> None:
     for site in sites:
-        reasons = llama.reasons_against(model.get_submodule(site.path), reads_only=reads_only)
+        reasons = llama.reasons_against(model.get_submodule(site.path), to=to)
         if reasons:
             raise UnsupportedError(f"{site.path}: cannot be converted: {'; '.join(reasons)}", reasons)
-    if reads_only:
-        if calibration is not None:
-            raise ConfigError(f"calibration: expected None, {variant!r} has no use for it")
-        options = {**_DEFAULTS[variant], **options}
-        cuts = _reading_cuts(model, sites, variant, options)
-    else:
-        request = _request(options)
-        _refuse_shared(model, sites, request)
-        cuts = _weight_cuts(model, sites, request, calibration, progress)
+
+
+def _no_calibration(variant: str, calibration: Iterable[Any] | Statistics | None) -> None:
+    if calibration is not None:
+        raise ConfigError(f"calibration: expected None, {variant!r} has no use for it")
+
+
+def convert_to_seats(
+    model: nn.Module,
+    sites: list[Site],
+    variant: str,
+    calibration: Iterable[Any] | Statistics | None,
+    options: dict[str, Any],
+) -> ConversionReport:
+    """Puts layers of a variant in the places of blocks; see :mod:`attnzoo.surgery.seats`."""
+    spec = seats.spec_of(variant, SEATS, (*READ_VARIANTS, "lowrank_gqa"))
+    _refuse(model, sites, "seat")
+    _no_calibration(variant, calibration)
+    modules = {site.path: model.get_submodule(site.path) for site in sites}
+    configs = {site.path: seats.site_config(site, modules[site.path], variant, spec, options) for site in sites}
+    seats.warn_of(configs.values(), spec)
+    with seats.own_random_numbers(model):
+        cuts = [_seat_cut(site, modules[site.path], configs[site.path], spec) for site in sites]
+    cuts[0] = replace(cuts[0], change=_model_change(model, configs[sites[0].path], spec))
     return _apply(model, cuts, variant, options)
+
+
+def _seat_cut(site: Site, module: nn.Module, config: AttentionConfig, spec: seats.SeatSpec) -> _Cut:
+    new = seats.build_seat(module, config, spec)
+    recipe = {"path": site.path, "kind": "seat", "variant": config.kind, "config": config.to_dict()}
+    return _Cut(site, SiteReport(site, _values(module, site), _values(new, site)), recipe, module=new)
+
+
+def _model_change(model: nn.Module, config: AttentionConfig, spec: seats.SeatSpec) -> ModelChange | None:
+    """What a variant does to the model itself, unless its seats have done it before."""
+    variants = {module.variant for module in model.modules() if isinstance(module, LayerSeat)}
+    if spec.model_change is None or config.kind in variants:
+        return None
+    return spec.model_change(model, config)
 
 
 def _refuse_shared(model: nn.Module, sites: list[Site], request: lowrank.Request) -> None:
@@ -193,6 +239,8 @@ def reading_layer(module: nn.Module, site: Site, variant: str, options: dict[str
 def _values(module: nn.Module, site: Site) -> int:
     if isinstance(module, llama.LatentSeat):
         return module.kv_down.out_features
+    if isinstance(module, LayerSeat):
+        return -(-module.bytes_per_token // module.q_proj.weight.element_size())
     return 2 * site.kv_heads * site.head_dim
 
 
@@ -273,7 +321,19 @@ def _cut_again(model: nn.Module, entry: dict[str, Any]) -> _Cut:
         heads = _whole(entry, "num_kv_heads", [n for n in range(1, site.heads + 1) if site.heads % n == 0])
         module = llama.build(old, llama.with_kv_heads(llama.read(old), heads))
         return _Cut(site, SiteReport(site, values, values), entry, module=module)
-    raise ConversionError(f"recipe: expected kind read, latent or weights, got {kind!r}")
+    if kind == "seat":
+        return _seat_again(model, site, entry)
+    raise ConversionError(f"recipe: expected kind read, latent, weights or seat, got {kind!r}")
+
+
+def _seat_again(model: nn.Module, site: Site, entry: dict[str, Any]) -> _Cut:
+    config = get_config(entry["variant"]).from_dict({**entry["config"], "kind": entry["variant"]})
+    spec = seats.spec_of(config.kind, SEATS, (*READ_VARIANTS, "lowrank_gqa"))
+    seats.check_fit(site, config)
+    _refuse(model, [site], "seat")
+    with seats.own_random_numbers(model):
+        cut = _seat_cut(site, model.get_submodule(site.path), config, spec)
+    return replace(cut, change=_model_change(model, config, spec))
 
 
 def _whole(entry: dict[str, Any], name: str, allowed: Sequence[int]) -> int:
@@ -303,13 +363,15 @@ def _apply(model: Any, cuts: list[_Cut], variant: str, options: dict[str, Any]) 
     old_rules = {path: interface.rule_of(module) for path, module in old_modules.items()}
     old_recipe = model.__dict__.get("attnzoo_recipe", [])
     old_heads = getattr(model.config, "num_key_value_heads", None)
-    needs_interface = any(cut.rule is not None or isinstance(cut.module, llama.LatentSeat) for cut in cuts)
+    needs_interface = any(cut.rule is not None or isinstance(cut.module, llama.LatentSeat | LayerSeat) for cut in cuts)
     old_attention = interface.switch(model) if needs_interface else None
     for cut in cuts:
         if cut.module is not None:
             _place(model, places[cut.site.path], cut.module)
         if cut.rule is not None:
             interface.set_rule(model.get_submodule(cut.site.path), cut.rule)
+        if cut.change is not None:
+            cut.change.make()
     model.__dict__["attnzoo_recipe"] = recipe = [*old_recipe, *(cut.recipe for cut in cuts)]
     counts = {site.kv_heads for site in find(model)}
     if len(counts) == 1 and all(cut.recipe["kind"] == "weights" for cut in cuts):
@@ -318,6 +380,9 @@ def _apply(model: Any, cuts: list[_Cut], variant: str, options: dict[str, Any]) 
     def undo() -> None:
         if model.__dict__.get("attnzoo_recipe") is not recipe:
             raise ConversionError("undo: a later conversion of this model still stands; undo that first")
+        for cut in reversed(cuts):
+            if cut.change is not None:
+                cut.change.undo()
         for path, module in old_modules.items():
             _place(model, places[path], module)
             interface.set_rule(module, old_rules[path])

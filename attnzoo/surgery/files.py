@@ -15,6 +15,7 @@ from torch import Tensor
 
 from attnzoo.surgery.convert import apply_recipe, recipe_of
 from attnzoo.surgery.hosts import checkpoint
+from attnzoo.surgery.seats import SEATS
 from attnzoo_kernels.errors import ConversionError, UnsupportedError
 
 RECIPE = "attnzoo_config.json"
@@ -166,7 +167,11 @@ def _apply(model: Any, recipe: list[dict[str, Any]], folder: Path) -> Callable[[
 
 
 def _changed_prefixes(recipe: list[dict[str, Any]]) -> tuple[str, ...]:
-    return tuple(sorted({f"{entry.get('path')}." for entry in recipe if entry.get("kind") != "read"}))
+    changed = [entry for entry in recipe if entry.get("kind") != "read"]
+    added = (SEATS[v].model_state for entry in changed if (v := entry.get("variant")) in SEATS)
+    return tuple(
+        sorted({*(f"{entry.get('path')}." for entry in changed), *(name for names in added for name in names)})
+    )
 
 
 def _untied(model: Any) -> dict[str, Tensor]:

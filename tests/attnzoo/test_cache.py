@@ -39,6 +39,7 @@ class CacheIsLists(RuleBasedStateMachine):
         self.cache = cache_of()
         self.items: list[list[Tensor]] = [[], []]
         self.written = 1.0
+        self.room = MAX
 
     @rule(length=st.integers(0, 4), padding=st.none() | st.lists(st.integers(0, 4), min_size=4, max_size=4))
     def append(self, length: int, padding: list[int] | None) -> None:
@@ -47,9 +48,9 @@ class CacheIsLists(RuleBasedStateMachine):
         self.written += batch * length
         real = [length if padding is None else min(length, padding[i % 4]) for i in range(batch)]
         lengths = length if padding is None else torch.tensor(real)
-        fits = all(len(item) + new <= MAX for item, new in zip(self.items, real, strict=True))
+        fits = all(len(item) + new <= self.room for item, new in zip(self.items, real, strict=True))
         if not fits:
-            with pytest.raises(ValueError, match=f"cache: expected at most max_length {MAX} tokens"):
+            with pytest.raises(ValueError, match=f"cache: expected at most max_length {self.room} tokens"):
                 self.cache.append(values, lengths, differentiable=False)
             return
         seen = self.cache.append(values, lengths, differentiable=bool(length % 2))
@@ -62,6 +63,17 @@ class CacheIsLists(RuleBasedStateMachine):
     def crop(self, length: int) -> None:
         self.cache.crop(length)
         self.items = [item[:length] for item in self.items]
+
+    @rule(lengths=st.lists(st.integers(0, MAX), min_size=4, max_size=4))
+    def crop_each(self, lengths: list[int]) -> None:
+        lengths = lengths[: len(self.items)]
+        self.cache.crop(torch.tensor(lengths))
+        self.items = [item[:length] for item, length in zip(self.items, lengths, strict=True)]
+
+    @rule(more=st.integers(0, 3))
+    def grow(self, more: int) -> None:
+        self.room += more
+        self.cache.grow(self.room)
 
     @rule(index=st.lists(st.integers(0, 3), min_size=1, max_size=4))
     def reorder(self, index: list[int]) -> None:
@@ -182,3 +194,42 @@ def test_what_was_cropped_away_is_not_read_where_lengths_differ(name: str) -> No
     padding[0, 1:] = True
     out = layer.attend(more, cache=cache, key_padding=padding).out
     assert out.isfinite().all()
+
+
+def test_bad_lengths_for_each_item_and_less_room_are_refused() -> None:
+    cache = cache_of()
+    cache.append(values_of(2, 3, 1.0), 3, differentiable=False)
+    for bad in (torch.tensor([1]), torch.tensor([1, -1]), torch.tensor([1.0, 2.0])):
+        with pytest.raises(attnzoo.ShapeError, match=r"^length: "):
+            cache.crop(bad)
+    with pytest.raises(attnzoo.ShapeError, match=r"^max_length: "):
+        cache.grow(MAX - 1)
+    assert cache.lengths.tolist() == [3, 3]
+
+
+@pytest.mark.parametrize("ragged", [False, True], ids=["even", "ragged"])
+def test_rings_and_groups_grow_with_the_cache(ragged: bool) -> None:
+    def filled(max_length: int, growth: int | None) -> KVCache:
+        streams = {"k": Stream(1, 2), "last": Stream(1, 2, ring=3), "group": Stream(1, 2, every=4)}
+        cache = KVCache(streams, batch=2, max_length=max_length)
+        generator = torch.Generator().manual_seed(0)
+        for step, tokens in enumerate((5, 2, 9)):
+            if step == 1 and growth is not None:
+                cache.grow(growth)
+            value = torch.randn(2, 1, tokens, 2, generator=generator)
+            before = cache.offset
+            lengths = torch.tensor([tokens, tokens - 1]) if ragged else tokens
+            cache.append({"k": value, "last": value}, lengths, differentiable=False)
+            cache.complete({"group": torch.randn(2, 1, 3, 2, generator=generator)}, before)
+        return cache
+
+    grown, roomy = filled(7, 20), filled(20, None)
+    cropped = torch.tensor([12, 9])
+    for crop in (None, cropped):
+        for cache in (grown, roomy):
+            if crop is not None:
+                cache.crop(crop)
+        assert torch.equal(grown.lengths, roomy.lengths)
+        assert torch.equal(grown.history("last", 3), roomy.history("last", 3))
+        assert torch.equal(grown.groups("group"), roomy.groups("group"))
+        assert all(torch.equal(grown.streams[name], roomy.streams[name]) for name in ("k", "group"))

@@ -8,7 +8,7 @@ Letters: B batch, T query tokens, S slots of the host's cache, H query heads, G 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -154,10 +154,8 @@ def attend(
     """
     if dropout:
         raise UnsupportedError(f"dropout: expected 0, got {dropout}; attention dropout is not offered")
-    for name, given in kwargs.items():
-        if name not in _IGNORED and given is not None and given is not False:
-            raise UnsupportedError(f"{name}: expected None, got {given!r}, which attnzoo cannot honour")
-    geometry = _geometry(attention_mask, query.shape[2], key.shape[2])
+    refuse_unknown(kwargs)
+    geometry = geometry_of(attention_mask, query.shape[2], key.shape[2])
     rule = rule_of(module)
     layer = _dense_layer(query.shape[1], key.shape[1], query.shape[3], scaling) if rule is None else rule.layer
     if geometry.real is not None:
@@ -167,7 +165,39 @@ def attend(
     return out.transpose(1, 2).contiguous(), None
 
 
-def _geometry(attention_mask: Any, tokens: int, slots: int) -> Geometry:
+def refuse_unknown(arguments: Mapping[str, Any]) -> None:
+    """Raises if a host's call asks for something that is not known here.
+
+    Raises:
+        UnsupportedError: Naming the argument.
+    """
+    for name, given in arguments.items():
+        if name not in _IGNORED and given is not None and given is not False:
+            raise UnsupportedError(f"{name}: expected None, got {given!r}, which attnzoo cannot honour")
+
+
+def check_consecutive(position_ids: Tensor | None, geometry: Any, who: str) -> None:
+    """Raises unless positions of real tokens rise by 1, for blocks that rotate by slot.
+
+    Raises:
+        UnsupportedError: If they do not.
+    """
+    if position_ids is None or position_ids.shape[-1] < 2 or torch.compiler.is_compiling():
+        return
+    rises = position_ids[:, 1:] - position_ids[:, :-1] == 1
+    real = real_queries(geometry, position_ids.shape[-1])
+    if real is not None:
+        rises = rises | ~(real[:, 1:] & real[:, :-1])
+    if not bool(rises.all()):
+        raise UnsupportedError(f"position_ids: expected consecutive positions, which {who} rotates by slot")
+
+
+def geometry_of(attention_mask: Any, tokens: int, slots: int) -> Geometry:
+    """What a mask says about the last ``tokens`` of ``slots``.
+
+    Raises:
+        UnsupportedError: If it is no mask that :func:`describe_mask` has made.
+    """
     if isinstance(attention_mask, Geometry):
         return attention_mask
     if attention_mask is None:

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from attnzoo.rope import RotaryConfig, apply_rotary, rotary_tables
 from attnzoo.surgery.hosts import interface
+from attnzoo.surgery.hosts.seat import LayerSeat
 from attnzoo.surgery.projections import LatentProjections, Projections
 from attnzoo.surgery.site import Site
-from attnzoo_kernels.errors import ConversionError, UnsupportedError
+from attnzoo_kernels.errors import ConversionError
 
 NAME = "llama"
 CLASSES = ("LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention")
@@ -26,8 +27,8 @@ ROLES = ("q", "k", "v", "o")
 
 
 def matches(module: nn.Module) -> bool:
-    """Whether a module is an attention block of this family, or a latent seat in its place."""
-    return type(module).__name__ in CLASSES or isinstance(module, LatentSeat)
+    """Whether a module is an attention block of this family, or a seat in its place."""
+    return type(module).__name__ in CLASSES or isinstance(module, LatentSeat | LayerSeat)
 
 
 def site_of(path: str, layer: int, module: nn.Module) -> Site:
@@ -39,17 +40,24 @@ def site_of(path: str, layer: int, module: nn.Module) -> Site:
     return Site(path, NAME, layer, heads, groups, _head_dim(module), width)
 
 
-def reasons_against(module: nn.Module, *, reads_only: bool) -> tuple[str, ...]:
-    """Why a module cannot be converted; empty if it can."""
+def reasons_against(module: nn.Module, *, to: Literal["read", "weights", "seat"]) -> tuple[str, ...]:
+    """Why a module cannot be converted to what is read, to other weights, or to a seat; empty if it can."""
     reasons = []
     if isinstance(module, LatentSeat):
         reasons.append("it is a latent seat already; undo that conversion first")
+    if isinstance(module, LayerSeat):
+        reasons.append(f"it is a seat of {module.variant!r} already; undo that conversion first")
+    if to == "seat" and interface.rule_of(module) is not None:
+        reasons.append("it follows a rule of what is read, which a seat would not; undo that conversion first")
     # Some classes keep it on the module, where it may be off for this layer, others in the configuration alone.
     window = getattr(module, "sliding_window", getattr(getattr(module, "config", None), "sliding_window", None))
     if window is not None and not (hasattr(module, "layer_type") and module.layer_type != "sliding_attention"):
         reasons.append(f"it has a sliding window of its own ({window} tokens)")
-    if not reads_only and hasattr(module, "k_norm"):
+    if to == "weights" and hasattr(module, "k_norm"):
         reasons.append("it normalises keys after projection, which no other projection can stand for")
+    for name in ("q_norm", "k_norm"):
+        if to == "seat" and hasattr(module, name):
+            reasons.append(f"it has a {name}, which normalises after projection and which no layer here does")
     return tuple(reasons)
 
 
@@ -133,7 +141,7 @@ class LatentSeat(nn.Module):
         q = self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H, T, D]
         latent = self.kv_down(hidden_states).unsqueeze(1)  # [B, 1, T, r]
         first = interface.first_slot(attention_mask, past_key_values, self.layer_idx)
-        _check_consecutive(kwargs.get("position_ids"), attention_mask)
+        interface.check_consecutive(kwargs.get("position_ids"), attention_mask, "a latent seat")
         if past_key_values is not None:
             latent, _ = past_key_values.update(latent, latent[..., :0], self.layer_idx)
         heads = self.kv_up(latent.squeeze(1)).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -183,18 +191,6 @@ def latent_like(module: nn.Module, rank: int) -> LatentProjections:
         rotary=p.rotary,
         scale=p.scale,
     )
-
-
-def _check_consecutive(position_ids: Tensor | None, geometry: Any) -> None:
-    """Raises unless positions of real tokens rise by 1: rotation goes by slot."""
-    if position_ids is None or position_ids.shape[-1] < 2 or torch.compiler.is_compiling():
-        return
-    rises = position_ids[:, 1:] - position_ids[:, :-1] == 1
-    real = interface.real_queries(geometry, position_ids.shape[-1])
-    if real is not None:
-        rises = rises | ~(real[:, 1:] & real[:, :-1])
-    if not bool(rises.all()):
-        raise UnsupportedError("position_ids: expected consecutive positions, which a latent seat rotates by slot")
 
 
 def _linear(module: nn.Module, name: str) -> nn.Linear:

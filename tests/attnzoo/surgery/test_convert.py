@@ -22,6 +22,7 @@ from tests.attnzoo.surgery.tiny import (
     converted,
     ids,
     logits,
+    seat_mha,
     snapshot,
     tiny,
 )
@@ -134,6 +135,8 @@ def _convert_as(model: Any, kind: str) -> surgery.ConversionReport:
     if kind in READING:
         variant, options = READING[kind]
         return convert(model, variant, **options)
+    if kind == "seat":
+        return seat_mha(model)
     size = {"latent": {"latent_dim": 20}, "expand": {"num_kv_heads": 6}}.get(kind, {"num_kv_heads": 1})
     text = calibration() if kind in ("latent", "commuting") else None
     return convert(model, "lowrank_gqa", method=kind, calibration=text, **size)
@@ -213,7 +216,16 @@ def test_the_report_prints_one_line_for_each_site_and_goes_into_json(kind: str) 
 
 @pytest.mark.parametrize(
     ("kind", "values"),
-    [("mha", 64), ("window", 64), ("s2", 64), ("latent", 20), ("commuting", 32), ("mean", 32), ("expand", 192)],
+    [
+        ("mha", 64),
+        ("window", 64),
+        ("s2", 64),
+        ("latent", 20),
+        ("commuting", 32),
+        ("mean", 32),
+        ("expand", 192),
+        ("seat", 64),
+    ],
 )
 def test_cached_bytes_are_values_of_all_sites_times_their_width(kind: str, values: int) -> None:
     # Two layers; keys and values of two heads of width 16 each make 64 values for a token before.

@@ -19,7 +19,8 @@ PROMPT = 14
 NEW = 12
 """New tokens: more than a window of 9, so that the cache holds what is read no more."""
 
-CACHES = [None, "static"]
+CACHED = [*((kind, None) for kind in KINDS), *((kind, "static") for kind in KINDS if kind != "seat")]
+"""Every kind with every cache of the host's that it takes."""
 
 _models: dict[str, Any] = {}
 
@@ -43,8 +44,7 @@ def by_full_forwards(model: Any, tokens: Tensor, count: int) -> Tensor:
     return tokens
 
 
-@pytest.mark.parametrize("cache", CACHES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "cache"), CACHED)
 def test_generating_with_a_cache_equals_full_forwards(kind: str, cache: str | None) -> None:
     model, tokens = model_of(kind), ids(3, PROMPT)
     found = generate(model, tokens, cache_implementation=cache)
@@ -53,8 +53,7 @@ def test_generating_with_a_cache_equals_full_forwards(kind: str, cache: str | No
     assert len(set(found[:, PROMPT:].flatten().tolist())) > 5
 
 
-@pytest.mark.parametrize("cache", CACHES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "cache"), CACHED)
 def test_left_padded_items_generate_what_they_generate_alone(kind: str, cache: str | None) -> None:
     model, padding, tokens = model_of(kind), [0, 9, 3], ids(3, PROMPT)
     mask = padding_mask(padding, PROMPT)
@@ -103,8 +102,7 @@ def test_chunks_of_any_lengths_say_what_one_forward_says(kind: str, chunks: list
     assert_close(torch.cat(found, 1)[real], expected[real], EXACT)
 
 
-@pytest.mark.parametrize("cache", CACHES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "cache"), CACHED)
 def test_beams_take_their_caches_along(kind: str, cache: str | None) -> None:
     model, tokens, padding = model_of(kind), ids(2, PROMPT), [0, 5]
     mask = padding_mask(padding, PROMPT)

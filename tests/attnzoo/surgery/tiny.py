@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from attnzoo import surgery
+from attnzoo.surgery.convert import convert_to_seats
 
 VOCAB = 61
 WIDTH = 16
@@ -130,6 +131,8 @@ def converted(kind: str, **host: Any) -> Any:
         convert(model, "lowrank_gqa", method="latent", latent_dim=LATENT_SMALL, calibration=calibration())
     elif kind == "commuting":
         convert(model, "lowrank_gqa", method="commuting", num_kv_heads=1, calibration=calibration())
+    elif kind == "seat":
+        seat_mha(model)
     elif kind == "expand":
         convert(model, "lowrank_gqa", method="expand", num_kv_heads=model.config.num_attention_heads)
     else:
@@ -137,7 +140,13 @@ def converted(kind: str, **host: Any) -> Any:
     return model
 
 
-KINDS = (*READING, "latent", "commuting", "expand", "mean")
+def seat_mha(model: Any, where: Any = None) -> surgery.ConversionReport:
+    """Seats of plain attention, which ``convert`` itself does not make: the certificate of everything about seats."""
+    sites = [site for site in surgery.find(model) if where is None or where(site)]
+    return convert_to_seats(model, sites, "mha", None, {})
+
+
+KINDS = (*READING, "latent", "commuting", "expand", "mean", "seat")
 
 
 def snapshot(model: Any) -> dict[str, Any]:

@@ -1,0 +1,149 @@
+"""A layer of attnzoo in the place of a host's attention block.
+
+The layer's projections are the host's own modules, so that optimisers, tied weights and hooks stay as they are. What it
+remembers lies in the host's cache as a layer of its own kind, see :mod:`attnzoo.surgery.hosts.seat_cache`.
+
+Letters: B batch, T query tokens, S slots of the host's cache (padding has slots too), C model width.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from attnzoo.base import AttentionLayer
+from attnzoo.surgery.hosts import interface
+from attnzoo_kernels.errors import ConversionError, ShapeError, UnsupportedError
+
+if TYPE_CHECKING:
+    from attnzoo.surgery.hosts.seat_cache import SeatCacheLayer
+
+ROLES = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+class LayerSeat(nn.Module):
+    """An attnzoo layer that a host of the Llama family calls as its attention block.
+
+    Attributes:
+        layer: The layer; its ``q_proj``, ``k_proj``, ``v_proj`` and ``o_proj`` are the host's.
+        variant: The layer's variant.
+        by_slot: Whether the layer numbers the tokens itself; then a call's positions must be consecutive. Else the
+            host's positions are what the layer rotates by.
+    """
+
+    def __init__(self, layer: AttentionLayer, host: nn.Module, *, by_slot: bool = False) -> None:
+        super().__init__()
+        block: Any = host
+        self.config, self.layer_idx = block.config, int(block.layer_idx)
+        self.head_dim, self.scaling, self.is_causal = layer.config.head_width, float(block.scaling), True
+        self.attention_dropout = float(getattr(block, "attention_dropout", 0.0))
+        self.by_slot = by_slot
+        for role in ROLES:
+            old, new = getattr(block, role), getattr(layer, role)
+            if old.weight.shape != new.weight.shape:
+                raise ConversionError(f"{role}: expected {list(new.weight.shape)}, got {list(old.weight.shape)}")
+            setattr(layer, role, old)
+        self.layer = layer
+        # The host's own modules keep their mode: nothing of the model changes before the seat is placed.
+        kept = {id(module) for role in ROLES for module in getattr(block, role).modules()}
+        for module in self.modules():
+            if id(module) not in kept:
+                module.training = host.training
+
+    @property
+    def variant(self) -> str:
+        """The name of the layer's variant."""
+        return self.layer.config.kind
+
+    @property
+    def q_proj(self) -> nn.Linear:
+        """The host's query projection."""
+        return self.layer.q_proj
+
+    @property
+    def k_proj(self) -> nn.Linear:
+        """The host's key projection."""
+        return self.layer.k_proj
+
+    @property
+    def v_proj(self) -> nn.Linear:
+        """The host's value projection."""
+        return self.layer.v_proj
+
+    @property
+    def o_proj(self) -> nn.Linear:
+        """The host's output projection."""
+        return self.layer.o_proj
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes that the layer's cache holds for each token."""
+        return self.layer.new_cache(1, 1, device="meta").bytes_per_token
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Any = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """As the host calls it: ``[B, T, C]`` to ``([B, T, C], None)``.
+
+        Raises:
+            UnsupportedError: If an argument, a mask or a cache cannot be honoured.
+            ShapeError: If mask and cache disagree about earlier tokens.
+        """
+        position_ids = kwargs.pop("position_ids", None)
+        interface.refuse_unknown(kwargs)
+        if self.training and self.attention_dropout:
+            raise UnsupportedError(
+                f"dropout: expected 0, got {self.attention_dropout}; attention dropout is not offered"
+            )
+        held = None if past_key_values is None else self._held(past_key_values)
+        first, tokens = 0 if held is None else held.seen, hidden_states.shape[1]
+        geometry = interface.geometry_of(attention_mask, tokens, first + tokens)
+        real = _real_slots(geometry, held, first, tokens)
+        padding = None if real is None else ~real[:, first:]
+        positions = self._positions(position_ids, position_embeddings, geometry)
+        if held is None:
+            return self.layer(hidden_states, positions, padding), None
+        cache = held.room(self.layer, hidden_states.shape[0], tokens)
+        out = self.layer(hidden_states, positions, padding, cache)
+        held.note(tokens, real)
+        return out, None
+
+    def _held(self, cache: Any) -> SeatCacheLayer:
+        # Importing the host's library is for callers who have one of its caches.
+        from attnzoo.surgery.hosts.seat_cache import seat_layer
+
+        return seat_layer(cache, self.layer_idx)
+
+    def _positions(self, ids: Tensor | None, embeddings: Any, geometry: interface.Geometry) -> Tensor | None:
+        if self.by_slot:
+            interface.check_consecutive(ids, geometry, f"a seat of {self.variant!r}")
+            return None
+        if ids is None and embeddings is not None and self.layer.config.rotary is not None:
+            raise UnsupportedError("position_ids: expected beside position_embeddings, got None")
+        return ids
+
+
+def _real_slots(geometry: interface.Geometry, held: SeatCacheLayer | None, first: int, tokens: int) -> Tensor | None:
+    """Which slots up to a call's last hold tokens, bool ``[B, S]``, after checking it against earlier calls."""
+    if isinstance(geometry.first, Tensor) or geometry.first != first:
+        raise ShapeError(f"attention_mask: expected one whose queries begin at slot {first}, got {geometry.first}")
+    real, before = geometry.real, None if held is None else held.real
+    if real is None:
+        if before is not None:
+            raise ShapeError("attention_mask: expected the padding of earlier calls again, got none")
+        return None
+    if real.shape[1] < first + tokens:
+        raise ShapeError(f"attention_mask: expected {first + tokens} slots, got {real.shape[1]}")
+    real = real[:, : first + tokens].bool()
+    if first and not torch.compiler.is_compiling():
+        past = real[:, :first]
+        if not (bool(past.all()) if before is None else torch.equal(past, before)):
+            raise ShapeError("attention_mask: expected the padding of earlier calls again, got another")
+    return real
