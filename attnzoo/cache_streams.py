@@ -28,9 +28,10 @@ class Stream:
         ring: Keeps the values of the last tokens only: those of so many can always be read, and ``CROP_MARGIN`` more
             tokens are held, so that they may be cropped. ``None`` keeps every token's.
         every: One value for each complete group of so many tokens; ``None`` keeps one for each token.
+        host: Keeps the values in the host's memory, pinned where the cache is on a GPU; only for values of each token.
 
     Raises:
-        ConfigError: If ``ring`` or ``every`` does not fit, or both are given.
+        ConfigError: If ``ring`` or ``every`` does not fit, or they exclude each other.
     """
 
     heads: int
@@ -38,6 +39,7 @@ class Stream:
     dtype: torch.dtype | None = None
     ring: int | None = None
     every: int | None = None
+    host: bool = False
 
     def __post_init__(self) -> None:
         for name, value in (("ring", self.ring), ("every", self.every)):
@@ -45,6 +47,8 @@ class Stream:
                 raise ConfigError(f"{name}: expected an int >= 1 or None, got {value!r}")
         if self.ring is not None and self.every is not None:
             raise ConfigError(f"ring: expected None beside every {self.every}, got {self.ring}")
+        if self.host and (self.ring is not None or self.every is not None):
+            raise ConfigError("host: expected False for a ring or a grouped stream, got True")
 
 
 class Ring:

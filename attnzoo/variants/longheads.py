@@ -38,6 +38,7 @@ from attnzoo.base import AttentionLayer, Heads, Memory, Plan, Step, is_training,
 from attnzoo.cache import KVCache, Stream
 from attnzoo.config import AttentionConfig, check_bool, check_int
 from attnzoo.layouts import dense_layout, may_share
+from attnzoo.offload import fetch_blocks
 from attnzoo.rope import RotaryConfig, apply_rotary, rotary_tables
 from attnzoo.select import top_blocks
 from attnzoo_kernels import BlockLayout, Extras
@@ -133,10 +134,12 @@ class ChunkMemory(Memory):
     Attributes:
         chunk_keys: ``[B, H, N, D]``; rows of chunks that are not complete have no meaning.
         queries: This call's queries behind some earlier ones, not rotated, ``[B, H, before + T, D]``.
+        offloaded: Whether keys and values lie in the host's memory, from where chosen chunks are fetched.
     """
 
     chunk_keys: Tensor = field(kw_only=True)
     queries: Tensor = field(kw_only=True)
+    offloaded: bool = field(default=False, kw_only=True)
 
 
 class LongHeadsAttention(AttentionLayer, name="longheads"):
@@ -204,7 +207,8 @@ class LongHeadsAttention(AttentionLayer, name="longheads"):
         if grows:
             self._complete(cache, step, recent, seen["v"])
         keys = cache.groups("chunk_key").to(q.dtype)
-        return self._chunk_memory(step, (q, seen["k"], seen["v"]), keys, recent.get("query", heads.q))
+        memory = self._chunk_memory(step, (q, seen["k"], seen["v"]), keys, recent.get("query", heads.q))
+        return replace(memory, offloaded=cache.host_nbytes > 0)
 
     @property
     def _rings(self) -> tuple[str, ...]:
@@ -263,7 +267,8 @@ class LongHeadsAttention(AttentionLayer, name="longheads"):
         row = (slot - offset + before).clamp(max=before + tokens - 1)
         k = _take(recent["key"], row)
         q = _take(recent["query"], row) if "query" in recent else k
-        made = self.chunk_keys(q, k, _take(values, slot.clamp(max=values.shape[2] - 1)))
+        v = _take(values, slot.clamp(max=values.shape[2] - 1).to(values.device)).to(k.device)
+        made = self.chunk_keys(q, k, v)
         cache.complete({"chunk_key": made}, step.offset)
 
     @torch.no_grad()
@@ -371,6 +376,12 @@ class LongHeadsAttention(AttentionLayer, name="longheads"):
         allowed = (chunk >= 1) & (chunk < last[:, None, :, None])
         return top_blocks(scores, self.config.slots - 3, allowed=allowed)
 
+    def operate(self, memory: Memory, plan: Plan) -> Tensor:
+        """The operation, on the chosen chunks alone where keys and values are offloaded."""
+        if isinstance(memory, ChunkMemory) and memory.offloaded:
+            memory, plan = fetch_blocks(memory, plan)
+        return super().operate(memory, plan)
+
     @property
     def _local_heads(self) -> int:
         return local_rows(self.q_proj) // self.config.head_width
@@ -384,6 +395,32 @@ class LongHeadsAttention(AttentionLayer, name="longheads"):
             heads = groups if name == "key" else self._local_heads
             streams[name] = Stream(heads, width, ring=max(1, config.chunk_size - 1))
         return streams
+
+    def new_cache(
+        self,
+        batch: int,
+        max_length: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        offload: bool = False,
+    ) -> KVCache:
+        """An empty cache for this layer; see :meth:`AttentionLayer.new_cache`.
+
+        Args:
+            batch: Items B.
+            max_length: Tokens that fit, for each item.
+            device: Where it lies; ``None`` means with the weights.
+            dtype: Of its values; ``None`` means the weights'.
+            offload: Whether keys and values stay in the host's memory. Chunk keys and the last tokens lie on the
+                device; a call fetches the chunks that its rows read, which for one token are at most
+                ``attention_length`` tokens for each query head. Not for training.
+        """
+        check_bool("offload", offload)
+        streams = self.streams()
+        if offload:
+            streams |= {name: replace(streams[name], host=True) for name in ("k", "v")}
+        return self.make_cache(streams, batch, max_length, device=device, dtype=dtype)
 
 
 def _divisor(size: int) -> int:
