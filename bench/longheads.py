@@ -10,7 +10,7 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,8 +26,8 @@ from torch.nn.functional import cross_entropy
 from attnzoo import surgery
 from attnzoo.cli.models import load_model, text_tokens
 from attnzoo.cli.progress import Bar
-from attnzoo.evaluate import cut_windows, has_layers
-from attnzoo.record import record
+from attnzoo.evaluate import Progress, cut_windows
+from attnzoo.record import has_layers, record
 from bench.cpu import about
 
 TEXT = Path(__file__).parent / "texts" / "botchan.txt"
@@ -51,14 +51,14 @@ def longheads(length: int, chunk: int, **options: Any) -> Conversion:
 ROWS: dict[str, Conversion] = {
     "dense": None,
     "window 4096": ("mha", {"window": 4096}),
-    "window 4096, sink 4": ("mha", {"window": 4096, "sink": 4}),
-    "longheads 1024, chunks of 64": longheads(1024, 64),
-    "longheads 1024, chunks of 128": longheads(1024, 128),
-    "longheads 2048, chunks of 64": longheads(2048, 64),
-    "longheads 2048, chunks of 128": longheads(2048, 128),
     "longheads 2048, chunks of 256": longheads(2048, 256),
-    "longheads 2048, chunks of 128, mean keys": longheads(2048, 128, chunk_rep="mean_key"),
+    "longheads 1024, chunks of 64": longheads(1024, 64),
+    "longheads 2048, chunks of 64": longheads(2048, 64),
     "longheads 4096, chunks of 256": longheads(4096, 256),
+    "longheads 2048, chunks of 256, mean keys": longheads(2048, 256, chunk_rep="mean_key"),
+    "window 4096, sink 4": ("mha", {"window": 4096, "sink": 4}),
+    "longheads 2048, chunks of 128": longheads(2048, 128),
+    "longheads 1024, chunks of 256": longheads(1024, 256),
 }
 
 
@@ -221,15 +221,14 @@ def write(rows: list[Row], where: dict[str, Any], out: Path) -> str:
     return text
 
 
-def run(names: list[str], window: Tensor, model: Any, progress: Callable[[str, int, int], None]) -> list[Row]:
+def run(names: list[str], window: Tensor, model: Any, progress: Progress) -> Iterator[Row]:
     """All rows; dense first, if it is among them."""
-    rows, dense = [], None
+    dense = None
     for done, name in enumerate(sorted(names, key=lambda name: name != "dense")):
         progress(name, done, len(names))
         row, loss = measure(model, window, name, dense)
         dense = loss if name == "dense" else dense
-        rows.append(row)
-    return rows
+        yield row
 
 
 def main(
@@ -247,9 +246,12 @@ def main(
     model, tokenizer = load_model("smollm2")
     window = cut_windows(text_tokens(tokenizer, text), length=length, offset=offset, count=1)[0]
     where = {"model": "SmolLM2-135M", "text": Path(text).stem, "tokens": length, "offset": offset, **about()}
+    rows, found = [], ""
     with Bar() as progress:
-        rows = run([name for name in ROWS if not only or name in only], window, model, progress)
-    found = write(rows, where, out)
+        for row in run([name for name in ROWS if not only or name in only], window, model, progress):
+            rows.append(row)
+            # Each row takes minutes: what has been measured is kept.
+            found = write(rows, where, out)
     if as_json:
         typer.echo(found, nl=False)
     else:
