@@ -24,19 +24,19 @@ Letters: B batch, T query tokens, S key tokens, H query heads, G KV heads, D hea
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
 from attnzoo.align import Alignment
-from attnzoo.base import DENSE_BLOCK, AttentionLayer, AttentionOutput, Heads, Memory, Plan, Step, is_training
-from attnzoo.cache import KVCache
+from attnzoo.base import DENSE_BLOCK, AttentionLayer, AttentionOutput, Heads, Memory, Plan, Step
+from attnzoo.cache import KVCache, Stream
 from attnzoo.config import AttentionConfig, check_bool, check_int
 from attnzoo.landmarks import LandmarkGrid
 from attnzoo.layouts import dense_layout
-from attnzoo.offload import ListedPlan, OffloadedCache, OffloadedMemory, bring
+from attnzoo.offload import fetch_blocks
 from attnzoo.retrieval import BlockTurns, retrieve
 from attnzoo.rope import apply_rotary, rotary_tables
 from attnzoo_kernels import BlockLayout, Extras
@@ -247,34 +247,16 @@ class LandmarkAttention(AttentionLayer, name="landmark"):
 
     def remember(self, step: Step, heads: Heads) -> Memory:
         """As ever, or from the host's memory: the blocks that are read are known only once they are chosen."""
-        cache = step.cache
         if isinstance(step, _IrregularStep):
             q, k = self.rotate(step.positions, heads.q, heads.k)
             return step.memory(q, k, heads.v)
-        if not isinstance(cache, OffloadedCache):
-            return super().remember(step, heads)
-        q, k = self.rotate(step.positions, heads.q, heads.k)
-        slots = cache.bound_with(q.shape[2])
-        seen = cache.store(
-            {"k": k, "v": heads.v},
-            step.lengths,
-            differentiable=is_training(q, k, heads.v),
-            everything=self._reads_all(slots),
-        )
-        memory = self.memory(step, q, seen["k"], seen["v"])
-        if self._reads_all(slots):
+        memory = super().remember(step, heads)
+        cache = step.cache
+        if cache is None or not cache.host_nbytes:
             return memory
+        _complete(cache, step, memory.k, self.config.block_size)
         return OffloadedMemory(
-            q,
-            memory.k,
-            memory.v,
-            memory.q_pos,
-            cache=cache,
-            slots=slots,
-            landmarks=cache.landmarks,
-            first=torch.div(step.offset, cache.block, rounding_mode="floor")
-            if isinstance(step.offset, Tensor)
-            else step.offset // cache.block,
+            memory.q, memory.k, memory.v, memory.q_pos, memory.key_bias, landmarks=cache.groups("landmark")
         )
 
     def _reads_all(self, slots: int) -> bool:
@@ -288,19 +270,16 @@ class LandmarkAttention(AttentionLayer, name="landmark"):
         extras = Extras(gate="last", gate_mix=self.gate_mix)
         if isinstance(step, _IrregularStep):
             return Plan(dense_layout(step.grid.block, tokens, slots, memory.q), extras, True)
-        if isinstance(memory, OffloadedMemory):
-            return self._choose(step, memory, memory.landmarks, memory.slots, extras)
         if slots < config.block_size:
             return Plan(dense_layout(DENSE_BLOCK, tokens, slots, memory.q), Extras(), True)
         if self._reads_all(slots):
             return Plan(dense_layout(config.block_size, tokens, slots, memory.q), extras, True)
-        landmarks = memory.k[:, :, config.block_size - 1 :: config.block_size]
-        return self._choose(step, memory, landmarks, slots, extras)
+        return self._choose(step, memory, extras)
 
     def operate(self, memory: Memory, plan: Plan) -> Tensor:
         """The operation, over what had to be fetched for it."""
-        if isinstance(memory, OffloadedMemory) and isinstance(plan, ListedPlan):
-            return super().operate(*bring(memory, plan))
+        if isinstance(memory, OffloadedMemory):
+            memory, plan = fetch_blocks(memory, plan)
         return super().operate(memory, plan)
 
     def new_cache(
@@ -312,33 +291,26 @@ class LandmarkAttention(AttentionLayer, name="landmark"):
         dtype: torch.dtype | None = None,
         offload: bool = False,
     ) -> KVCache:
-        """An empty cache; with ``offload``, one that keeps complete blocks on the host.
-
-        The device then holds their landmarks' keys and the unfinished block; a call in mode "topk" fetches the blocks
-        that its tokens choose, one in mode "soft" fetches all.
+        """An empty cache for this layer; see :meth:`AttentionLayer.new_cache`.
 
         Args:
             batch: Items B.
             max_length: Tokens that fit, for each item.
             device: Where it lies; ``None`` means with the weights.
             dtype: Of its values; ``None`` means the weights'.
-            offload: Whether complete blocks lie on the host.
+            offload: Whether keys and values stay in the host's memory. The keys of landmarks lie on the device too; a
+                call in mode "topk" fetches the blocks that its queries read, one in mode "soft" all. Not for training.
         """
-        if not offload:
-            return super().new_cache(batch, max_length, device=device, dtype=dtype)
-        return OffloadedCache(
-            self.streams(),
-            self.config.block_size,
-            batch=batch,
-            max_length=max_length,
-            device=device or self.q_proj.weight.device,
-            dtype=dtype or self.q_proj.weight.dtype,
-            owner=(self._identity, self.config),
-            rounds=dtype is not None,
-        )
+        check_bool("offload", offload)
+        streams = self.streams()
+        if offload:
+            streams |= {name: replace(streams[name], host=True) for name in ("k", "v")}
+            streams["landmark"] = Stream(streams["k"].heads, streams["k"].width, every=self.config.block_size)
+        return self.make_cache(streams, batch, max_length, device=device, dtype=dtype)
 
-    def _choose(self, step: Step, memory: Memory, landmarks: Tensor, slots: int, extras: Extras) -> Plan:
-        config, q, size = self.config, memory.q, self.config.block_size
+    def _choose(self, step: Step, memory: Memory, extras: Extras) -> Plan:
+        config, q, slots, size = self.config, memory.q, memory.k.shape[2], self.config.block_size
+        offloaded = isinstance(memory, OffloadedMemory)
         own = torch.div(_slots(step, memory), size, rounding_mode="floor")  # [B|1, T]
         turns = None
         if config.rotary is not None:
@@ -349,19 +321,43 @@ class LandmarkAttention(AttentionLayer, name="landmark"):
             complete, near = _whole_call(step, own, size, q.shape[2])
         found = retrieve(
             q,
-            landmarks,
+            memory.landmarks if isinstance(memory, OffloadedMemory) else memory.k[:, :, size - 1 :: size],
             complete,
             top_k=config.top_k,
             scale=1 / math.sqrt(config.head_width) if config.scale is None else config.scale,
             turns=turns,
-            shared=config.official_quirks and isinstance(memory, OffloadedMemory),
+            shared=config.official_quirks and offloaded,
         )
         # One list a query: the chosen blocks, moved, and the near ones, where they are.
         near = near.unsqueeze(1).expand(*found.blocks.shape[:2], -1, -1)
         index = torch.cat([found.blocks, near], -1)
         origin = None if turns is None else torch.cat([found.shift, torch.zeros_like(near)], -1)
         layout = BlockLayout.from_indices(index, 1, size, q.shape[2], slots, origin)
-        return ListedPlan(layout, extras, True, info={"blocks": found.blocks}, index=index, origin=origin)
+        return Plan(layout, extras, True, info={"blocks": found.blocks})
+
+
+@dataclass(frozen=True, eq=False)
+class OffloadedMemory(Memory):
+    """Keys and values in the host's memory, and landmarks on the device.
+
+    Attributes:
+        landmarks: The keys of complete blocks' landmarks, ``[B, G, N, D]``.
+    """
+
+    landmarks: Tensor = field(kw_only=True)
+
+
+def _complete(cache: KVCache, step: Step, k: Tensor, size: int) -> None:
+    """Writes the landmarks of the blocks that a call, stored already, has completed; ``k [B, G, S, D]`` is all keys."""
+    blocks = (step.x.shape[1] + size - 1) // size
+    if isinstance(step.offset, Tensor):
+        first = torch.div(step.offset, size, rounding_mode="floor").to(k.device).view(-1, 1)
+        slot = (first + torch.arange(blocks, device=k.device)) * size + size - 1  # [B, P]
+        place = slot.clamp(max=max(k.shape[2] - 1, 0))[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
+        landmarks = k.gather(2, place) if k.shape[2] else k
+    else:
+        landmarks = k[:, :, step.offset // size * size + size - 1 :: size]
+    cache.complete({"landmark": landmarks.to(cache.device)}, step.offset)
 
 
 def _slots(step: Step, memory: Memory) -> Tensor:

@@ -76,6 +76,14 @@ def test_s2_is_cheap_with_a_sink_and_ruinous_without(model: Any, window: Tensor,
     assert ratio(model, window, dense_nll, "s2", **S2, sink_blocks=0) >= 1.3
 
 
+def test_longheads_is_the_model_below_its_threshold_and_cheap_beyond_it(
+    model: Any, window: Tensor, dense_nll: float
+) -> None:
+    options: dict[str, Any] = {"chunk_size": 64, "select": "block"}
+    assert ratio(model, window, dense_nll, "longheads", attention_length=1024, **options) == pytest.approx(1, abs=1e-4)
+    assert ratio(model, window, dense_nll, "longheads", attention_length=512, **options) <= 1.02
+
+
 def test_averaging_heads_ruins_the_model(model: Any, window: Tensor, dense_nll: float) -> None:
     assert ratio(model, window, dense_nll, "lowrank_gqa", method="mean", num_kv_heads=1) >= 100
 

@@ -14,7 +14,6 @@ from torch import Tensor
 import attnzoo
 from attnzoo import retrieval
 from attnzoo.landmarks import LandmarkGrid
-from attnzoo.offload import OffloadedCache
 from attnzoo.oracles.landmark import Landmarks, landmark
 from attnzoo.variants import landmark as variant
 from tests.attnzoo.cases import assert_same, build, recipe_of, tokens
@@ -87,6 +86,10 @@ def check(setting: int) -> None:
     assert_same(layer.attend(padded, key_padding=key_padding).out[:, 5:], truth(setting))
     assert_same(called(layer, layer.new_cache(1, LENGTH)), truth(setting))
     assert_same(called(layer, layer.new_cache(1, LENGTH, offload=True)), truth(setting))
+    with torch.no_grad():
+        cache = layer.new_cache(1, LENGTH, offload=True)
+        layer.attend(padded[:, :30], key_padding=key_padding[:, :30], cache=cache)
+        assert_same(layer.attend(padded[:, 30:], cache=cache).out, truth(setting)[:, 25:])
     cropped(layer)
     tied(layer)
     layer.mode = "soft"
@@ -142,18 +145,13 @@ MUTANTS: dict[str, Callable[[Patch], None]] = {
     "absent rows in the first block": text(
         variant, "_slots", "memory.q_pos[:, 0].long()", "memory.q_pos[:, 0].long() + 1"
     ),
-    "fetched blocks in another order": text(
-        variant, "bring", "used.cumsum(-1) - 1", "used.flip(-1).cumsum(-1).flip(-1) - 1"
+    "landmarks of the block before": text(variant, "_complete", "* size + size - 1 :: size", "* size :: size"),
+    "landmarks of padded items from the wrong block": text(
+        variant, "_complete", 'torch.div(step.offset, size, rounding_mode="floor")', "(0 * step.offset)"
     ),
-    "fetched blocks of another group": text(
-        variant, "bring", ".repeat_interleave(index.shape[1] // groups, 1)", ".repeat(1, index.shape[1] // groups, 1)"
+    "offloaded blocks chosen by what was complete before": text(
+        variant, "_complete", "landmarks.to(cache.device)", "0 * landmarks.to(cache.device)"
     ),
-    "blocks of the device not moved": text(variant, "bring", "most + index - first", "index - first"),
-    "rows at the slots of all blocks": text(variant, "bring", "place + (most - begin) * block", "place + most * block"),
-    "the tail of the block before": text(
-        OffloadedCache, "_keep_tail", "begin = (after // block - before // block) * block", "begin = 0"
-    ),
-    "the tail kept after a crop": text(OffloadedCache, "_reload_tail", "tail.copy_(_rows", "(lambda x: None)(_rows"),
 }
 
 
