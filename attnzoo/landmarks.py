@@ -61,7 +61,7 @@ def mean_embedding(weight: Tensor) -> Tensor:
     return weight.detach().to(torch.promote_types(weight.dtype, torch.float32)).mean(0).to(weight.dtype)
 
 
-def insert_landmarks(  # noqa: PLR0913  (the batch's own four tensors, and how landmarks look)
+def insert_landmarks(
     tokens: Tensor,
     landmark: int | Tensor,
     *,
@@ -71,7 +71,6 @@ def insert_landmarks(  # noqa: PLR0913  (the batch's own four tensors, and how l
     positions: Tensor | None = None,
     offset: int | Tensor = 0,
     landmark_label: int = -100,
-    landmark_positions: bool = True,
 ) -> WithLandmarks:
     """Puts a landmark behind every ``block_size - 1`` real tokens of each item.
 
@@ -82,11 +81,11 @@ def insert_landmarks(  # noqa: PLR0913  (the batch's own four tensors, and how l
         key_padding: bool ``[B, T]``, true at padding, wherever it lies; it counts for no block.
         labels: int64 ``[B, T]``: with every token, what it is (or what follows it; the landmark's is one of its own).
         positions: int64 ``[T]`` or ``[B, T]``, which are kept, and a landmark has that of the token before it. By
-            default positions count from ``offset``.
+            default all tokens count, landmarks too, from what ``offset`` says; a layer whose landmarks take no position
+            finds its positions by itself.
         offset: Real tokens given in earlier calls, landmarks not counted: an int, or int64 ``[B]``.
         landmark_label: What labels say at landmarks; -100 leaves them out of the loss, the landmark's id has the model
             learn where they come.
-        landmark_positions: Whether landmarks count as positions, where none are given.
 
     Raises:
         TypeError: If the landmark is of another kind than the tokens, or a dtype does not fit.
@@ -125,10 +124,8 @@ def insert_landmarks(  # noqa: PLR0913  (the batch's own four tensors, and how l
         places = positions.long().expand(batch, -1)
         # A landmark lies right behind the token that it shares a position with.
         places = places.gather(1, (source + torch.roll(source, 1, 1) * ends) if length else source)
-    elif landmark_positions:
-        places = start + start // fill + (~padding).cumsum(1) - 1
     else:
-        places = start + is_real.cumsum(1) - 1
+        places = start + start // fill + (~padding).cumsum(1) - 1
     return WithLandmarks(
         tokens=put(tokens, landmark, 0),
         is_landmark=ends,

@@ -18,14 +18,14 @@ from tests.attnzoo.cases import assert_same, build, tokens
 MARK = 999
 
 
-def by_hand(ids: list[int], size: int, offset: int) -> list[tuple[int, int, int]]:
-    """Of one item without padding: (id, position if landmarks count, position if they do not) of each token."""
+def by_hand(ids: list[int], size: int, offset: int) -> list[tuple[int, int]]:
+    """Of one item without padding: id and position of each token."""
     rows, seen = [], offset
     for token in ids:
-        rows.append((token, seen + seen // (size - 1), seen))
+        rows.append((token, seen + seen // (size - 1)))
         seen += 1
         if seen % (size - 1) == 0:
-            rows.append((MARK, rows[-1][1] + 1, rows[-1][2]))
+            rows.append((MARK, rows[-1][1] + 1))
     return rows
 
 
@@ -46,15 +46,15 @@ def test_ids_are_those_of_a_loop(data: st.DataObject) -> None:
     key_padding = torch.rand(batch, length, generator=seed) < 0.4 if padded else None
     offsets = torch.randint(0, 20, (batch,), generator=seed)
     offset: Any = offsets if each else int(offsets[0])
-    counts = data.draw(st.booleans())
+    shared = data.draw(st.booleans())
     found = insert_landmarks(
         ids,
         MARK,
         block_size=size,
         key_padding=key_padding,
         labels=ids,
+        positions=(ids * 3) if shared else None,
         offset=offset,
-        landmark_positions=counts,
     )
     kept = torch.ones_like(ids, dtype=torch.bool) if key_padding is None else ~key_padding
     assert torch.equal(found.drop(found.tokens)[kept], ids[kept])
@@ -63,7 +63,10 @@ def test_ids_are_those_of_a_loop(data: st.DataObject) -> None:
         expected = by_hand(ids[item][kept[item]].tolist(), size, int(offsets[item]) if each else offset)
         assert real(found, found.tokens, item) == [row[0] for row in expected]
         assert real(found, found.is_landmark, item) == [row[0] == MARK for row in expected]
-        assert real(found, found.positions, item) == [row[1 if counts else 2] for row in expected]
+        places = [row[1] for row in expected]
+        if shared:
+            places = [3 * (token if token != MARK else expected[at - 1][0]) for at, (token, _) in enumerate(expected)]
+        assert real(found, found.positions, item) == places
         assert real(found, found.labels, item) == [-100 if row[0] == MARK else row[0] for row in expected]
         if padded:
             gone = found.key_padding[item]
