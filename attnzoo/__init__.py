@@ -19,6 +19,10 @@ from attnzoo.registry import get_config as get_config
 from attnzoo.registry import list_variants as list_variants
 from attnzoo.rope import RotaryConfig as RotaryConfig
 from attnzoo.rope import RotaryScaling as RotaryScaling
+from attnzoo.variants import LandmarkAttention as LandmarkAttention
+from attnzoo.variants import LandmarkConfig as LandmarkConfig
+from attnzoo.variants import LongHeadsAttention as LongHeadsAttention
+from attnzoo.variants import LongHeadsConfig as LongHeadsConfig
 from attnzoo.variants import LowRankGQAAttention as LowRankGQAAttention
 from attnzoo.variants import LowRankGQAConfig as LowRankGQAConfig
 from attnzoo.variants import MHAAttention as MHAAttention

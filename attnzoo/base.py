@@ -301,10 +301,22 @@ class AttentionLayer(nn.Module):
         Raises:
             UnsupportedError: If the layer is not causal: earlier outputs would depend on later tokens.
         """
+        return self.make_cache(self.streams(), batch, max_length, device=device, dtype=dtype)
+
+    def make_cache(
+        self,
+        streams: dict[str, Stream],
+        batch: int,
+        max_length: int,
+        *,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> KVCache:
+        """An empty cache of given streams that this layer takes for its own; see :meth:`new_cache`."""
         if not self.config.causal:
             raise UnsupportedError("cache: expected a causal layer, got causal=False")
         return self.cache_class(
-            self.streams(),
+            streams,
             batch=batch,
             max_length=max_length,
             device=device or self.q_proj.weight.device,

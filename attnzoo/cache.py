@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any, Self
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from attnzoo.cache_streams import CROP_MARGIN, Groups, Ring, Stream
-from attnzoo_kernels.errors import ConfigError, ShapeError
+from attnzoo_kernels.errors import ConfigError, ShapeError, UnsupportedError
 
 __all__ = ["KVCache", "Stream"]
 
@@ -62,18 +63,19 @@ class KVCache:
         self._buffers: dict[str, Tensor] = {}
         self._rings: dict[str, Ring] = {}
         self._groups: dict[str, Groups] = {}
+        self._host = frozenset(name for name, stream in streams.items() if stream.host)
         for name, stream in streams.items():
-            rows = max_length // stream.every
+            rows = max_length // (stream.every or 1)
             if stream.ring is not None:
                 rows = Ring.length_for(stream.ring, max_length)
+            # One row more than fits: rows without a token are written there.
+            shape = (batch, stream.heads, rows + 1, stream.width)
             with torch.inference_mode(False):
-                # One row more than fits: rows without a token are written there.
-                values = torch.zeros(
-                    batch, stream.heads, rows + 1, stream.width, device=device, dtype=stream.dtype or dtype
-                )
+                make = _zeros_on_host if stream.host else torch.zeros
+                values = make(shape, device=device, dtype=stream.dtype or dtype)
             if stream.ring is not None:
                 self._rings[name] = Ring(stream.ring, values)
-            elif stream.every > 1:
+            elif stream.every is not None:
                 self._groups[name] = Groups(stream.every, values)
             else:
                 self._buffers[name] = values
@@ -102,8 +104,10 @@ class KVCache:
 
     @property
     def device(self) -> torch.device:
-        """Where the buffers lie."""
-        return next(iter(self._buffers.values())).device
+        """Where the buffers lie that are not kept in the host's memory."""
+        near = (x for name, x in self._buffers.items() if name not in self._host)
+        other = (x.values for held in (self._rings, self._groups) for x in held.values())
+        return next(chain(near, other, self._buffers.values())).device
 
     @property
     def lengths(self) -> Tensor:
@@ -127,6 +131,11 @@ class KVCache:
     def nbytes(self) -> int:
         """Bytes of all buffers."""
         return sum(x.numel() * x.element_size() for x in self.streams.values())
+
+    @property
+    def host_nbytes(self) -> int:
+        """Bytes of the buffers that are kept in the host's memory."""
+        return sum(x.numel() * x.element_size() for name, x in self.streams.items() if name in self._host)
 
     def check(self, owner: tuple[object, object], batch: int, device: torch.device) -> None:
         """Raises unless the cache belongs to this layer and fits its input.
@@ -180,8 +189,15 @@ class KVCache:
             differentiable: Whether to give copies, with the current tokens in the graph, instead of the buffers.
 
         Returns:
-            For each stream with a value for each token ``[B, G, S, D]`` in the dtype of its value, S the new bound.
+            For each stream with a value for each token ``[B, G, S, D]`` in the dtype of its value, S the new bound;
+            where the stream lies.
+
+        Raises:
+            ShapeError: If shapes, dtypes or the room do not fit.
+            UnsupportedError: If a stream that is kept in the host's memory would have to be differentiable.
         """
+        if differentiable and self._host:
+            raise UnsupportedError("cache: expected no gradients where keys and values are offloaded, got some")
         tokens = self._check_values(values)
         self.check_room(tokens, lengths)
         if self._rings:
@@ -260,7 +276,7 @@ class KVCache:
         if max_length < self.max_length:
             raise ShapeError(f"max_length: expected at least {self.max_length}, got {max_length}")
         with torch.inference_mode(False), torch.no_grad():
-            self._buffers = {name: _with_rows(x, max_length) for name, x in self._buffers.items()}
+            self._buffers = self._as_placed({name: _with_rows(x, max_length) for name, x in self._buffers.items()})
             for ring in self._rings.values():
                 # A ring that is shorter than its margin has never come round: its rows are tokens.
                 ring.rows = Ring.length_for(ring.history, max_length)
@@ -321,7 +337,7 @@ class KVCache:
         behind = torch.arange(self.max_length + 1, device=self.device) >= self.lengths.unsqueeze(1)
         with torch.no_grad():
             for x in self._buffers.values():
-                x.masked_fill_(behind[:, None, :, None], 0)
+                x.masked_fill_(behind[:, None, :, None].to(x.device), 0)
             for groups in self._groups.values():
                 groups.clear_behind(self.lengths)
 
@@ -331,7 +347,8 @@ class KVCache:
             raise ShapeError(f"index: expected an int64 Tensor [B], got {getattr(index, 'shape', index)}")
         with torch.inference_mode(False), torch.no_grad():
             index = index.to(self.device, copy=True)
-            self._buffers = {name: x.index_select(0, index) for name, x in self._buffers.items()}
+            chosen = {name: x.index_select(0, index.to(x.device)) for name, x in self._buffers.items()}
+            self._buffers = self._as_placed(chosen)
             self._rings = {name: x.select(index) for name, x in self._rings.items()}
             self._groups = {name: Groups(x.every, x.values.index_select(0, index)) for name, x in self._groups.items()}
             if self._lengths is not None:
@@ -342,10 +359,16 @@ class KVCache:
         copy = object.__new__(type(self))
         copy.__dict__.update(self.__dict__)
         with torch.inference_mode(False), torch.no_grad():
-            copy._buffers = {name: x.clone() for name, x in self._buffers.items()}
+            copy._buffers = self._as_placed({name: x.clone() for name, x in self._buffers.items()})
             copy._rings = {name: x.clone() for name, x in self._rings.items()}
             copy._groups = {name: Groups(x.every, x.values.clone()) for name, x in self._groups.items()}
         return copy
+
+    def _as_placed(self, buffers: dict[str, Tensor]) -> dict[str, Tensor]:
+        """New buffers, pinned where those that they take the place of are."""
+        if not self._host:
+            return buffers
+        return {name: x.pin_memory() if self._buffers[name].is_pinned() else x for name, x in buffers.items()}
 
     def _check_values(self, values: Mapping[str, Tensor]) -> int:
         held = self._buffers
@@ -395,10 +418,19 @@ class KVCache:
                 copy = held[:, :, : self.bound + 1].to(value.dtype, copy=True).transpose(1, 2)
                 seen[name] = copy.index_put((item, slot), rows).transpose(1, 2)[:, :, : self.bound]
             with torch.no_grad():
-                held.transpose(1, 2).index_put_((item, slot), rows.detach().to(held.dtype))
+                place = (item.to(held.device), slot.to(held.device))
+                held.transpose(1, 2).index_put_(place, rows.detach().to(held.device, held.dtype))
             if not differentiable:
                 seen[name] = held[:, :, : self.bound].to(value.dtype)
         return seen
+
+
+def _zeros_on_host(shape: tuple[int, ...], *, device: torch.device | str | None, dtype: torch.dtype | None) -> Tensor:
+    """Zeros in the host's memory for a cache on a device; on no memory at all where the device has none."""
+    near = torch.empty(0, device=device).device
+    if near.type == "meta":
+        return torch.zeros(shape, device=near, dtype=dtype)
+    return torch.zeros(shape, device="cpu", dtype=dtype, pin_memory=near.type == "cuda")
 
 
 def _row_bytes(x: Tensor) -> int:

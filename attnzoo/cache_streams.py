@@ -27,24 +27,28 @@ class Stream:
         dtype: Of the values; ``None`` means the cache's.
         ring: Keeps the values of the last tokens only: those of so many can always be read, and ``CROP_MARGIN`` more
             tokens are held, so that they may be cropped. ``None`` keeps every token's.
-        every: One value for each complete group of so many tokens instead of one for each token.
+        every: One value for each complete group of so many tokens; ``None`` keeps one for each token.
+        host: Keeps the values in the host's memory, pinned where the cache is on a GPU; only for values of each token.
 
     Raises:
-        ConfigError: If ``ring`` or ``every`` does not fit, or both are given.
+        ConfigError: If ``ring`` or ``every`` does not fit, or they exclude each other.
     """
 
     heads: int
     width: int
     dtype: torch.dtype | None = None
     ring: int | None = None
-    every: int = 1
+    every: int | None = None
+    host: bool = False
 
     def __post_init__(self) -> None:
-        for name, value in (("ring", 1 if self.ring is None else self.ring), ("every", self.every)):
-            if type(value) is not int or value < 1:
-                raise ConfigError(f"{name}: expected an int >= 1, got {value!r}")
-        if self.ring is not None and self.every > 1:
+        for name, value in (("ring", self.ring), ("every", self.every)):
+            if value is not None and (type(value) is not int or value < 1):
+                raise ConfigError(f"{name}: expected an int >= 1 or None, got {value!r}")
+        if self.ring is not None and self.every is not None:
             raise ConfigError(f"ring: expected None beside every {self.every}, got {self.ring}")
+        if self.host and (self.ring is not None or self.every is not None):
+            raise ConfigError("host: expected False for a ring or a grouped stream, got True")
 
 
 class Ring:

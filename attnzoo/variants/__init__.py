@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from attnzoo.variants.landmark import LandmarkAttention as LandmarkAttention
+from attnzoo.variants.landmark import LandmarkConfig as LandmarkConfig
+from attnzoo.variants.longheads import LongHeadsAttention as LongHeadsAttention
+from attnzoo.variants.longheads import LongHeadsConfig as LongHeadsConfig
 from attnzoo.variants.lowrank_gqa import LowRankGQAAttention as LowRankGQAAttention
 from attnzoo.variants.lowrank_gqa import LowRankGQAConfig as LowRankGQAConfig
 from attnzoo.variants.mha import MHAAttention as MHAAttention

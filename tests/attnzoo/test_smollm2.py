@@ -76,6 +76,14 @@ def test_s2_is_cheap_with_a_sink_and_ruinous_without(model: Any, window: Tensor,
     assert ratio(model, window, dense_nll, "s2", **S2, sink_blocks=0) >= 1.3
 
 
+def test_longheads_is_the_model_below_its_threshold_and_cheap_beyond_it(
+    model: Any, window: Tensor, dense_nll: float
+) -> None:
+    options: dict[str, Any] = {"chunk_size": 64, "select": "block"}
+    assert ratio(model, window, dense_nll, "longheads", attention_length=1024, **options) == pytest.approx(1, abs=1e-4)
+    assert ratio(model, window, dense_nll, "longheads", attention_length=512, **options) <= 1.02
+
+
 def test_averaging_heads_ruins_the_model(model: Any, window: Tensor, dense_nll: float) -> None:
     assert ratio(model, window, dense_nll, "lowrank_gqa", method="mean", num_kv_heads=1) >= 100
 
@@ -103,6 +111,19 @@ def test_expanding_and_returning_is_lossless_also_when_the_heads_were_shuffled(m
     finally:
         returned.undo()
         expanded.undo()
+    assert torch.equal(logits(model, ids), expected)
+
+
+def test_landmarks_without_gates_change_nothing(model: Any, window: Tensor) -> None:
+    ids = window[:, :300]
+    expected = logits(model, ids)
+    report = surgery.convert(model, "landmark", block_size=51)
+    try:
+        assert (logits(model, ids) - expected).abs().max() <= 2e-4
+        surgery.set_gate_mix(model, 1.0)
+        assert (logits(model, ids) - expected).abs().max() > 1
+    finally:
+        report.undo()
     assert torch.equal(logits(model, ids), expected)
 
 

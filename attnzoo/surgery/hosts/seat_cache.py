@@ -7,6 +7,7 @@ Letters: B batch, S slots.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -128,8 +129,13 @@ class SeatCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             self.reorder_cache(item[indices.to(item.device)])
 
 
-def seat_layer(cache: Any, index: int) -> SeatCacheLayer:
+def seat_layer(cache: Any, index: int, make_seat: Callable[[], SeatCacheLayer] = SeatCacheLayer) -> SeatCacheLayer:
     """The place of a seat in the host's cache, taken from an empty plain layer at the first call.
+
+    Args:
+        cache: The host's cache.
+        index: Which of its layers.
+        make_seat: Makes what takes the place.
 
     Raises:
         UnsupportedError: If the cache is none that grows, or moves its layers away.
@@ -153,5 +159,5 @@ def seat_layer(cache: Any, index: int) -> SeatCacheLayer:
         )
     if found.get_seq_length():
         raise ShapeError("past_key_values: expected an empty cache, or one that this model has filled")
-    layers[index] = seat = SeatCacheLayer()
+    layers[index] = seat = make_seat()
     return seat

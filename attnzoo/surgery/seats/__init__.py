@@ -14,10 +14,12 @@ holds more than streams of tokens extends ``grow``, ``crop`` (which may be given
 
 from __future__ import annotations
 
-from attnzoo.surgery.seats import rcmha
+from attnzoo.surgery.seats import landmark, longheads, rcmha
 from attnzoo.surgery.seats.spec import SeatSpec
 
 SEATS: dict[str, SeatSpec] = {
+    "landmark": landmark.SPEC,
+    "longheads": longheads.SPEC,
     "mha": SeatSpec(),
     "rcmha": rcmha.SPEC,
 }

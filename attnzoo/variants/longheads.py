@@ -1,0 +1,489 @@
+r"""LongHeads: beyond a threshold, every head reads a few chunks of the past, moved together; nothing is trained.
+
+Source: Lu et al. 2024, *LongHeads: Multi-Head Attention is Secretly a Long Context Processor* (arXiv:2402.10685); code:
+LuLuLuyi/LongHeads. With chunks of w tokens, K slots and R(p) the rotation to position p:
+
+.. math:: \bar q_c = mean_u\, softmax(\sigma R q_u (R k)^T) v, \quad
+          \bar c = softmax(\sigma \bar q_c (R k)^T) R k \quad \text{within chunk } c \text{, positions } 0..w-1
+
+Query t of the own chunk :math:`cur = \lfloor t / w \rfloor` reads, from ``begin`` on, chunk 0, chunk cur - 1, its own
+one up to itself, and the K - 3 chunks between them with the highest :math:`q_t \cdot \bar c`, q not rotated. The chosen
+chunks, ascending, lie in slots r = 0 .. K - 1 at positions :math:`r w + u`, the query at :math:`(K - 1) w + t \bmod w`:
+no position is larger than the attention length. Queries before ``begin`` are plain attention.
+
+Keys are kept rotated to their place in their chunk, whoever reads them; the slot is a rotation of the query, which the
+operation makes for each entry of the layout (its rotary origin).
+
+Departures: prefill follows the rule above in every row, as the published decoding steps do, so that any split of a
+sequence gives the same result. Under ``official_quirks`` a prefill row that selects does not read itself, and a
+decoding step whose token completes a chunk has a slot less and takes this chunk for the last complete one, as
+published. Grouped heads, ``group_select``, ``select="block"`` and ``chunk_rep="mean_key"`` are additions. A chunk's key
+goes by its tokens' places in the chunk; other positions that a caller gives turn queries and keys alone.
+
+Letters: B batch, T query tokens, S key tokens, H query heads, G KV heads, D head width, M query blocks, N chunks,
+K slots, w tokens of a chunk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+from attnzoo.base import AttentionLayer, Heads, Memory, Plan, Step, is_training, local_rows
+from attnzoo.cache import KVCache, Stream
+from attnzoo.config import AttentionConfig, check_bool, check_int
+from attnzoo.layouts import dense_layout, may_share
+from attnzoo.offload import fetch_blocks
+from attnzoo.rope import RotaryConfig, apply_rotary, rotary_tables
+from attnzoo.select import top_blocks
+from attnzoo_kernels import BlockLayout, Extras
+from attnzoo_kernels.errors import ConfigError, UnsupportedError
+
+ROWS_AT_ONCE = 4096
+"""Query blocks whose chunks are chosen together: bounds the scores held."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LongHeadsConfig(AttentionConfig):
+    """LongHeads.
+
+    Attributes:
+        chunk_size: Tokens in a chunk, w.
+        attention_length: Tokens that a query reads at most, K chunks; half the pretrained length is a good choice.
+        begin: The first token that selects, a multiple of ``chunk_size``, at least ``attention_length``; ``None`` means
+            ``attention_length``. Tokens before it read everything.
+        select: Who chooses the chunks: every "token", or the first token of each "block" for all of it, which is
+            faster.
+        query_block: Tokens of such a block, a divisor of ``chunk_size``; ``None`` means the largest up to 64.
+        chunk_rep: What stands for a chunk: "attention" as published, or "mean_key", the mean of its rotated keys.
+        group_select: Whether the query heads of a KV head choose together, by the sum of their scores.
+        official_quirks: Whether to do as the published code does where it differs between prefill and decoding.
+    """
+
+    chunk_size: int = 256
+    attention_length: int = 4096
+    begin: int | None = None
+    select: Literal["token", "block"] = "token"
+    query_block: int | None = None
+    chunk_rep: Literal["attention", "mean_key"] = "attention"
+    group_select: bool = False
+    official_quirks: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.causal:
+            raise ConfigError("causal: expected True, since chunks of the past are chosen, got False")
+        check_int("chunk_size", self.chunk_size, 1)
+        check_int("attention_length", self.attention_length, 1)
+        size, length = self.chunk_size, self.attention_length
+        if length % size or length // size < 4:
+            raise ConfigError(f"attention_length: expected at least 4 whole chunks of {size}, got {length}")
+        if self.begin is not None:
+            check_int("begin", self.begin, 1)
+        if self.first < length or self.first % size:
+            raise ConfigError(f"begin: expected a multiple of {size} from {length} on, got {self.begin}")
+        for name, known in (("select", ("token", "block")), ("chunk_rep", ("attention", "mean_key"))):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if self.query_block is not None:
+            check_int("query_block", self.query_block, 1)
+            if size % self.query_block:
+                raise ConfigError(f"query_block: expected a divisor of chunk_size {size}, got {self.query_block}")
+        check_bool("group_select", self.group_select)
+        check_bool("official_quirks", self.official_quirks)
+        if self.official_quirks and self.select == "block":
+            raise ConfigError("select: expected 'token' with official_quirks, got 'block'")
+
+    @property
+    def slots(self) -> int:
+        """Chunks that a query reads, K."""
+        return self.attention_length // self.chunk_size
+
+    @property
+    def first(self) -> int:
+        """The first token that selects."""
+        return self.attention_length if self.begin is None else self.begin
+
+    @property
+    def block_q(self) -> int:
+        """Tokens that share a choice."""
+        if self.select == "token":
+            return 1
+        return _divisor(self.chunk_size) if self.query_block is None else self.query_block
+
+    @property
+    def block_k(self) -> int:
+        """Tokens in a key block of the layout; changes no result."""
+        return _divisor(self.chunk_size)
+
+    @classmethod
+    def small(cls) -> Self:
+        """Four heads of 8 over chunks of 8, four of which are read."""
+        return cls(dim=32, num_heads=4, chunk_size=8, attention_length=32)
+
+
+@dataclass(frozen=True, eq=False)
+class ChunkMemory(Memory):
+    """Keys rotated to their place in their chunk, and what chunks are chosen by.
+
+    Attributes:
+        chunk_keys: ``[B, H, N, D]``; rows of chunks that are not complete have no meaning.
+        queries: This call's queries behind some earlier ones, not rotated, ``[B, H, before + T, D]``.
+        offloaded: Whether keys and values lie in the host's memory, from where chosen chunks are fetched.
+    """
+
+    chunk_keys: Tensor = field(kw_only=True)
+    queries: Tensor = field(kw_only=True)
+    offloaded: bool = field(default=False, kw_only=True)
+
+
+class LongHeadsAttention(AttentionLayer, name="longheads"):
+    """Attention over a few chosen chunks of the past, at positions that the model was trained at."""
+
+    config_class = LongHeadsConfig
+    config: LongHeadsConfig
+    causal_promise = "strict"
+    # The tokens before the threshold are plain attention, and this one is never reached.
+    dense_limit: ClassVar[dict[str, Any]] = {"attention_length": 1 << 20}
+
+    def check_context(self, cache: KVCache | None, positions: Tensor | None) -> None:
+        """Refuses: chunks are those of the layer's own sequence."""
+        raise UnsupportedError("context: longheads chooses chunks of its own sequence, it cannot read another")
+
+    def project(self, step: Step) -> Heads:
+        """Queries, keys and values, not rotated; halves of a head are a plane's two values from here on."""
+        heads = super().project(step)
+        return Heads(self._in_halves(heads.q), self._in_halves(heads.k), heads.v)
+
+    def _in_halves(self, x: Tensor) -> Tensor:
+        """Heads ``[.., D]`` with the values of a plane half a rotated width apart, as the operation turns them."""
+        rotary = self.config.rotary
+        if rotary is None or not rotary.interleaved:
+            return x
+        width = rotary.width(self.config.head_width)
+        return torch.cat((x[..., :width:2], x[..., 1:width:2], x[..., width:]), -1)
+
+    def rotate(self, positions: Tensor, *heads: Tensor) -> tuple[Tensor, ...]:
+        """Rotates tensors ``[B, h, T, D]`` in halves by positions ``[B|1, T]``; in fp32 at least."""
+        rotary = self.config.rotary
+        if rotary is None:
+            return heads
+        dtype = torch.promote_types(heads[0].dtype, torch.float32)
+        cos, sin = rotary_tables(rotary, self.config.head_width, positions, dtype)
+        return tuple(apply_rotary(x, cos, sin) for x in heads)
+
+    def remember(self, step: Step, heads: Heads) -> Memory:
+        """Rotates keys to their place in their chunk, and keeps what later choices need."""
+        config, cache, tokens = self.config, step.cache, heads.q.shape[2]
+        if cache is None and tokens <= config.first:
+            return super().remember(step, heads)
+        size = config.chunk_size
+        slot = _slots(step, tokens, heads.q.device)  # [B|1, T]
+        q = self.rotate(step.positions - self._moved(step, slot), heads.q)[0]
+        k = self.rotate(step.positions - (slot - slot % size), heads.k)[0]
+        if cache is None:
+            whole = tokens // size * size
+            keys = self.chunk_keys(*(x[:, :, :whole].detach() for x in (heads.q, heads.k, heads.v)))
+            return self._chunk_memory(step, (q, k, heads.v), keys, heads.q)
+        return self._remember_in(cache, step, heads, (q, k))
+
+    def _remember_in(self, cache: KVCache, step: Step, heads: Heads, rotated: tuple[Tensor, Tensor]) -> Memory:
+        config, (q, k) = self.config, rotated
+        grows = self._may_complete(cache, step, q.shape[2])
+        now = {name: {"key": heads.k, "query": heads.q}[name] for name in self._rings}
+        back = {"key": config.chunk_size - 1 if grows else 0}
+        back["query"] = max(back["key"], config.block_q - 1)
+        # What lies before this call has to be read before the call is written.
+        recent = {
+            name: torch.cat((cache.history(name, back[name]).to(x.dtype), x.detach()), 2) for name, x in now.items()
+        }
+        training = is_training(q, k, heads.v)
+        seen = cache.append({"k": k, "v": heads.v, **now}, step.lengths, differentiable=training)
+        if grows:
+            self._complete(cache, step, recent, seen["v"])
+        keys = cache.groups("chunk_key").to(q.dtype)
+        memory = self._chunk_memory(step, (q, seen["k"], seen["v"]), keys, recent.get("query", heads.q))
+        return replace(memory, offloaded=cache.host_nbytes > 0)
+
+    @property
+    def _rings(self) -> tuple[str, ...]:
+        """Streams of the last tokens as they were before rotation."""
+        config = self.config
+        return ("key", "query") if config.chunk_rep == "attention" or config.block_q > 1 else ("key",)
+
+    def _chunk_memory(
+        self, step: Step, heads: tuple[Tensor, Tensor, Tensor], chunk_keys: Tensor, queries: Tensor
+    ) -> ChunkMemory:
+        seen = self.memory(step, *heads)
+        q_pos = seen.q_pos
+        if self.config.official_quirks and not _is_step(step, heads[0].shape[2]):
+            slot = _slots(step, heads[0].shape[2], heads[0].device).unsqueeze(1)
+            q_pos = (slot if q_pos is None else q_pos) - (slot >= self.config.first).long()
+            q_pos = q_pos.clamp(min=-1).to(torch.int32)
+        return ChunkMemory(
+            seen.q, seen.k, seen.v, q_pos, seen.key_bias, chunk_keys=chunk_keys, queries=queries.detach()
+        )
+
+    def _moved(self, step: Step, slot: Tensor) -> Tensor:
+        """By how much the queries at slots ``[B|1, T]`` are nearer to the start than they were."""
+        config = self.config
+        own = slot // config.chunk_size
+        moved = own - (config.slots - 1)
+        if config.official_quirks and _is_step(step, slot.shape[1]):
+            # The step that completes a chunk has a slot less.
+            moved = moved + (slot % config.chunk_size == config.chunk_size - 1).long()
+        return torch.where(slot < config.first, 0, moved * config.chunk_size)
+
+    def _may_complete(self, cache: KVCache, step: Step, tokens: int) -> bool:
+        """Whether this call may complete a chunk; it never says no where one is completed."""
+        size = self.config.chunk_size
+        if not isinstance(step.offset, Tensor) and not isinstance(step.lengths, Tensor):
+            return (step.offset + tokens) // size > step.offset // size
+        if torch.compiler.is_compiling() or cache.device.type != "cpu" or type(step.x) is not Tensor:
+            return True
+        after = torch.as_tensor(step.offset + step.lengths)
+        return bool((after // size > torch.as_tensor(step.offset) // size).any())
+
+    def _complete(self, cache: KVCache, step: Step, recent: dict[str, Tensor], values: Tensor) -> None:
+        """Writes the keys of the chunks that this call completes.
+
+        Args:
+            cache: Holds this call's tokens already.
+            step: The call.
+            recent: Queries and keys of the ``w - 1`` tokens before the call and of the call, not rotated.
+            values: All values ``[B, G, S, D]``.
+        """
+        size, tokens = self.config.chunk_size, step.x.shape[1]
+        before = size - 1
+        place = torch.arange((before + tokens) // size * size, device=step.x.device)
+        offset = torch.as_tensor(step.offset, device=step.x.device).view(-1, 1)
+        slot = offset - offset % size + place  # [B|1, P * w]
+        # Rows behind the call's last token are of chunks that are not complete.
+        row = (slot - offset + before).clamp(max=before + tokens - 1)
+        k = _take(recent["key"], row)
+        q = _take(recent["query"], row) if "query" in recent else k
+        v = _take(values, slot.clamp(max=values.shape[2] - 1).to(values.device)).to(k.device)
+        made = self.chunk_keys(q, k, v)
+        cache.complete({"chunk_key": made}, step.offset)
+
+    @torch.no_grad()
+    def chunk_keys(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """What stands for whole chunks, ``[B, H, N, D]`` in k's dtype, without gradient.
+
+        Args:
+            q: Queries of N chunks ``[B, H, N * w, D]``, not rotated; without a meaning for "mean_key".
+            k: Keys ``[B, G, N * w, D]``, not rotated.
+            v: Values ``[B, G, N * w, D]``.
+        """
+        size, dtype = self.config.chunk_size, torch.promote_types(k.dtype, torch.float32)
+        chunks, heads = k.shape[2] // size, self._local_heads
+        place = torch.arange(size, device=k.device).repeat(chunks)
+        q, k_turned = self.rotate(place, q.to(dtype), k.to(dtype))
+        keys = k_turned.unflatten(2, (chunks, size))  # [B, G, N, w, D]
+        if self.config.chunk_rep == "mean_key":
+            mean: Tensor = keys.mean(3).repeat_interleave(heads // keys.shape[1], 1)  # [B, H, N, D]
+            return mean.to(k.dtype)
+        queries, values = (x.unflatten(2, (chunks, size)) for x in (q, v.to(dtype)))
+        scale = self.config.head_width**-0.5 if self.config.scale is None else self.config.scale
+        # [B, h, N, w, D] to [B * N, h, w, D]
+        queries, keys, values = (x.transpose(1, 2).flatten(0, 1) for x in (queries, keys, values))
+        out = scaled_dot_product_attention(queries, keys, values, scale=scale, enable_gqa=True)
+        keys = keys.repeat_interleave(heads // keys.shape[1], 1)
+        # A mean of values is used as a query: it has to be ordered as keys are.
+        query = self._in_halves(out.mean(2)).unsqueeze(-1)
+        weights = torch.softmax(scale * torch.matmul(keys, query), 2)
+        made: Tensor = (weights * keys).sum(2).unflatten(0, (k.shape[0], chunks))  # [B, N, H, D]
+        return made.transpose(1, 2).to(k.dtype)
+
+    def plan(self, step: Step, heads: Heads, memory: Memory) -> Plan:
+        """The chosen chunks of each query block at their slots; everything where no row selects."""
+        config, tokens, slots = self.config, memory.q.shape[2], memory.k.shape[2]
+        if not isinstance(memory, ChunkMemory):
+            if slots > config.first:
+                raise UnsupportedError("plan_for: longheads chooses by queries that are not rotated, got rotated ones")
+            return super().plan(step, heads, memory)
+        if slots <= config.first:
+            return Plan(_plain_layout(config, tokens, slots, memory.q), self._extras(memory.q, slots), True)
+        offset = step.offset
+        block_q = config.block_q if tokens >= config.block_q else 1
+        front = offset % block_q
+        rows = tokens + (block_q - 1 if isinstance(front, Tensor) else front)
+        first = torch.as_tensor(offset - front, device=memory.q.device).view(-1, 1)
+        place = first + torch.arange(-(-rows // block_q), device=memory.q.device) * block_q  # [B|1, M]
+        chunks, origin = self._choose(step, memory, place)
+        index, origin = _blocks(config, chunks, origin, slots)
+        origins = None if config.rotary is None else origin
+        layout = BlockLayout.from_indices(index, block_q, config.block_k, rows, slots, origins)
+        extras = self._extras(memory.q, config.first)
+        return Plan(layout, extras, True, front=front, info={"chunks": chunks})
+
+    def _extras(self, q: Tensor, places: int) -> Extras:
+        rotary, config = self.config.rotary, self.config
+        if rotary is None:
+            return Extras()
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        make = _shared_turns if may_share(q) else _turns
+        length = config.chunk_size
+        while length < places:
+            length *= 2
+        return Extras(rope=make(rotary, config.head_width, length, dtype, q.device))
+
+    def _choose(self, step: Step, memory: ChunkMemory, place: Tensor) -> tuple[Tensor, Tensor]:
+        """Chunks ``[B|1, h, M, n]`` of query blocks that begin at places ``[B|1, M]``, and their origins."""
+        config = self.config
+        own = place // config.chunk_size
+        pieces = zip(*(x.split(ROWS_AT_ONCE, 1) for x in (place, own)), strict=True)
+        chosen = torch.cat([self._chosen(step, memory, *piece) for piece in pieces], 2)
+        own, plain = own[:, None, :, None], config.first // config.chunk_size
+        width = max(config.slots, plain)
+        slot = torch.arange(width, device=place.device)
+        everything = torch.where(slot <= own, slot, -1)
+        chunks = torch.where(own >= plain, pad(chosen, (0, width - config.slots), value=-1), everything)
+        return chunks, torch.where(chunks >= 0, slot * config.chunk_size, 0)
+
+    def _chosen(self, step: Step, memory: ChunkMemory, place: Tensor, own: Tensor) -> Tensor:
+        """The chunks ``[B|1, h, M, K]`` of rows that select, ascending; the published step may use one less."""
+        config = self.config
+        last = own - 1
+        if config.official_quirks and _is_step(step, memory.q.shape[2]):
+            last = torch.where(place % config.chunk_size == config.chunk_size - 1, own, last)
+        asking = place - place % config.block_q
+        best = self._best(memory, asking - torch.as_tensor(step.offset, device=place.device).view(-1, 1), last)
+        last, own = last[:, None, :, None], own[:, None, :, None]
+        forced = torch.cat((last, torch.where(own > last, own, -1)), -1).expand(*best.shape[:-1], 2)
+        return torch.cat((torch.zeros_like(best[..., :1]), best, forced), -1)
+
+    def _best(self, memory: ChunkMemory, token: Tensor, last: Tensor) -> Tensor:
+        """The best of the chunks between 0 and ``last [B|1, M]``, ``[B, h, M, K - 3]``.
+
+        Args:
+            memory: What is chosen by.
+            token: The tokens of this call that ask, int64 ``[B|1, M]``; negative before the call.
+            last: The last complete chunk that is read in any case.
+        """
+        keys, queries = memory.chunk_keys, memory.queries
+        dtype = torch.promote_types(keys.dtype, torch.float32)
+        row = (token + queries.shape[2] - memory.q.shape[2]).clamp(min=0, max=queries.shape[2] - 1)
+        scores = torch.matmul(_take(queries, row).to(dtype), keys.to(dtype).transpose(-1, -2))  # [B, H, M, N]
+        if self.config.group_select:
+            scores = scores.unflatten(1, (memory.k.shape[1], -1)).sum(2)
+        chunk = torch.arange(keys.shape[2], device=keys.device)
+        allowed = (chunk >= 1) & (chunk < last[:, None, :, None])
+        return top_blocks(scores, self.config.slots - 3, allowed=allowed)
+
+    def operate(self, memory: Memory, plan: Plan) -> Tensor:
+        """The operation, on the chosen chunks alone where keys and values are offloaded."""
+        if isinstance(memory, ChunkMemory) and memory.offloaded:
+            memory, plan = fetch_blocks(memory, plan)
+        return super().operate(memory, plan)
+
+    @property
+    def _local_heads(self) -> int:
+        return local_rows(self.q_proj) // self.config.head_width
+
+    def streams(self) -> dict[str, Stream]:
+        """Keys and values of each token, a key of each chunk, and the last tokens as they were before rotation."""
+        config, streams = self.config, super().streams()
+        groups, width = streams["k"].heads, config.head_width
+        streams["chunk_key"] = Stream(self._local_heads, width, every=config.chunk_size)
+        for name in self._rings:
+            heads = groups if name == "key" else self._local_heads
+            streams[name] = Stream(heads, width, ring=max(1, config.chunk_size - 1))
+        return streams
+
+    def new_cache(
+        self,
+        batch: int,
+        max_length: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        offload: bool = False,
+    ) -> KVCache:
+        """An empty cache for this layer; see :meth:`AttentionLayer.new_cache`.
+
+        Args:
+            batch: Items B.
+            max_length: Tokens that fit, for each item.
+            device: Where it lies; ``None`` means with the weights.
+            dtype: Of its values; ``None`` means the weights'.
+            offload: Whether keys and values stay in the host's memory. Chunk keys and the last tokens lie on the
+                device; a call fetches the chunks that its rows read, which for one token are at most
+                ``attention_length`` tokens for each query head. Not for training.
+        """
+        check_bool("offload", offload)
+        streams = self.streams()
+        if offload:
+            streams |= {name: replace(streams[name], host=True) for name in ("k", "v")}
+        return self.make_cache(streams, batch, max_length, device=device, dtype=dtype)
+
+
+def _divisor(size: int) -> int:
+    """The largest divisor of a chunk's size up to 64."""
+    return next(n for n in range(min(size, 64), 0, -1) if size % n == 0)
+
+
+def _is_step(step: Step, tokens: int) -> bool:
+    """Whether published code would take this call for a decoding step."""
+    return step.cache is not None and tokens == 1
+
+
+def _slots(step: Step, tokens: int, device: torch.device) -> Tensor:
+    """The places of a call's rows in their sequences, int64 ``[B|1, T]``."""
+    return torch.as_tensor(step.offset, device=device).view(-1, 1) + torch.arange(tokens, device=device)
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """Rows ``index [B|1, n]`` of ``x [B, h, T, D]``."""
+    if index.shape[0] == 1:
+        return x.index_select(2, index[0])
+    return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+
+
+def _blocks(config: LongHeadsConfig, chunks: Tensor, origin: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+    """Key blocks ``[.., n * blocks]`` of chunks ``[.., n]``, -1 where there is none, and their origins."""
+    each = config.chunk_size // config.block_k
+    block = chunks.unsqueeze(-1) * each + torch.arange(each, device=chunks.device)
+    block = torch.where((chunks.unsqueeze(-1) >= 0) & (block * config.block_k < slots), block, -1)
+    return block.flatten(-2), origin.repeat_interleave(each, -1)
+
+
+def _plain_layout(config: LongHeadsConfig, tokens: int, slots: int, like: Tensor) -> BlockLayout:
+    """Everything, at origins that make ordinary rotation of keys rotated to their place in their chunk."""
+    if config.rotary is None:
+        return dense_layout(config.block_k, tokens, slots, like)
+    make = _shared_plain if may_share(like) else _plain
+    return make(config.chunk_size, config.block_k, tokens, slots, like.device)
+
+
+def _plain(size: int, block: int, tokens: int, slots: int, device: torch.device) -> BlockLayout:
+    layout = BlockLayout.dense(block, block, tokens, slots, device=device)
+    first = layout.col * block
+    return replace(layout, origin=first - first % size)
+
+
+@lru_cache(maxsize=32)
+def _shared_plain(size: int, block: int, tokens: int, slots: int, device: torch.device) -> BlockLayout:
+    with torch.inference_mode(False):
+        return _plain(size, block, tokens, slots, device)
+
+
+def _turns(
+    rotary: RotaryConfig, width: int, places: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of places, as turns alone: a form's attention factor is in queries and keys already."""
+    plain = rotary if rotary.scaling is None else replace(rotary, scaling=replace(rotary.scaling, attention_factor=1.0))
+    return rotary_tables(plain, width, torch.arange(places, device=device), dtype)
+
+
+@lru_cache(maxsize=32)
+def _shared_turns(
+    rotary: RotaryConfig, width: int, places: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    with torch.inference_mode(False):
+        return _turns(rotary, width, places, dtype, device)
