@@ -93,8 +93,39 @@ def one_sequence(x: Tensor, places: Tensor, project: Project, recipe: Recipe, se
                 continue
             weight = torch.softmax(scale * (k[seen, g] @ q[t, h]), 0)
             rows.append(weight @ v[seen, g])
-        columns.append(torch.stack(rows))
+        columns.append(torch.stack(rows) if rows else v.new_zeros(0, v.shape[-1]))
     return torch.cat(columns, -1)
+
+
+def each_sequence(
+    x: Tensor,
+    weights: Mapping[str, Tensor],
+    one: Callable[[Tensor, Tensor], Tensor],
+    *,
+    key_padding: Tensor | None = None,
+    positions: Tensor | None = None,
+) -> Tensor:
+    """A whole layer, ``[B, T, C]`` to ``[B, T, C]``: each sequence without its padding, alone, then ``o_proj``.
+
+    Args:
+        x: Tokens ``[B, T, C]``.
+        weights: The layer's state dict; ``o_proj`` is used here.
+        one: Real tokens ``[T, C]`` of one sequence and their positions ``[T]`` to ``[T, H * Dv]``. Called in the order
+            of the batch, also for a sequence without a real token.
+        key_padding: bool ``[B, T]``, true where a token is padding: it is read by nobody and comes out as 0.
+        positions: ``[T]`` or ``[B, T]``; by default the place among the real tokens.
+    """
+    batch, length, _ = x.shape
+    out = []
+    for b in range(batch):
+        real = [t for t in range(length) if key_padding is None or not bool(key_padding[b, t])]
+        places = torch.arange(len(real)) if positions is None else positions.expand(batch, length)[b, real]
+        rows: list[Tensor] = [x.new_zeros(x.shape[2])] * length
+        y = linear(one(x[b, real], places), weights, "o_proj")
+        for row, t in zip(y, real, strict=True):
+            rows[t] = row
+        out.append(torch.stack(rows))
+    return torch.stack(out)
 
 
 def attention(
@@ -107,7 +138,7 @@ def attention(
     key_padding: Tensor | None = None,
     positions: Tensor | None = None,
 ) -> Tensor:
-    """A whole layer, ``[B, T, C]`` to ``[B, T, C]``: each sequence without its padding, alone.
+    """A whole layer of softmax attention over what each query sees.
 
     Args:
         x: Tokens ``[B, T, C]``.
@@ -115,21 +146,14 @@ def attention(
         recipe: The shared numbers.
         project: How queries, keys and values are made.
         sees: Which places are read.
-        key_padding: bool ``[B, T]``, true where a token is padding: it is read by nobody and comes out as 0.
-        positions: ``[T]`` or ``[B, T]``, what the rotation uses; by default the place among the real tokens.
+        key_padding: bool ``[B, T]``, true where a token is padding.
+        positions: ``[T]`` or ``[B, T]``, what the rotation uses.
     """
-    batch, length, _ = x.shape
-    out = []
-    for b in range(batch):
-        real = [t for t in range(length) if key_padding is None or not bool(key_padding[b, t])]
-        places = torch.arange(len(real)) if positions is None else positions.expand(batch, length)[b, real]
-        rows: list[Tensor] = [x.new_zeros(x.shape[2])] * length
-        if real:
-            y = linear(one_sequence(x[b, real], places, project, recipe, sees), weights, "o_proj")
-            for row, t in zip(y, real, strict=True):
-                rows[t] = row
-        out.append(torch.stack(rows))
-    return torch.stack(out)
+
+    def one(tokens: Tensor, places: Tensor) -> Tensor:
+        return one_sequence(tokens, places, project, recipe, sees)
+
+    return each_sequence(x, weights, one, key_padding=key_padding, positions=positions)
 
 
 def separate(weights: Mapping[str, Tensor], recipe: Recipe) -> Project:
