@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import groupby
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -28,11 +29,11 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from attnzoo.base import AttentionLayer, Heads, Memory, Plan, Step
-from attnzoo.compaction import Rows, windowed_layout
+from attnzoo.compaction import Rows, is_readable, windowed_layout
 from attnzoo.config import AttentionConfig, check_bool, check_int
 from attnzoo.layouts import Cover, dense_layout, sink_window_layout
 from attnzoo.routing import Counts, Routing, balance_loss, by_norm, learned
-from attnzoo_kernels import Extras, visible_pairs
+from attnzoo_kernels import BlockLayout, Extras, block_sparse_attention, visible_pairs
 from attnzoo_kernels.errors import ConfigError, UnsupportedError
 from attnzoo_kernels.registration import no_autocast
 
@@ -158,41 +159,47 @@ _CHOICES = {
 
 @dataclass(frozen=True, eq=False)
 class MoHHeads(Heads):
-    """Queries, keys and values with what the router decided about their tokens; ``rows`` where rows are gathered."""
+    """Queries, keys and values with what the router decided about their tokens."""
 
     routing: Routing
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """Which rows are computed where some are left out.
+
+    Attributes:
+        rows: The rows that q holds; ``None`` where it holds one row of each head, absent ones at position -1.
+        dense_pos: What ``q_pos`` would be with all rows.
+    """
+
     rows: Rows | None
+    dense_pos: Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
 class MoHMemory(Memory):
-    """What the operation sees; with ``rows``, q holds only those, and ``dense_pos`` is what ``q_pos`` would be."""
+    """What the operation sees; ``kept`` where some rows of heads are left out."""
 
-    rows: Rows | None = None
-    dense_pos: Tensor | None = None
+    kept: Kept | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class MoHPlan(Plan):
-    """A plan whose rows are those that heads compute.
+    """A plan for the rows that heads compute; ``kept`` where some are left out."""
 
-    Attributes:
-        rows: Which they are.
-        dense_pos: ``q_pos`` of the call with all rows.
-    """
-
-    rows: Rows | None = None
-    dense_pos: Tensor | None = None
+    kept: Kept | None = None
 
     @cached_property
     def density(self) -> float:
         """Visible (query, key) pairs over those of the dense call of all heads; 1 where there are none."""
-        if self.rows is None:
+        if self.kept is None:
             return super().density
         size = {"batch": self.batch, "heads": self.heads}
         visible, _ = visible_pairs(self.layout, causal=self.causal, extras=self.extras, **size)
-        layout = dense_layout(self.layout.block_k, self.rows.tokens, self.layout.seq_k, self.layout.col)
-        extras = Extras(q_pos=self.dense_pos, key_bias=self.extras.key_bias)
+        tokens = self.layout.seq_q if self.kept.rows is None else self.kept.rows.tokens
+        layout = dense_layout(self.layout.block_k, tokens, self.layout.seq_k, self.layout.col)
+        extras = Extras(q_pos=self.kept.dense_pos, key_bias=self.extras.key_bias)
         _, dense = visible_pairs(layout, causal=self.causal, extras=extras, **size)
         return visible / dense if dense else 1.0
 
@@ -230,11 +237,7 @@ class MoHAttention(AttentionLayer, name="moh"):
     def project(self, step: Step) -> Heads:
         """Queries, keys, values, and what the router says about each token."""
         heads = super().project(step)
-        routing = self.route(step.x, heads.q)
-        rows = None
-        if self._gathers(heads.q.shape[2], routing):
-            rows = Rows.of((routing.active & _real(step, routing.active)).transpose(1, 2))
-        return MoHHeads(heads.q, heads.k, heads.v, routing, rows)
+        return MoHHeads(heads.q, heads.k, heads.v, self.route(step.x, heads.q))
 
     def route(self, x: Tensor, q: Tensor) -> Routing:
         """The router's decision about tokens ``[B, T, C]`` with queries ``[B, H, T, D]``, in fp32 at least."""
@@ -255,32 +258,33 @@ class MoHAttention(AttentionLayer, name="moh"):
             return routing
         return replace(routing, gates=routing.gates * (config.num_heads / (counts.shared + counts.active)))
 
-    def _gathers(self, tokens: int, routing: Routing) -> bool:
-        """Whether rows are gathered; either way computes the same."""
+    def _leaves_out(self, routing: Routing, memory: Memory) -> bool:
+        """Whether rows that are not routed are left out; either way computes the same."""
         config = self.config
         training = torch.is_grad_enabled() and routing.gates.requires_grad
         if config.router == "norm" and config.ste_scope == "all" and training:
             return False
         if config.compute != "auto":
             return config.compute == "routed"
-        return gathering_pays(tokens, config.head_density, training=training)
+        if memory.q.shape[2] == 1:
+            return memory.q.device.type == "cuda" or (memory.k.shape[2] >= LEAST_SLOTS and is_readable(memory.q))
+        return gathering_pays(memory.q.shape[2], config.head_density, training=training)
 
     def remember(self, step: Step, heads: Heads) -> Memory:
         """As the base; of the queries only the rows that heads compute."""
         memory = super().remember(step, heads)
-        if not isinstance(heads, MoHHeads) or heads.rows is None:
+        if not isinstance(heads, MoHHeads) or not self._leaves_out(heads.routing, memory):
             return memory
-        rows = heads.rows
-        first = memory.k.shape[2] - memory.q.shape[2]
-        return MoHMemory(
-            rows.gather(memory.q),
-            memory.k,
-            memory.v,
-            rows.positions(memory.q_pos, 0 if step.context is not None else first),
-            memory.key_bias,
-            rows,
-            memory.q_pos,
-        )
+        q, k, v, q_pos = memory.q, memory.k, memory.v, memory.q_pos
+        active = heads.routing.active & _real(step, heads.routing.active)
+        first = k.shape[2] - q.shape[2] if step.context is None else 0
+        if q.shape[2] == 1:
+            # A KV head is read or not: all of its query heads come along.
+            groups = active.view(q.shape[0], k.shape[1], -1).any(2).repeat_interleave(q.shape[1] // k.shape[1], 1)
+            place = torch.where(groups.unsqueeze(2), first if q_pos is None else q_pos.expand(*q.shape[:3]), -1)
+            return MoHMemory(q, k, v, place.to(torch.int32), memory.key_bias, Kept(None, q_pos))
+        rows = Rows.of(active.transpose(1, 2))
+        return MoHMemory(rows.gather(q), k, v, rows.positions(q_pos, first), memory.key_bias, Kept(rows, q_pos))
 
     def plan(self, step: Step, heads: Heads, memory: Memory) -> Plan:
         """Everything or the window's blocks, for the rows that heads compute."""
@@ -294,14 +298,16 @@ class MoHAttention(AttentionLayer, name="moh"):
         weight = routing.gates.transpose(1, 2).unsqueeze(-1).to(memory.q.dtype)  # [B, H, T, 1]
         loss = balance_loss(routing, counts, _real_or_none(step, routing.active), config.aux_scale)
         info = {"gates": routing.gates.detach(), "active": routing.active}
-        if not isinstance(memory, MoHMemory) or memory.rows is None or memory.q_pos is None:
-            return MoHPlan(self._dense_cover(step, memory), extras, causal, 0, weight, loss, info)
-        blocks, slots = (config.block_size, config.block_size), memory.k.shape[2]
+        kept = memory.kept if isinstance(memory, MoHMemory) else None
+        if kept is None or kept.rows is None or memory.q_pos is None:
+            return MoHPlan(self._dense_cover(step, memory), extras, causal, 0, weight, loss, info, kept=kept)
+        block, slots, rows = config.block_size, memory.k.shape[2], memory.q.shape[2]
+        blocks = (2 * block if rows >= TALL_ROWS else block, block)
         if config.window is None or not causal:
-            layout = dense_layout(config.block_size, memory.q.shape[2], slots, memory.q)
+            layout = BlockLayout.dense(*blocks, rows, slots, device=memory.q.device)
         else:
             layout = windowed_layout(memory.q_pos, blocks, slots, config.window, config.sink)
-        return MoHPlan(layout, extras, causal, 0, weight, loss, info, rows=memory.rows, dense_pos=memory.dense_pos)
+        return MoHPlan(layout, extras, causal, 0, weight, loss, info, kept=kept)
 
     def _dense_cover(self, step: Step, memory: Memory) -> Any:
         config, tokens, slots = self.config, memory.q.shape[2], memory.k.shape[2]
@@ -310,12 +316,45 @@ class MoHAttention(AttentionLayer, name="moh"):
         cover = Cover(config.window, config.sink, config.causal, step.offset)
         return sink_window_layout(config.block_size, tokens, slots, cover, memory.q)
 
+    def operate(self, memory: Memory, plan: Plan) -> Tensor:
+        """As the base; one token reads the KV heads that it needs where they lie."""
+        kept = memory.kept if isinstance(memory, MoHMemory) else None
+        single = kept is not None and kept.rows is None
+        plain = plan.causal and self.config.window is None and self.impl in ("auto", "blocked")
+        if single and plain and memory.q.numel() and is_readable(memory.q):
+            return self._read_in_place(memory)
+        return super().operate(memory, plan)
+
+    def _read_in_place(self, memory: Memory) -> Tensor:
+        """One call for each run of neighbouring KV heads that an item needs: keys and values are not copied."""
+        q, k, v = memory.q, memory.k, memory.v
+        each = q.shape[1] // k.shape[1]
+        outs = []
+        for item, positions in enumerate(memory.q_pos[:, ::each, 0].tolist() if memory.q_pos is not None else []):
+            parts, head = [], 0
+            for position, run in groupby(positions):
+                end = head + len(list(run))
+                rows = q[item : item + 1, head * each : end * each]
+                # One token reads every slot up to its own.
+                keys, values = (x[item : item + 1, head:end, : position + 1] for x in (k, v))
+                layout = dense_layout(self.config.block_size, 1, position + 1, q)
+                if position < 0:
+                    parts.append(rows.new_zeros(*rows.shape[:3], v.shape[3]))
+                else:
+                    parts.append(
+                        block_sparse_attention(rows, keys, values, layout, scale=self.config.scale, impl=self.impl)
+                    )
+                head = end
+            outs.append(torch.cat(parts, 1))
+        return torch.cat(outs)
+
     def combine(self, step: Step, out: Tensor, plan: Plan) -> Tensor:
         """As the base; rows that were not computed are 0."""
-        if not isinstance(plan, MoHPlan) or plan.rows is None or plan.head_weight is None:
+        rows = plan.kept.rows if isinstance(plan, MoHPlan) and plan.kept is not None else None
+        if rows is None or plan.head_weight is None:
             return super().combine(step, out, plan)
-        weighted = out * plan.rows.gather(plan.head_weight)
-        return super().combine(step, plan.rows.scatter(weighted), replace(plan, head_weight=None))
+        weighted = out * rows.gather(plan.head_weight)
+        return super().combine(step, rows.scatter(weighted), replace(plan, head_weight=None))
 
 
 def gathering_pays(tokens: int, density: float, *, training: bool) -> bool:
@@ -323,6 +362,10 @@ def gathering_pays(tokens: int, density: float, *, training: bool) -> bool:
     return tokens >= LEAST_TOKENS and density <= (MOST_DENSITY_TRAINING if training else MOST_DENSITY)
 
 
+TALL_ROWS = 1024
+"""Rows from which query blocks of twice the size are quicker, although they reach further."""
+LEAST_SLOTS = 1024
+"""Slots from which a decoding step on a CPU does better to leave KV heads out."""
 LEAST_TOKENS = 768
 MOST_DENSITY = 0.65
 MOST_DENSITY_TRAINING = 0.8

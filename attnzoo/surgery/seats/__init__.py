@@ -14,9 +14,11 @@ holds more than streams of tokens extends ``grow``, ``crop`` (which may be given
 
 from __future__ import annotations
 
+from attnzoo.surgery.seats import moh
 from attnzoo.surgery.seats.spec import SeatSpec
 
 SEATS: dict[str, SeatSpec] = {
     "mha": SeatSpec(),
+    "moh": moh.SPEC,
 }
 """The variants that can be seated. To ``convert``, "mha" is a way of reading; its seat is the certificate of all."""
