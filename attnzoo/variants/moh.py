@@ -301,8 +301,8 @@ class MoHAttention(AttentionLayer, name="moh"):
         kept = memory.kept if isinstance(memory, MoHMemory) else None
         if kept is None or kept.rows is None or memory.q_pos is None:
             return MoHPlan(self._dense_cover(step, memory), extras, causal, 0, weight, loss, info, kept=kept)
-        block, slots, rows = config.block_size, memory.k.shape[2], memory.q.shape[2]
-        blocks = (2 * block if rows >= TALL_ROWS else block, block)
+        slots, rows = memory.k.shape[2], memory.q.shape[2]
+        blocks = (query_block(config.block_size, rows), config.block_size)
         if config.window is None or not causal:
             layout = BlockLayout.dense(*blocks, rows, slots, device=memory.q.device)
         else:
@@ -357,13 +357,17 @@ class MoHAttention(AttentionLayer, name="moh"):
         return super().combine(step, rows.scatter(weighted), replace(plan, head_weight=None))
 
 
+def query_block(block: int, rows: int) -> int:
+    """Rows in a query block: many rows are quicker in taller blocks, although these reach further."""
+    return 2 * block if rows >= TALL_ROWS else block
+
+
 def gathering_pays(tokens: int, density: float, *, training: bool) -> bool:
     """Whether computing the routed rows alone is quicker than all rows, measured by ``python -m bench.moh``."""
     return tokens >= LEAST_TOKENS and density <= (MOST_DENSITY_TRAINING if training else MOST_DENSITY)
 
 
 TALL_ROWS = 1024
-"""Rows from which query blocks of twice the size are quicker, although they reach further."""
 LEAST_SLOTS = 1024
 """Slots from which a decoding step on a CPU does better to leave KV heads out."""
 LEAST_TOKENS = 768

@@ -16,6 +16,7 @@ VARIANTS = {
     "mha": {"num_kv_heads": 2},
     "s2": {"block_size": 8, "local_blocks": 2, "vert_stride": 4},
     "lowrank_gqa": {"latent_dim": 24},
+    "moh": {"shared_heads": 1, "active_heads": 2, "compute": "routed"},
 }
 LENGTH, BATCH, STEPS = 96, 8, 150
 
