@@ -335,15 +335,14 @@ class MoHAttention(AttentionLayer, name="moh"):
             for position, run in groupby(positions):
                 end = head + len(list(run))
                 rows = q[item : item + 1, head * each : end * each]
-                # One token reads every slot up to its own.
-                keys, values = (x[item : item + 1, head:end, : position + 1] for x in (k, v))
-                layout = dense_layout(self.config.block_size, 1, position + 1, q)
                 if position < 0:
                     parts.append(rows.new_zeros(*rows.shape[:3], v.shape[3]))
                 else:
-                    parts.append(
-                        block_sparse_attention(rows, keys, values, layout, scale=self.config.scale, impl=self.impl)
-                    )
+                    # One token reads every slot up to its own.
+                    keys, values = (x[item : item + 1, head:end, : position + 1] for x in (k, v))
+                    layout = dense_layout(self.config.block_size, 1, position + 1, q)
+                    scale, impl = self.config.scale, self.impl
+                    parts.append(block_sparse_attention(rows, keys, values, layout, scale=scale, impl=impl))
                 head = end
             outs.append(torch.cat(parts, 1))
         return torch.cat(outs)
@@ -368,7 +367,7 @@ def gathering_pays(tokens: int, density: float, *, training: bool) -> bool:
 
 
 TALL_ROWS = 1024
-LEAST_SLOTS = 1024
+LEAST_SLOTS = 2048
 """Slots from which a decoding step on a CPU does better to leave KV heads out."""
 LEAST_TOKENS = 768
 MOST_DENSITY = 0.65

@@ -11,6 +11,7 @@ import torch
 
 import attnzoo
 from attnzoo import surgery
+from attnzoo.evaluate import decode
 from attnzoo.oracles import moh as oracle
 from attnzoo.surgery.hosts.seat import LayerSeat
 from tests.attnzoo.cases import recipe_of
@@ -110,7 +111,7 @@ def test_training_reaches_projections_and_routers_and_the_loss_is_recorded() -> 
         out = model(tokens, use_cache=False).logits
     losses = [plan.aux_loss for plans in record.plans.values() for plan in plans]
     assert len(losses) == 2
-    assert_close(record.aux_loss, sum(losses), 1e-12)
+    assert_close(record.aux_loss.detach(), sum(losses).detach(), 1e-12)
     (out.log_softmax(-1)[:, :-1].gather(2, tokens[:, 1:, None]).mean() - 0.01 * record.aux_loss).backward()
     seat = model.model.layers[0].self_attn
     assert isinstance(seat, LayerSeat)
@@ -150,3 +151,31 @@ def test_bad_options_are_refused_by_name_and_change_nothing(options: dict[str, A
     with pytest.raises(attnzoo.ConfigError, match=rf"^{field}: "):
         surgery.convert(model, "moh", **options)
     assert_untouched(model, before)
+
+
+def test_what_a_decoding_step_reads_is_the_share_of_heads_that_run() -> None:
+    model = with_fewer("gathered", heads=6, kv_heads=6)
+    assert decode(model, ids(1, 14)[0], steps=1).read_share == pytest.approx(4 / 6)
+    whole = tiny(heads=6, kv_heads=6)
+    surgery.convert(whole, "moh")
+    assert decode(whole, ids(1, 14)[0], steps=1).read_share == 1
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+@pytest.mark.parametrize("kind", ["longest queries", "gathered"])
+def test_gradient_checkpointing_gives_the_same_gradients(kind: str) -> None:
+    grads = []
+    for checkpointing in (False, True):
+        model = with_fewer(kind).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model(ids(2, 16), use_cache=False).logits.log_softmax(-1)[..., 0].sum().backward()
+        grads.append([p.grad for p in model.parameters()])
+    for plain, again in zip(*grads, strict=True):
+        assert_close(again, plain, 1e-12)
+
+
+def test_a_model_with_seats_compiles_and_says_the_same() -> None:
+    model, tokens = with_fewer("gathered", layers=1), ids(2, 17)
+    expected = logits(model, tokens)
+    assert_close(logits(torch.compile(model, backend="eager"), tokens), expected, EXACT)
