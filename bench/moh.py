@@ -253,7 +253,7 @@ def picture(rows: list[Row], where: dict[str, Any], path: Path) -> None:
         axis.set_xlabel("share of (token, head) pairs that run")
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("time against all heads x gates")
-    axes[1].legend(frameon=False, fontsize=8)
+    figure.legend(*axes[1].get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside right center")
     figure.suptitle(f"Mixing heads, width 512, 8 heads: {where['cpu']}, class {where['class']}", fontsize=10)
     figure.savefig(path, dpi=140)
     pyplot.close(figure)

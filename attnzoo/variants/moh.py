@@ -362,16 +362,18 @@ def query_block(block: int, rows: int) -> int:
 
 
 def gathering_pays(tokens: int, density: float, *, training: bool) -> bool:
-    """Whether computing the routed rows alone is quicker than all rows, measured by ``python -m bench.moh``."""
-    return tokens >= LEAST_TOKENS and density <= (MOST_DENSITY_TRAINING if training else MOST_DENSITY)
+    """Whether computing the routed rows alone is quicker than all rows: the crossings of ``python -m bench.moh``."""
+    for least, most, most_training in CROSSINGS:
+        if tokens >= least:
+            return density <= (most_training if training else most)
+    return False
 
 
+CROSSINGS = ((4096, 0.7, 0.85), (2048, 0.65, 0.75), (1024, 0.5, 0.55))
+"""From so many tokens on, the largest share of heads at which gathering pays, and the same in training."""
 TALL_ROWS = 1024
 LEAST_SLOTS = 2048
 """Slots from which a decoding step on a CPU does better to leave KV heads out."""
-LEAST_TOKENS = 768
-MOST_DENSITY = 0.65
-MOST_DENSITY_TRAINING = 0.8
 
 
 def _real_or_none(step: Step, active: Tensor) -> Tensor | None:

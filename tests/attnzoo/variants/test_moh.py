@@ -224,22 +224,22 @@ def test_a_decoding_step_does_not_touch_kv_heads_that_nobody_needs() -> None:
 
 
 def test_the_choice_between_gathering_and_all_rows_is_one_rule() -> None:
-    for tokens_, density, training, expected in (
-        (moh.LEAST_TOKENS, 0.5, False, True),
-        (moh.LEAST_TOKENS - 1, 0.5, False, False),
-        (4096, moh.MOST_DENSITY + 0.01, False, False),
-        (4096, moh.MOST_DENSITY_TRAINING, True, True),
-        (4096, moh.MOST_DENSITY_TRAINING + 0.01, True, False),
-    ):
-        assert moh.gathering_pays(tokens_, density, training=training) is expected
+    assert [least for least, _, _ in moh.CROSSINGS] == sorted((least for least, _, _ in moh.CROSSINGS), reverse=True)
+    for least, most, most_training in moh.CROSSINGS:
+        for training, limit in ((False, most), (True, most_training)):
+            assert moh.gathering_pays(least, limit, training=training)
+            assert not moh.gathering_pays(least, limit + 0.01, training=training)
+    assert not moh.gathering_pays(moh.CROSSINGS[-1][0] - 1, 0.1, training=True)
 
 
 def test_auto_follows_the_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = layer_of(config_of(num_heads=8, shared_heads=2, active_heads=2))
     x = tokens(layer, 1, 40)
     assert layer.attend(x).plan.kept is None
-    monkeypatch.setattr(moh, "LEAST_TOKENS", 40)
+    monkeypatch.setattr(moh, "CROSSINGS", ((40, 0.4, 0.6),))
     assert layer.attend(x).plan.kept is not None
+    with torch.no_grad():
+        assert layer.attend(x).plan.kept is None
     assert layer.attend(x[:, :39]).plan.kept is None
     cache = layer.new_cache(1, 60)
     layer.attend(x, cache=cache)
