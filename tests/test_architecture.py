@@ -27,6 +27,7 @@ def relative(path: Path) -> str:
 @pytest.mark.parametrize("path", ALL_CODE, ids=relative)
 def test_files_stay_short(path: Path) -> None:
     lines = len(path.read_text(encoding="utf-8").splitlines())
+    # The packages' own front doors name what they export, two lines for each variant.
     end = 50 if path.name == "__init__.py" and path in CODE else 500
     assert lines <= end, f"{relative(path)} has {lines} lines, {end} is the end"
 
