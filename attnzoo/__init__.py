@@ -27,6 +27,10 @@ from attnzoo.variants import LowRankGQAAttention as LowRankGQAAttention
 from attnzoo.variants import LowRankGQAConfig as LowRankGQAConfig
 from attnzoo.variants import MHAAttention as MHAAttention
 from attnzoo.variants import MHAConfig as MHAConfig
+from attnzoo.variants import MoHAttention as MoHAttention
+from attnzoo.variants import MoHConfig as MoHConfig
+from attnzoo.variants import RCMHAAttention as RCMHAAttention
+from attnzoo.variants import RCMHAConfig as RCMHAConfig
 from attnzoo.variants import S2Attention as S2Attention
 from attnzoo.variants import S2Config as S2Config
 from attnzoo_kernels.errors import AttnzooError as AttnzooError

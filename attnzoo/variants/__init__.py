@@ -10,5 +10,9 @@ from attnzoo.variants.lowrank_gqa import LowRankGQAAttention as LowRankGQAAttent
 from attnzoo.variants.lowrank_gqa import LowRankGQAConfig as LowRankGQAConfig
 from attnzoo.variants.mha import MHAAttention as MHAAttention
 from attnzoo.variants.mha import MHAConfig as MHAConfig
+from attnzoo.variants.moh import MoHAttention as MoHAttention
+from attnzoo.variants.moh import MoHConfig as MoHConfig
+from attnzoo.variants.rcmha import RCMHAAttention as RCMHAAttention
+from attnzoo.variants.rcmha import RCMHAConfig as RCMHAConfig
 from attnzoo.variants.s2 import S2Attention as S2Attention
 from attnzoo.variants.s2 import S2Config as S2Config

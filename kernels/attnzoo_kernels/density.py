@@ -43,7 +43,7 @@ def _entries_per_bias(call: Call) -> Entries:
     heads = call.q.shape[1]
     bias = call.key_bias
     if bias is None:
-        return list_entries(call)
+        return list_entries(call)[0]
     start, count = call.start, call.count
     if bias.shape[0] > start.shape[0]:
         start, count = (x.expand(bias.shape[0], -1, -1) for x in (start, count))
@@ -52,7 +52,7 @@ def _entries_per_bias(call: Call) -> Entries:
     widened = Call(
         call.q, call.k, call.v, start, count, call.col, bias, call.rule, call.block_q, call.block_k, call.scale
     )
-    return list_entries(widened)
+    return list_entries(widened)[0]
 
 
 def _live_keys_upto(call: Call, src_batch: int, src_heads: int) -> Tensor:

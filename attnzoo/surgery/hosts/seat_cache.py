@@ -83,6 +83,10 @@ class SeatCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """-1: there is no limit."""
         return -1
 
+    def get_max_cache_shape(self) -> int:
+        """The same, by the name that older versions of transformers ask for."""
+        return -1
+
     def offload(self) -> None:
         """Does nothing: caches that offload are refused."""
 
@@ -97,8 +101,10 @@ class SeatCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Forgets the last ``-tokens_to_remove`` slots.
 
         Raises:
-            ValueError: If the number is positive, as the host's own layers do.
+            ValueError: If the number is positive, as the host's own layers do; older ones take it for a length to keep.
         """
+        if tokens_to_remove > 0 and not hasattr(CacheLayerMixin, "get_max_length"):
+            tokens_to_remove = min(0, tokens_to_remove - self.seen)
         if tokens_to_remove > 0:
             raise ValueError(f"tokens_to_remove: expected a negative number or 0, got {tokens_to_remove}")
         if tokens_to_remove == 0 or self.memory is None:
