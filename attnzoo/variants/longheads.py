@@ -311,7 +311,7 @@ class LongHeadsAttention(AttentionLayer, name="longheads"):
             return Plan(_plain_layout(config, tokens, slots, memory.q), self._extras(memory.q, slots), True)
         offset = step.offset
         block_q = config.block_q if tokens >= config.block_q else 1
-        front = offset % block_q
+        front = offset % block_q if block_q > 1 else 0
         rows = tokens + (block_q - 1 if isinstance(front, Tensor) else front)
         first = torch.as_tensor(offset - front, device=memory.q.device).view(-1, 1)
         place = first + torch.arange(-(-rows // block_q), device=memory.q.device) * block_q  # [B|1, M]

@@ -222,7 +222,10 @@ def expect(
     """Raises unless a tensor has one of the allowed sizes in each dimension, the dtype and the device."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(x).__name__}")
-    if x.dim() != len(allowed) or any(size not in sizes for size, sizes in zip(x.shape, allowed, strict=True)):
+    # Not "in": the compiler does not compare two symbolic sizes by it.
+    if x.dim() != len(allowed) or not all(
+        any(size == one for one in sizes) for size, sizes in zip(x.shape, allowed, strict=True)
+    ):
         wanted = ", ".join(" or ".join(str(s) for s in dict.fromkeys(sizes)) for sizes in allowed)
         raise ShapeError(f"{name}: expected shape [{wanted}], got {list(x.shape)}")
     if dtype is not None and x.dtype != dtype:

@@ -64,10 +64,13 @@ class Inputs:
         self.call, self.schedule = call, schedule
         acc = self.compute = compute or call.acc_dtype
         q, k = call.q, call.k
-        self.turns = None
+        self.turns, self.pairs_gathered = None, False
         if call.origins is not None:
             self.turns = Turns(call.origins, call.q.shape[3], call.acc_dtype)
-            q, k = self.turns.in_pairs(q), self.turns.in_pairs(k)
+            # A step that gathers few keys of a long memory must not copy all of it.
+            gathered = sum(bucket.cols.numel() for bucket in schedule.buckets) * call.block_k
+            self.pairs_gathered = gathered < k.shape[0] * k.shape[1] * k.shape[2]
+            q, k = self.turns.in_pairs(q), k if self.pairs_gathered else self.turns.in_pairs(k)
         self.q, self.k = Source(q, call.block_q, acc), Source(k, call.block_k, acc)
         self.q_aux = self.k_aux = self.bias = self.gate_key = None
         if call.aux is not None:
@@ -102,9 +105,9 @@ class Turns:
         # Complex views need even strides.
         self.padded = self.full + self.full % 2
 
-    def in_pairs(self, x: Tensor) -> Tensor:
-        """A copy with its columns in pairs; an odd width gets a column of zeros."""
-        paired = x.new_empty(*x.shape[:-1], self.padded)
+    def in_pairs(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """A copy, in ``out`` if given, with its columns in pairs; an odd width gets a column of zeros."""
+        paired = x.new_empty(*x.shape[:-1], self.padded) if out is None else out
         halves = x[..., : self.width].unflatten(-1, (2, -1)).transpose(-1, -2)
         paired[..., : self.width].unflatten(-1, (-1, 2)).copy_(halves)
         paired[..., self.width : self.full] = x[..., self.width :]
@@ -184,6 +187,9 @@ def _keys(inputs: Inputs, part: Bucket, *, views: bool) -> Tensor:
         return inputs.call.k.flatten(0, 1)
     k = inputs.k.gather("k", part.kv.reshape(-1))
     if inputs.turns is not None and part.origin is not None:
+        if inputs.pairs_gathered:
+            shape = (*k.shape[:-1], inputs.turns.padded)
+            k = inputs.turns.in_pairs(k, scratch("k in pairs", shape, k.dtype, k.device))
         inputs.turns.turn(k, part.origin.reshape(-1))
     return k.view(part.rows.shape[0], -1, k.shape[2])
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from attnzoo_kernels import BlockLayout, Extras, block_sparse_attention
+from attnzoo_kernels import BlockLayout, Extras, block_sparse_attention, scores
 from tests.strategies import Numbers
 
 IMPLS = ("reference", "blocked")
@@ -78,3 +80,36 @@ def test_rope_tables_that_want_a_gradient_are_refused() -> None:
     tables = (n.normal(3, 2).requires_grad_(), n.normal(3, 2))
     with pytest.raises(ValueError, match="rope cos: expected a table without gradient"):
         block_sparse_attention(x, x, x, layout, extras=Extras(rope=tables))
+
+
+@pytest.mark.parametrize("width", [8, 7])
+def test_a_step_at_rotary_origins_copies_the_keys_that_it_gathers_and_no_others(
+    width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Laying columns in pairs is a copy: of a long memory it cost more than the step itself."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(1, heads, length, width, generator=generator, dtype=torch.float64)
+        for heads, length in ((4, 1), (2, 400), (2, 400))
+    )
+    index = torch.tensor([[[[0, 7, 24]]]])
+    layout = BlockLayout.from_indices(index, 1, 16, 1, 400, torch.tensor([[[[0, 3, 9]]]]))
+    angles = torch.arange(10).double().unsqueeze(1) * torch.tensor([1.0, 0.1, 0.01])
+    extras = Extras(rope=(angles.cos(), angles.sin()))
+    q, k = q.requires_grad_(), k.requires_grad_()
+    copied, in_pairs = [], scores.Turns.in_pairs
+
+    def listening(self: Any, x: Tensor, *rest: Any) -> Tensor:
+        copied.append(x.numel())
+        return in_pairs(self, x, *rest)
+
+    results = []
+    for impl in ("reference", "blocked"):
+        with monkeypatch.context() as patch:
+            patch.setattr(scores.Turns, "in_pairs", listening)
+            out = block_sparse_attention(q, k, v, layout, extras=extras, impl=impl)
+            results.append([out, *torch.autograd.grad(out.square().sum(), (q, k))])
+    for actual, expected in zip(*reversed(results), strict=True):
+        assert (actual - expected).abs().max() <= 1e-12
+    assert copied
+    assert max(copied) <= 4 * 3 * 16 * width

@@ -398,3 +398,21 @@ def test_another_sequence_is_refused() -> None:
 def test_a_bad_option_is_refused_by_name(options: dict[str, Any], field: str) -> None:
     with pytest.raises(ValueError, match=f"^{field}: expected .*got "):
         config_of(**options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("select", ["token", "block"])
+def test_compiled_calls_with_a_cache_and_padding_are_eager_ones(select: Any) -> None:
+    layer = build(config_of(select=select, num_kv_heads=2))
+    x = tokens(layer, 2, 40)
+    key_padding = torch.arange(30) < torch.tensor([[0], [13]])
+    torch.compiler.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
+    with torch.no_grad():
+        outs = []
+        for call in (layer, compiled):
+            cache = layer.new_cache(2, 40)
+            parts = [call(x[:, :30], key_padding=key_padding, cache=cache)]
+            parts += [call(part, cache=cache) for part in x[:, 30:].split(5, 1)]
+            outs.append(torch.cat(parts, 1))
+    assert_same(outs[1], outs[0])
