@@ -107,6 +107,7 @@ _RETURN = (
     Conversion("lowrank_gqa", {"method": "expand", "num_kv_heads": 9}),
     Conversion("lowrank_gqa", {"method": "commuting", "num_kv_heads": 3, "refit": False, "gradients": False}),
 )
+_MOH = {"router": "norm", "shared_heads": 5, "active_heads": 2}
 _LONGHEADS = {"chunk_size": 64, "attention_length": 512, "select": "block"}
 PRESETS: dict[str, tuple[VariantSpec, ...]] = {
     "demo": (
@@ -121,7 +122,9 @@ PRESETS: dict[str, tuple[VariantSpec, ...]] = {
         _lowrank("latent 192", method="latent", latent_dim=192),
         _lowrank("latent 128", method="latent", latent_dim=128),
         VariantSpec("moh, all heads", (Conversion("moh", {}),), exact=True),
-        VariantSpec("moh, 7 of 9 heads", (Conversion("moh", {"router": "norm", "shared_heads": 5, "active_heads": 2}),)),
+        VariantSpec(
+            "moh, 7 of 9 heads", (Conversion("moh", {"router": "norm", "shared_heads": 5, "active_heads": 2}),)
+        ),
         VariantSpec("landmarks without gates", (Conversion("landmark", {"block_size": 64}),), exact=True),
         VariantSpec("longheads 512", (Conversion("longheads", _LONGHEADS),)),
         VariantSpec("rcmha, untrained", (Conversion("rcmha", {}),), exact=True),
