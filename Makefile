@@ -35,7 +35,7 @@ bench-cpu: setup  ## The operation beside its peers on this CPU; about ten minut
 
 # A GPU machine brings its own torch and triton, and often no network: nothing is set up there.
 test-gpu:  ## The operation on the GPU against fp64, with the Python that has torch and triton
-	PYTHONPATH=.:kernels $(PYTHON) -m pytest -q -m gpu tests/attnzoo_kernels/test_gpu.py
+	PYTHONPATH=.:kernels $(PYTHON) -m pytest -q -m "gpu and not slow" tests/attnzoo_kernels/test_gpu.py tests/attnzoo_kernels/test_gpu_runtime.py
 
 bench-gpu:  ## The kernels beside their peers on the GPU, likewise; goes on where it stopped
 	PYTHONPATH=.:kernels $(PYTHON) -m bench.gpu --out out/gpu

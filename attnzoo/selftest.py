@@ -26,7 +26,19 @@ CASES = (
 )  # fmt: skip
 """One call for each switch, and a decoding step. All have ragged tails and two query heads to a KV head."""
 
-BATCH, HEADS, GROUPS, TOKENS, WIDTH, BLOCK = 1, 4, 2, 45, 16, 16
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of a call: B, H, G, S (and T, but for decoding), D, Dv, rows and keys of blocks."""
+
+    batch: int = 1
+    heads: int = 4
+    groups: int = 2
+    tokens: int = 45
+    width: int = 16
+    value_width: int = 16
+    block_q: int = 16
+    block_k: int = 16
 
 
 @dataclass(frozen=True)
@@ -36,7 +48,7 @@ class Inputs:
     Attributes:
         q: ``[B, H, T, D]``.
         k: ``[B, G, S, D]``.
-        v: ``[B, G, S, D]``.
+        v: ``[B, G, S, Dv]``.
         layout: Which blocks are read.
         causal: As in the call.
         extras: The switches.
@@ -82,57 +94,61 @@ class Inputs:
         return most / math.sqrt(self.q.shape[3]) + added
 
 
-def make(name: str) -> Inputs:
+def make(name: str, sizes: Sizes = Sizes()) -> Inputs:
     """The inputs of a case, fp64 on the CPU."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    rows = 1 if name == "decoding" else TOKENS
-    block_q = min(BLOCK, rows)
-    q, k, v = (
-        normal(BATCH, HEADS, rows, WIDTH),
-        normal(BATCH, GROUPS, TOKENS, WIDTH),
-        normal(BATCH, GROUPS, TOKENS, WIDTH),
-    )
-    blocks = -(-TOKENS // BLOCK)
-    keep = torch.ones(1, GROUPS, -(-rows // block_q), blocks, dtype=torch.bool)
-    keep[:, 1, -1, 0] = False
-    layout = BlockLayout.from_mask(keep, block_q, BLOCK, rows, TOKENS)
-    bias = normal(1, 1, TOKENS)
+    tokens, heads, groups, block_k = sizes.tokens, sizes.heads, sizes.groups, sizes.block_k
+    rows = 1 if name == "decoding" else tokens
+    block_q = min(sizes.block_q, rows)
+    q, k = normal(sizes.batch, heads, rows, sizes.width), normal(sizes.batch, groups, tokens, sizes.width)
+    v = normal(sizes.batch, groups, tokens, sizes.value_width)
+    blocks = -(-tokens // block_k)
+    keep = torch.rand(1, groups, -(-rows // block_q), blocks, generator=generator) < 0.7
+    # Rows that read everything, and rows that do not, some perhaps nothing.
+    keep[:, 0] = True
+    keep[:, -1, -1, 0] = False
+    layout = BlockLayout.from_mask(keep, block_q, block_k, rows, tokens)
+    bias = normal(1, 1, tokens)
     bias[..., ::7] = -math.inf
     q_pos = torch.arange(rows, dtype=torch.int32).view(1, 1, -1) - 2
     made: dict[str, Callable[[], Extras]] = {
         "plain": Extras,
         "decoding": Extras,
-        "window and sink": lambda: Extras(window=9, sink=3),
+        "window and sink": lambda: Extras(window=max(2, tokens // 5), sink=3),
         "positions": lambda: Extras(q_pos=q_pos.clamp(min=-1)),
         "key bias": lambda: Extras(key_bias=bias),
-        "auxiliary channels": lambda: Extras(aux=(normal(BATCH, HEADS, rows, 8), normal(BATCH, GROUPS, TOKENS, 8))),
+        "auxiliary channels": lambda: Extras(
+            aux=(normal(sizes.batch, heads, rows, 8), normal(sizes.batch, groups, tokens, 8))
+        ),
         "landmarks": lambda: Extras(gate="last", gate_mix=0.5),
-        "gate keys": lambda: Extras(gate=normal(BATCH, GROUPS, blocks, WIDTH)),
-        "rotary origins": lambda: Extras(rope=_tables(blocks)),
+        "gate keys": lambda: Extras(gate=normal(sizes.batch, groups, blocks, sizes.width)),
+        "rotary origins": lambda: Extras(rope=_tables(blocks, sizes.width // 2)),
     }
     if name == "rotary origins":
-        layout = BlockLayout(block_q, BLOCK, rows, TOKENS, layout.start, layout.count, layout.col, layout.col.clone())
+        lists = (layout.start, layout.count, layout.col, layout.col.clone())
+        layout = BlockLayout(block_q, block_k, rows, tokens, *lists)
     return Inputs(q, k, v, layout, True, made[name]())
 
 
-def _tables(blocks: int) -> tuple[Tensor, Tensor]:
-    angle = torch.arange(blocks, dtype=torch.float64).unsqueeze(1) * torch.linspace(0.3, 1.0, WIDTH // 2)
+def _tables(blocks: int, planes: int) -> tuple[Tensor, Tensor]:
+    angle = torch.arange(blocks, dtype=torch.float64).unsqueeze(1) * torch.linspace(0.3, 1.0, planes)
     return angle.cos(), angle.sin()
 
 
 def solve(given: Inputs, impl: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """Results and gradients of a call, fp64 on the CPU, by name; what comes in from above is rounded to ``dtype``."""
     names = ["q", "k", "v"]
-    leaves = [x.clone().requires_grad_() for x in (given.q, given.k, given.v)]
+    # detach keeps strides that clone would tidy up.
+    leaves = [x.detach().requires_grad_() for x in (given.q, given.k, given.v)]
     e = given.extras
 
     def leaf(name: str, x: Tensor) -> Tensor:
         names.append(name)
-        leaves.append(x.clone().requires_grad_())
+        leaves.append(x.detach().requires_grad_())
         return leaves[-1]
 
     if e.key_bias is not None:
