@@ -233,7 +233,8 @@ def _lists(call: Call, lists: BlockLists | None, *, split: bool, merged: bool) -
 
 def _precision() -> str:
     """How fp32 is multiplied: on tensor cores in three parts, as exact as fp32 itself, where there are such."""
-    if torch.backends.cuda.matmul.allow_tf32:
+    # allow_tf32 raises where a user chose by this name, the newer one.
+    if torch.backends.cuda.matmul.fp32_precision == "tf32":
         return "tf32"
     return "ieee" if torch.version.hip is not None else "tf32x3"
 
