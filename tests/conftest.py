@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 
+# Before anything imports triton, which reads it once: the kernels then run on CPU tensors. 0 leaves them to a GPU.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import hypothesis
 import pytest
 import torch
