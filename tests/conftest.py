@@ -7,6 +7,10 @@ import os
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    # Before anything imports triton, which reads it once: the kernels then run on CPU tensors.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 try:
     import hypothesis
 except ModuleNotFoundError:  # a GPU machine may lack it, and tests/attnzoo_kernels/test_gpu.py does not need it
