@@ -18,11 +18,9 @@ from attnzoo_kernels._triton.forward import (
     tile_of,
     turned_queries,
 )
+from attnzoo_kernels._triton.records import Place, Rows, Sizes
 from attnzoo_kernels._triton.tiles import (
     LOG2E,
-    Place,
-    Rows,
-    Sizes,
     angles,
     bias_of,
     blank,

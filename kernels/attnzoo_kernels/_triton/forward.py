@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import triton
 import triton.language as tl
 
+from attnzoo_kernels._triton.records import Keys, Place, Queries, Running, Sizes
 from attnzoo_kernels._triton.tiles import (
     LN2,
     LOG2E,
-    Place,
-    Sizes,
     angles,
     bias_of,
     blank,
@@ -27,33 +24,6 @@ from attnzoo_kernels._triton.tiles import (
     turn,
     visible,
 )
-
-
-class Queries(NamedTuple):
-    """What a tile's rows bring along: q, its rotary partners, auxiliary channels, and the share of gates ``[BM]``."""
-
-    q: Any
-    partner: Any
-    aux: Any
-    mix: Any
-
-
-class Keys(NamedTuple):
-    """Where keys, values and auxiliary channels of a group come from: views with descriptors or pointers."""
-
-    k: Any
-    v: Any
-    aux: Any
-    k_view: Any
-    v_view: Any
-
-
-class Running(NamedTuple):
-    """The softmax so far: weighted values ``[BM, DVP]``, the largest score and the sum of weights ``[BM]``."""
-
-    acc: Any
-    peak: Any
-    total: Any
 
 
 @triton.jit

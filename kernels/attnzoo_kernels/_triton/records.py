@@ -1,4 +1,4 @@
-"""What the kernels are given, in named tuples: the compiler takes them apart.
+"""What the kernels are given and pass to each other, in named tuples: the compiler takes them apart.
 
 Letters: b batch, h head, G KV heads, H query heads, M/N query/key blocks, T/S tokens and slots, D width.
 """
@@ -95,3 +95,61 @@ class Shape(NamedTuple):
     TMA: Any
     SKEW: Any
     SPECIAL: Any
+
+
+class Sizes(NamedTuple):
+    """Numbers that differ from call to call and compile nothing anew."""
+
+    seq_q: Any
+    seq_k: Any
+    groups: Any
+    window: Any
+    sink_size: Any
+
+
+class Place(NamedTuple):
+    """Where a tile is: item, KV head, first query head; and N."""
+
+    b: Any
+    g: Any
+    h: Any
+    blocks_k: Any
+
+
+class Rows(NamedTuple):
+    """The query rows of a tile, ``[BM]`` each: head, token, whether there is one, own block, and what it sees."""
+
+    head: Any
+    token: Any
+    valid: Any
+    own: Any
+    lo: Any
+    hi: Any
+    sink: Any
+
+
+class Queries(NamedTuple):
+    """What a tile's rows bring along: q, its rotary partners, auxiliary channels, and the share of gates ``[BM]``."""
+
+    q: Any
+    partner: Any
+    aux: Any
+    mix: Any
+
+
+class Keys(NamedTuple):
+    """Where keys, values and auxiliary channels of a group come from: views with descriptors or pointers."""
+
+    k: Any
+    v: Any
+    aux: Any
+    k_view: Any
+    v_view: Any
+
+
+class Running(NamedTuple):
+    """The softmax so far: weighted values ``[BM, DVP]``, the largest score and the sum of weights ``[BM]``."""
+
+    acc: Any
+    peak: Any
+    total: Any

@@ -9,44 +9,13 @@ Letters: b batch, h query head, g KV head, m query block, n key block; t token, 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import triton
 import triton.language as tl
 
+from attnzoo_kernels._triton.records import Rows
+
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
-
-
-class Sizes(NamedTuple):
-    """Numbers that differ from call to call and compile nothing anew."""
-
-    seq_q: Any
-    seq_k: Any
-    groups: Any
-    window: Any
-    sink_size: Any
-
-
-class Place(NamedTuple):
-    """Where a tile is: item, KV head, first query head; and N."""
-
-    b: Any
-    g: Any
-    h: Any
-    blocks_k: Any
-
-
-class Rows(NamedTuple):
-    """The query rows of a tile, ``[BM]`` each: head, token, whether there is one, own block, and what it sees."""
-
-    head: Any
-    token: Any
-    valid: Any
-    own: Any
-    lo: Any
-    hi: Any
-    sink: Any
 
 
 @triton.jit
