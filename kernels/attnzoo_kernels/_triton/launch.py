@@ -214,7 +214,8 @@ def job(call: Call, of: Pass, lists: BlockLists | None) -> Job:
         "ACC": tl.float64 if call.acc_dtype == torch.float64 else tl.float32,
         "PRECISION": _precision(),
         "RAISING": call.scale > 0 and call.key_bias is None and gate == 0 and of in ("forward", "decode"),
-        "TMA": described, "SKEW": form == "skewed", "SPECIAL": form == "specialised" and described and call.block_k % keys == 0,
+        "TMA": described, "SKEW": form == "skewed",
+        "SPECIAL": form == "specialised" and described and call.block_k % keys == 0,
     }  # fmt: skip
     return Job(call, _switches(call), tiles, Shape(**fields), own)
 
