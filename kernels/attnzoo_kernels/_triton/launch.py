@@ -81,9 +81,9 @@ def _unit_last(x: Tensor) -> Tensor:
 
 
 def _view(x: Tensor) -> View:
-    """A view; of a dimension that has one item, the stride means nothing and is 0."""
-    strides = (0 if size == 1 else stride for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True))
-    return View(x, *strides)
+    """A view; where there is one item or head, the stride means nothing and is 0."""
+    batch, head = (0 if x.shape[i] == 1 else x.stride(i) for i in range(2))
+    return View(x, batch, head, x.stride(2))
 
 
 def _describable(x: Tensor) -> bool:
@@ -196,7 +196,9 @@ def job(call: Call, of: Pass, lists: BlockLists | None) -> Job:
     plain = call.key_bias is None and call.aux is None and gate == 0 and call.origins is None
     form = tiles.form if plain and of == "forward" else "plain"
     described = all(_describable(x) for x in (call.k, call.v, *(() if call.aux is None else (call.aux[1],))))
-    special = form == "specialised" and described and pack == 1 and _describable(call.q)
+    # Specialised warps cannot silence slots of the next block, which a tile wider than its own would reach.
+    whole = pack == 1 and call.block_k % keys == 0
+    special = form == "specialised" and described and whole and _describable(call.q)
     hidden = call.key_bias is not None or gate > 0 or call.block_k % keys > 0
     fields: dict[str, Any] = {
         "BLOCK_Q": call.block_q, "BLOCK_K": call.block_k, "BM": rows, "BN": keys,
