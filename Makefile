@@ -4,7 +4,7 @@ BIN := .venv/bin
 WORKERS ?= 2
 SOURCES := attnzoo kernels tests docs bench
 
-.PHONY: help setup setup-demo demo test test-slow check bench-cpu fix docs clean
+.PHONY: help setup setup-demo demo test test-oldest test-slow check bench-cpu fix docs clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -20,6 +20,9 @@ demo: setup-demo  ## Convert SmolLM2-135M several ways and compare on real text
 
 test: setup  ## The test suite; under 12 minutes on two cores
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not gpu" --doctest-modules attnzoo kernels tests
+
+test-oldest: setup  ## The kernels' tests with the oldest supported triton
+	.venv-oldest/bin/python -m pytest -q -n $(WORKERS) -m "not slow and not gpu" tests/attnzoo_kernels/test_triton*.py
 
 test-slow: setup  ## The tests that take minutes
 	$(BIN)/python -m pytest -n $(WORKERS) -m slow tests
@@ -41,4 +44,4 @@ docs: setup  ## The pages, in docs/_build
 	$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build
 
 clean:  ## Remove what was built
-	rm -rf .venv out docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .benchmarks
+	rm -rf .venv .venv-oldest out docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .benchmarks

@@ -45,6 +45,7 @@ class AttentionLayer(nn.Module):
     """
 
     config_class: ClassVar[type[AttentionConfig]] = AttentionConfig
+    cache_class: ClassVar[type[KVCache]] = KVCache
     causal_promise: ClassVar[Literal["strict", "selection-looks-ahead", "bidirectional-capable"]] = "strict"
     trainable_selection: ClassVar[bool] = False
     decode: ClassVar[Literal["exact", "approximate", "none"]] = "exact"
@@ -314,7 +315,7 @@ class AttentionLayer(nn.Module):
         """An empty cache of given streams that this layer takes for its own; see :meth:`new_cache`."""
         if not self.config.causal:
             raise UnsupportedError("cache: expected a causal layer, got causal=False")
-        return KVCache(
+        return self.cache_class(
             streams,
             batch=batch,
             max_length=max_length,

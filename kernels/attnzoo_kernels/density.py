@@ -43,7 +43,7 @@ def _entries_per_bias(call: Call) -> Entries:
     heads = call.q.shape[1]
     bias = call.key_bias
     if bias is None:
-        return list_entries(call)
+        return list_entries(call)[0]
     start, count = call.start, call.count
     if bias.shape[0] > start.shape[0]:
         start, count = (x.expand(bias.shape[0], -1, -1) for x in (start, count))
@@ -52,7 +52,7 @@ def _entries_per_bias(call: Call) -> Entries:
     widened = Call(
         call.q, call.k, call.v, start, count, call.col, bias, call.rule, call.block_q, call.block_k, call.scale
     )
-    return list_entries(widened)
+    return list_entries(widened)[0]
 
 
 def _live_keys_upto(call: Call, src_batch: int, src_heads: int) -> Tensor:
@@ -82,19 +82,31 @@ def _visible(call: Call, entries: Entries, upto: Tensor, at: Tensor) -> Tensor:
 
     lo, hi = rule.span(pos, None if rule.window is None else of_row(rule.window), seq_k)
     first = (col * call.block_k).unsqueeze(1)
+
+    def between(least: Tensor, most: Tensor) -> Tensor:
+        """Visible keys in slots ``[least, most)``."""
+
+        def keys(begin: Tensor, end: Tensor) -> Tensor:
+            begin = torch.minimum(torch.maximum(begin, least), most)
+            end = torch.maximum(torch.minimum(end, most), begin)
+            place = head.unsqueeze(1)
+            return upto[place, end] - upto[place, begin]
+
+        seen = keys(lo, hi)
+        if rule.window is not None:
+            end = rule.sink_end(pos, of_row(rule.sink), seq_k)
+            beside = torch.minimum(end, torch.where(lo < hi, lo, end))
+            seen = seen + keys(torch.zeros_like(end), beside) + keys(torch.where(lo < hi, hi, end), end)
+        return seen
+
     last = (first + call.block_k).clamp(max=seq_k)
-
-    def keys(begin: Tensor, end: Tensor) -> Tensor:
-        begin = torch.minimum(torch.maximum(begin, first), last)
-        end = torch.maximum(torch.minimum(end, last), begin)
-        place = head.unsqueeze(1)
-        return upto[place, end] - upto[place, begin]
-
-    seen = keys(lo, hi)
-    if rule.window is not None:
-        end = rule.sink_end(pos, of_row(rule.sink), seq_k)
-        beside = torch.minimum(end, torch.where(lo < hi, lo, end))
-        seen = seen + keys(torch.zeros_like(end), beside) + keys(torch.where(lo < hi, hi, end), end)
+    if call.gate is None or call.gate.key is not None:
+        seen = between(first, last)
+    else:
+        # The last column is a gate and no ordinary key; a block whose gate is hidden vanishes, but for the own one.
+        landmark = (first + call.block_k - 1).clamp(max=seq_k)
+        own = pos // call.block_k == col.unsqueeze(1)
+        seen = torch.where(own | (between(landmark, last) > 0), between(first, landmark), 0)
     # The tail of a ragged last block repeats a row and is no row of its own.
     row_index = block.unsqueeze(1) * call.block_q + torch.arange(call.block_q, device=row.device)
     return torch.where(row_index < call.q.shape[2], seen, 0)

@@ -44,7 +44,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, start: Tensor, count: Tensor, col:
     return 2 * (q.shape[3] + v.shape[3]) * _pairs(q, k, start, count, (blocks[0], blocks[1]))
 
 
-def _backward(dout: Any, dlse: Any, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **_: Any) -> int:
+def _backward(dout: Any, dlse: Any, out: Any, lse: Any, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **_: Any) -> int:
     """Five products: the scores again, and the gradients of weights, queries, keys and values."""
     start, count, _, *others = rest
     blocks = [x for x in others if isinstance(x, int) and not isinstance(x, bool)][:2]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -12,6 +10,7 @@ from attnzoo_kernels import reference
 from attnzoo_kernels.call import Call, Gate, Origins
 from attnzoo_kernels.checks import check_arguments, check_counting
 from attnzoo_kernels.density import count_pairs
+from attnzoo_kernels.dispatch import reasons_against
 from attnzoo_kernels.errors import UnsupportedError
 from attnzoo_kernels.extras import Extras
 from attnzoo_kernels.flops import register_when_counting
@@ -111,7 +110,7 @@ def why_not(
         ValueError: If the inputs are wrong for every implementation.
     """
     check_arguments((q, k, v), layout, causal=causal, scale=scale, extras=extras, impl=impl)
-    return _reasons(impl)
+    return reasons_against(impl, make_call((q, k, v), layout, causal=causal, scale=1.0, extras=extras or Extras()))
 
 
 def visible_pairs(
@@ -140,11 +139,7 @@ def visible_pairs(
     device = layout.col.device
     q = torch.empty(batch, heads, layout.seq_q, 0, device=device)
     k = torch.empty(batch, groups, layout.seq_k, 0, device=device)
-    return count_pairs(_call((q, k, k), layout, causal, 1.0, extras))
-
-
-def _reasons(impl: str) -> tuple[str, ...]:
-    return ("triton: this version has no Triton kernel",) if impl == "triton" else ()
+    return count_pairs(make_call((q, k, k), layout, causal=causal, scale=1.0, extras=extras))
 
 
 def _attend(
@@ -167,30 +162,30 @@ def _attend(
 
         return attend_locally(locally, tensors, layout, extras, need_lse=need_lse)
     check_arguments(tensors, layout, causal=causal, scale=scale, extras=extras, impl=impl)
-    reasons = _reasons(impl)
-    if reasons:
-        raise UnsupportedError(f"impl: {impl!r} cannot run this call: {'; '.join(reasons)}", reasons)
     extras = extras or Extras()
     device = tensors[0].device.type
     q, k, v = tensors
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         q, k, v = (x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(device)) for x in tensors)
-    call = _call((q, k, v), layout, causal, q.shape[3] ** -0.5 if scale is None else float(scale), extras)
+    factor = q.shape[3] ** -0.5 if scale is None else float(scale)
+    call = make_call((q, k, v), layout, causal=causal, scale=factor, extras=extras)
     if impl == "reference":
         with no_autocast(device):
             return reference.attend(call)
+    reasons = reasons_against(impl, call)
+    if reasons:
+        raise UnsupportedError(f"impl: {impl!r} cannot run this call: {'; '.join(reasons)}", reasons)
     _refuse_transforms((q, k, v, extras.key_bias, *(extras.aux or ()), extras.gate))
-    if device == "cuda":
-        _warn_once("triton: this version has no Triton kernel; CUDA inputs run on the blocked implementation")
     if not torch.compiler.is_compiling():
         register_when_counting()
     out, lse = torch.ops.attnzoo.bsa_fwd(*flatten(call), impl, need_lse)
     return out, lse
 
 
-def _call(
-    tensors: tuple[Tensor, Tensor, Tensor], layout: BlockLayout, causal: bool, scale: float, extras: Extras
+def make_call(
+    tensors: tuple[Tensor, Tensor, Tensor], layout: BlockLayout, *, causal: bool, scale: float, extras: Extras
 ) -> Call:
+    """Checked arguments as every implementation receives them."""
     rule = Rule(causal, extras.q_pos, bounded(extras.window), bounded(extras.sink))
     gate = origins = None
     if extras.gate is not None:
@@ -218,12 +213,3 @@ def _refuse_transforms(tensors: tuple[object, ...]) -> None:
         raise UnsupportedError("block_sparse_attention: no forward-mode derivatives here; impl='reference' has them")
     if any(torch._C._functorch.is_gradtrackingtensor(x) for x in given):
         raise UnsupportedError("block_sparse_attention: torch.func.grad does not work here; impl='reference' does")
-
-
-_warned: set[str] = set()
-
-
-def _warn_once(reason: str) -> None:
-    if reason not in _warned:
-        _warned.add(reason)
-        warnings.warn(reason, RuntimeWarning, stacklevel=4)

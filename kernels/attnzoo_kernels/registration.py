@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnzoo_kernels import blocked
+from attnzoo_kernels import dispatch
 from attnzoo_kernels.call import Call, Gate, Origins
 from attnzoo_kernels.errors import UnsupportedError
 from attnzoo_kernels.rule import Rule
@@ -39,7 +39,9 @@ _GRADIENTS = ", ".join(["Tensor"] * len(WITH_GRADIENT))
 
 _library = torch.library.Library("attnzoo", "DEF")
 _library.define(f"bsa_fwd({_INPUTS}, bool need_lse) -> (Tensor, Tensor)")
-_library.define(f"bsa_bwd(Tensor? dout, Tensor? dlse, {_INPUTS}, bool[] need) -> ({_GRADIENTS})")
+_library.define(
+    f"bsa_bwd(Tensor? dout, Tensor? dlse, Tensor? out, Tensor? lse, {_INPUTS}, bool[] need) -> ({_GRADIENTS})"
+)
 
 
 def flatten(call: Call) -> tuple[Any, ...]:
@@ -80,13 +82,15 @@ def no_autocast(device: str) -> AbstractContextManager[Any]:
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:
     call = _call_of(args[:-1])
     with no_autocast(call.q.device.type):
-        return blocked.forward(call, need_lse=args[-1])
+        return dispatch.forward(args[-2], call, need_lse=args[-1])
 
 
-def _backward(dout: Tensor | None, dlse: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
+def _backward(
+    dout: Tensor | None, dlse: Tensor | None, out: Tensor | None, lse: Tensor | None, *args: Any
+) -> tuple[Tensor, ...]:
     call, need = _call_of(args[:-1]), args[-1]
     with no_autocast(call.q.device.type):
-        grads = blocked.backward(call, dout, dlse, need)
+        grads = dispatch.backward(args[-2], call, (out, lse), dout, dlse, need)
     return tuple(call.q.new_empty(0) if grad is None else grad for grad in grads)
 
 
@@ -97,7 +101,9 @@ def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
     return out, q.new_empty(q.shape[:3] if args[-1] else (0,), dtype=acc)
 
 
-def _backward_fake(dout: Tensor | None, dlse: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
+def _backward_fake(
+    dout: Tensor | None, dlse: Tensor | None, out: Tensor | None, lse: Tensor | None, *args: Any
+) -> tuple[Tensor, ...]:
     likes = [args[place] for place in WITH_GRADIENT]
     return tuple(
         like.new_empty(like.shape) if needed and like is not None else args[0].new_empty(0)
@@ -110,13 +116,18 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        # The Triton kernels' backward reads what their forward found; blocked computes it again.
+        keeps = dispatch.choose(args[-2], _call_of(args[:-1])) == "triton"
+        need_lse = args[-1]
         with torch._C._AutoDispatchBelowAutograd():
-            out, lse = torch.ops.attnzoo.bsa_fwd(*args)
+            out, lse = torch.ops.attnzoo.bsa_fwd(*args[:-1], need_lse or keeps)
         # A layout may have been made in inference mode, whose tensors autograd does not keep.
-        ctx.save_for_backward(*(x.clone() if x is not None and x.is_inference() else x for x in args[:_COUNT]))
-        ctx.scalars, ctx.need_lse = args[_COUNT:-1], args[-1]
+        inputs = (x.clone() if x is not None and x.is_inference() else x for x in args[:_COUNT])
+        ctx.save_for_backward(*inputs, out if keeps else None, lse if keeps else None)
+        ctx.scalars, ctx.need_lse = args[_COUNT:-1], need_lse
         ctx.set_materialize_grads(False)
-        if not ctx.need_lse:
+        if not need_lse:
+            lse = lse.new_empty(0)
             ctx.mark_non_differentiable(lse)
         return out, lse
 
@@ -125,7 +136,8 @@ class _Attend(torch.autograd.Function):
         dout, dlse = given
         need = [ctx.needs_input_grad[place] for place in WITH_GRADIENT]
         dlse = dlse if ctx.need_lse else None
-        grads = torch.ops.attnzoo.bsa_bwd(dout, dlse, *ctx.saved_tensors, *ctx.scalars, need)
+        *inputs, out, lse = ctx.saved_tensors
+        grads = torch.ops.attnzoo.bsa_bwd(dout, dlse, out, lse, *inputs, *ctx.scalars, need)
         result: list[Tensor | None] = [None] * (_COUNT + len(ctx.scalars) + 1)
         for place, grad, needed in zip(WITH_GRADIENT, grads, need, strict=True):
             result[place] = grad if needed else None
@@ -164,7 +176,7 @@ def _forward_autograd(*args: Any) -> Any:
 
 
 def _backward_autograd(*args: Any) -> Any:
-    if _differentiable(args[: _COUNT + 2]):
+    if _differentiable(args[: _COUNT + 4]):
         return _refuse(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.attnzoo.bsa_bwd(*args)

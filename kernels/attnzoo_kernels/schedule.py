@@ -7,16 +7,15 @@ examined once.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from attnzoo_kernels.call import Call
+from attnzoo_kernels.memo import remembered
 
 
 @dataclass(frozen=True)
@@ -116,8 +115,16 @@ class Schedule:
         return self.pos[at_batch, at_head, block]
 
 
-def list_entries(call: Call) -> Entries:
-    """Lists the layout's entries at the smallest batch and head counts that layout and rule share."""
+def list_entries(call: Call, room: int | None = None) -> tuple[Entries, Tensor]:
+    """Lists the layout's entries at the smallest batch and head counts that layout and rule share.
+
+    Args:
+        call: The call.
+        room: Entries of a row for which there is room; ``None`` reads back how many there are.
+
+    Returns:
+        The entries, and which of them there are, bool ``[nnz]``: with ``room``, the last ones stand for none.
+    """
     batch, heads, _, seq_q, seq_k = call.shape
     blocks_q, _ = call.grid
     device = call.col.device
@@ -132,14 +139,22 @@ def list_entries(call: Call) -> Entries:
 
     start, count = widen(call.start), widen(call.count)
     ends = count.cumsum(0)
-    row = torch.repeat_interleave(torch.arange(count.shape[0], device=device), count)
+    if room is None:
+        row = torch.repeat_interleave(torch.arange(count.shape[0], device=device), count)
+        there = torch.ones_like(row, dtype=torch.bool)
+    else:
+        index = torch.arange(count.shape[0] * room, device=device)
+        row = torch.searchsorted(ends, index, right=True).clamp_(max=max(count.shape[0] - 1, 0))
+        there = index < ends[-1:]
     within = torch.arange(row.shape[0], device=device) - (ends - count)[row]
     place = start[row] + within
+    if room is not None:
+        place = torch.where(there, place, 0)
     col = call.col.long()[place]
     tail = torch.arange(blocks_q * call.block_q, device=device).clamp(max=max(seq_q - 1, 0))
     # Positions without a batch or head dimension broadcast against the source rows as they are.
     tiles = pos[..., tail].view(*pos.shape[:2], blocks_q, call.block_q)
-    return Entries((src_batch, src_heads, blocks_q), row, col, place, tiles)
+    return Entries((src_batch, src_heads, blocks_q), row, col, place, tiles), there
 
 
 def _tile_values(call: Call, entries: Entries) -> tuple[Tensor, Tensor, Tensor]:
@@ -157,13 +172,17 @@ def _tile_values(call: Call, entries: Entries) -> tuple[Tensor, Tensor, Tensor]:
     return lo, hi, sink
 
 
-def classify(call: Call, entries: Entries) -> tuple[Tensor, Tensor, Tensor]:
-    """Which entries are read, are seen in full, and have a first slot that all rows see: bool ``[nnz]`` each."""
+def classify(call: Call, entries: Entries, *, exact: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    """Which entries are read, are seen in full, and have a first slot that all rows see: bool ``[nnz]`` each.
+
+    Where positions have gaps and there is a window, finding out exactly what is read takes ``nnz * block_q`` numbers;
+    without ``exact``, more may count as read.
+    """
     lo, hi, sink = _tile_values(call, entries)
     first = entries.col * call.block_k
     last = (first + call.block_k).clamp(max=call.k.shape[2])
     least, most = lo.amin(1), lo.amax(1)
-    if call.rule.q_pos is None or call.rule.window is None:
+    if not exact or call.rule.q_pos is None or call.rule.window is None:
         # Positions run without gaps, or nothing is hidden below: the tile's extremes decide.
         read = (first < hi.amax(1)[entries.row]) & (last > least[entries.row])
         read |= first < sink.amax(1)[entries.row]
@@ -217,7 +236,7 @@ def build_schedule(call: Call) -> Schedule:
         quick = _one_block(call)
         if quick is not None:
             return quick
-    entries = list_entries(call)
+    entries, _ = list_entries(call)
     src_batch, src_heads, blocks_q = entries.shape
     read, full, anchored = classify(call, entries)
     row, partial = entries.row[read], ~full[read]
@@ -305,59 +324,6 @@ def _buckets(call: Call, schedule: Schedule, source: Tensor, sources: _Sources) 
         )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class _Remembered:
-    start: weakref.ref[Tensor]
-    count: weakref.ref[Tensor]
-    origin: weakref.ref[Tensor] | None
-    versions: tuple[int, ...]
-    schedule: Schedule
-
-    def is_of(self, call: Call) -> bool:
-        """Whether it was made from these very tensors."""
-        origin = None if self.origin is None else self.origin()
-        wanted = None if call.origins is None else call.origins.of_entry
-        same = self.start() is call.start and self.count() is call.count and origin is wanted
-        return same and self.versions == _versions(call)
-
-
-def _versions(call: Call) -> tuple[int, ...]:
-    """How often the lists were written to; inference tensors do not count."""
-    lists = (call.col, call.start, call.count, *((call.origins.of_entry,) if call.origins is not None else ()))
-    return tuple(-1 if x.is_inference() else x._version for x in lists)
-
-
-MOST_RULES = 16
-"""Schedules remembered for one layout."""
-
-_memo: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
 def schedule_for(call: Call, build: Callable[[Call], Schedule] = build_schedule) -> Schedule:
-    """The schedule of a call, remembered for as long as the layout lives where the rule holds no tensors."""
-    if not call.rule.is_static:
-        return build(call)
-    rule = call.rule
-    key = (
-        *call.shape,
-        call.block_q,
-        call.block_k,
-        rule.causal,
-        rule.window,
-        rule.sink,
-        rule.fold,
-        call.origins is None,
-    )
-    known = _memo.get(call.col)
-    found: _Remembered | None = known.get(key) if known is not None else None
-    if found is not None and found.is_of(call):
-        return found.schedule
-    schedule = build(call)
-    # Threads may race here: the last writer wins, with an equal value.
-    origin = None if call.origins is None else weakref.ref(call.origins.of_entry)
-    remembered = _Remembered(weakref.ref(call.start), weakref.ref(call.count), origin, _versions(call), schedule)
-    rules = _memo.setdefault(call.col, {})
-    if len(rules) >= MOST_RULES:
-        rules.clear()
-    rules[key] = remembered
-    return schedule
+    """The schedule of a call, remembered where the rule holds no tensors."""
+    return remembered(call, build)

@@ -306,7 +306,7 @@ def test_a_call_is_repeatable_bit_for_bit(case: Case) -> None:
 
 
 @pytest.mark.parametrize("length", [129, 300])
-@pytest.mark.parametrize(("name", "most"), [("longheads", 0.6), ("s2", 0.6)])
+@pytest.mark.parametrize(("name", "most"), [("landmark", 0.6), ("longheads", 0.6), ("moh", 1), ("s2", 0.6)])
 def test_a_sparse_variant_is_sparse_where_it_is_small(name: str, most: float, length: int) -> None:
     layer = Case(name, "small").layer()
     plan = layer.attend(tokens(layer, 1, length)).plan

@@ -182,9 +182,15 @@ def test_training_follows_inference(case: Case) -> None:
     x = tokens(layer, 2, 70)
     with torch.inference_mode():
         first = layer(x).clone()
+    assert_same(layer(x), first)
     layer.train()
+    with torch.inference_mode():
+        second = layer(x).clone()
     out = layer(x)
-    assert_same(out, first)
+    assert_same(out, second)
+    # Landmark attention reads everything in training, and what it retrieves in evaluation.
+    if case.name != "landmark":
+        assert_same(out, first)
     out.square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
 

@@ -114,6 +114,19 @@ def test_expanding_and_returning_is_lossless_also_when_the_heads_were_shuffled(m
     assert torch.equal(logits(model, ids), expected)
 
 
+def test_landmarks_without_gates_change_nothing(model: Any, window: Tensor) -> None:
+    ids = window[:, :300]
+    expected = logits(model, ids)
+    report = surgery.convert(model, "landmark", block_size=51)
+    try:
+        assert (logits(model, ids) - expected).abs().max() <= 2e-4
+        surgery.set_gate_mix(model, 1.0)
+        assert (logits(model, ids) - expected).abs().max() > 1
+    finally:
+        report.undo()
+    assert torch.equal(logits(model, ids), expected)
+
+
 @pytest.mark.slow
 def test_conversions_of_what_is_remembered_lose_what_was_measured(
     model: Any, loaded: tuple[Any, Any], window: Tensor, dense_nll: float

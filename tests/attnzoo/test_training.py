@@ -16,7 +16,10 @@ VARIANTS = {
     "mha": {"num_kv_heads": 2},
     "s2": {"block_size": 8, "local_blocks": 2, "vert_stride": 4},
     "lowrank_gqa": {"latent_dim": 24},
+    "rcmha": {"num_kv_heads": 2},
+    "landmark": {"block_size": 8, "top_k": 2},
     "longheads": {"chunk_size": 8, "attention_length": 32, "select": "block"},
+    "moh": {"shared_heads": 1, "active_heads": 2, "compute": "routed"},
 }
 LENGTH, BATCH, STEPS = 96, 8, 150
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 
-from attnzoo_kernels import BlockLayout, Extras, visible_pairs
+from attnzoo_kernels import BlockLayout, Extras, block_sparse_attention, visible_pairs
 from tests.attnzoo_kernels.oracle import Problem, visible
 from tests.strategies import extras_of, layout_of, problems, untidy_layout_of
 
@@ -61,3 +61,22 @@ def test_numbers_for_each_head_count_each_head(field: str) -> None:
         return visible_pairs(layout, causal=True, extras=Extras(**rule), batch=1, heads=heads)[0]
 
     assert pairs(torch.tensor(values, dtype=torch.int32)) == sum(pairs(value) for value in values)
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize(
+    "rule", [{}, {"window": 13, "sink": 9}, {"hidden": (5, 11, 24)}], ids=["plain", "window", "bias"]
+)
+def test_a_landmark_is_no_pair_and_a_block_without_one_vanishes(causal: bool, rule: dict[str, Any]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    length = 33
+    q, k = torch.randn(2, 1, 2, length, 4, generator=generator, dtype=torch.float64)
+    v = torch.eye(length, dtype=torch.float64).expand(1, 2, -1, -1)
+    keep = torch.rand(1, 2, 9, 6, generator=generator) < 0.7
+    layout = BlockLayout.from_mask(keep, 4, 6, length, length)
+    bias = torch.zeros(1, 1, length, dtype=torch.float64)
+    bias[..., list(rule.get("hidden", ()))] = -torch.inf
+    extras = Extras(gate="last", key_bias=bias, **{key: value for key, value in rule.items() if key != "hidden"})
+    out = block_sparse_attention(q, k, v, layout, causal=causal, extras=extras, impl="reference")
+    seen, _ = visible_pairs(layout, causal=causal, extras=extras, batch=1, heads=2)
+    assert seen == int((out > 0).sum())

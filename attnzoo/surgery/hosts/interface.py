@@ -23,7 +23,9 @@ from attnzoo.variants.mha import MHAAttention, MHAConfig
 from attnzoo_kernels.errors import ShapeError, UnsupportedError
 
 NAME = "attnzoo"
-_IGNORED = frozenset({"position_ids", "use_cache", "cache_position", "is_causal", "num_items_in_batch"})
+_IGNORED = frozenset(
+    {"position_ids", "use_cache", "cache_position", "is_causal", "num_items_in_batch", "output_hidden_states"}
+)
 
 
 @dataclass(frozen=True, eq=False)

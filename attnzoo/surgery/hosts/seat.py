@@ -8,12 +8,13 @@ Letters: B batch, T query tokens, S slots of the host's cache (padding has slots
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from attnzoo.base import AttentionLayer
+from attnzoo.base import AttentionConfig, AttentionLayer
 from attnzoo.surgery.hosts import interface
 from attnzoo_kernels.errors import ConversionError, ShapeError, UnsupportedError
 
@@ -31,15 +32,18 @@ class LayerSeat(nn.Module):
         variant: The layer's variant.
         by_slot: Whether the layer numbers the tokens itself; then a call's positions must be consecutive. Else the
             host's positions are what the layer rotates by.
+        slots_per_token: Slots that the layer's cache has for each of the host's tokens.
     """
 
-    def __init__(self, layer: AttentionLayer, host: nn.Module, *, by_slot: bool = False) -> None:
+    def __init__(
+        self, layer: AttentionLayer, host: nn.Module, *, by_slot: bool = False, slots_per_token: float = 1.0
+    ) -> None:
         super().__init__()
         block: Any = host
         self.config, self.layer_idx = block.config, int(block.layer_idx)
         self.head_dim, self.scaling, self.is_causal = layer.config.head_width, float(block.scaling), True
         self.attention_dropout = float(getattr(block, "attention_dropout", 0.0))
-        self.by_slot = by_slot
+        self.by_slot, self.slots_per_token = by_slot, slots_per_token
         for role in ROLES:
             old, new = getattr(block, role), getattr(layer, role)
             if old.weight.shape != new.weight.shape:
@@ -56,6 +60,12 @@ class LayerSeat(nn.Module):
     def variant(self) -> str:
         """The name of the layer's variant."""
         return self.layer.config.kind
+
+    @property
+    def current_config(self) -> AttentionConfig:
+        """The layer's configuration, with the attributes of it that may be set later as they are now."""
+        config: AttentionConfig = getattr(self.layer, "current_config", self.layer.config)
+        return config
 
     @property
     def q_proj(self) -> nn.Linear:
@@ -79,8 +89,8 @@ class LayerSeat(nn.Module):
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes that the layer's cache holds for each token."""
-        return self.layer.new_cache(1, 1, device="meta").bytes_per_token
+        """Bytes that the layer's cache holds for each of the host's tokens, rounded up."""
+        return math.ceil(self.layer.new_cache(1, 1, device="meta").bytes_per_token * self.slots_per_token)
 
     def forward(
         self,

@@ -7,6 +7,7 @@ Letters: B batch, S slots.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -82,6 +83,10 @@ class SeatCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """-1: there is no limit."""
         return -1
 
+    def get_max_cache_shape(self) -> int:
+        """The same, by the name that older versions of transformers ask for."""
+        return -1
+
     def offload(self) -> None:
         """Does nothing: caches that offload are refused."""
 
@@ -96,8 +101,10 @@ class SeatCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Forgets the last ``-tokens_to_remove`` slots.
 
         Raises:
-            ValueError: If the number is positive, as the host's own layers do.
+            ValueError: If the number is positive, as the host's own layers do; older ones take it for a length to keep.
         """
+        if tokens_to_remove > 0 and not hasattr(CacheLayerMixin, "get_max_length"):
+            tokens_to_remove = min(0, tokens_to_remove - self.seen)
         if tokens_to_remove > 0:
             raise ValueError(f"tokens_to_remove: expected a negative number or 0, got {tokens_to_remove}")
         if tokens_to_remove == 0 or self.memory is None:
@@ -128,8 +135,13 @@ class SeatCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             self.reorder_cache(item[indices.to(item.device)])
 
 
-def seat_layer(cache: Any, index: int) -> SeatCacheLayer:
+def seat_layer(cache: Any, index: int, make_seat: Callable[[], SeatCacheLayer] = SeatCacheLayer) -> SeatCacheLayer:
     """The place of a seat in the host's cache, taken from an empty plain layer at the first call.
+
+    Args:
+        cache: The host's cache.
+        index: Which of its layers.
+        make_seat: Makes what takes the place.
 
     Raises:
         UnsupportedError: If the cache is none that grows, or moves its layers away.
@@ -153,5 +165,5 @@ def seat_layer(cache: Any, index: int) -> SeatCacheLayer:
         )
     if found.get_seq_length():
         raise ShapeError("past_key_values: expected an empty cache, or one that this model has filled")
-    layers[index] = seat = SeatCacheLayer()
+    layers[index] = seat = make_seat()
     return seat

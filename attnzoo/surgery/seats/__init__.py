@@ -14,11 +14,14 @@ holds more than streams of tokens extends ``grow``, ``crop`` (which may be given
 
 from __future__ import annotations
 
-from attnzoo.surgery.seats import longheads
+from attnzoo.surgery.seats import landmark, longheads, moh, rcmha
 from attnzoo.surgery.seats.spec import SeatSpec
 
 SEATS: dict[str, SeatSpec] = {
+    "landmark": landmark.SPEC,
     "longheads": longheads.SPEC,
     "mha": SeatSpec(),
+    "moh": moh.SPEC,
+    "rcmha": rcmha.SPEC,
 }
 """The variants that can be seated. To ``convert``, "mha" is a way of reading; its seat is the certificate of all."""

@@ -46,8 +46,10 @@ class SeatSpec:
             same function as the host's.
         by_slot: Whether the layer numbers tokens itself, so that the host's positions are only checked to be
             consecutive; else it rotates by the host's positions.
+        slots_per_token: Slots that a seat's cache has for each of the host's tokens.
         model_change: What happens to the model itself, built (not made) from the model and the configuration. It is
             made once, with the first seat of this variant, and taken back with it.
+        whole_model: Whether all blocks must be seated at once, because the model's change reaches all of them.
         model_state: Prefixes of names in the model's ``state_dict`` that ``model_change`` adds; saved with adapters.
     """
 
@@ -56,7 +58,9 @@ class SeatSpec:
     start: Callable[[AttentionLayer], None] = lambda layer: None
     warn: Callable[[AttentionConfig], str | None] = lambda config: None
     by_slot: bool = False
+    slots_per_token: Callable[[AttentionConfig], float] = lambda config: 1.0
     model_change: Callable[[nn.Module, AttentionConfig], ModelChange] | None = None
+    whole_model: bool = False
     model_state: tuple[str, ...] = ()
 
 
@@ -89,7 +93,7 @@ def build_seat(module: nn.Module, config: AttentionConfig, spec: SeatSpec) -> La
     """A seat for a block, on its device, in its dtype and mode; the block is untouched."""
     like = llama.read(module)
     layer = create(config, device=like.q.device, dtype=like.q.dtype)
-    seat = LayerSeat(layer, module, by_slot=spec.by_slot)
+    seat = LayerSeat(layer, module, by_slot=spec.by_slot, slots_per_token=spec.slots_per_token(config))
     spec.start(layer)
     trainable = any(x.requires_grad for x in (like.q, like.k, like.v, like.o))
     for parameter in own_parameters(seat):

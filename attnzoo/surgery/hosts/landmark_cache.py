@@ -1,0 +1,97 @@
+"""What a seat of landmark attention remembers in the cache of transformers: landmarks are there, the host counts none.
+
+Letters: B batch, S slots that the host counts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnzoo.landmarks import length_with_landmarks
+from attnzoo.surgery.hosts.seat_cache import SeatCacheLayer, seat_layer
+from attnzoo_kernels.errors import ShapeError
+
+
+class LandmarkCacheLayer(SeatCacheLayer):  # type: ignore[no-untyped-call]
+    """A seat's memory with two counts: ``seen`` and ``real`` are those of the seat, with landmarks.
+
+    Attributes:
+        block_size: Tokens in a block, the landmark included.
+        given: Slots that the host counts, without landmarks.
+        given_real: Which of them hold tokens, bool ``[B, S]``; ``None`` where all do.
+    """
+
+    def __init__(self, block_size: int) -> None:
+        super().__init__()
+        self.block_size = block_size
+        self.given = 0
+        self.given_real: Tensor | None = None
+
+    @property
+    def given_tokens(self) -> int | Tensor:
+        """Tokens of each item, landmarks not counted: an int where all have as many as there are slots."""
+        return self.given if self.given_real is None else self.given_real.sum(1)
+
+    def count(self, tokens: int, real: Tensor | None) -> None:
+        """Counts the host's slots of a call that has been made; ``real`` is of all slots."""
+        self.given += tokens
+        self.given_real = real
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Slots that a call's mask has for the host, and where they begin."""
+        return self.given + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Slots held for the host, padding among them."""
+        return self.given
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        super().reset()
+        self.given, self.given_real = 0, None
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forgets the last ``-tokens_to_remove`` of the host's slots, and the landmarks that stood for them.
+
+        Raises:
+            ValueError: If the number is positive, as the host's own layers do.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"tokens_to_remove: expected a negative number or 0, got {tokens_to_remove}")
+        if tokens_to_remove == 0 or self.memory is None:
+            return
+        self.given = max(0, self.given + tokens_to_remove)
+        if self.given_real is not None:
+            self.given_real = self.given_real[:, : self.given] if self.given else None
+        tokens = self.given_tokens
+        # Where padding stood among what is left matters to nobody: each item's tokens count from the left.
+        if isinstance(tokens, Tensor):
+            kept = length_with_landmarks(tokens, self.block_size)
+            self.memory.crop(kept)
+            self.seen = int(kept.max()) if len(kept) else 0
+            self.real = torch.arange(self.seen, device=kept.device) < kept.unsqueeze(1) if self.seen else None
+        else:
+            self.seen, self.real = length_with_landmarks(tokens, self.block_size), None
+            self.memory.crop(self.seen)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Takes the items of the chosen beams."""
+        super().reorder_cache(beam_idx)
+        if self.given_real is not None:
+            self.given_real = self.given_real.index_select(0, beam_idx.to(self.given_real.device))
+
+
+def landmark_layer(cache: Any, index: int, block_size: int) -> LandmarkCacheLayer:
+    """The place of a landmark seat in the host's cache.
+
+    Raises:
+        UnsupportedError: If the cache is none that grows, or moves its layers away.
+        ShapeError: If keys and values of another model lie there.
+    """
+    found = seat_layer(cache, index, lambda: LandmarkCacheLayer(block_size))
+    if not isinstance(found, LandmarkCacheLayer) or found.block_size != block_size:
+        raise ShapeError("past_key_values: expected an empty cache, or one that this model has filled")
+    return found

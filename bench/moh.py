@@ -1,0 +1,296 @@
+"""What mixing heads saves on this CPU, in one command: ``python -m bench.moh``.
+
+The operation on the routed rows against all heads of the same implementation; a whole layer against ``mha`` on dense
+SDPA; a decoding step; and where computing the routed rows alone begins to pay, over lengths and densities.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+import attnzoo
+from attnzoo.cli.progress import Bar
+from attnzoo.compaction import Rows
+from attnzoo.routing import Counts, best
+from attnzoo.variants.moh import gathering_pays, query_block
+from attnzoo_kernels import BlockLayout, Extras, block_sparse_attention
+from bench import clock, gate
+from bench.cpu import CLASS, about, markdown, render
+from bench.rows import Row
+
+TOKENS, HEADS, WIDTH, BLOCK = 4096, 8, 64, 64
+OPERATION_MUST = (0.66, 0.62)
+LAYER_MUST = (0.84, 0.76)
+LENGTHS = (256, 512, 768, 1024, 2048, 4096)
+ACTIVE = (2, 4, 5, 6, 7)
+"""Heads of eight that run, in the table of crossings."""
+CACHES = (1024, 4096, 16384)
+ROOM = 200
+"""Tokens that a cache has room for beyond these: one for each measurement."""
+
+
+def _normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _step(run: Callable[..., Tensor], leaves: list[Tensor]) -> Callable[[], tuple[Tensor, ...]]:
+    return lambda: torch.autograd.grad(run().sum(), leaves, materialize_grads=True, allow_unused=True)
+
+
+def operation() -> Iterator[Row]:
+    """The operation, choice of heads, gathering, scattering and schedule included."""
+    with clock.threads(1):
+        for shared in (0, 2):
+            counts = Counts(shared=shared, routed=HEADS - shared, active=HEADS // 2 - shared)
+            scores = _normal(1, TOKENS, counts.routed, seed=1)
+            leaves = [_normal(1, HEADS, TOKENS, WIDTH, seed=n).requires_grad_() for n in (2, 3, 4)]
+            q, k, v = leaves
+            whole = {size: BlockLayout.dense(size, size, TOKENS, TOKENS) for size in (BLOCK, 2 * BLOCK)}
+
+            def active(scores: Tensor = scores, counts: Counts = counts) -> Tensor:
+                chosen = best(scores, counts).transpose(1, 2)
+                always = torch.ones(1, counts.shared, TOKENS, dtype=torch.bool)
+                return torch.cat([always, chosen], 1)
+
+            def routed(q: Tensor = q, k: Tensor = k, v: Tensor = v, active: Callable[[], Tensor] = active) -> Tensor:
+                rows = Rows.of(active())
+                own, pos = rows.gather(q), rows.positions(None, 0)
+                layout = BlockLayout.dense(query_block(BLOCK, own.shape[2]), BLOCK, own.shape[2], TOKENS)
+                return rows.scatter(block_sparse_attention(own, k, v, layout, extras=Extras(q_pos=pos), impl="blocked"))
+
+            def every(q: Tensor = q, k: Tensor = k, v: Tensor = v, layout: BlockLayout = whole[BLOCK]) -> Tensor:
+                return block_sparse_attention(q, k, v, layout, impl="blocked")
+
+            contestants: dict[str, Callable[[], Tensor]] = {
+                "routed": routed,
+                "all heads": every,
+                "all heads, blocks of 128": lambda every=every, tall=whole[2 * BLOCK]: every(layout=tall),
+                "dense sdpa": lambda q=q, k=k, v=v: scaled_dot_product_attention(q, k, v, is_causal=True),
+            }
+            _check_operation(routed, every, active().unsqueeze(-1), leaves)
+            name = f"{HEADS // 2} of {HEADS} heads, {shared} of them shared, T = {TOKENS}"
+            yield from _forward_and_step("operation", name, contestants, leaves, ("all heads", OPERATION_MUST))
+
+
+def _check_operation(
+    routed: Callable[[], Tensor], every: Callable[[], Tensor], active: Tensor, leaves: list[Tensor]
+) -> None:
+    with torch.no_grad():
+        gate.check("routed", routed(), every() * active)
+    expected = _step(lambda: every() * active, leaves)()
+    _check_close("gradient of routed", _step(routed, leaves)(), expected)
+
+
+def _check_close(name: str, found: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> None:
+    for x, y in zip(found, wanted, strict=True):
+        # Nothing but the balance loss moves a router of one active head: its gradient here is 0.
+        size = y.detach().abs().max().clamp(min=1e-9)
+        gate.check(name, x.detach() / size, y.detach() / size)
+
+
+def _forward_and_step(
+    part: str,
+    name: str,
+    contestants: dict[str, Callable[[], Tensor]],
+    leaves: list[Tensor],
+    against: tuple[str, tuple[float | None, float | None]],
+) -> Iterator[Row]:
+    """One row for the forward pass without a graph, one for forward and backward."""
+
+    def forward(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        def quietly() -> Tensor:
+            with torch.no_grad():
+                return run()
+
+        return quietly
+
+    baseline, bounds = against
+    first = next(iter(contestants))
+    kinds: tuple[Callable[[Callable[[], Tensor]], Callable[[], Any]], ...] = (forward, lambda run: _step(run, leaves))
+    for kind, prepare, must in zip(("forward", "step"), kinds, bounds, strict=True):
+        runs = {name: prepare(run) for name, run in contestants.items()}
+        figures = clock.medians(runs, wall=False, seconds=10 if must is not None else 1.5, least=5)
+        ratio = figures[first] / figures[baseline]
+        yield Row(f"{part}, {kind}, 1 thread", name, figures, ratio=ratio, must=must, at_most=True)
+
+
+def _layers(active: int) -> dict[str, Any]:
+    """A layer in both ways of computing and ``mha``, of the same weights; up to two of the active heads are shared."""
+    shared = min(2, active - 1)
+    options = {"dim": HEADS * WIDTH, "num_heads": HEADS}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        kinds = {"routed": "routed", "all heads x gates": "dense"}
+        layers: dict[str, Any] = {
+            name: attnzoo.create("moh", **options, shared_heads=shared, active_heads=active - shared, compute=compute)
+            for name, compute in kinds.items()
+        }
+        plain = attnzoo.create("mha", **options)
+    weights = layers["routed"].state_dict()
+    with torch.no_grad():
+        weights["router.weight"].normal_(std=0.5, generator=torch.Generator().manual_seed(5))
+    layers["all heads x gates"].load_state_dict(weights)
+    plain.load_state_dict({name: x for name, x in weights.items() if "router" not in name})
+    layers["mha"] = plain
+    return layers
+
+
+def _on_sdpa(layer: Any, x: Tensor) -> Tensor:
+    """An ``mha`` layer with dense SDPA in the place of the operation."""
+
+    def operate(memory: Any, plan: Any) -> Tensor:
+        return scaled_dot_product_attention(memory.q, memory.k, memory.v, is_causal=True)
+
+    layer.operate = operate
+    try:
+        found: Tensor = layer(x)
+        return found
+    finally:
+        del layer.operate
+
+
+def _check_layers(layers: dict[str, Any], x: Tensor) -> None:
+    results = []
+    for name in ("routed", "all heads x gates"):
+        out = layers[name](x)
+        leaves = [x, *layers[name].parameters()]
+        results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
+    _check_close("routed", *results)
+
+
+def layer() -> Iterator[Row]:
+    """A whole layer of width 512, projections, routers and gates included, against ``mha`` on dense SDPA."""
+    with clock.threads(1):
+        layers = _layers(HEADS // 2)
+        x = _normal(1, TOKENS, HEADS * WIDTH, seed=6).requires_grad_()
+        _check_layers(layers, x)
+        contestants: dict[str, Callable[[], Tensor]] = {
+            name: lambda layer=layer: layer(x) for name, layer in layers.items()
+        }
+        contestants["mha on dense sdpa"] = lambda: _on_sdpa(layers["mha"], x)
+        leaves = [x, *(p for layer in layers.values() for p in layer.parameters())]
+        name = f"width 512, {HEADS // 2} of {HEADS} heads, 2 of them shared, T = {TOKENS}"
+        yield from _forward_and_step("layer", name, contestants, leaves, ("mha on dense sdpa", LAYER_MUST))
+
+
+def crossover() -> Iterator[Row]:
+    """The layer, routed rows against all heads times gates: below 1 gathering pays."""
+    with clock.threads(1):
+        for tokens in LENGTHS:
+            x = _normal(1, tokens, HEADS * WIDTH, seed=6).requires_grad_()
+            for active in ACTIVE:
+                layers = _layers(active)
+                del layers["mha"]
+                if tokens == LENGTHS[0]:
+                    _check_layers(layers, x)
+                contestants: dict[str, Callable[[], Tensor]] = {
+                    name: lambda layer=layer, x=x: layer(x) for name, layer in layers.items()
+                }
+                leaves = [x, *(p for layer in layers.values() for p in layer.parameters())]
+                name = f"T = {tokens}, {active} of {HEADS} heads"
+                rows = _forward_and_step("crossover", name, contestants, leaves, ("all heads x gates", (None, None)))
+                for training, row in enumerate(rows):
+                    chosen = gathering_pays(tokens, active / HEADS, training=bool(training))
+                    row.notes.append(f"auto takes {'the routed rows' if chosen else 'all heads'}")
+                    yield row
+
+
+def decoding() -> Iterator[Row]:
+    """One more token with a cache: the KV heads that its heads need against all."""
+    with clock.threads(1), torch.no_grad():
+        for slots in CACHES:
+            layers = _layers(HEADS // 2)
+            contestants: dict[str, Callable[[], Tensor]] = {}
+            token = _normal(1, 1, HEADS * WIDTH, seed=8)
+            for name, layer in layers.items():
+                cache = layer.new_cache(1, slots + ROOM)
+                streams = {key: _normal(1, HEADS, slots - 1, WIDTH, seed=7) for key in ("k", "v")}
+                cache.append(streams, slots - 1, differentiable=False)
+
+                contestants[name] = lambda layer=layer, cache=cache, token=token: layer(token, cache=cache)
+            gate.check("routed", contestants["routed"](), contestants["all heads x gates"]())
+            figures = clock.medians(contestants, wall=False, seconds=3, most=ROOM - 2)
+            ratio = figures["routed"] / figures["all heads x gates"]
+            yield Row("decoding, 1 thread", f"{slots} tokens, 4 of 8 heads", figures, ratio=ratio, at_most=True)
+
+
+PARTS: dict[str, Callable[[], Iterator[Row]]] = {
+    "operation": operation,
+    "layer": layer,
+    "decoding": decoding,
+    "crossover": crossover,
+}
+
+
+def picture(rows: list[Row], where: dict[str, Any], path: Path) -> None:
+    """Draws where gathering pays: time against all heads times gates, over the share of heads that run."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.8), sharey=True, layout="constrained")
+    shares = [active / HEADS for active in ACTIVE]
+    for axis, kind in zip(axes, ("forward", "step"), strict=True):
+        for i, tokens in enumerate(LENGTHS):
+            start = f"T = {tokens},"
+            line = [r.ratio for r in rows if r.part == f"crossover, {kind}, 1 thread" and r.name.startswith(start)]
+            if line:
+                shade = pyplot.get_cmap("viridis")(i / len(LENGTHS))
+                axis.plot(shares, line, marker="o", markersize=4, color=shade, label=f"T = {tokens}")
+        axis.axhline(1.0, color="#444444", linewidth=1)
+        axis.set_title(kind, fontsize=10)
+        axis.set_xlabel("share of (token, head) pairs that run")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("time against all heads x gates")
+    figure.legend(*axes[1].get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside right center")
+    figure.suptitle(f"Mixing heads, width 512, 8 heads: {where['cpu']}, class {where['class']}", fontsize=10)
+    figure.savefig(path, dpi=140)
+    pyplot.close(figure)
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Write OUT.json, OUT.md, and OUT.png of the crossings.")] = Path("out/moh"),
+    only: Annotated[list[str] | None, typer.Option(help=f"Parts: {', '.join(PARTS)}; may be repeated.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
+) -> None:
+    """Measures mixture-of-head attention on this CPU: rows that are not routed are not computed."""
+    unknown = sorted(set(only or []) - set(PARTS))
+    if unknown:
+        raise typer.BadParameter(f"expected one of {', '.join(PARTS)}, got {unknown[0]!r}", param_hint="--only")
+    where, rows = about(), []
+    chosen = [name for name in PARTS if not only or name in only]
+    with Bar() as progress:
+        for done, name in enumerate(chosen):
+            progress(name, done, len(chosen))
+            for row in PARTS[name]():
+                rows.append(row)
+                progress(f"{row.part}: {row.name}", done, len(chosen))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    data = {"about": where, "rows": [{**asdict(row), "holds": row.holds} for row in rows]}
+    text = json.dumps(data, indent=2) + "\n"
+    out.with_name(f"{out.name}.json").write_text(text, encoding="utf-8")
+    out.with_name(f"{out.name}.md").write_text(markdown(rows, where), encoding="utf-8")
+    if "crossover" in chosen:
+        picture(rows, where, out.with_name(f"{out.name}.png"))
+    if as_json:
+        typer.echo(text, nl=False)
+    else:
+        console = Console()
+        (console if console.is_terminal else Console(width=140)).print(render(rows, where))
+    if where["class"] == CLASS and any(row.holds is False for row in rows):
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)

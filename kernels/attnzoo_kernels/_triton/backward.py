@@ -1,0 +1,273 @@
+"""The backward kernels: one over the lists of query blocks, one over the transposed lists. No atomics.
+
+With p the weights, dP = dO . v and delta = sum(o dO) - dlse, the gradient of a score is ``p (dP - delta)``. Where a
+block is gated, n are the weights within it, w its own weight, D = w sum(n dP) and G = D - w delta the gradient of its
+logit: a score gets ``n (w dP - D + a G)``, a being 1 in the own block and 1 - mix elsewhere, and the gate ``mix G``.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from attnzoo_kernels._triton.forward import (
+    entry_of,
+    load_tile,
+    open_group,
+    scores_of,
+    tile_of,
+    turned_queries,
+)
+from attnzoo_kernels._triton.tiles import (
+    LOG2E,
+    Place,
+    Rows,
+    Sizes,
+    angles,
+    bias_of,
+    blank,
+    gate_keys,
+    gate_logit,
+    gated,
+    kept,
+    list_of,
+    load_keys,
+    load_queries,
+    open_keys,
+    product,
+    rows_of,
+    shared,
+    turn,
+    visible,
+)
+
+
+@triton.jit
+def gradients(s, dp, keep, rows, block, bias, logit, mix, peak, delta, AXIS: tl.constexpr, c: tl.constexpr):
+    """Weights of a tile, gradients of its scores, and of the gate ``[BM]``.
+
+    ``s`` are scores base 2 before bias and mask, ``peak`` the rows' log-sum-exps base 2.
+    """
+    if bias is not None:
+        read = shared(bias, AXIS) > -float("inf")
+        keep = keep & read
+        s = s + tl.where(read, shared(bias, AXIS), 0.0)
+    dgate = delta
+    if c.GATE > 0:
+        own = rows.own == block
+        whole = keep
+        keep, inner, shift = gated(s, keep, own, logit, mix, AXIS, c)
+        n = tl.where(keep, tl.exp2(s - kept(inner, AXIS)), 0.0)
+        w = tl.where(tl.max(keep.to(tl.int32), AXIS) > 0, tl.exp2(inner + shift - peak), 0.0)
+        dp = tl.where(keep, dp, 0.0)
+        d = w * tl.sum(n * dp, AXIS)
+        change = d - w * delta
+        ds = n * (kept(w, AXIS) * dp - kept(d - tl.where(own, 1.0, 1.0 - mix) * change, AXIS))
+        dgate = tl.where(own, 0.0, mix * change)
+        if c.GATE == 1:
+            landmark = whole & shared(tl.arange(0, c.BN) == c.BLOCK_K - 1, AXIS)
+            ds = tl.where(landmark, kept(dgate, AXIS), ds)
+        p = n * kept(w, AXIS)
+    else:
+        p = tl.where(keep, tl.exp2(tl.where(keep, s, 0.0) - kept(peak, AXIS)), 0.0)
+        ds = tl.where(keep, p * (dp - kept(delta, AXIS)), 0.0)
+    return p, ds, dgate
+
+
+@triton.jit(do_not_specialize=["seq_q", "seq_k", "groups", "window", "sink_size"])
+def query_kernel(
+    q, k, v, out, dout, lse, dlse, delta, dq, dq_aux, lists, more, natural, scale, seq_q, seq_k, groups, window,
+    sink_size, c: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a tile of queries, and ``delta [B, H, T]``; ``dq, dq_aux`` are contiguous, or ``None``."""
+    sizes = Sizes(seq_q, seq_k, groups, window, sink_size)
+    b, g, h, m, part, place = tile_of(tl.program_id(0), lists, sizes, c)
+    rows = rows_of(b, h, m, part, more, sizes, c)
+    row = (b * groups * c.PER + rows.head).to(tl.int64) * seq_q + rows.token
+    inside = (part * c.BM + tl.arange(0, c.BM) < c.PACK * c.BLOCK_Q) & (rows.token < seq_q)
+    found = tl.load(lse + row, mask=inside, other=-float("inf"))
+    live = found > -float("inf")
+    d = tl.arange(0, c.DVP)
+    wide = live[:, None] & (d < c.DV)[None, :]
+    do = tl.load(dout.ptr + b.to(tl.int64) * dout.batch + rows.head.to(tl.int64)[:, None] * dout.head
+                 + rows.token.to(tl.int64)[:, None] * dout.row + d[None, :], mask=wide, other=0.0)  # fmt: skip
+    o = tl.load(out + row[:, None] * c.DV + d[None, :], mask=wide, other=0.0)
+    change = tl.sum(o.to(c.ACC) * do.to(c.ACC), 1)
+    if dlse is not None:
+        change -= tl.load(dlse + row, mask=live, other=0.0)
+    tl.store(delta + row, change, mask=inside)
+    if dq is not None or dq_aux is not None:
+        peak = tl.where(live, found, 0.0) * LOG2E
+        queries = load_tile(q, b, rows, more, c)
+        keys = open_group(k, v, b, g, seq_k, more, c)
+        where = Place(b, g, h, (seq_k + c.BLOCK_K - 1) // c.BLOCK_K)
+        tiles: tl.constexpr = (c.BLOCK_K + c.BN - 1) // c.BN
+        total = blank(c.BM, c.DP, c)
+        total_aux = blank(c.BM, c.DAP if c.DA > 0 else 16, c)
+        for it in tl.range(tl.load(lists.start + place) * tiles, tl.load(lists.end + place) * tiles):
+            s, turned, key = scores_of(queries, keys, lists, it, where, scale, more, sizes, c)
+            at, block, first, within = entry_of(lists, it, where.blocks_k, c)
+            keep = visible(first, within, rows, 1, c)
+            bias = None
+            if more.bias is not None:
+                bias = bias_of(more, b, h, first, groups, seq_k, c)
+            logit = queries.mix
+            if c.GATE == 2:
+                logit = gate_logit(turned, gate_keys(more, b, g, block, False, c), scale)
+            dp = product(do, tl.trans(load_keys(keys.v_view, keys.v, first, seq_k, False, c.DV, c.DVP, c)), None, c)
+            p, ds, dgate = gradients(s, dp, keep, rows, block, bias, logit, queries.mix, peak, change, 1, c)
+            # Keys that no row of the tile sees may hold NaN, and 0 * NaN would spread.
+            seen = tl.max(keep.to(tl.int32), 0) > 0
+            if more.bias is not None:
+                seen = seen & (bias > -float("inf"))
+            if dq is not None:
+                if c.TURN > 0:
+                    cos, sin = angles(more, tl.load(lists.origin + at), c)
+                    partner = load_keys(keys.k_view, k.ptr + b.to(tl.int64) * k.batch + g.to(tl.int64) * k.head,
+                                        first, seq_k, True, c.D, c.DP, c)  # fmt: skip
+                    key = turn(key, partner, cos, -sin, c)
+                key = tl.where(seen[:, None], key, 0.0)
+                total = product(ds.to(key.dtype), key, total, c)
+                if c.GATE == 2:
+                    gate = gate_keys(more, b, g, block, False, c)
+                    if c.TURN > 0:
+                        gate = gate * cos - gate_keys(more, b, g, block, True, c) * sin
+                    total += tl.where((dgate != 0)[:, None], dgate[:, None] * gate[None, :], 0.0)
+            if dq_aux is not None:
+                aux = load_keys(more.k_aux, keys.aux, first, seq_k, False, c.DA, c.DAP, c)
+                aux = tl.where(seen[:, None], aux, 0.0)
+                total_aux = product(ds.to(aux.dtype), aux, total_aux, c)
+        if dq is not None:
+            d = tl.arange(0, c.DP)
+            where_ = dq + row[:, None] * c.D + d[None, :]
+            tl.store(where_, (total * natural).to(dq.dtype.element_ty), mask=inside[:, None] & (d < c.D)[None, :])
+        if dq_aux is not None:
+            d = tl.arange(0, c.DAP)
+            where_ = dq_aux + row[:, None] * c.DA + d[None, :]
+            tl.store(where_, (total_aux * natural).to(dq_aux.dtype.element_ty),
+                     mask=inside[:, None] & (d < c.DA)[None, :])  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["seq_q", "seq_k", "groups", "window", "sink_size", "splits", "total"])
+def key_kernel(
+    q, k, v, dout, lse, delta, dk, dv, dbias, dk_aux, dgate, lists, more, natural, scale, seq_q, seq_k, groups,
+    window, sink_size, splits, total, c: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a tile of keys from the rows that read it, over all query heads of its group.
+
+    With ``splits`` above 1 each program takes an equal share of the heads' lists, and every gradient has a leading
+    dimension ``[splits]`` of ``total`` keys each, to be added in order. Lists are of query blocks for each key block.
+    """
+    sizes = Sizes(seq_q, seq_k, groups, window, sink_size)
+    parts: tl.constexpr = (c.BLOCK_K + c.BN - 1) // c.BN
+    row_parts: tl.constexpr = (c.PACK * c.BLOCK_Q + c.BM - 1) // c.BM
+    packs: tl.constexpr = c.PER // c.PACK
+    blocks_q = (seq_q + c.BLOCK_Q - 1) // c.BLOCK_Q
+    blocks_k = (seq_k + c.BLOCK_K - 1) // c.BLOCK_K
+    split = tl.program_id(0) % splits
+    pid = tl.program_id(0) // splits
+    within = (pid % parts) * c.BN
+    block = (pid // parts) % blocks_k
+    g = (pid // (parts * blocks_k)) % groups
+    b = pid // (parts * blocks_k * groups)
+    if lists.order is not None:
+        block = tl.load(lists.order + list_of(b, g * c.PER, block, groups, blocks_k, c))
+    first = block * c.BLOCK_K + within
+    key = load_keys(k, open_keys(k, b, g, seq_k, c.D, c.DP, c), first, seq_k, False, c.D, c.DP, c)
+    value = load_keys(v, open_keys(v, b, g, seq_k, c.DV, c.DVP, c), first, seq_k, False, c.DV, c.DVP, c)
+    key_aux = key
+    if more.k_aux is not None:
+        source = open_keys(more.k_aux, b, g, seq_k, c.DA, c.DAP, c)
+        key_aux = load_keys(more.k_aux, source, first, seq_k, False, c.DA, c.DAP, c)
+    gate = blank(c.DP, 0, c)
+    if c.GATE == 2:
+        gate = gate_keys(more, b, g, block, False, c)
+    total_k = blank(c.BN, c.DP, c)
+    total_v = blank(c.BN, c.DVP, c)
+    total_aux = blank(c.BN, c.DAP if c.DA > 0 else 16, c)
+    total_bias = blank(c.BN, 0, c)
+    total_gate = blank(c.DP, 0, c)
+    for pack in range(packs):
+        h = g * c.PER + pack * c.PACK
+        place = list_of(b, h, block, groups, blocks_k, c)
+        start = tl.load(lists.start + place) * row_parts
+        count = tl.load(lists.end + place) * row_parts - start
+        share = (count + splits - 1) // splits
+        bias = None
+        if more.bias is not None:
+            bias = bias_of(more, b, h, first, groups, seq_k, c)
+        for it in tl.range(start + tl.minimum(split * share, count), start + tl.minimum((split + 1) * share, count)):
+            at = it // row_parts
+            m = tl.minimum(tl.maximum(tl.load(lists.col + at), 0), blocks_q - 1)
+            rows = rows_of(b, h, m, it % row_parts, more, sizes, c)
+            row = (b * groups * c.PER + rows.head).to(tl.int64) * seq_q + rows.token
+            found = tl.load(lse + row, mask=rows.valid, other=-float("inf"))
+            # Rows that see nothing may hold NaN, and 0 * NaN would spread.
+            live = found > -float("inf")
+            rows = Rows(rows.head, rows.token, live, rows.own, rows.lo, rows.hi, rows.sink)
+            change = tl.load(delta + row, mask=live, other=0.0)
+            queries = load_tile(q, b, rows, more, c)
+            turned = turned_queries(queries, lists, at, more, c)
+            keep = visible(first, within, rows, 0, c) & live[None, :]
+            do = load_queries(dout, b, rows, False, c.DV, c.DVP, c)
+            s = product(key, tl.trans(turned), None, c)
+            if more.q_aux is not None:
+                s = product(key_aux, tl.trans(queries.aux), s, c)
+            logit = queries.mix
+            if c.GATE == 2:
+                logit = gate_logit(turned, gate, scale)
+            dp = product(value, tl.trans(do), None, c)
+            p, ds, dlogit = gradients(s * scale, dp, keep, rows, block, bias, logit, queries.mix,
+                                      tl.where(live, found, 0.0) * LOG2E, change, 0, c)  # fmt: skip
+            if dv is not None:
+                total_v = product(p.to(do.dtype), do, total_v, c)
+            if dk is not None:
+                total_k = product(ds.to(turned.dtype), turned, total_k, c)
+            if dk_aux is not None:
+                total_aux = product(ds.to(queries.aux.dtype), queries.aux, total_aux, c)
+            if dbias is not None:
+                total_bias += tl.sum(ds, 1)
+            if dgate is not None:
+                total_gate += tl.sum(dlogit[:, None] * turned.to(c.ACC), 0)
+        if dbias is not None and c.BIAS_HEADS == 2:
+            store_bias(
+                dbias,
+                total_bias,
+                split.to(tl.int64) * total * c.PER + (b * groups * c.PER + h).to(tl.int64) * seq_k,
+                first,
+                within,
+                seq_k,
+                c,
+            )
+            total_bias = blank(c.BN, 0, c)
+    n = split.to(tl.int64) * total + (b * groups + g).to(tl.int64) * seq_k
+    if dbias is not None and c.BIAS_HEADS != 2:
+        store_bias(dbias, total_bias, n, first, within, seq_k, c)
+    if dk is not None:
+        store_keys(dk, total_k * natural, n, first, within, seq_k, c.D, c.DP, c)
+    if dv is not None:
+        store_keys(dv, total_v, n, first, within, seq_k, c.DV, c.DVP, c)
+    if dk_aux is not None:
+        store_keys(dk_aux, total_aux * natural, n, first, within, seq_k, c.DA, c.DAP, c)
+    if dgate is not None:
+        d = tl.arange(0, c.DP)
+        n = (split * (total // seq_k) + b * groups + g).to(tl.int64) * blocks_k + block
+        tl.store(dgate + n * c.D + d, (total_gate * natural).to(dgate.dtype.element_ty), mask=d < c.D)
+
+
+@triton.jit
+def store_bias(x, total, start, first, within, seq_k, c: tl.constexpr):
+    """Stores the sums of a tile's slots from ``x + start`` onwards."""
+    offset = tl.arange(0, c.BN)
+    s = first + offset
+    tl.store(x + start + s, total, mask=(s < seq_k) & (within + offset < c.BLOCK_K))
+
+
+@triton.jit
+def store_keys(x, total, start, first, within, seq_k, WIDTH: tl.constexpr, PADDED: tl.constexpr, c: tl.constexpr):
+    """Stores a tile's slots as rows ``start + slot`` of ``x [.., WIDTH]``."""
+    offset = tl.arange(0, c.BN)
+    s = first + offset
+    d = tl.arange(0, PADDED)
+    mask = ((s < seq_k) & (within + offset < c.BLOCK_K))[:, None] & (d < WIDTH)[None, :]
+    tl.store(x + (start + s)[:, None] * WIDTH + d[None, :], total.to(x.dtype.element_ty), mask=mask)

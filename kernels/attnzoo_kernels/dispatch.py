@@ -1,0 +1,146 @@
+"""Which implementation runs a call, and why not the Triton kernels. Imports triton only where they run."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from importlib.util import find_spec
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from attnzoo_kernels import blocked
+from attnzoo_kernels.call import Call
+from attnzoo_kernels.errors import UnsupportedError
+
+TALLEST_GATED = 256
+"""Slots of a gated block: the kernels hold it in one tile."""
+
+OLDEST = (8, 0)
+"""The least compute capability."""
+
+_failed: dict[tuple[object, ...], str] = {}
+_warned: set[str] = set()
+
+
+class KernelError(UnsupportedError):
+    """A kernel that did not compile, or that does not fit the device."""
+
+
+def reasons_against(impl: str, call: Call) -> tuple[str, ...]:
+    """Why an implementation cannot run a call; empty if it can. Reads metadata alone."""
+    return _against_triton(call) if impl == "triton" else ()
+
+
+def _against_triton(call: Call) -> tuple[str, ...]:
+    device = call.q.device
+    found = []
+    if find_spec("triton") is None:
+        found.append("triton: it is not installed; the extra 'triton' brings it")
+    if device.type == "cpu":
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            found.append(
+                "triton: q is on the CPU; it needs a CUDA device, or TRITON_INTERPRET=1 set before triton is imported"
+            )
+        elif not found and not _kernels().INTERPRETED:
+            found.append("triton: TRITON_INTERPRET was set after triton was imported, which comes too late")
+    elif device.type != "cuda":
+        found.append(f"triton: expected q on a CUDA device, got {device.type}")
+    else:
+        found += _against_device(call)
+    if call.gate is not None and call.block_k > TALLEST_GATED:
+        found.append(f"triton: block_k {call.block_k} with gates; a gated block may have {TALLEST_GATED} slots")
+    known = _failed.get(_kind(call))
+    return (*found, known) if known is not None else tuple(found)
+
+
+def _against_device(call: Call) -> list[str]:
+    found = []
+    if not torch.cuda.is_available():
+        return ["triton: torch finds no CUDA device or driver"]
+    if torch.version.hip is None and torch.cuda.get_device_capability(call.q.device) < OLDEST:
+        found.append(f"triton: the device's compute capability is below {OLDEST[0]}.{OLDEST[1]}")
+    if call.q.dtype == torch.float64:
+        found.append("triton: fp64 inputs; the kernels compute in fp32 on a GPU")
+    return found
+
+
+def _kind(call: Call) -> tuple[object, ...]:
+    """What a kernel is compiled for, roughly: one that failed is not tried again."""
+    gate = None if call.gate is None else call.gate.is_last
+    aux = None if call.aux is None else call.aux[0].shape[3]
+    sizes = (call.q.shape[3], call.v.shape[3], call.block_q, call.block_k, call.q.shape[1] // call.k.shape[1])
+    return (call.q.device, call.q.dtype, *sizes, gate, aux, call.origins is None, call.key_bias is None)
+
+
+def _kernels() -> ModuleType:
+    from attnzoo_kernels._triton import launch
+
+    return launch
+
+
+def choose(impl: str, call: Call) -> str:
+    """The implementation that "auto" stands for; another name stays. Warns once a reason where a GPU is not used."""
+    if impl != "auto" or call.q.device.type != "cuda":
+        return "blocked" if impl == "auto" else impl
+    reasons = reasons_against("triton", call)
+    for reason in reasons:
+        _warn_once(f"{reason}; the blocked implementation runs instead")
+    return "blocked" if reasons else "triton"
+
+
+def forward(impl: str, call: Call, *, need_lse: bool) -> tuple[Tensor, Tensor]:
+    """Out ``[B, H, T, Dv]`` and lse ``[B, H, T]`` (empty where not needed) by an implementation or "auto"."""
+    if choose(impl, call) == "triton":
+        try:
+            out, lse = _kernels().forward(call)
+        except KernelError as error:
+            _give_up(impl, call, error)
+        else:
+            return out, lse if need_lse else lse.new_empty(0)
+    return blocked.forward(call, need_lse=need_lse)
+
+
+def backward(
+    impl: str,
+    call: Call,
+    results: tuple[Tensor | None, Tensor | None],
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    need: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of q, k, v, key_bias, q_aux, k_aux and the gate's keys; ``None`` where ``need`` says so.
+
+    Args:
+        impl: As in the forward.
+        call: As in the forward.
+        results: Out and lse of the forward, which the Triton kernels read; ``None`` where blocked ran.
+        dout: Gradient of out, or ``None`` for zeros.
+        dlse: Gradient of lse, or ``None`` for zeros.
+        need: Which gradients are wanted.
+    """
+    out, lse = results
+    if out is not None and lse is not None and choose(impl, call) == "triton":
+        try:
+            found: tuple[Tensor | None, ...] = _kernels().backward(call, (out, lse), dout, dlse, need)
+        except KernelError as error:
+            _give_up(impl, call, error)
+        else:
+            return found
+    return blocked.backward(call, dout, dlse, list(need))
+
+
+def _give_up(impl: str, call: Call, error: KernelError) -> None:
+    """Remembers a kernel that failed; raises where it was asked for by name."""
+    _failed[_kind(call)] = error.reasons[0]
+    if impl == "triton":
+        raise error
+    _warn_once(f"{error.reasons[0]}; the blocked implementation runs instead")
+
+
+def _warn_once(reason: str) -> None:
+    if reason not in _warned:
+        _warned.add(reason)
+        warnings.warn(reason, RuntimeWarning, stacklevel=2)
