@@ -4,7 +4,7 @@ BIN := .venv/bin
 WORKERS ?= 2
 SOURCES := attnzoo kernels tests docs bench
 
-.PHONY: help setup setup-demo demo test test-oldest test-slow check bench-cpu fix docs clean
+.PHONY: help setup setup-demo demo test test-oldest test-slow test-gpu check bench-cpu bench-gpu fix docs clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -35,6 +35,13 @@ check: setup  ## Format, lint, types, import contracts
 
 bench-cpu: setup  ## The operation beside its peers on this CPU; about ten minutes
 	PYTHONPATH=.:kernels $(BIN)/python -m bench.cpu --out out/cpu
+
+# A GPU machine brings its own torch and triton, and often no network: nothing is set up there.
+test-gpu:  ## The operation on the GPU against fp64, with the Python that has torch and triton
+	PYTHONPATH=.:kernels $(PYTHON) -m pytest -q -m "gpu and not slow" tests/attnzoo_kernels/test_gpu.py tests/attnzoo_kernels/test_gpu_runtime.py
+
+bench-gpu:  ## The kernels beside their peers on the GPU, likewise; goes on where it stopped
+	PYTHONPATH=.:kernels $(PYTHON) -m bench.gpu --out out/gpu
 
 fix: setup  ## Format and repair what can be repaired
 	$(BIN)/ruff format $(SOURCES)

@@ -144,7 +144,8 @@ class KVCache:
             ConfigError: If another layer, or one of another configuration, made it.
             ShapeError: If batch or device differ.
         """
-        if self._owner is not owner[0] or self._config != owner[1]:
+        # A compiler that takes numbers for variables cannot compare configurations that hold floats.
+        if self._owner is not owner[0] or not (self._config is owner[1] or self._config == owner[1]):
             raise ConfigError("cache: expected one that this layer's new_cache made, got the cache of another layer")
         if self.batch != batch:
             raise ShapeError(f"cache: expected batch {batch} as x has it, got {self.batch}")

@@ -107,6 +107,8 @@ _RETURN = (
     Conversion("lowrank_gqa", {"method": "expand", "num_kv_heads": 9}),
     Conversion("lowrank_gqa", {"method": "commuting", "num_kv_heads": 3, "refit": False, "gradients": False}),
 )
+_MOH = {"router": "norm", "shared_heads": 5, "active_heads": 2}
+_LONGHEADS = {"chunk_size": 64, "attention_length": 512, "select": "block"}
 PRESETS: dict[str, tuple[VariantSpec, ...]] = {
     "demo": (
         VariantSpec("dense"),
@@ -119,6 +121,13 @@ PRESETS: dict[str, tuple[VariantSpec, ...]] = {
         _lowrank("commuting 3->1", method="commuting", num_kv_heads=1),
         _lowrank("latent 192", method="latent", latent_dim=192),
         _lowrank("latent 128", method="latent", latent_dim=128),
+        VariantSpec("moh, all heads", (Conversion("moh", {}),), exact=True),
+        VariantSpec(
+            "moh, 7 of 9 heads", (Conversion("moh", {"router": "norm", "shared_heads": 5, "active_heads": 2}),)
+        ),
+        VariantSpec("landmarks without gates", (Conversion("landmark", {"block_size": 64}),), exact=True),
+        VariantSpec("longheads 512", (Conversion("longheads", _LONGHEADS),)),
+        VariantSpec("rcmha, untrained", (Conversion("rcmha", {}),), exact=True),
     )
 }
 """Named sets of rows. "demo" is for a model of 9 query and 3 KV heads."""
@@ -223,7 +232,7 @@ class Comparer:
             calibration = self._collected() if first else self.batches[:1]
         with warnings.catch_warnings():
             # A comparison shows what is lost; warnings about it would only repeat the table.
-            warnings.filterwarnings("ignore", message=".*(without a sink|baseline).*")
+            warnings.filterwarnings("ignore", message=".*(without a sink|baseline|healing|the same function up to).*")
             return surgery.convert(
                 self.model, conversion.variant, calibration=calibration, progress=self.progress, **conversion.options
             )

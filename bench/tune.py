@@ -25,15 +25,16 @@ SURVIVORS = 6
 """Candidates that are timed."""
 
 
-def candidates(of: Pass, size: int) -> Iterator[Tiles]:
-    """Tiles worth trying, the largest first; of equal ones those with more stages, then fewer warps."""
+def candidates(of: Pass, width: int, size: int) -> Iterator[Tiles]:
+    """Tiles worth trying, the largest first; of equal ones those with more stages, then more warps."""
     rows = (64, 32, 16) if of == "decode" else (128, 64, 32, 16)
     keys = (128, 64, 32, 16)
     sides = sorted(itertools.product(rows, keys), key=lambda side: (side[0] * side[1], side[0]), reverse=True)
     if of == "key":
         # Keys stay, rows pass by: more keys before more rows.
         sides.sort(key=lambda side: (side[0] * side[1], side[1]), reverse=True)
-    most = 8192 if size == 4 else 16384
+    # Accumulators and operands grow with the width: larger tiles have never been seen to fit.
+    most = min((1 << 20 if of == "key" else 1 << 21) // (width * size), 16384)
     for (height, width), stages, warps in itertools.product(sides, (3, 2, 1), (8, 4)):
         if height * width <= most and height * width * 2 >= warps * 32 * 4:
             yield Tiles(height, width, warps, stages)
@@ -41,7 +42,7 @@ def candidates(of: Pass, size: int) -> Iterator[Tiles]:
 
 def fitting(architecture: str, of: Pass, width: int, size: int) -> Iterator[Tiles]:
     """Candidates that compile without fault."""
-    for tiles in candidates(of, size):
+    for tiles in candidates(of, width, size):
         try:
             found = compile_entry(architecture, of, width, size, tiles)
         except (triton.compiler.errors.CompilationError, RuntimeError) as error:

@@ -89,8 +89,9 @@ def problems(
     longest: int = 40,
     causal: bool | None = None,
     plain: bool = False,
+    most_tiles: int | None = None,
 ) -> Problem:
-    """A call; ``plain`` leaves out positions, bias, window and sink."""
+    """A call; ``plain`` leaves out positions, bias, window and sink; ``most_tiles`` bounds pairs of blocks by head."""
     few = st.integers(1, 3)
     n = Numbers.of(draw(st.integers(0, 2**16)))
     batch, kv_heads, ratio = draw(st.integers(1, 2)), draw(few), draw(few)
@@ -98,6 +99,11 @@ def problems(
     queries, keys = draw(st.integers(1, longest)), draw(st.integers(1, longest))
     block_q, block_k = draw(st.integers(1, 20)), draw(st.integers(1, 20))
     width, value_width = draw(st.integers(1, 9)), draw(st.integers(1, 9))
+    while most_tiles is not None and batch * heads * -(-queries // block_q) * -(-keys // block_k) > max(
+        most_tiles, batch * heads
+    ):
+        # Where time is paid for by the tile, blocks grow until there are few; lengths stay ragged.
+        block_q, block_k = (block_q, 2 * block_k) if block_k * queries < block_q * keys else (2 * block_q, block_k)
     grid = (-(-queries // block_q), -(-keys // block_k))
     rows = (draw(st.sampled_from((1, batch))), draw(st.sampled_from((1, kv_heads, heads))))
     keep = n.chance(draw(st.sampled_from((1.0, 0.5, 0.2, 0.0))), *rows, *grid)

@@ -201,6 +201,27 @@ def compare(  # noqa: PLR0913  (a command line has one parameter for each option
         raise typer.Exit(1)
 
 
+@app.command()
+def doctor(
+    test: Annotated[
+        bool, typer.Option("--test/--no-test", help="Run each implementation against the reference.")
+    ] = True,
+    as_json: JsonFlag = False,
+) -> None:
+    """Says what is installed, what runs on which device and why nothing else, and whether it computes right."""
+    from attnzoo.cli.doctor_view import show as show_report
+    from attnzoo.doctor import diagnose
+
+    with Bar() as progress:
+        report = diagnose(test=test, progress=progress)
+    if as_json:
+        typer.echo(json.dumps(report.to_dict(), indent=2))
+    else:
+        show_report(report, _console())
+    if not report.healthy:
+        raise typer.Exit(1)
+
+
 def _specs(texts: list[str] | None, preset: str | None) -> list[VariantSpec]:
     if preset is not None and preset not in PRESETS:
         raise ConfigError(f"preset: expected one of {', '.join(PRESETS)}, got {preset!r}")

@@ -150,7 +150,8 @@ def list_entries(call: Call, room: int | None = None) -> tuple[Entries, Tensor]:
     place = start[row] + within
     if room is not None:
         place = torch.where(there, place, 0)
-    col = call.col.long()[place]
+    # Between lists anything may stand, at the very first place too.
+    col = torch.where(there, call.col.long()[place], 0)
     tail = torch.arange(blocks_q * call.block_q, device=device).clamp(max=max(seq_q - 1, 0))
     # Positions without a batch or head dimension broadcast against the source rows as they are.
     tiles = pos[..., tail].view(*pos.shape[:2], blocks_q, call.block_q)

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
-import subprocess
-import sys
-from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from tests.child import run
+
 HEAVY = (
     "triton",
     "transformers",
@@ -43,12 +40,6 @@ layer = attnzoo.create("mha", dim=8, num_heads=2)
 layer(torch.ones(1, 3, 8)).sum().backward()
 print(layer.q_proj.weight.grad.shape)
 """
-
-
-def run(program: str, *arguments: str) -> str:
-    env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", program, *arguments]
-    return subprocess.run(command, env=env, check=True, capture_output=True, text=True, timeout=120).stdout
 
 
 def test_import_is_quick_and_brings_nothing_heavy() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -140,6 +141,39 @@ def test_moh_straight_through_gates_pass_the_gradient_of_the_probabilities(scope
     (grad,) = torch.autograd.grad((gate * wanted).sum(), q, retain_graph=True)
     (expected,) = torch.autograd.grad(0.5 * sum((p[e] * wanted[1 + e] for e in heads), start=0 * p[0]), q)
     near(grad, expected)
+
+
+def test_moh_router_without_parameters_ranks_by_length_whatever_the_scale() -> None:
+    recipe = Recipe(num_heads=5, num_kv_heads=5, head_dim=2)
+    q = torch.tensor([[9.0, 0], [0, 3], [-4, 0], [0.6, 0.8], [3, 4]], dtype=torch.float64)
+    routing = Routing(shared_heads=1, active_heads=2, router="norm", eps=0.0)
+    for factor in (1.0, 10.0):
+        gate, p, on = gates(q.new_zeros(16), factor * q, {}, recipe, routing)
+        assert gate.tolist() == [1, 0, 1, 0, 1]
+        assert on == {1, 3}
+        # Lengths 3, 4, 1, 5: the standard deviation is the root of 35 / 12.
+        near(p, torch.softmax(torch.tensor([3.0, 4, 1, 5], dtype=torch.float64) / math.sqrt(35 / 12), 0))
+    same = gates(q.new_zeros(16), torch.ones_like(q), {}, recipe, replace(routing, eps=1e-6))
+    assert same[0].tolist() == [1, 1, 1, 0, 0]
+    alone = gates(q.new_zeros(16), q, {}, recipe, replace(routing, shared_heads=4, active_heads=1))
+    near(alone[0], q.new_ones(5))
+
+
+@pytest.mark.parametrize("router", ["learned", "norm"])
+def test_moh_padding_is_not_there(router: Any) -> None:
+    weights, x = projections(GQA), random(2, 11, 16, seed=9)
+    weights |= {"router.weight": random(3, 16, seed=6), "type_router.weight": random(2, 16, seed=7)}
+    routing = Routing(shared_heads=1, active_heads=1, router=router)
+    padded = moh(x.masked_fill(HOLES.unsqueeze(-1), torch.nan), weights, GQA, routing, key_padding=HOLES)
+    alone = [moh(x[b : b + 1, ~HOLES[b]], weights, GQA, routing) for b in range(2)]
+    for b in range(2):
+        for name in ("out", "gates", "selected"):
+            mine, its = getattr(padded, name)[b], getattr(alone[b], name)[0]
+            near(mine[~HOLES[b]].double(), its.double())
+            assert not bool(mine[HOLES[b]].any())
+    tokens = torch.cat([x[b, ~HOLES[b]] for b in range(2)])[None]
+    near(padded.loss, moh(tokens, weights, GQA, routing).loss)
+    assert float((padded.loss - alone[0].loss).abs()) > 1e-4
 
 
 # LongHeads ------------------------------------------------------------------------------------------------------------

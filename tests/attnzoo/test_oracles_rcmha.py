@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -140,6 +141,28 @@ def test_memory_goes_on_where_the_earlier_segment_ended(position: Any, scores: A
     near(rcmha(x[:, :6], weights, recipe, relative), whole[:, :6])
     with pytest.raises(ValueError, match="memory needs causal attention"):
         rcmha(x, weights, replace(recipe, causal=False), relative, memory=x)
+
+
+@pytest.mark.parametrize("position", ["post_proj", "pre_proj"])
+def test_memory_gives_no_gradient_to_the_weights_that_made_it(position: Any) -> None:
+    # The token itself is 0: what it reads, its convolutions included, was all computed before.
+    relative = Relative(conv_pos=position)
+    weights = {name: w.requires_grad_() for name, w in layer(PLAIN, relative).items()}
+    out = rcmha(torch.zeros(1, 1, 16).double(), weights, PLAIN, relative, memory=random(1, 5, 16, seed=9))
+    if position == "post_proj":
+        grads = torch.autograd.grad(out.sum(), [weights[f"{name}_proj.weight"] for name in "qkv"])
+        assert not any(bool(grad.any()) for grad in grads)
+    (grad,) = torch.autograd.grad(
+        rcmha(torch.zeros(1, 1, 16).double(), weights, PLAIN, relative, memory=random(1, 5, 16, seed=9)).sum(),
+        weights["v_conv.weight"],
+    )
+    assert float(grad[..., 1:].abs().min()) > 0
+    assert not bool(grad[..., 0].any())
+
+
+def test_encoding_has_the_sines_first_and_the_fastest_waves_first() -> None:
+    values = [math.sin(3), math.sin(0.3), math.cos(3), math.cos(0.3)]
+    near(encoding(3, 4, 100.0), torch.tensor(values, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("recipe", [GQA, PLAIN, BOTH], ids=["rotated", "causal", "both directions"])

@@ -157,7 +157,8 @@ def test_every_error_on_purpose_is_an_error_of_attnzoo_and_of_python() -> None:
     assert issubclass(UnsupportedError, NotImplementedError)
 
 
-def test_triton_on_a_cpu_is_refused_and_never_falls_back() -> None:
+def test_triton_on_a_cpu_is_refused_and_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET")
     reasons = why_not("triton", **arguments())
     assert reasons
     with pytest.raises(UnsupportedError, match="triton") as caught:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -13,6 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from attnzoo_kernels import BlockLayout, Extras, block_sparse_attention
+from tests import child
 from tests.strategies import Numbers
 
 LAYOUT = (16, 16, 72, 72)
@@ -48,16 +47,7 @@ def test_the_flop_counter_is_not_imported_for_nobody() -> None:
         "block_sparse_attention(x, x, x, BlockLayout.dense(2, 2, 4, 4));"
         "print('torch.utils.flop_counter' in sys.modules, 'torch.distributed.tensor' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=_env())
-    assert done.stdout.split() == ["False", "False"]
-
-
-def _env() -> dict[str, str]:
-    import os
-    from pathlib import Path
-
-    root = Path(__file__).parents[2]
-    return {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'kernels'}"}
+    assert child.run(program).split() == ["False", "False"]
 
 
 @pytest.mark.parametrize("policy", [CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_RECOMPUTE])

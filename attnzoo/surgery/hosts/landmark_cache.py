@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnzoo.cache import KVCache
 from attnzoo.landmarks import length_with_landmarks
 from attnzoo.surgery.hosts.seat_cache import SeatCacheLayer, seat_layer
 from attnzoo_kernels.errors import ShapeError
@@ -53,29 +54,21 @@ class LandmarkCacheLayer(SeatCacheLayer):  # type: ignore[no-untyped-call]
         super().reset()
         self.given, self.given_real = 0, None
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forgets the last ``-tokens_to_remove`` of the host's slots, and the landmarks that stood for them.
-
-        Raises:
-            ValueError: If the number is positive, as the host's own layers do.
-        """
-        if tokens_to_remove > 0:
-            raise ValueError(f"tokens_to_remove: expected a negative number or 0, got {tokens_to_remove}")
-        if tokens_to_remove == 0 or self.memory is None:
-            return
-        self.given = max(0, self.given + tokens_to_remove)
+    def keep(self, memory: KVCache, left: int) -> None:
+        """Keeps the first slots that the host counts, and the landmarks of what they hold."""
+        self.given = left
         if self.given_real is not None:
-            self.given_real = self.given_real[:, : self.given] if self.given else None
+            self.given_real = self.given_real[:, :left] if left else None
         tokens = self.given_tokens
         # Where padding stood among what is left matters to nobody: each item's tokens count from the left.
         if isinstance(tokens, Tensor):
             kept = length_with_landmarks(tokens, self.block_size)
-            self.memory.crop(kept)
+            memory.crop(kept)
             self.seen = int(kept.max()) if len(kept) else 0
             self.real = torch.arange(self.seen, device=kept.device) < kept.unsqueeze(1) if self.seen else None
         else:
             self.seen, self.real = length_with_landmarks(tokens, self.block_size), None
-            self.memory.crop(self.seen)
+            memory.crop(self.seen)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Takes the items of the chosen beams."""

@@ -104,15 +104,17 @@ class SeatCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             ValueError: If the number is positive, as the host's own layers do; older ones take it for a length to keep.
         """
         if tokens_to_remove > 0 and not hasattr(CacheLayerMixin, "get_max_length"):
-            tokens_to_remove = min(0, tokens_to_remove - self.seen)
+            tokens_to_remove = min(0, tokens_to_remove - self.get_seq_length())
         if tokens_to_remove > 0:
             raise ValueError(f"tokens_to_remove: expected a negative number or 0, got {tokens_to_remove}")
-        if tokens_to_remove == 0 or self.memory is None:
-            return
-        left = max(0, self.seen + tokens_to_remove)
+        if tokens_to_remove and self.memory is not None:
+            self.keep(self.memory, max(0, self.get_seq_length() + tokens_to_remove))
+
+    def keep(self, memory: KVCache, left: int) -> None:
+        """Keeps the first slots that the host counts."""
         real = None if self.real is None else self.real[:, :left]
         # Padding takes no room in the layer's cache: each item keeps its tokens among the slots that stay.
-        self.memory.crop(left if real is None else real.sum(1))
+        memory.crop(left if real is None else real.sum(1))
         self.seen, self.real = left, real if left else None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

@@ -31,18 +31,16 @@ def warn(config: AttentionConfig) -> str | None:
     """Fewer heads, or gates below 1, make another function."""
     if not isinstance(config, MoHConfig):
         return None
-    counts = config.counts
+    counts, found = config.counts, []
     if counts.active < counts.routed:
         hint = "" if config.router == "norm" else "; a router at zero takes the first heads, router='norm' the longest"
-        return (
-            f"moh: {counts.shared + counts.active} of {config.num_heads} heads are left to each token, which needs "
-            f"healing{hint}"
-        )
+        share = f"{counts.shared + counts.active} of {config.num_heads} heads are left to each token"
+        found.append(f"{share}, which needs healing{hint}")
     if config.router == "learned" and config.gate_norm == "paper":
-        return "moh: gate_norm='paper' makes gates less than 1 where all heads are active, which needs healing"
+        found.append("gate_norm='paper' makes gates less than 1, which needs healing")
     if config.window is not None and not config.sink:
-        return "moh without a sink: models that were trained without a window lose the token they lean on"
-    return None
+        found.append("without a sink, models that were trained without a window lose the token they lean on")
+    return f"moh: {'; '.join(found)}" if found else None
 
 
 SPEC = SeatSpec(defaults=defaults, start=start, warn=warn)

@@ -28,6 +28,8 @@ from attnzoo_kernels.dispatch import KernelError
 INTERPRETED: bool = triton.knobs.runtime.interpret
 LOG2E = math.log2(math.e)
 MOST_SPLITS = 64
+MOST_INT32 = 2**31 - 1
+"""The largest position; a larger window hides nothing."""
 FEW_ROWS = 16
 """Tiles of at most so many rows read a layout's lists as they are: sorting them first would cost more than masks."""
 
@@ -118,7 +120,7 @@ class Job:
         window = call.rule.window if isinstance(call.rule.window, int) else 1
         sink = call.rule.sink if isinstance(call.rule.sink, int) else 0
         _, _, groups, seq_q, seq_k = call.shape
-        return seq_q, seq_k, groups, min(window, 1 << 30), min(sink, 1 << 30)
+        return seq_q, seq_k, groups, min(window, MOST_INT32), min(sink, MOST_INT32)
 
     @property
     def row_tiles(self) -> int:
@@ -200,7 +202,7 @@ def job(call: Call, of: Pass, lists: BlockLists | None) -> Job:
         "BLOCK_Q": call.block_q, "BLOCK_K": call.block_k, "BM": rows, "BN": keys,
         "D": width, "DV": value_width, "DA": aux_width,
         "DP": padded(width), "DVP": padded(value_width), "DAP": padded(aux_width),
-        "PER": per, "PACK": pack, "CAUSAL": call.rule.causal, "WINDOW": call.rule.window is not None,
+        "PER": per, "PACK": pack, "CAUSAL": call.rule.causal, "WINDOW": _hides(call.rule.window),
         "SINK": isinstance(call.rule.sink, Tensor) or call.rule.sink > 0, "GATE": gate,
         "TURN": 0 if call.origins is None else call.origins.cos.shape[1],
         "LIST_BATCH": listed[0], "LIST_HEADS": listed[1], "POS_BATCH": pos[0], "POS_HEADS": pos[1],
@@ -231,9 +233,14 @@ def _lists(call: Call, lists: BlockLists | None, *, split: bool, merged: bool) -
     return Lists(lists.start, full, lists.end, lists.col, lists.origin, lists.order)
 
 
+def _hides(window: int | Tensor | None) -> bool:
+    return isinstance(window, Tensor) or (window is not None and window <= MOST_INT32)
+
+
 def _precision() -> str:
     """How fp32 is multiplied: on tensor cores in three parts, as exact as fp32 itself, where there are such."""
-    if torch.backends.cuda.matmul.allow_tf32:
+    # allow_tf32 raises where a user chose by this name, the newer one.
+    if torch.backends.cuda.matmul.fp32_precision == "tf32":
         return "tf32"
     return "ieee" if torch.version.hip is not None else "tf32x3"
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 import attnzoo
 from attnzoo import surgery
@@ -140,8 +140,6 @@ def test_a_cache_is_cut_back_repeated_chosen_from_and_emptied(mode: str, padding
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     cache = DynamicCache(config=model.config)
     first = logits(model, tokens, attention_mask=mask, position_ids=positions, past_key_values=cache)
-    with pytest.raises(ValueError, match="tokens_to_remove"):
-        cache.layers[0].crop(1)
     cache.crop(-7)
     assert cache.get_seq_length() == 13
     cache.batch_repeat_interleave(2)
@@ -310,3 +308,52 @@ def test_a_recipe_for_some_blocks_alone_is_refused(tmp_path: Path) -> None:
     (folder / "attnzoo_config.json").write_text(json.dumps(about))
     with pytest.raises(attnzoo.ConversionError, match="expected seats of 'landmark' in all 2 blocks, got 1"):
         surgery.load(folder)
+
+
+@pytest.mark.slow
+def test_healing_leads_a_model_that_copies_from_afar_to_its_landmarks() -> None:
+    """Copying needs the blocks of 28 tokens ago; suddenly gated it is lost, and a ramp of the mix brings it back."""
+    generator, period = torch.Generator().manual_seed(0), 28
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=24,
+                hidden_size=64,
+                intermediate_size=128,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                pad_token_id=None,
+                bos_token_id=None,
+                eos_token_id=None,
+            )
+        )
+
+    def loss(batch: int) -> Tensor:
+        tokens = torch.randint(0, 24, (batch, period), generator=generator).repeat(1, 2)
+        first = torch.arange(2 * period) < period
+        found: Tensor = model(tokens, labels=tokens.masked_fill(first, -100), use_cache=False).loss
+        return found
+
+    def train(steps: int, rate: float, ramp: int | None = None) -> None:
+        optimizer = torch.optim.AdamW(model.train().parameters(), lr=rate)
+        for step in range(steps):
+            if ramp is not None:
+                surgery.set_gate_mix(model, min(1.0, (step + 1) / ramp))
+            optimizer.zero_grad()
+            loss(32).backward()
+            optimizer.step()
+        model.eval()
+
+    def held_out() -> float:
+        with torch.no_grad():
+            return float(loss(64))
+
+    train(120, 2e-3)
+    dense = held_out()
+    surgery.convert(model, "landmark", block_size=8)
+    assert held_out() <= dense + 0.01
+    surgery.set_gate_mix(model, 1.0)
+    assert held_out() >= dense + 1
+    train(120, 1e-3, ramp=80)
+    assert held_out() <= dense + 0.05

@@ -447,3 +447,19 @@ def test_rows_are_gathered_and_scattered_in_the_tokens_order() -> None:
     assert torch.equal(back, x * wanted.unsqueeze(-1))
     traced = compaction.Rows.of(wanted.to("meta"))
     assert traced.token.shape == (2, 3, 11)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"window": 20, "sink": 3}], ids=["everything", "window"])
+def test_compiled_with_lengths_as_variables_it_gathers_without_reading_and_says_the_same(
+    options: dict[str, Any],
+) -> None:
+    layer = layer_of(config_of(num_heads=8, shared_heads=2, active_heads=2, compute="routed", **options))
+    torch.compiler.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
+    x, key_padding = tokens(layer, 2, 70), torch.arange(70) < torch.tensor([[0], [17]])
+    assert_same(compiled(x, key_padding=key_padding), layer(x, key_padding=key_padding))
+    caches = [layer.new_cache(2, 80) for _ in range(2)]
+    with torch.no_grad():
+        for part in x.split([40, 29, 1], 1):
+            assert_same(compiled(part, cache=caches[0]), layer(part, cache=caches[1]))
