@@ -193,13 +193,17 @@ def picture(rows: list[Row], where: dict[str, Any], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import FuncFormatter
 
+    plain_numbers = FuncFormatter(lambda value, _: f"{value:g}")
     figure, axes = pyplot.subplots(figsize=(9, 4.6), layout="constrained")
     place = [SPAN * (i + 0.5) for i in range(len(rows[0].perplexity))]
     for row in rows:
         plain = row.options.get("variant") != "longheads"
         axes.plot(place, row.perplexity, marker="o", markersize=3, label=row.name, linestyle="--" if plain else "-")
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(plain_numbers)
+    axes.yaxis.set_minor_formatter(plain_numbers)
     axes.set_xlabel("position (tokens)")
     axes.set_ylabel(f"perplexity over {SPAN} positions")
     axes.spines[["top", "right"]].set_visible(False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 
 import attnzoo
 from attnzoo.oracles.longheads import Chunks, longheads
+from attnzoo_kernels import block_sparse_attention_with_lse, merge_states
 from tests.attnzoo.cases import assert_same, build, gradients, recipe_of, tokens
 
 GOLDEN = sorted((Path(__file__).parents[2] / "golden").glob("longheads_*.npz"))
@@ -283,6 +285,64 @@ def test_the_chunk_that_matches_is_read_however_far_it_is() -> None:
         x[0, needle], x[0, 63] = torch.eye(8, dtype=torch.float64)[[1, 1]]
         assert needle // 4 in chosen(layer.attend(x).plan, 0, 0, 63)
         assert float(layer(x).detach()[0, 63, 1]) > 0.9
+
+
+def test_a_chunks_key_is_its_own_affair() -> None:
+    layer = build(config_of(num_kv_heads=2), dtype=torch.float64)
+    x = tokens(layer, 1, 40)
+    changed = torch.cat([tokens(layer, 1, 12, seed=1), x[:, 12:16], tokens(layer, 1, 24, seed=2)], 1)
+    keys = []
+    for text in (x, changed):
+        cache = layer.new_cache(1, 40)
+        with torch.no_grad():
+            layer.attend(text, cache=cache)
+        keys.append(cache.groups("chunk_key"))
+    assert_same(keys[0][:, :, 3], keys[1][:, :, 3])
+    assert ((keys[0] - keys[1]).abs().amax((0, 1, 3)) > 1e-3).tolist() == [True] * 3 + [False] + [True] * 6
+
+
+def test_no_position_beyond_the_attention_length_is_used() -> None:
+    config = config_of(begin=24)
+    layer = build(config, dtype=torch.float64)
+    layout = layer.attend(tokens(layer, 1, 60)).plan.layout
+    for row in range(24, 60):
+        for head in range(4):
+            begin = int(layout.start[0, head, row])
+            places = slice(begin, begin + int(layout.count[0, head, row]))
+            order = layout.col[places].argsort()
+            assert layout.origin is not None
+            assert layout.origin[places][order].tolist() == [0, 4, 8, 12]
+            assert int(layout.col[places][order][-1]) == row // 4
+
+
+def test_a_longer_query_chooses_the_same() -> None:
+    layer = build(config_of(num_kv_heads=2), dtype=torch.float64)
+    x = tokens(layer, 1, 40)
+    step = layer.begin(x, None, None, None, None)
+    heads = layer.project(step)
+    memory = layer.remember(step, heads)
+    plan = layer.plan(step, heads, memory)
+    longer = layer.plan(step, heads, replace(memory, queries=7 * memory.queries))
+    assert torch.equal(plan.info["chunks"], longer.info["chunks"])
+
+
+def test_slots_apart_and_merged_are_one_call() -> None:
+    """Each chosen chunk by a call of its own, at its slot's origin, merged by the log-sum-exp."""
+    layer = build(config_of(), dtype=torch.float64)
+    x = tokens(layer, 1, 40)
+    step = layer.begin(x, None, None, None, None)
+    memory = layer.remember(step, layer.project(step))
+    plan = layer.plan(step, layer.project(step), memory)
+    chunks, outs, lses = plan.info["chunks"][..., 24:, :], [], []
+    q = memory.q[:, :, 24:]
+    for slot in range(4):
+        index = chunks[..., slot : slot + 1]
+        layout = attnzoo.BlockLayout.from_indices(index, 1, 4, 16, 40, torch.full_like(index, 4 * slot))
+        out, lse = block_sparse_attention_with_lse(q, memory.k, memory.v, layout, extras=plan.extras)
+        outs.append(out)
+        lses.append(lse)
+    merged, _ = merge_states(torch.stack(outs), torch.stack(lses))
+    assert_same(merged, layer.operate(memory, plan)[:, :, 24:])
 
 
 def test_a_longer_context_does_not_change_what_the_first_rows_choose() -> None:
