@@ -88,10 +88,9 @@ def _view(x: Tensor) -> View:
 
 def _describable(x: Tensor) -> bool:
     """Whether a descriptor can hold ``[S, D]`` of a tensor: addresses in multiples of 16 bytes."""
-    size = x.element_size()
-    batch, head, row = (x.stride(i) if x.shape[i] > 1 else 0 for i in range(3))
-    row = x.stride(2)
-    return x.data_ptr() % 16 == 0 and row > 0 and all(stride * size % 16 == 0 for stride in (batch, head, row))
+    view, size = _view(x), x.element_size()
+    steps = (view.batch, view.head, view.row)
+    return x.data_ptr() % 16 == 0 and view.row > 0 and all(step * size % 16 == 0 for step in steps)
 
 
 @dataclass(frozen=True)
