@@ -22,7 +22,8 @@ test: setup  ## The test suite; under 12 minutes on two cores
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not gpu" --doctest-modules attnzoo kernels tests
 
 test-oldest: setup  ## The kernels' tests with the oldest supported triton
-	.venv-oldest/bin/python -m pytest -q -n $(WORKERS) -m "not slow and not gpu" tests/attnzoo_kernels/test_triton*.py
+	.venv-oldest/bin/python -m pytest -q -n $(WORKERS) -m "not slow and not gpu" \
+		tests/attnzoo_kernels/test_triton_switches.py tests/attnzoo_kernels/test_triton_torture.py
 
 test-slow: setup  ## The tests that take minutes
 	$(BIN)/python -m pytest -n $(WORKERS) -m slow tests

@@ -122,7 +122,7 @@ MUTANTS: dict[str, Mutant] = {
     "the next block read with this one": ("causal", {"tiles": {"if c.BLOCK_K % c.BN != 0": "if False"}}),
     "partial blocks without a mask": (
         "full causal",
-        {"launch": {"lists.start if hidden else lists.full": "lists.end"}},
+        {"launch": {"full = lists.full if split else lists.start": "full = lists.end"}},
     ),
     "absent rows taken as present": (
         "absent",

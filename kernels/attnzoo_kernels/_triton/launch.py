@@ -181,7 +181,8 @@ def job(call: Call, of: Pass, lists: BlockLists | None) -> Job:
     width, value_width = call.q.shape[3], call.v.shape[3]
     aux_width = 0 if call.aux is None else call.aux[0].shape[3]
     widest = max(padded(width + aux_width), padded(value_width))
-    tiles = tiles_for(architecture(call.q.device), of, min(widest, 256), call.q.element_size())
+    name = architecture(call.q.device)
+    tiles = tiles_for(name, of, min(widest, 256), call.q.element_size())
     switched = call.rule.window is not None or call.rule.q_pos is not None or call.key_bias is not None
     if switched or call.gate is not None or call.origins is not None:
         tiles = _narrowed(tiles, of)
@@ -209,7 +210,7 @@ def job(call: Call, of: Pass, lists: BlockLists | None) -> Job:
         "LIST_BATCH": listed[0], "LIST_HEADS": listed[1], "POS_BATCH": pos[0], "POS_HEADS": pos[1],
         "BIAS_BATCH": bias[0], "BIAS_HEADS": bias[1],
         "ACC": tl.float64 if call.acc_dtype == torch.float64 else tl.float32,
-        "PRECISION": _precision(),
+        "PRECISION": _precision(name),
         "RAISING": call.scale > 0 and call.key_bias is None and gate == 0 and of in ("forward", "decode"),
         "TMA": described, "SKEW": form == "skewed", "SPECIAL": special,
     }  # fmt: skip
@@ -238,12 +239,12 @@ def _hides(window: int | Tensor | None) -> bool:
     return isinstance(window, Tensor) or (window is not None and window <= MOST_INT32)
 
 
-def _precision() -> str:
+def _precision(name: str) -> str:
     """How fp32 is multiplied: on tensor cores in three parts, as exact as fp32 itself, where there are such."""
     # allow_tf32 raises where a user chose by this name, the newer one.
     if torch.backends.cuda.matmul.fp32_precision == "tf32":
         return "tf32"
-    return "ieee" if torch.version.hip is not None else "tf32x3"
+    return "ieee" if name.startswith("gfx") else "tf32x3"
 
 
 def _narrowed(tiles: Tiles, of: Pass) -> Tiles:
