@@ -148,7 +148,7 @@ MUTANTS: dict[str, Mutant] = {
     "no delta": ("causal", {"backward": {"p * (dp - kept(delta, AXIS))": "p * dp"}}),
     "the gradient of the log-sum-exp lost": ("causal", {"backward": {"if dlse is not None": "if False"}}),
     "dK without the scale": ("causal", {"backward": {"total_k * natural": "total_k"}}),
-    "dQ without the scale": ("causal", {"backward": {"(total * natural)": "(total)"}}),
+    "dQ without the scale": ("causal", {"backward": {"store_rows(dq, total * natural": "store_rows(dq, total"}}),
     "heads on KV heads by remainder": (
         "causal",
         {
@@ -196,7 +196,7 @@ MUTANTS: dict[str, Mutant] = {
     ),
     "auxiliary channels forgotten": (
         "origins",
-        {"forward": {"    if more.q_aux is not None:\n        s = product(": "    if False:\n        s = product("}},
+        {"forward": {"s = product(queries.aux, tl.trans(aux), s, c)": "s = s + 0"}},
     ),
     "parts joined without weights": (
         "decoding",

@@ -10,14 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attnzoo_kernels._triton.forward import (
-    entry_of,
-    load_tile,
-    open_group,
-    scores_of,
-    tile_of,
-    turned_queries,
-)
+from attnzoo_kernels._triton.forward import entry_of, load_tile, open_group, scores_of, tile_of, turned_queries
 from attnzoo_kernels._triton.records import Place, Rows, Sizes
 from attnzoo_kernels._triton.tiles import (
     LOG2E,
@@ -35,6 +28,7 @@ from attnzoo_kernels._triton.tiles import (
     product,
     rows_of,
     shared,
+    store_rows,
     turn,
     visible,
 )
@@ -86,10 +80,10 @@ def query_kernel(
     found = tl.load(lse + row, mask=inside, other=-float("inf"))
     live = found > -float("inf")
     d = tl.arange(0, c.DVP)
-    wide = live[:, None] & (d < c.DV)[None, :]
-    do = tl.load(dout.ptr + b.to(tl.int64) * dout.batch + rows.head.to(tl.int64)[:, None] * dout.head
-                 + rows.token.to(tl.int64)[:, None] * dout.row + d[None, :], mask=wide, other=0.0)  # fmt: skip
-    o = tl.load(out + row[:, None] * c.DV + d[None, :], mask=wide, other=0.0)
+    do = load_queries(
+        dout, b, Rows(rows.head, rows.token, live, rows.own, rows.lo, rows.hi, rows.sink), False, c.DV, c.DVP, c
+    )
+    o = tl.load(out + row[:, None] * c.DV + d[None, :], mask=live[:, None] & (d < c.DV)[None, :], other=0.0)
     change = tl.sum(o.to(c.ACC) * do.to(c.ACC), 1)
     if dlse is not None:
         change -= tl.load(dlse + row, mask=live, other=0.0)
@@ -136,14 +130,9 @@ def query_kernel(
                 aux = tl.where(seen[:, None], aux, 0.0)
                 total_aux = product(ds.to(aux.dtype), aux, total_aux, c)
         if dq is not None:
-            d = tl.arange(0, c.DP)
-            where_ = dq + row[:, None] * c.D + d[None, :]
-            tl.store(where_, (total * natural).to(dq.dtype.element_ty), mask=inside[:, None] & (d < c.D)[None, :])
+            store_rows(dq, total * natural, row, inside, c.D, c.DP)
         if dq_aux is not None:
-            d = tl.arange(0, c.DAP)
-            where_ = dq_aux + row[:, None] * c.DA + d[None, :]
-            tl.store(where_, (total_aux * natural).to(dq_aux.dtype.element_ty),
-                     mask=inside[:, None] & (d < c.DA)[None, :])  # fmt: skip
+            store_rows(dq_aux, total_aux * natural, row, inside, c.DA, c.DAP)
 
 
 @triton.jit(do_not_specialize=["seq_q", "seq_k", "groups", "window", "sink_size", "splits", "total"])
@@ -228,15 +217,8 @@ def key_kernel(
             if dgate is not None:
                 total_gate += tl.sum(dlogit[:, None] * turned.to(c.ACC), 0)
         if dbias is not None and c.BIAS_HEADS == 2:
-            store_bias(
-                dbias,
-                total_bias,
-                split.to(tl.int64) * total * c.PER + (b * groups * c.PER + h).to(tl.int64) * seq_k,
-                first,
-                within,
-                seq_k,
-                c,
-            )
+            n = split.to(tl.int64) * total * c.PER + (b * groups * c.PER + h).to(tl.int64) * seq_k
+            store_bias(dbias, total_bias, n, first, within, seq_k, c)
             total_bias = blank(c.BN, 0, c)
     n = split.to(tl.int64) * total + (b * groups + g).to(tl.int64) * seq_k
     if dbias is not None and c.BIAS_HEADS != 2:
@@ -256,16 +238,12 @@ def key_kernel(
 @triton.jit
 def store_bias(x, total, start, first, within, seq_k, c: tl.constexpr):
     """Stores the sums of a tile's slots from ``x + start`` onwards."""
-    offset = tl.arange(0, c.BN)
-    s = first + offset
-    tl.store(x + start + s, total, mask=(s < seq_k) & (within + offset < c.BLOCK_K))
+    s = first + tl.arange(0, c.BN)
+    tl.store(x + start + s, total, mask=(s < seq_k) & (s - first < c.BLOCK_K - within))
 
 
 @triton.jit
 def store_keys(x, total, start, first, within, seq_k, WIDTH: tl.constexpr, PADDED: tl.constexpr, c: tl.constexpr):
     """Stores a tile's slots as rows ``start + slot`` of ``x [.., WIDTH]``."""
-    offset = tl.arange(0, c.BN)
-    s = first + offset
-    d = tl.arange(0, PADDED)
-    mask = ((s < seq_k) & (within + offset < c.BLOCK_K))[:, None] & (d < WIDTH)[None, :]
-    tl.store(x + (start + s)[:, None] * WIDTH + d[None, :], total.to(x.dtype.element_ty), mask=mask)
+    s = first + tl.arange(0, c.BN)
+    store_rows(x, total, start + s, (s < seq_k) & (s - first < c.BLOCK_K - within), WIDTH, PADDED)

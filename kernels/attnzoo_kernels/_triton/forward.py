@@ -21,6 +21,7 @@ from attnzoo_kernels._triton.tiles import (
     open_keys,
     product,
     rows_of,
+    store_rows,
     turn,
     visible,
 )
@@ -55,9 +56,8 @@ def scores_of(queries, keys, lists, it, where, scale, more, sizes, c: tl.constex
     k = load_keys(keys.k_view, keys.k, first, sizes.seq_k, False, c.D, c.DP, c)
     s = product(q, tl.trans(k), None, c)
     if more.q_aux is not None:
-        s = product(
-            queries.aux, tl.trans(load_keys(more.k_aux, keys.aux, first, sizes.seq_k, False, c.DA, c.DAP, c)), s, c
-        )
+        aux = load_keys(more.k_aux, keys.aux, first, sizes.seq_k, False, c.DA, c.DAP, c)
+        s = product(queries.aux, tl.trans(aux), s, c)
     if not c.RAISING:
         s = s * scale
     return s, q, k
@@ -77,11 +77,8 @@ def absorb(run, s, queries, keys, lists, it, rows, where, scale, more, sizes, MA
         if c.GATE > 0:
             logit = queries.mix
             if c.GATE == 2:
-                logit = gate_logit(
-                    turned_queries(queries, lists, place, more, c),
-                    gate_keys(more, where.b, where.g, block, False, c),
-                    scale,
-                )
+                q = turned_queries(queries, lists, place, more, c)
+                logit = gate_logit(q, gate_keys(more, where.b, where.g, block, False, c), scale)
             own = rows.own == block
             keep, inner, shift = gated(s, keep, own, logit, queries.mix, 1, c)
             s = s + shift[:, None]
@@ -185,8 +182,7 @@ def forward_kernel(
     where = Place(b, g, h, (seq_k + c.BLOCK_K - 1) // c.BLOCK_K)
     tiles: tl.constexpr = (c.BLOCK_K + c.BN - 1) // c.BN
     start = tl.load(lists.start + place)
-    zero = blank(c.BM, 0, c)
-    run = Running(blank(c.BM, c.DVP, c), zero - float("inf"), zero)
+    run = Running(blank(c.BM, c.DVP, c), blank(c.BM, 0, c) - float("inf"), blank(c.BM, 0, c))
     if lists.full is None:
         count = tl.load(lists.end + place) * tiles
         share = (count + splits - 1) // splits
@@ -202,13 +198,10 @@ def forward_kernel(
     result = run.acc / tl.where(live, run.total, 1.0)[:, None]
     found = tl.where(live, (run.peak + tl.log2(tl.where(live, run.total, 1.0))) * LN2, -float("inf"))
     row = (b * groups * c.PER + rows.head).to(tl.int64) * seq_q + rows.token
-    inside = rows.token < seq_q
-    inside = inside & (part * c.BM + tl.arange(0, c.BM) < c.PACK * c.BLOCK_Q)
+    inside = (rows.token < seq_q) & (part * c.BM + tl.arange(0, c.BM) < c.PACK * c.BLOCK_Q)
     row += split.to(tl.int64) * total
     tl.store(lse + row, found, mask=inside)
-    d = tl.arange(0, c.DVP)
-    at = out + row[:, None] * c.DV + d[None, :]
-    tl.store(at, result.to(out.dtype.element_ty), mask=inside[:, None] & (d < c.DV)[None, :])
+    store_rows(out, result, row, inside, c.DV, c.DVP)
 
 
 @triton.jit(do_not_specialize=["rows", "splits"])

@@ -118,6 +118,14 @@ def load_keys(x, source, first, seq, turned: tl.constexpr, WIDTH: tl.constexpr, 
 
 
 @triton.jit
+def store_rows(x, values, row, inside, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    """Stores a tile as rows ``row`` of a contiguous ``x [.., WIDTH]``."""
+    d = tl.arange(0, PADDED)
+    at = x + row[:, None] * WIDTH + d[None, :]
+    tl.store(at, values.to(x.dtype.element_ty), mask=inside[:, None] & (d < WIDTH)[None, :])
+
+
+@triton.jit
 def partners(d, c: tl.constexpr):
     """The other value of each one's rotary plane."""
     return tl.where(d < c.TURN, d + c.TURN, tl.where(d < 2 * c.TURN, d - c.TURN, d))
@@ -173,19 +181,13 @@ def bias_of(more, b, h, first, groups, seq_k, c: tl.constexpr):
 @triton.jit
 def product(a, b, total, c: tl.constexpr):
     """A product in the accumulator's dtype, added to ``total`` where there is one."""
-    if total is None:
-        return tl.dot(a, b, input_precision=c.PRECISION, out_dtype=c.ACC)
-    else:
-        return tl.dot(a, b, total, input_precision=c.PRECISION, out_dtype=c.ACC)
+    return tl.dot(a, b, total, input_precision=c.PRECISION, out_dtype=c.ACC)
 
 
 @triton.jit
 def blank(ROWS: tl.constexpr, WIDTH: tl.constexpr, c: tl.constexpr):
     """Zeros ``[ROWS, WIDTH]``, or ``[ROWS]`` for a width of 0."""
-    if WIDTH == 0:
-        return tl.full([ROWS], 0.0, c.ACC)
-    else:
-        return tl.full([ROWS, WIDTH], 0.0, c.ACC)
+    return tl.full([ROWS] if WIDTH == 0 else [ROWS, WIDTH], 0.0, c.ACC)
 
 
 @triton.jit
@@ -205,12 +207,10 @@ def gate_logit(q, key, scale):
 
 @triton.jit
 def gated(s, keep, own, logit, mix, AXIS: tl.constexpr, c: tl.constexpr):
-    """Gates one block of a tile.
+    """The pairs of a gated block that count, its log-sum-exp ``total``, and the ``shift`` that gating adds to scores.
 
-    Returns the pairs that count, the block's log-sum-exp ``total`` and the ``shift`` that gating adds to its scores.
     Rows whose own block this is are not gated; a gated block without a visible gate or an ordinary key vanishes.
     """
-    opened = own
     if c.GATE == 1:
         last = shared(tl.arange(0, c.BN) == c.BLOCK_K - 1, AXIS)
         landmark = keep & last
