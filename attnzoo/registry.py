@@ -80,7 +80,7 @@ def list_variants(pattern: str = "*") -> list[str]:
 
     Example:
         >>> list_variants("lo*")
-    ['longheads', 'lowrank_gqa']
+        ['longheads', 'lowrank_gqa']
     """
     return sorted(name for name in variants if fnmatchcase(name, pattern))
 
