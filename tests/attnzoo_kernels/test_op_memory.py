@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from attnzoo_kernels import BlockLayout, Extras, blocked
-from attnzoo_kernels.op import _call
+from attnzoo_kernels.op import make_call
 from attnzoo_kernels.workspace import clear_scratch
 from tests.strategies import Numbers
 
@@ -71,7 +71,7 @@ class Largest(TorchDispatchMode):
 def test_a_training_step_at_sixteen_thousand_tokens_stays_small(name: str) -> None:
     layout, extras = layout_for(name), Extras(**SWITCHES[name]())
     q, k, v = (normal(1, heads, TOKENS, WIDTH) for heads in (2, 1, 1))
-    call = _call((q, k, v), layout, True, 0.3, extras)
+    call = make_call((q, k, v), layout, causal=True, scale=0.3, extras=extras)
     # Scratch memory that an earlier test has left would hide what is asked for.
     clear_scratch()
     # The ops' insides, which a mode around the ops would not see.
