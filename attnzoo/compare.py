@@ -20,8 +20,8 @@ from attnzoo.registry import get_config
 from attnzoo.surgery.lowrank import CALIBRATED
 from attnzoo_kernels.errors import ConfigError
 
-SAME_LOGITS = 1e-4
-"""Largest difference of logits at which two outputs count as equal."""
+SAME_LOGITS = 1e-5
+"""Largest difference of logits, over the largest logit, at which two outputs count as equal but for rounding."""
 
 
 @dataclass(frozen=True)
@@ -247,11 +247,12 @@ class Comparer:
     def _figures(self, spec: VariantSpec, found: Score, decoding: Decoding, seconds: float) -> Row:
         dense = found if self._dense is None else self._dense[0]
         difference = float((found.probe - dense.probe).abs().max())
+        same = difference <= SAME_LOGITS * float(dense.probe.abs().max())
         held = surgery.cache_bytes(self.model)
         flags = ["negative control"] if spec.control else []
         if spec.exact:
-            flags.append("certificate holds" if difference <= SAME_LOGITS else "CERTIFICATE FAILS")
-        elif spec.conversions and found.density == 1 and difference <= SAME_LOGITS:
+            flags.append("certificate holds" if same else "CERTIFICATE FAILS")
+        elif spec.conversions and found.density == 1 and same:
             flags.append("NO-OP")
         return Row(
             name=spec.name,
