@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
+from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
 
@@ -34,10 +35,15 @@ def reasons_against(impl: str, call: Call) -> tuple[str, ...]:
     return _against_triton(call) if impl == "triton" else ()
 
 
+@cache
+def _installed() -> bool:
+    return find_spec("triton") is not None
+
+
 def _against_triton(call: Call) -> tuple[str, ...]:
     device = call.q.device
     found = []
-    if find_spec("triton") is None:
+    if not _installed():
         found.append("triton: it is not installed; the extra 'triton' brings it")
     if device.type == "cpu":
         if os.environ.get("TRITON_INTERPRET") != "1":

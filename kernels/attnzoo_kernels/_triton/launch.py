@@ -103,7 +103,6 @@ class Job:
         tiles: Of the pass.
         shape: What the kernel is compiled for.
         lists: The lists of the pass.
-        masked: Whether every entry needs a mask.
     """
 
     call: Call
@@ -275,12 +274,12 @@ def _splits(programs: int, most: int, device: torch.device) -> int:
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """Out ``[B, H, T, Dv]`` in q's dtype and lse ``[B, H, T]``."""
     batch, heads, _, seq_q, seq_k = call.shape
+    dtype = call.q.dtype
+    call = prepare(call)
     out = call.q.new_empty(batch, heads, seq_q, call.v.shape[3])
     lse = call.q.new_empty(batch, heads, seq_q, dtype=call.acc_dtype)
     if 0 in (batch, seq_q, seq_k):
-        return out.zero_(), lse.fill_(-torch.inf)
-    dtype = call.q.dtype
-    call = prepare(call)
+        return out.zero_().to(dtype), lse.fill_(-torch.inf)
     with _on(call.q.device):
         work = job(call, "decode", None)
         splits = _splits(work.row_tiles, -(-call.grid[1] // 2), call.q.device)
@@ -292,19 +291,15 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
         if splits > 1:
             parts = call.q.new_empty(splits, *out.shape, dtype=call.acc_dtype)
             lses = lse.new_empty(splits, *lse.shape)
-        elif out.dtype != call.q.dtype:
-            parts = out.new_empty(out.shape, dtype=call.q.dtype)
         views = (_view(call.q), _view(call.k), _view(call.v))
         arguments = (*views, parts, lses, work.lists, work.switches, call.scale * LOG2E, *work.sizes, splits,
                      total, c)  # fmt: skip
         run(forward_kernel, work.row_tiles * splits, arguments, work.tiles)
         if splits > 1:
             width = call.v.shape[3]
-            wide = out if out.dtype == call.q.dtype else out.new_empty(out.shape, dtype=call.q.dtype)
-            run(join_kernel, total, (parts, lses, wide, lse, total, splits), None,
+            run(join_kernel, total, (parts, lses, out, lse, total, splits), None,
                 SPLITS=padded(splits), DV=width, DVP=padded(width))  # fmt: skip
-            parts = wide
-    return (parts if parts.dtype == dtype else parts.to(dtype)), lse
+    return out.to(dtype), lse
 
 
 def backward(
