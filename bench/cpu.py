@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import time
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -91,32 +92,47 @@ def picture(rows: list[Row], where: dict[str, Any], path: Path) -> None:
     pyplot.close(figure)
 
 
+def choose(parts: Iterable[str], only: list[str] | None) -> list[str]:
+    """The parts to run, in their own order.
+
+    Raises:
+        typer.BadParameter: If one that was asked for is unknown.
+    """
+    known = list(parts)
+    unknown = sorted(set(only or []) - set(known))
+    if unknown:
+        raise typer.BadParameter(f"expected one of {', '.join(known)}, got {unknown[0]!r}", param_hint="--only")
+    return [name for name in known if not only or name in only]
+
+
+def report(rows: list[Row], where: dict[str, Any], out: Path, *, as_json: bool) -> None:
+    """Writes the rows as OUT.json and OUT.md, and prints them."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    data = {"about": where, "rows": [{**asdict(row), "holds": row.holds} for row in rows]}
+    text = json.dumps(data, indent=2) + "\n"
+    out.with_name(f"{out.name}.json").write_text(text, encoding="utf-8")
+    out.with_name(f"{out.name}.md").write_text(markdown(rows, where), encoding="utf-8")
+    if as_json:
+        typer.echo(text, nl=False)
+    else:
+        console = Console()
+        (console if console.is_terminal else Console(width=140)).print(render(rows, where))
+
+
 def main(
     out: Annotated[Path, typer.Option(help="Write OUT.json, OUT.md and OUT.png.")] = Path("out/cpu"),
     only: Annotated[list[str] | None, typer.Option(help=f"Parts: {', '.join(PARTS)}; may be repeated.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
 ) -> None:
     """Measures the blocked implementation on this CPU beside its peers."""
-    unknown = sorted(set(only or []) - set(PARTS))
-    if unknown:
-        raise typer.BadParameter(f"expected one of {', '.join(PARTS)}, got {unknown[0]!r}", param_hint="--only")
+    chosen = choose(PARTS, only)
     where, rows = about(), []
-    chosen = [name for name in PARTS if not only or name in only]
     with Bar() as progress:
         for done, name in enumerate(chosen):
             progress(name, done, len(chosen))
             rows += list(PARTS[name]())
-    out.parent.mkdir(parents=True, exist_ok=True)
-    data = {"about": where, "rows": [{**asdict(row), "holds": row.holds} for row in rows]}
-    text = json.dumps(data, indent=2) + "\n"
-    out.with_name(f"{out.name}.json").write_text(text, encoding="utf-8")
-    out.with_name(f"{out.name}.md").write_text(markdown(rows, where), encoding="utf-8")
+    report(rows, where, out, as_json=as_json)
     picture(rows, where, out.with_name(f"{out.name}.png"))
-    if as_json:
-        typer.echo(text, nl=False)
-    else:
-        console = Console()
-        (console if console.is_terminal else Console(width=140)).print(render(rows, where))
     if where["class"] == CLASS and any(row.holds is False for row in rows):
         raise typer.Exit(1)
 

@@ -6,15 +6,12 @@ SDPA; a decoding step; and where computing the routed rows alone begins to pay, 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -25,7 +22,7 @@ from attnzoo.routing import Counts, best
 from attnzoo.variants.moh import gathering_pays, query_block
 from attnzoo_kernels import BlockLayout, Extras, block_sparse_attention
 from bench import clock, gate
-from bench.cpu import CLASS, about, markdown, render
+from bench.cpu import CLASS, about, choose, report
 from bench.rows import Row
 
 TOKENS, HEADS, WIDTH, BLOCK = 4096, 8, 64, 64
@@ -265,29 +262,17 @@ def main(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
 ) -> None:
     """Measures mixture-of-head attention on this CPU: rows that are not routed are not computed."""
-    unknown = sorted(set(only or []) - set(PARTS))
-    if unknown:
-        raise typer.BadParameter(f"expected one of {', '.join(PARTS)}, got {unknown[0]!r}", param_hint="--only")
+    chosen = choose(PARTS, only)
     where, rows = about(), []
-    chosen = [name for name in PARTS if not only or name in only]
     with Bar() as progress:
         for done, name in enumerate(chosen):
             progress(name, done, len(chosen))
             for row in PARTS[name]():
                 rows.append(row)
                 progress(f"{row.part}: {row.name}", done, len(chosen))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    data = {"about": where, "rows": [{**asdict(row), "holds": row.holds} for row in rows]}
-    text = json.dumps(data, indent=2) + "\n"
-    out.with_name(f"{out.name}.json").write_text(text, encoding="utf-8")
-    out.with_name(f"{out.name}.md").write_text(markdown(rows, where), encoding="utf-8")
+    report(rows, where, out, as_json=as_json)
     if "crossover" in chosen:
         picture(rows, where, out.with_name(f"{out.name}.png"))
-    if as_json:
-        typer.echo(text, nl=False)
-    else:
-        console = Console()
-        (console if console.is_terminal else Console(width=140)).print(render(rows, where))
     if where["class"] == CLASS and any(row.holds is False for row in rows):
         raise typer.Exit(1)
 
