@@ -69,7 +69,7 @@ class Rows:
         batch, heads, _, width = rows.shape
         places = batch * self.tokens * heads
         flat = rows.reshape(batch * heads * self.token.shape[2], width)
-        whole = rows.new_zeros(places + 1, width).index_copy(0, self._flat(places), flat)
+        whole = rows.new_zeros(places + 1, width).index_copy_(0, self._flat(places), flat)
         return whole[:places].view(batch, self.tokens, heads, width).transpose(1, 2)
 
     def positions(self, q_pos: Tensor | None, first: int) -> Tensor:

@@ -6,7 +6,6 @@ softmax: a chunk holds whole rows, so that it is exact and nothing but the input
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +16,7 @@ from attnzoo_kernels.call import Call
 from attnzoo_kernels.fold import fold_groups, fold_rows, unfold_rows
 from attnzoo_kernels.gemm import multiplies_bf16, product, routed
 from attnzoo_kernels.schedule import Bucket, schedule_for
-from attnzoo_kernels.scores import Chunk, Inputs, silence, weigh
+from attnzoo_kernels.scores import Chunk, Inputs, rows_of, silence, weigh
 from attnzoo_kernels.tiles import Source, tile, untile
 from attnzoo_kernels.workspace import scratch
 
@@ -25,13 +24,11 @@ CHUNK_SCORES = 1 << 18
 """Scores in one chunk and thread: what stays in a core's cache between the two products."""
 
 
-def chunks(call: Call, inputs: Inputs) -> Iterator[Bucket]:
-    """The call's rows, a chunk at a time."""
+def chunks(call: Call, inputs: Inputs) -> list[Bucket]:
+    """The call's rows in chunks."""
     budget = CHUNK_SCORES * min(torch.get_num_threads(), 4)
-    for bucket in inputs.schedule.buckets:
-        # Small query blocks gather as many keys as large ones: their chunks are bounded by the keys.
-        scores = max(call.block_q, 64) * bucket.cols.shape[1] * call.block_k
-        yield from bucket.split(max(1, budget // scores))
+    # Small query blocks gather as many keys as large ones: their chunks are bounded by the keys.
+    return inputs.schedule.chunks(budget, max(call.block_q, 64), call.block_k)
 
 
 def forward(call: Call, *, need_lse: bool) -> tuple[Tensor, Tensor]:
@@ -46,24 +43,23 @@ def forward(call: Call, *, need_lse: bool) -> tuple[Tensor, Tensor]:
 
 def _forward(call: Call, *, need_lse: bool) -> tuple[Tensor, Tensor]:
     batch, heads, _, _, _ = call.shape
-    values = Source(call.v, call.block_k, _value_dtype(call))
-    low = call.fast and values.dtype != call.acc_dtype and call.origins is None
-    inputs = Inputs(call, schedule_for(call), values.dtype if low else None)
+    dtype = _value_dtype(call)
+    low = call.fast and dtype != call.acc_dtype and call.origins is None
+    inputs = Inputs(call, schedule_for(call), dtype if low else None)
+    values = Source(call.v, call.block_k, dtype, often=inputs.often)
     rows, block = batch * heads * call.grid[0], call.block_q
-    parts = list(chunks(call, inputs))
-    whole = len(parts) == 1 and parts[0].whole and values.dtype == call.q.dtype
+    parts = chunks(call, inputs)
     shape = (rows, block, call.v.shape[3])
     out = call.q.new_empty(shape) if _cover(parts, rows) else call.q.new_zeros(shape)
     lse = torch.full((rows, block, 1), -torch.inf, dtype=call.acc_dtype, device=call.q.device) if need_lse else None
     for part in parts:
-        views = _reads_in_place(call, part)
-        chunk = weigh(inputs, part, need_lse=need_lse, views=views)
-        v = call.v.flatten(0, 1) if views else _values(values, chunk)
+        chunk = weigh(inputs, part, need_lse=need_lse)
+        v = _values(values, chunk)
         weights = chunk.probs
         if weights.dtype != v.dtype:
             weights = scratch("probs", tuple(weights.shape), v.dtype, v.device).copy_(weights)
-        if whole:
-            product("out", weights, v, out=out)
+        if part.span is not None and v.dtype == out.dtype:
+            product("out", weights, v, out=out[part.span])
         else:
             out.index_copy_(0, part.rows, product("out", weights, v).to(out.dtype))
         if lse is not None and chunk.lse is not None:
@@ -84,23 +80,16 @@ def _value_dtype(call: Call) -> torch.dtype:
     return torch.bfloat16 if call.q.dtype == torch.bfloat16 and multiplies_bf16() else call.acc_dtype
 
 
-def _reads_in_place(call: Call, part: Bucket) -> bool:
-    """Whether keys and values may be used where they are: each row reads every block of one (batch, KV head)."""
-    plain = call.aux is None and call.gate is None and call.origins is None and call.key_bias is None
-    if not (plain and part.every and call.grid[0] == 1 and call.q.shape[1] == call.k.shape[1]):
-        return False
-    return call.q.dtype == call.acc_dtype and all(
-        x.shape[0] == 1 or x.shape[1] == 1 or x.stride(0) == x.stride(1) * x.shape[1] for x in (call.k, call.v)
-    )
-
-
 def _values(values: Source, chunk: Chunk) -> Tensor:
-    part = chunk.part
+    part, width = chunk.part, chunk.k.shape[1]
+    found = values.view(part.firsts, part.kv.shape[1]) if chunk.in_place else None
+    if found is not None:
+        return found
     v = values.gather("v", part.kv.reshape(-1))
     v = v.view(part.rows.shape[0], -1, v.shape[2])
     if chunk.hidden is not None:
         silence(v, chunk.hidden)
-    return v
+    return v[:, :width]
 
 
 @dataclass
@@ -143,7 +132,7 @@ def _backward(call: Call, dout: Tensor, dlse: Tensor | None, need: list[bool]) -
         return torch.zeros(shape, dtype=acc, device=device) if needed else None
 
     width = call.q.shape[3] if inputs.turns is None else inputs.turns.padded
-    parts = list(chunks(call, inputs))
+    parts = chunks(call, inputs)
     q_shape = (rows, call.block_q, width)
     grads = Gradients(
         q=call.q.new_empty(q_shape, dtype=acc) if need[0] and _cover(parts, rows) else zeros(need[0], *q_shape),
@@ -158,18 +147,17 @@ def _backward(call: Call, dout: Tensor, dlse: Tensor | None, need: list[bool]) -
         grads.k_aux = zeros(need[5], inputs.k_aux.batch * inputs.k_aux.heads * call.grid[1], call.block_k, aux_width)
     if inputs.gate_key is not None:
         grads.gate = zeros(need[6], keys, width)
-    values = Source(call.v, call.block_k, acc)
+    values = Source(call.v, call.block_k, acc, often=inputs.often)
     # The rows behind a ragged end have no gradient; tiles give them zeros.
-    dout_tiles = Source(tile(dout, call.block_q).unsqueeze(1), call.block_q, acc)
-    dlse_tiles = None if dlse is None else Source(tile(dlse, call.block_q).unsqueeze(1), call.block_q, acc)
+    dout_tiles = tile(dout, call.block_q).to(acc)
+    dlse_tiles = None if dlse is None else tile(dlse, call.block_q).to(acc)
     for part in parts:
-        chunk = weigh(inputs, part, need_lse=False)
-        dout_rows = dout_tiles.gather("dout", part.rows)
-        dlse_rows = None if dlse_tiles is None else dlse_tiles.gather("dlse", part.rows)
+        chunk = weigh(inputs, part, need_lse=False, training=True)
+        dout_rows = rows_of(dout_tiles, "dout", part)
+        dlse_rows = None if dlse_tiles is None else rows_of(dlse_tiles, "dlse", part)
         if chunk.dead is not None:
-            dout_rows.masked_fill_(chunk.dead, 0.0)
-            if dlse_rows is not None:
-                dlse_rows.masked_fill_(chunk.dead, 0.0)
+            dout_rows = dout_rows.masked_fill(chunk.dead, 0.0)
+            dlse_rows = None if dlse_rows is None else dlse_rows.masked_fill(chunk.dead, 0.0)
         _accumulate(inputs, chunk, dout_rows, dlse_rows, values, grads)
     if inputs.turns is not None:
         for name in ("q", "k", "gate"):
@@ -185,7 +173,7 @@ def _accumulate(
     call, part = inputs.call, chunk.part
     kv = part.kv.reshape(-1)
     if grads.v is not None:
-        _add(grads.v, kv, product("dkv", chunk.probs.transpose(1, 2), dout))
+        _add_product(grads.v, chunk, chunk.probs, dout)
     if not grads.of_scores:
         return
     dscores = product("dscores", dout, _values(values, chunk).transpose(1, 2))
@@ -197,16 +185,20 @@ def _accumulate(
         if dlse is not None:
             dscores.addcmul_(chunk.probs, dlse)
     if grads.q is not None:
-        dq = product("dq", dscores, chunk.k)
+        here = None if part.span is None else grads.q[part.span]
+        dq = product("dq", dscores, chunk.k, out=here, scale=call.scale)
         if dgates is not None and chunk.gated is not None and chunk.gated.key is not None:
-            product("dq", dgates, chunk.gated.key, out=dq, add=True)
-        grads.q.index_copy_(0, part.rows, dq.mul_(call.scale))
-    if grads.k is not None:
-        dk = product("dkv", dscores.transpose(1, 2), chunk.q).view(kv.shape[0], call.block_k, -1)
+            product("dq", dgates, chunk.gated.key, out=dq, scale=call.scale, add=True)
+        if here is None:
+            grads.q.index_copy_(0, part.rows, dq)
+    if grads.k is not None and part.origin is None:
+        _add_product(grads.k, chunk, dscores, chunk.q, scale=call.scale)
+    elif grads.k is not None:
+        dk = product("dkv", dscores.transpose(1, 2), chunk.q, scale=call.scale).view(kv.shape[0], call.block_k, -1)
         _turn_back(inputs, part, dk)
         _add(grads.k, kv, dk)
     if grads.gate is not None and dgates is not None:
-        dkey = product("dgate", dgates.transpose(1, 2), chunk.q).view(kv.shape[0], 1, -1)
+        dkey = product("dgate", dgates.transpose(1, 2), chunk.q, scale=call.scale).view(kv.shape[0], 1, -1)
         _turn_back(inputs, part, dkey)
         grads.gate.index_add_(0, kv, dkey.squeeze(1))
     _accumulate_rest(inputs, chunk, dscores, grads)
@@ -218,11 +210,22 @@ def _accumulate_rest(inputs: Inputs, chunk: Chunk, dscores: Tensor, grads: Gradi
     if grads.bias is not None and inputs.bias is not None:
         _add(grads.bias, inputs.blocks_in(inputs.bias, part), dscores.sum(1))
     if grads.q_aux is not None and chunk.k_aux is not None:
-        dq_aux = product("dq_aux", dscores, chunk.k_aux).mul_(call.scale)
+        dq_aux = product("dq_aux", dscores, chunk.k_aux, scale=call.scale)
         grads.q_aux.index_copy_(0, part.rows, dq_aux)
     if grads.k_aux is not None and chunk.q_aux is not None and inputs.k_aux is not None:
-        dk_aux = product("dk_aux", dscores.transpose(1, 2), chunk.q_aux)
+        dk_aux = product("dk_aux", dscores.transpose(1, 2), chunk.q_aux, scale=call.scale)
         _add(grads.k_aux, inputs.blocks_in(inputs.k_aux, part), dk_aux)
+
+
+def _add_product(total: Tensor, chunk: Chunk, weights: Tensor, rows: Tensor, scale: float = 1.0) -> None:
+    """Adds ``weights^T rows``, gradients of a chunk's keys or values, to those of all."""
+    weights, blocks = weights.transpose(1, 2), chunk.part.kv
+    if chunk.in_place:
+        first = int(blocks[0, 0]) * total.shape[1]
+        here = total.view(1, -1, total.shape[2])[:, first : first + weights.shape[1]]
+        product("dkv", weights, rows, out=here, scale=scale, add=True)
+    else:
+        _add(total, blocks.reshape(-1), product("dkv", weights, rows, scale=scale))
 
 
 def _add(total: Tensor, blocks: Tensor, x: Tensor) -> None:

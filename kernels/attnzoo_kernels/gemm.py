@@ -109,21 +109,25 @@ def routed() -> Iterator[None]:
                 _process.routed = False
 
 
-def product(name: str, a: Tensor, b: Tensor, out: Tensor | None = None, *, add: bool = False) -> Tensor:
-    """A batched product, by default in scratch memory; ``add`` adds it to what ``out`` holds."""
+def views_freely() -> bool:
+    """Whether matrices of a batch may lie anywhere: oneDNN copies them unless they are one block of memory."""
+    return not _process.routed
+
+
+def product(
+    name: str, a: Tensor, b: Tensor, out: Tensor | None = None, *, scale: float = 1.0, add: bool = False
+) -> Tensor:
+    """A batched product times ``scale``, by default in scratch memory; ``add`` adds it to what ``out`` holds."""
     if out is None:
         out = scratch(name, (*a.shape[:2], b.shape[2]), a.dtype, a.device)
+    beta = 1 if add else 0
     if not _process.routed or _may_learn((str(a.dtype), *a.shape, b.shape[2], a.stride(1) == 1, b.stride(1) == 1)):
-        return _multiply(a, b, out, add=add)
+        return torch.baddbmm(out, a, b, beta=beta, alpha=scale, out=out)
     _settings.fp32_precision = "none"
     try:
-        return _multiply(a, b, out, add=add)
+        return torch.baddbmm(out, a, b, beta=beta, alpha=scale, out=out)
     finally:
         _settings.fp32_precision = "bf16"
-
-
-def _multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool) -> Tensor:
-    return torch.baddbmm(out, a, b, out=out) if add else torch.bmm(a, b, out=out)
 
 
 def _may_learn(shape: tuple[object, ...]) -> bool:

@@ -8,7 +8,8 @@ examined once.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -35,6 +36,17 @@ class Entries:
     col: Tensor
     place: Tensor
     pos: Tensor
+
+
+class Spans(NamedTuple):
+    """Which slots the rows of the source query blocks see: those in ``[lo, hi)``, and those before ``sink``.
+
+    Each is int64 ``[rows, block_q]``.
+    """
+
+    lo: Tensor
+    hi: Tensor
+    sink: Tensor
 
 
 class Limits(NamedTuple):
@@ -68,8 +80,7 @@ class Bucket:
         partial: How many of the last columns need a mask.
         safe: Whether every row surely sees a key, the bias left aside.
         limits: Of the partial columns, where they are the same at every call.
-        whole: Whether these are all rows, in order.
-        every: Whether these are all rows, and each reads all blocks in order.
+        runs: Whether each row's blocks follow one another.
     """
 
     rows: Tensor
@@ -79,8 +90,19 @@ class Bucket:
     partial: int
     safe: bool
     limits: Limits | None = None
-    whole: bool = False
-    every: bool = False
+    runs: bool = False
+
+    @cached_property
+    def span(self) -> slice | None:
+        """The rows as a slice, where they follow one another."""
+        first, last = int(self.rows[0]), int(self.rows[-1])
+        return slice(first, last + 1) if last - first == self.rows.shape[0] - 1 else None
+
+    @cached_property
+    def firsts(self) -> list[int]:
+        """The first block of each row, as in ``kv``."""
+        found: list[int] = self.kv[:, 0].tolist()
+        return found
 
     def split(self, size: int) -> Iterator[Bucket]:
         """The bucket in chunks of at most so many rows."""
@@ -93,16 +115,43 @@ class Bucket:
         for i, (rows, cols, kv) in enumerate(parts):
             yield Bucket(
                 rows, cols, kv, None if origin is None else origin[i], self.partial, self.safe,
-                None if limits is None else limits[i],
+                None if limits is None else limits[i], self.runs,
             )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The buckets of a call and its row positions, int64 ``[B|1, H|1, M, block_q]``."""
+    """The buckets of a call, and where its rows stand.
+
+    Attributes:
+        buckets: The rows that read something.
+        pos: Row positions, int64 ``[B|1, H|1, M, block_q]``.
+        source: The source row of each row, int64 ``[B * H * M]``.
+        spans: What the source rows see, or ``None`` where no bucket needs a mask.
+    """
 
     buckets: tuple[Bucket, ...]
     pos: Tensor
+    source: Tensor
+    spans: Spans | None
+    _chunks: dict[int, list[Bucket]] = field(default_factory=dict)
+
+    def chunks(self, scores: int, block_q: int, block_k: int) -> list[Bucket]:
+        """The rows in chunks of about so many scores, ordered by their first rows.
+
+        Neighbouring rows read much the same keys, which are still in the cache then.
+        """
+        if scores not in self._chunks:
+            parts: list[Bucket] = []
+            for bucket in self.buckets:
+                parts += bucket.split(max(1, scores // (block_q * bucket.cols.shape[1] * block_k)))
+            self._chunks[scores] = sorted(parts, key=lambda part: int(part.rows[0]))
+        return self._chunks[scores]
+
+    @property
+    def entries(self) -> int:
+        """Key blocks read, counted once for each row that reads them."""
+        return sum(bucket.cols.numel() for bucket in self.buckets)
 
     def positions(self, rows: Tensor, heads: int) -> Tensor:
         """Positions of the rows of some query blocks, int64 ``[R, block_q]``."""
@@ -158,8 +207,8 @@ def list_entries(call: Call, room: int | None = None) -> tuple[Entries, Tensor]:
     return Entries((src_batch, src_heads, blocks_q), row, col, place, tiles), there
 
 
-def _tile_values(call: Call, entries: Entries) -> tuple[Tensor, Tensor, Tensor]:
-    """First slot seen ``lo``, end ``hi`` and the sink's end, each int64 ``[rows, block_q]`` of the source rows."""
+def spans_of(call: Call, entries: Entries) -> Spans:
+    """What the source rows see, the layout left aside."""
     rule, seq_k = call.rule, call.k.shape[2]
     shape = (*entries.shape, call.block_q)
 
@@ -169,17 +218,16 @@ def _tile_values(call: Call, entries: Entries) -> tuple[Tensor, Tensor, Tensor]:
     window = None if rule.window is None else of_head(rule.window)
     lo, hi = rule.span(entries.pos, window, seq_k)
     sink = torch.zeros_like(lo) if window is None else rule.sink_end(entries.pos, of_head(rule.sink), seq_k)
-    lo, hi, sink = (x.expand(shape).reshape(-1, call.block_q) for x in (lo, hi, sink))
-    return lo, hi, sink
+    return Spans(*(x.expand(shape).reshape(-1, call.block_q) for x in (lo, hi, sink)))
 
 
-def classify(call: Call, entries: Entries, *, exact: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+def classify(call: Call, entries: Entries, spans: Spans, *, exact: bool = True) -> tuple[Tensor, Tensor, Tensor]:
     """Which entries are read, are seen in full, and have a first slot that all rows see: bool ``[nnz]`` each.
 
     Where positions have gaps and there is a window, finding out exactly what is read takes ``nnz * block_q`` numbers;
     without ``exact``, more may count as read.
     """
-    lo, hi, sink = _tile_values(call, entries)
+    lo, hi, sink = spans
     first = entries.col * call.block_k
     last = (first + call.block_k).clamp(max=call.k.shape[2])
     least, most = lo.amin(1), lo.amax(1)
@@ -199,47 +247,41 @@ def classify(call: Call, entries: Entries, *, exact: bool = True) -> tuple[Tenso
     return read, full, anchored & read
 
 
-def limits_of(call: Call, pos: Tensor, rows: Tensor, cols: Tensor) -> Limits:
+def limits_of(call: Call, spans: Spans, source: Tensor, cols: Tensor) -> Limits:
     """The limits of some blocks.
 
     Args:
         call: The call.
-        pos: Row positions, int64 ``[R, block_q]``.
-        rows: int64 ``[R]``, flat indices into ``[B, H, M]``.
+        spans: What source rows see.
+        source: int64 ``[R]``, the source rows.
         cols: int64 ``[R, partial]``, key blocks.
     """
-    rule, seq_k = call.rule, call.k.shape[2]
-    head = (rows // call.grid[0]) % call.q.shape[1]
-
-    def of_row(value: int | Tensor) -> int | Tensor:
-        return value.long()[head].unsqueeze(1) if isinstance(value, Tensor) else value
-
     first = cols.unsqueeze(1) * call.block_k
 
     def within(end: Tensor) -> Tensor:
-        return (end.unsqueeze(-1) - first).clamp_(0, call.block_k).to(torch.int32)
+        return (end.index_select(0, source).unsqueeze(-1) - first).clamp_(0, call.block_k).to(torch.int32)
 
-    window = None if rule.window is None else of_row(rule.window)
-    lo, hi = rule.span(pos, window, seq_k)
-    if window is None:
-        return Limits(within(hi), None, None)
+    rule = call.rule
+    if rule.window is None:
+        return Limits(within(spans.hi), None, None)
     has_sink = isinstance(rule.sink, Tensor) or rule.sink > 0
-    sink = within(rule.sink_end(pos, of_row(rule.sink), seq_k)) if has_sink else None
-    return Limits(within(hi), within(lo), sink)
+    return Limits(within(spans.hi), within(spans.lo), within(spans.sink) if has_sink else None)
 
 
 def build_schedule(call: Call) -> Schedule:
     """Builds the schedule of a call with bulk tensor arithmetic; O(entries + rows) memory."""
     batch, heads, _, seq_q, seq_k = call.shape
     if 0 in (batch, heads, seq_q, seq_k):
-        return Schedule((), call.col.new_zeros(1, 1, call.grid[0], call.block_q, dtype=torch.int64))
+        nothing = call.col.new_zeros(1, 1, call.grid[0], call.block_q, dtype=torch.int64)
+        return Schedule((), nothing, nothing.new_zeros(batch * heads * call.grid[0]), None)
     if call.grid[0] == 1 and call.rule.is_static and call.origins is None:
         quick = _one_block(call)
         if quick is not None:
             return quick
     entries, _ = list_entries(call)
     src_batch, src_heads, blocks_q = entries.shape
-    read, full, anchored = classify(call, entries)
+    spans = spans_of(call, entries)
+    read, full, anchored = classify(call, entries, spans)
     row, partial = entries.row[read], ~full[read]
     order = torch.argsort(row * 2 + partial, stable=True)
     rows = src_batch * src_heads * blocks_q
@@ -252,17 +294,16 @@ def build_schedule(call: Call) -> Schedule:
     )
     source = torch.arange(rows, device=row.device).view(src_batch, src_heads, blocks_q)
     source = source.repeat_interleave(heads // src_heads, 1).expand(batch, heads, blocks_q).reshape(-1)
-    schedule = Schedule((), entries.pos)
-    return Schedule(tuple(_buckets(call, schedule, source, sources)), entries.pos)
+    return Schedule(tuple(_buckets(call, spans, source, sources)), entries.pos, source, spans)
 
 
-def _kv_blocks(call: Call, rows: Tensor, cols: Tensor) -> Tensor:
-    """Key blocks ``[R, n]`` of query blocks ``[R]`` as flat indices into ``[B, G, N]``."""
+def _first_blocks(call: Call, rows: Tensor) -> Tensor:
+    """The first key blocks, as flat indices into ``[B, G, N]``, of the KV heads that query blocks ``[R]`` read."""
     _, heads, groups, _, _ = call.shape
     blocks_q, blocks_k = call.grid
     head = rows // blocks_q
     group = (head // heads) * groups + (head % heads) // (heads // groups)
-    return group.unsqueeze(1) * blocks_k + cols
+    return group * blocks_k
 
 
 def _one_block(call: Call) -> Schedule | None:
@@ -283,9 +324,9 @@ def _one_block(call: Call) -> Schedule | None:
     repeat = heads // call.start.shape[1]
     cols = cols.view(*call.start.shape[:2], length).repeat_interleave(repeat, 1).expand(batch, -1, -1)
     cols = cols.reshape(batch * heads, length)
-    every = length == call.grid[1] and bool((cols == torch.arange(length, device=cols.device)).all())
-    bucket = Bucket(rows, cols, _kv_blocks(call, rows, cols), None, 0, safe=True, whole=True, every=every)
-    return Schedule((bucket,), pos.view(1, 1, 1, seq_q))
+    runs = bool((cols.diff(dim=1) == 1).all())
+    bucket = Bucket(rows, cols, cols + _first_blocks(call, rows).unsqueeze(1), None, 0, safe=True, runs=runs)
+    return Schedule((bucket,), pos.view(1, 1, 1, seq_q), torch.zeros_like(rows), None)
 
 
 @dataclass(frozen=True)
@@ -299,29 +340,39 @@ class _Sources:
     origin: Tensor | None
 
 
-def _buckets(call: Call, schedule: Schedule, source: Tensor, sources: _Sources) -> Iterator[Bucket]:
+def _buckets(call: Call, spans: Spans, source: Tensor, sources: _Sources) -> Iterator[Bucket]:
     """Groups rows by the number of blocks they read; rows that read nothing belong to none."""
-    heads, blocks_k = call.shape[1], call.grid[1]
-    begin = sources.count.cumsum(0) - sources.count
-    lengths = sources.count[source]
-    order = torch.argsort(lengths, stable=True)
-    values, sizes = torch.unique_consecutive(lengths[order], return_counts=True)
-    for length, rows in zip(values.tolist(), order.split(sizes.tolist()), strict=True):
-        if length == 0:
-            continue
-        origin = source[rows]
-        at = begin[origin].unsqueeze(1) + torch.arange(length, device=rows.device)
-        cols = sources.col[at]
-        partial = int(sources.masked[origin].max())
+    order = torch.argsort(sources.count[source], stable=True)
+    order = order[int((sources.count[source] == 0).sum()) :]
+    origin = source[order]
+    lengths = sources.count[origin]
+    values, sizes = torch.unique_consecutive(lengths, return_counts=True)
+    begin, end = sources.count.cumsum(0) - sources.count, lengths.cumsum(0)
+    # Entry by entry, in the rows' new order.
+    at = torch.repeat_interleave(begin[origin] - (end - lengths), lengths)
+    at += torch.arange(at.shape[0], device=at.device)
+    cols = sources.col[at]
+    kv = cols + torch.repeat_interleave(_first_blocks(call, order), lengths)
+    breaks = torch.zeros_like(cols)
+    breaks[1:] = cols.diff() != 1
+    breaks[(end - lengths)] = 0
+    of_row = torch.repeat_interleave(torch.arange(values.shape[0], device=at.device), sizes)
+    nothing = torch.zeros_like(values)
+    broken = nothing.index_add(0, torch.repeat_interleave(of_row, lengths), breaks).tolist()
+    partial = nothing.scatter_reduce(0, of_row, sources.masked[origin], "amax").tolist()
+    unsafe = nothing.index_add(0, of_row, (~sources.safe[origin]).long()).tolist()
+    entries, sizes = (values * sizes).tolist(), sizes.tolist()
+    origins = [None] * len(entries) if sources.origin is None else sources.origin[at].split(entries)
+    parts = zip(values.tolist(), order.split(sizes), cols.split(entries), kv.split(entries), strict=True)
+    for i, (length, rows, of_cols, of_kv) in enumerate(parts):
+        of_cols = of_cols.view(-1, length)
         limits = None
-        if partial and call.rule.is_static:
-            limits = limits_of(call, schedule.positions(rows, heads), rows, cols[:, length - partial :])
-        whole = rows.shape[0] == source.shape[0]
-        every = whole and length == blocks_k and bool((cols == torch.arange(length, device=rows.device)).all())
+        if partial[i] and call.rule.is_static:
+            limits = limits_of(call, spans, source[rows], of_cols[:, length - partial[i] :])
+        turned = origins[i]
         yield Bucket(
-            rows, cols, _kv_blocks(call, rows, cols),
-            None if sources.origin is None else sources.origin[at],
-            partial, bool(sources.safe[origin].all()), limits, whole, every,
+            rows, of_cols, of_kv.view(-1, length), None if turned is None else turned.view(-1, length),
+            partial[i], not unsafe[i], limits, not broken[i],
         )  # fmt: skip
 
 

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from attnzoo_kernels import gating
 from attnzoo_kernels.call import Call, Origins
-from attnzoo_kernels.gemm import product
+from attnzoo_kernels.gemm import product, views_freely
 from attnzoo_kernels.schedule import Bucket, Limits, Schedule, limits_of
-from attnzoo_kernels.tiles import Source
+from attnzoo_kernels.tiles import Source, tile
 from attnzoo_kernels.workspace import scratch
 
 
@@ -28,8 +28,8 @@ class Chunk:
 
     Attributes:
         part: The rows and what they read.
-        q: ``[R, block_q, D]``, scaled, in the accumulator's dtype.
-        k: ``[R, n * block_k, D]``, rotated where there are origins.
+        q: ``[R, block_q, D]``, in the dtype of the products.
+        k: ``[R, n * block_k, D]``, rotated where there are origins; if ``in_place``, a ragged last block is shorter.
         q_aux: As q, with its own width, or ``None``.
         k_aux: As k.
         probs: Softmax weights ``[R, block_q, n * block_k]``.
@@ -37,6 +37,7 @@ class Chunk:
         lse: ``[R, block_q, 1]``, or ``None`` where nobody asked.
         hidden: Slots that the bias hides, bool ``[R, n * block_k, 1]``, or ``None``.
         gated: What the gate left for the way back, or ``None``.
+        in_place: Whether ``k`` is a view of the call's keys.
     """
 
     part: Bucket
@@ -49,6 +50,7 @@ class Chunk:
     lse: Tensor | None = None
     hidden: Tensor | None = None
     gated: gating.Gated | None = None
+    in_place: bool = False
 
 
 class Inputs:
@@ -64,17 +66,18 @@ class Inputs:
         self.call, self.schedule = call, schedule
         acc = self.compute = compute or call.acc_dtype
         q, k = call.q, call.k
-        self.turns, self.pairs_gathered = None, False
+        # A step that gathers few keys of a long memory must not copy all of it.
+        self.often = schedule.entries * call.block_k > k.shape[0] * k.shape[1] * k.shape[2]
+        self.turns = None
         if call.origins is not None:
             self.turns = Turns(call.origins, call.q.shape[3], call.acc_dtype)
-            # A step that gathers few keys of a long memory must not copy all of it.
-            gathered = sum(bucket.cols.numel() for bucket in schedule.buckets) * call.block_k
-            self.pairs_gathered = gathered < k.shape[0] * k.shape[1] * k.shape[2]
-            q, k = self.turns.in_pairs(q), k if self.pairs_gathered else self.turns.in_pairs(k)
-        self.q, self.k = Source(q, call.block_q, acc), Source(k, call.block_k, acc)
-        self.q_aux = self.k_aux = self.bias = self.gate_key = None
+            q, k = self.turns.in_pairs(q), self.turns.in_pairs(k) if self.often else k
+        self.q, self.k = tile(q, call.block_q).to(acc), Source(k, call.block_k, acc, often=self.often)
+        self.q_aux: Tensor | None = None
+        self.k_aux = self.bias = self.gate_key = None
         if call.aux is not None:
-            self.q_aux, self.k_aux = Source(call.aux[0], call.block_q, acc), Source(call.aux[1], call.block_k, acc)
+            self.q_aux = tile(call.aux[0], call.block_q).to(acc)
+            self.k_aux = Source(call.aux[1], call.block_k, acc, often=self.often)
         self.bias_hides = False
         if call.key_bias is not None:
             self.bias = Source(call.key_bias.unsqueeze(-1), call.block_k, call.acc_dtype)
@@ -82,6 +85,17 @@ class Inputs:
         if call.gate is not None and call.gate.key is not None:
             key = call.gate.key if self.turns is None else self.turns.in_pairs(call.gate.key)
             self.gate_key = Source(key, 1, acc)
+
+    def reads_in_place(self, part: Bucket, *, training: bool) -> bool:
+        """Whether a chunk's keys and values may be used where they lie.
+
+        In training that goes for one row at a time, whose gradients are added where they belong.
+        """
+        call, single = self.call, part.rows.shape[0] == 1
+        plain = call.aux is None and call.gate is None and self.turns is None and not self.bias_hides
+        if not (part.runs and plain):
+            return False
+        return single and call.key_bias is None if training else single or views_freely()
 
     def blocks_in(self, source: Source, part: Bucket) -> Tensor:
         """A chunk's key blocks as flat indices into ``[b, h, N]`` of a tensor that may share batch or heads."""
@@ -126,48 +140,55 @@ class Turns:
         rotated.mul_(angle.conj() if back else angle)
 
 
-def weigh(inputs: Inputs, part: Bucket, *, need_lse: bool, views: bool = False) -> Chunk:
-    """Gathers a chunk's rows and makes their weights.
+def rows_of(x: Tensor, name: str, part: Bucket) -> Tensor:
+    """A chunk's rows of tiles ``[rows, ..]``: where they lie if they follow one another, else in scratch memory."""
+    if part.span is not None:
+        return x[part.span]
+    out = scratch(name, (part.rows.shape[0], *x.shape[1:]), x.dtype, x.device)
+    return torch.index_select(x, 0, part.rows, out=out)
+
+
+def weigh(inputs: Inputs, part: Bucket, *, need_lse: bool, training: bool = False) -> Chunk:
+    """Reads a chunk's rows and makes their weights.
 
     Args:
         inputs: The call.
         part: The chunk.
         need_lse: Whether the log-sum-exp is wanted.
-        views: Whether keys may be views of the inputs, for a chunk where each row reads every block.
+        training: Whether gradients are wanted.
     """
     call = inputs.call
-    q = inputs.q.gather("q", part.rows)
+    q = rows_of(inputs.q, "q", part)
     wide = inputs.compute == call.acc_dtype
-    if wide:
-        q.mul_(call.scale)
+    scale = call.scale if wide else 1.0
     hidden = bias = None
     if inputs.bias is not None:
         bias = inputs.bias.gather("bias", inputs.blocks_in(inputs.bias, part)).view(part.rows.shape[0], -1, 1)
         hidden = bias == -torch.inf if inputs.bias_hides else None
-    k = _keys(inputs, part, views=views)
+    in_place = inputs.k.view(part.firsts, part.kv.shape[1]) if inputs.reads_in_place(part, training=training) else None
+    k = _keys(inputs, part) if in_place is None else in_place
     q_aux, k_aux = _auxiliary(inputs, part)
     for x in (k, k_aux):
         if x is not None and hidden is not None:
             silence(x, hidden)
-    scores = product("scores", q, k.transpose(1, 2))
+    scores = product("scores", q, k.transpose(1, 2), scale=scale)
     if q_aux is not None and k_aux is not None:
-        product("scores", q_aux, k_aux.transpose(1, 2), out=scores, add=True)
+        product("scores", q_aux, k_aux.transpose(1, 2), out=scores, scale=scale, add=True)
     if not wide:
         scores = _widen(scores, call)
     if bias is not None:
         scores += bias.transpose(1, 2)[..., : scores.shape[2]]
     if part.partial:
         _hide(inputs, part, scores)
-    chunk = Chunk(part, q, k, q_aux, k_aux, scores, hidden=hidden)
+    chunk = Chunk(part, q, k, q_aux, k_aux, scores, hidden=hidden, in_place=in_place is not None)
     if call.gate is not None:
         _gate(inputs, chunk, scores, need_lse=need_lse)
     else:
         _normalise(inputs, chunk, scores, need_lse=need_lse)
-    if chunk.dead is not None:
+    if training and chunk.dead is not None:
         # A dead query may hold NaN; its zero weight would not silence it in the gradients of keys.
-        for x in (q, q_aux):
-            if x is not None:
-                x.masked_fill_(chunk.dead, 0.0)
+        chunk.q = q.masked_fill(chunk.dead, 0.0)
+        chunk.q_aux = None if q_aux is None else q_aux.masked_fill(chunk.dead, 0.0)
     return chunk
 
 
@@ -182,12 +203,10 @@ def silence(x: Tensor, hidden: Tensor) -> None:
         x.masked_fill_(hidden, 0.0)
 
 
-def _keys(inputs: Inputs, part: Bucket, *, views: bool) -> Tensor:
-    if views:
-        return inputs.call.k.flatten(0, 1)
+def _keys(inputs: Inputs, part: Bucket) -> Tensor:
     k = inputs.k.gather("k", part.kv.reshape(-1))
     if inputs.turns is not None and part.origin is not None:
-        if inputs.pairs_gathered:
+        if not inputs.often:
             shape = (*k.shape[:-1], inputs.turns.padded)
             k = inputs.turns.in_pairs(k, scratch("k in pairs", shape, k.dtype, k.device))
         inputs.turns.turn(k, part.origin.reshape(-1))
@@ -197,9 +216,7 @@ def _keys(inputs: Inputs, part: Bucket, *, views: bool) -> Tensor:
 def _auxiliary(inputs: Inputs, part: Bucket) -> tuple[Tensor | None, Tensor | None]:
     if inputs.q_aux is None or inputs.k_aux is None:
         return None, None
-    q = inputs.q_aux.gather("q_aux", part.rows)
-    if inputs.compute == inputs.call.acc_dtype:
-        q.mul_(inputs.call.scale)
+    q = rows_of(inputs.q_aux, "q_aux", part)
     k = inputs.k_aux.gather("k_aux", inputs.blocks_in(inputs.k_aux, part))
     return q, k.view(part.rows.shape[0], -1, k.shape[2])
 
@@ -210,11 +227,13 @@ def _normalise(inputs: Inputs, chunk: Chunk, scores: Tensor, *, need_lse: bool) 
     peak = scores.amax(-1, keepdim=True) if need_lse or unsafe else None
     if peak is not None and unsafe:
         chunk.dead = _any_of(peak == -torch.inf)
-    if chunk.dead is not None:
-        scores.masked_fill_(chunk.dead, 0.0)
+    dead = None if chunk.dead is None else chunk.dead.flatten().nonzero().squeeze(1)
+    rows = scores.flatten(0, 1)
+    if dead is not None:
+        rows.index_fill_(0, dead, 0.0)
     torch.softmax(scores, -1, out=scores)
-    if chunk.dead is not None:
-        scores.masked_fill_(chunk.dead, 0.0)
+    if dead is not None:
+        rows.index_fill_(0, dead, 0.0)
     if need_lse and peak is not None:
         # The largest weight is exp(0) / total: no second pass of exp.
         lse = peak - scores.amax(-1, keepdim=True).log()
@@ -241,8 +260,9 @@ def _gate(inputs: Inputs, chunk: Chunk, scores: Tensor, *, need_lse: bool) -> No
         if inputs.turns is not None and part.origin is not None:
             inputs.turns.turn(key, part.origin.reshape(-1))
         key = key.view(part.rows.shape[0], -1, key.shape[2])
-        logits = product("gate logits", chunk.q, key.transpose(1, 2))
-        if inputs.compute != call.acc_dtype:
+        wide = inputs.compute == call.acc_dtype
+        logits = product("gate logits", chunk.q, key.transpose(1, 2), scale=call.scale if wide else 1.0)
+        if not wide:
             logits = _widen(logits, call, "wide gate logits")
     chunk.gated, chunk.probs, chunk.dead, lse = gating.weigh(scores, block_k, own=own, mix=mix, logits=logits)
     chunk.gated.key = key
@@ -271,10 +291,12 @@ def _nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
 
 def _hide(inputs: Inputs, part: Bucket, scores: Tensor) -> None:
     """Hides what the rule hides in the partial blocks; adding -inf would keep a NaN."""
-    call, limits = inputs.call, part.limits
+    call, limits, spans = inputs.call, part.limits, inputs.schedule.spans
     if limits is None:
+        if spans is None:
+            return
         cols = part.cols[:, part.cols.shape[1] - part.partial :]
-        limits = limits_of(call, inputs.schedule.positions(part.rows, call.q.shape[1]), part.rows, cols)
+        limits = limits_of(call, spans, inputs.schedule.source[part.rows], cols)
     tail = scores[..., (part.cols.shape[1] - part.partial) * call.block_k :]
     seen = _seen(limits, call.block_k).view(*scores.shape[:2], -1)[..., : tail.shape[2]]
     torch.where(seen, tail, _nothing(scores.dtype, scores.device), out=tail)

@@ -6,6 +6,7 @@ Letters: B batch, h heads, L rows, D width, R rows of a chunk (query blocks), n 
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -23,10 +24,13 @@ class Source:
         x: The tensor.
         block: Rows in a block.
         dtype: What gathered rows are converted to.
+        often: Whether rows are read more than once on average: then they are laid out and converted beforehand.
     """
 
-    def __init__(self, x: Tensor, block: int, dtype: torch.dtype) -> None:
-        self.block, self.dtype, self.length = block, dtype, x.shape[2]
+    def __init__(self, x: Tensor, block: int, dtype: torch.dtype, *, often: bool = False) -> None:
+        if often and (x.dtype != dtype or x.stride(2) != x.shape[3] or x.stride(3) != 1):
+            x = x.to(dtype).contiguous()
+        self.x, self.block, self.dtype, self.length = x, block, dtype, x.shape[2]
         self.batch, self.heads = x.shape[:2]
         self.blocks = -(-self.length // block)
         self.tiles: Tensor | None = None
@@ -36,6 +40,33 @@ class Source:
             self.tiles = x.view(-1, block, x.shape[3])
         else:
             self._lay_out(x)
+
+    def view(self, firsts: list[int], count: int) -> Tensor | None:
+        """Runs of ``count`` blocks where they lie, by their first blocks (flat indices): ``[R, count * block, D]``.
+
+        What a ragged last block lacks is cut off. ``None`` where the runs do not begin at equal distances or end
+        differently, or where the values have to be converted.
+        """
+        x = self.x
+        if x.dtype != self.dtype or x.numel() == 0 or (x.stride(3) != 1 and x.shape[3] > 1):
+            return None
+        item, head, row, _ = x.stride()
+        beyond, rows = self.blocks * self.block - self.length, count * self.block
+        places = []
+        missing = 0
+        for first in firsts:
+            of_head, block = divmod(first, self.blocks)
+            places.append(of_head // self.heads * item + of_head % self.heads * head + block * self.block * row)
+            missing += block + count == self.blocks
+        if beyond and missing:
+            if missing != len(firsts):
+                return None
+            rows -= beyond
+        # A single run gets the stride of a batch that is one block of memory.
+        distance = places[1] - places[0] if len(places) > 1 else rows * x.shape[3]
+        if distance < 0 or any(later - earlier != distance for earlier, later in pairwise(places)):
+            return None
+        return x.as_strided((len(firsts), rows, x.shape[3]), (distance, row, 1), x.storage_offset() + places[0])
 
     def _lay_out(self, x: Tensor) -> None:
         """Views the tensor as rows of memory, and notes where each (batch, head) begins and how rows follow."""

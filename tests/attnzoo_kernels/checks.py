@@ -6,9 +6,11 @@ import functools
 import math
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+from attnzoo_kernels import blocked
 from tests.attnzoo_kernels.oracle import Answer, Problem, attend, solve, visible
 from tests.attnzoo_kernels.oracle_switches import Switched
 from tests.attnzoo_kernels.test_op_agreement import run, seeds_of
@@ -117,10 +119,25 @@ def check_switches(impl: str) -> None:
         assert_is(p, truth_of_it, impl)
 
 
+def check_runs(impl: str) -> None:
+    """Rows one at a time and several at once, which read neighbouring blocks; the last is ragged."""
+    base = fixed_problems()["full"].change(causal=True)
+    near = torch.ones_like(base.keep).tril().triu(-1)
+    for keep in (torch.ones_like(base.keep), near, base.keep):
+        p = base.change(keep=keep)
+        mask = visible(p)
+        answer = solve(p, *seeds_of(p), mask)
+        for scores in (1, 1 << 12):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(blocked, "CHUNK_SCORES", scores)
+                assert_near(run(p, layout_of(p), seeds_of(p), impl), answer, p, seeds_of(p), mask)
+
+
 CHECKS = (
     check_numbers,
     check_nothing_leaks,
     check_strides_and_halves,
     check_a_layout_serves_two_rules,
     check_switches,
+    check_runs,
 )

@@ -14,7 +14,7 @@ from torch import Tensor
 from attnzoo_kernels.call import Call
 from attnzoo_kernels.errors import UnsupportedError
 from attnzoo_kernels.memo import remembered
-from attnzoo_kernels.schedule import Entries, classify, list_entries
+from attnzoo_kernels.schedule import Entries, classify, list_entries, spans_of
 
 MOST_ROOM = 1 << 24
 """Pairs of blocks for which room is made without reading back how many are listed."""
@@ -60,7 +60,7 @@ def lists_of(call: Call) -> Lists:
 
 def _build(call: Call) -> Lists:
     entries, there = _entries(call)
-    read, full, _ = classify(call, entries, exact=False)
+    read, full, _ = classify(call, entries, spans_of(call, entries), exact=False)
     state = torch.where(read & there, torch.where(full, 0, 1), 2)
     batch, heads, blocks_q = entries.shape
     blocks_k = call.grid[1]
