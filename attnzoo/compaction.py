@@ -48,28 +48,35 @@ class Rows:
         """Which rows there are, bool ``[B, H, R]``."""
         return self.token >= 0
 
-    def _flat(self, absent: int | None) -> Tensor:
-        """Each row's place in ``[B, T, H]``, flat; absent rows go to the head's first token or to ``absent``."""
+    def _flat(self, *, heads_first: bool) -> Tensor:
+        """Each row's place in ``[B, H, T]`` or ``[B, T, H]``; absent rows go to a head's first token."""
         batch, heads, _ = self.token.shape
-        item = torch.arange(batch, device=self.token.device).view(-1, 1, 1) * self.tokens
+        item = torch.arange(batch, device=self.token.device).view(-1, 1, 1)
         head = torch.arange(heads, device=self.token.device).view(1, -1, 1)
-        flat = (item + self.token.clamp(min=0)) * heads + head
-        return (flat if absent is None else torch.where(self.present, flat, absent)).reshape(-1)
+        token = self.token.clamp(min=0)
+        if heads_first:
+            return (item * heads + head) * self.tokens + token
+        return (item * self.tokens + token) * heads + head
 
     def gather(self, x: Tensor) -> Tensor:
         """The rows ``[B, H, R, D]`` of ``[B, H, T, D]``; absent ones hold what some token has."""
         batch, heads, tokens, width = x.shape
         if tokens == 0:
             return x
-        rows = x.transpose(1, 2).reshape(batch * tokens * heads, width)
-        return rows.index_select(0, self._flat(None)).view(batch, heads, self.token.shape[2], width)
+        # Either order is a view of the tensors that layers make; the wrong one copies them.
+        heads_first = x.stride(1) >= x.stride(2)
+        rows = (x if heads_first else x.transpose(1, 2)).reshape(batch * tokens * heads, width)
+        index = self._flat(heads_first=heads_first).reshape(-1)
+        return rows.index_select(0, index).view(batch, heads, self.token.shape[2], width)
 
     def scatter(self, rows: Tensor) -> Tensor:
         """``[B, H, T, D]`` from rows ``[B, H, R, D]``; 0 where there is none."""
         batch, heads, _, width = rows.shape
         places = batch * self.tokens * heads
         flat = rows.reshape(batch * heads * self.token.shape[2], width)
-        whole = rows.new_zeros(places + 1, width).index_copy_(0, self._flat(places), flat)
+        # Absent rows are written behind the last place, which is cut off.
+        index = torch.where(self.present, self._flat(heads_first=False), places).reshape(-1)
+        whole = rows.new_zeros(places + 1, width).index_copy_(0, index, flat)
         return whole[:places].view(batch, self.tokens, heads, width).transpose(1, 2)
 
     def positions(self, q_pos: Tensor | None, first: int) -> Tensor:

@@ -221,7 +221,7 @@ def _add_product(total: Tensor, chunk: Chunk, weights: Tensor, rows: Tensor, sca
     """Adds ``weights^T rows``, gradients of a chunk's keys or values, to those of all."""
     weights, blocks = weights.transpose(1, 2), chunk.part.kv
     if chunk.in_place:
-        first = int(blocks[0, 0]) * total.shape[1]
+        first = chunk.part.firsts[0] * total.shape[1]
         here = total.view(1, -1, total.shape[2])[:, first : first + weights.shape[1]]
         product("dkv", weights, rows, out=here, scale=scale, add=True)
     else:

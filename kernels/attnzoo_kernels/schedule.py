@@ -18,6 +18,9 @@ from torch import Tensor
 from attnzoo_kernels.call import Call
 from attnzoo_kernels.memo import remembered
 
+MOST_LIMITS = 1 << 20
+"""Limits that are made beforehand for a single call."""
+
 
 @dataclass(frozen=True)
 class Entries:
@@ -64,8 +67,19 @@ class Limits(NamedTuple):
 
     def split(self, size: int) -> list[Limits]:
         """The limits of chunks of at most so many rows."""
-        parts = [[None] * -(-self.hi.shape[0] // size) if x is None else x.split(size) for x in self]
+        whole, rest = divmod(self.hi.shape[0], size)
+        return self.split_by([size] * whole + [rest] * (rest > 0))
+
+    def split_by(self, sizes: list[int]) -> list[Limits]:
+        """The limits of so many rows each."""
+        parts = [[None] * len(sizes) if x is None else x.split(sizes) for x in self]
         return [Limits(*chunk) for chunk in zip(*parts, strict=True)]
+
+    def of_rows(self, partial: int) -> Limits:
+        """Those of ``[R * partial, block_q, 1]`` entries, ``partial`` to a row, as ``[R, block_q, partial]``."""
+        return Limits(
+            *(None if x is None else x.view(-1, partial, x.shape[1]).transpose(1, 2).contiguous() for x in self)  # type: ignore[arg-type]
+        )
 
 
 @dataclass(frozen=True)
@@ -81,6 +95,8 @@ class Bucket:
         safe: Whether every row surely sees a key, the bias left aside.
         limits: Of the partial columns, where they are the same at every call.
         runs: Whether each row's blocks follow one another.
+        places: The rows as numbers.
+        firsts: The first block of each row, as in ``kv``, as numbers.
     """
 
     rows: Tensor
@@ -89,33 +105,30 @@ class Bucket:
     origin: Tensor | None
     partial: int
     safe: bool
-    limits: Limits | None = None
-    runs: bool = False
+    limits: Limits | None
+    runs: bool
+    places: list[int]
+    firsts: list[int]
 
     @cached_property
     def span(self) -> slice | None:
         """The rows as a slice, where they follow one another."""
-        first, last = int(self.rows[0]), int(self.rows[-1])
-        return slice(first, last + 1) if last - first == self.rows.shape[0] - 1 else None
-
-    @cached_property
-    def firsts(self) -> list[int]:
-        """The first block of each row, as in ``kv``."""
-        found: list[int] = self.kv[:, 0].tolist()
-        return found
+        first, last = self.places[0], self.places[-1]
+        return slice(first, last + 1) if last - first == len(self.places) - 1 else None
 
     def split(self, size: int) -> Iterator[Bucket]:
         """The bucket in chunks of at most so many rows."""
-        if self.rows.shape[0] <= size:
+        if len(self.places) <= size:
             yield self
             return
         limits = None if self.limits is None else self.limits.split(size)
         origin = None if self.origin is None else self.origin.split(size)
         parts = zip(self.rows.split(size), self.cols.split(size), self.kv.split(size), strict=True)
         for i, (rows, cols, kv) in enumerate(parts):
+            here = slice(i * size, (i + 1) * size)
             yield Bucket(
                 rows, cols, kv, None if origin is None else origin[i], self.partial, self.safe,
-                None if limits is None else limits[i], self.runs,
+                None if limits is None else limits[i], self.runs, self.places[here], self.firsts[here],
             )  # fmt: skip
 
 
@@ -145,7 +158,7 @@ class Schedule:
             parts: list[Bucket] = []
             for bucket in self.buckets:
                 parts += bucket.split(max(1, scores // (block_q * bucket.cols.shape[1] * block_k)))
-            self._chunks[scores] = sorted(parts, key=lambda part: int(part.rows[0]))
+            self._chunks[scores] = sorted(parts, key=lambda part: part.places[0])
         return self._chunks[scores]
 
     @property
@@ -325,7 +338,9 @@ def _one_block(call: Call) -> Schedule | None:
     cols = cols.view(*call.start.shape[:2], length).repeat_interleave(repeat, 1).expand(batch, -1, -1)
     cols = cols.reshape(batch * heads, length)
     runs = bool((cols.diff(dim=1) == 1).all())
-    bucket = Bucket(rows, cols, cols + _first_blocks(call, rows).unsqueeze(1), None, 0, safe=True, runs=runs)
+    kv = cols + _first_blocks(call, rows).unsqueeze(1)
+    places, firsts = list(range(batch * heads)), kv[:, 0].tolist()
+    bucket = Bucket(rows, cols, kv, None, 0, safe=True, limits=None, runs=runs, places=places, firsts=firsts)
     return Schedule((bucket,), pos.view(1, 1, 1, seq_q), torch.zeros_like(rows), None)
 
 
@@ -342,38 +357,59 @@ class _Sources:
 
 def _buckets(call: Call, spans: Spans, source: Tensor, sources: _Sources) -> Iterator[Bucket]:
     """Groups rows by the number of blocks they read; rows that read nothing belong to none."""
-    order = torch.argsort(sources.count[source], stable=True)
-    order = order[int((sources.count[source] == 0).sum()) :]
+    counts = sources.count[source]
+    order = torch.argsort(counts, stable=True)[int((counts == 0).sum()) :]
     origin = source[order]
     lengths = sources.count[origin]
     values, sizes = torch.unique_consecutive(lengths, return_counts=True)
-    begin, end = sources.count.cumsum(0) - sources.count, lengths.cumsum(0)
     # Entry by entry, in the rows' new order.
-    at = torch.repeat_interleave(begin[origin] - (end - lengths), lengths)
+    begin, at_row = sources.count.cumsum(0) - sources.count, lengths.cumsum(0) - lengths
+    at = torch.repeat_interleave(begin[origin] - at_row, lengths)
     at += torch.arange(at.shape[0], device=at.device)
     cols = sources.col[at]
     kv = cols + torch.repeat_interleave(_first_blocks(call, order), lengths)
     breaks = torch.zeros_like(cols)
     breaks[1:] = cols.diff() != 1
-    breaks[(end - lengths)] = 0
+    breaks[at_row] = 0
     of_row = torch.repeat_interleave(torch.arange(values.shape[0], device=at.device), sizes)
     nothing = torch.zeros_like(values)
     broken = nothing.index_add(0, torch.repeat_interleave(of_row, lengths), breaks).tolist()
-    partial = nothing.scatter_reduce(0, of_row, sources.masked[origin], "amax").tolist()
     unsafe = nothing.index_add(0, of_row, (~sources.safe[origin]).long()).tolist()
-    entries, sizes = (values * sizes).tolist(), sizes.tolist()
+    partial = nothing.scatter_reduce(0, of_row, sources.masked[origin], "amax")
+    limits = _limits_by_bucket(call, spans, cols, (origin, lengths, partial[of_row]), (partial * sizes).tolist())
+    entries, rows = (values * sizes).tolist(), order.split(sizes.tolist())
     origins = [None] * len(entries) if sources.origin is None else sources.origin[at].split(entries)
-    parts = zip(values.tolist(), order.split(sizes), cols.split(entries), kv.split(entries), strict=True)
-    for i, (length, rows, of_cols, of_kv) in enumerate(parts):
-        of_cols = of_cols.view(-1, length)
-        limits = None
-        if partial[i] and call.rule.is_static:
-            limits = limits_of(call, spans, source[rows], of_cols[:, length - partial[i] :])
+    places, firsts, first = order.tolist(), kv[at_row].tolist(), 0
+    parts = zip(values.tolist(), rows, cols.split(entries), kv.split(entries), partial.tolist(), strict=True)
+    for i, (length, of_bucket, *blocks, masked) in enumerate(parts):
+        here, first = slice(first, first + of_bucket.shape[0]), first + of_bucket.shape[0]
         turned = origins[i]
         yield Bucket(
-            rows, of_cols, of_kv.view(-1, length), None if turned is None else turned.view(-1, length),
-            partial[i], not unsafe[i], limits, not broken[i],
+            of_bucket, blocks[0].view(-1, length), blocks[1].view(-1, length),
+            None if turned is None else turned.view(-1, length), masked, not unsafe[i],
+            limits[i].of_rows(masked) if masked and limits else None, not broken[i], places[here], firsts[here],
         )  # fmt: skip
+
+
+def _limits_by_bucket(
+    call: Call, spans: Spans, cols: Tensor, rows: tuple[Tensor, Tensor, Tensor], sizes: list[int]
+) -> list[Limits]:
+    """The limits of each bucket's last columns, ``[entries, block_q, 1]``; none where they would be large for one call.
+
+    Args:
+        call: The call.
+        spans: What source rows see.
+        cols: The entries, row after row.
+        rows: Of each row: its source row, how many entries it has, and how many of the last may need a mask.
+        sizes: Of each bucket: its entries that may need a mask.
+    """
+    if not call.rule.is_static and sum(sizes) * call.block_q > MOST_LIMITS:
+        return []
+    origin, lengths, partial = rows
+    left = torch.repeat_interleave(lengths.cumsum(0), lengths) - torch.arange(cols.shape[0], device=cols.device)
+    masked = (left <= torch.repeat_interleave(partial, lengths)).nonzero().squeeze(1)
+    of_entry = torch.repeat_interleave(origin, partial)
+    return limits_of(call, spans, of_entry, cols[masked].unsqueeze(1)).split_by(sizes)
 
 
 def schedule_for(call: Call, build: Callable[[Call], Schedule] = build_schedule) -> Schedule:

@@ -9,7 +9,7 @@ Letters: R rows of the chunk (query blocks), n key blocks of each row, D head wi
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -85,6 +85,17 @@ class Inputs:
         if call.gate is not None and call.gate.key is not None:
             key = call.gate.key if self.turns is None else self.turns.in_pairs(call.gate.key)
             self.gate_key = Source(key, 1, acc)
+
+    @cached_property
+    def tame(self) -> bool:
+        """Whether no score is NaN for sure, hidden ones included; looked up only where keys are read often."""
+        if not self.often or self.call.aux is not None or self.q.numel() == 0:
+            return False
+        largest = self.call.q.shape[3] * max(1.0, abs(self.call.scale))
+        for x in (self.q, self.k.x):
+            low, high = torch.aminmax(x)
+            largest *= max(-float(low), float(high))
+        return largest < 1e30
 
     def reads_in_place(self, part: Bucket, *, training: bool) -> bool:
         """Whether a chunk's keys and values may be used where they lie.
@@ -269,26 +280,6 @@ def _gate(inputs: Inputs, chunk: Chunk, scores: Tensor, *, need_lse: bool) -> No
     chunk.lse = lse if need_lse else None
 
 
-@lru_cache(maxsize=64)
-def _until(block: int, device: torch.device) -> Tensor:
-    """Row j shows the columns before j, bool ``[block + 1, block]``."""
-    with torch.inference_mode(False):
-        return torch.arange(block, device=device) < torch.arange(block + 1, device=device).unsqueeze(1)
-
-
-@lru_cache(maxsize=64)
-def _since(block: int, device: torch.device) -> Tensor:
-    """Row j shows the columns from j on."""
-    with torch.inference_mode(False):
-        return ~_until(block, device)
-
-
-@lru_cache(maxsize=16)
-def _nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.full((), -torch.inf, dtype=dtype, device=device)
-
-
 def _hide(inputs: Inputs, part: Bucket, scores: Tensor) -> None:
     """Hides what the rule hides in the partial blocks; adding -inf would keep a NaN."""
     call, limits, spans = inputs.call, part.limits, inputs.schedule.spans
@@ -298,18 +289,38 @@ def _hide(inputs: Inputs, part: Bucket, scores: Tensor) -> None:
         cols = part.cols[:, part.cols.shape[1] - part.partial :]
         limits = limits_of(call, spans, inputs.schedule.source[part.rows], cols)
     tail = scores[..., (part.cols.shape[1] - part.partial) * call.block_k :]
-    seen = _seen(limits, call.block_k).view(*scores.shape[:2], -1)[..., : tail.shape[2]]
-    torch.where(seen, tail, _nothing(scores.dtype, scores.device), out=tail)
+    ceiling = _ceiling(limits, call.block_k, scores.dtype).view(*scores.shape[:2], -1)[..., : tail.shape[2]]
+    if not inputs.tame:
+        tail.masked_fill_(ceiling < 0, 0.0)
+    torch.minimum(tail, ceiling, out=tail)
 
 
-def _seen(limits: Limits, block: int) -> Tensor:
-    """Which slots are seen, bool ``[R * block_q * partial, block]``."""
+@lru_cache(maxsize=64)
+def _until(block: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Row j is inf at the columns before j and -inf from there on, ``[block + 1, block]``."""
+    with torch.inference_mode(False):
+        seen = torch.arange(block, device=device) < torch.arange(block + 1, device=device).unsqueeze(1)
+        return torch.where(seen, torch.inf, -torch.inf).to(dtype)
+
+
+@lru_cache(maxsize=64)
+def _since(block: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Row j is inf at the columns from j on."""
+    with torch.inference_mode(False):
+        return -_until(block, dtype, device)
+
+
+def _ceiling(limits: Limits, block: int, dtype: torch.dtype) -> Tensor:
+    """What scores must not exceed: inf at slots that are seen, else -inf, ``[R * block_q * partial, block]``."""
     hi = limits.hi.reshape(-1)
     shape, device = (hi.shape[0], block), hi.device
-    seen = torch.index_select(_until(block, device), 0, hi, out=scratch("seen", shape, torch.bool, device))
+    out = scratch("ceiling", shape, dtype, device)
+    torch.index_select(_until(block, dtype, device), 0, hi, out=out)
     if limits.lo is not None:
-        other = scratch("seen otherwise", shape, torch.bool, device)
-        seen &= torch.index_select(_since(block, device), 0, limits.lo.reshape(-1), out=other)
+        other = scratch("other ceiling", shape, dtype, device)
+        torch.index_select(_since(block, dtype, device), 0, limits.lo.reshape(-1), out=other)
+        torch.minimum(out, other, out=out)
         if limits.sink is not None:
-            seen |= torch.index_select(_until(block, device), 0, limits.sink.reshape(-1), out=other)
-    return seen
+            torch.index_select(_until(block, dtype, device), 0, limits.sink.reshape(-1), out=other)
+            torch.maximum(out, other, out=out)
+    return out

@@ -199,7 +199,9 @@ BLOCKED: dict[str, Callable[[Patch], None]] = {
     ),
     "dK and dV overwritten instead of added": text(blocked, "_add", "index_add_", "index_copy_"),
     "gradients of a run overwritten instead of added": text(blocked, "_add_product", "add=True", "add=False"),
-    "gradients of a run one block late": text(blocked, "_add_product", "int(blocks[0, 0])", "(int(blocks[0, 0]) + 1)"),
+    "gradients of a run one block late": text(
+        blocked, "_add_product", "chunk.part.firsts[0]", "(chunk.part.firsts[0] + 1)"
+    ),
     "any blocks taken for a run": text(schedule, "_buckets", "not broken[i]", "True"),
     "runs of the first head for all": text(tiles.Source, "view", "of_head % self.heads * head", "0 * head"),
     "runs at unequal distances viewed": text(
@@ -207,7 +209,7 @@ BLOCKED: dict[str, Callable[[Patch], None]] = {
     ),
     "a run longer than the keys": text(tiles.Source, "view", "rows -= beyond", "pass"),
     "rows taken for neighbours": lambda patch: patch.setattr(
-        schedule.Bucket, "span", property(lambda part: slice(int(part.rows[0]), int(part.rows[0]) + len(part.rows)))
+        schedule.Bucket, "span", property(lambda part: slice(part.places[0], part.places[0] + len(part.rows)))
     ),
     "softmax backward without delta": text(
         blocked, "_accumulate",
