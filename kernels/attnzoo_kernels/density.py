@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from attnzoo_kernels.call import Call
+from attnzoo_kernels.entries import Entries, list_entries
 from attnzoo_kernels.layout_build import Lists, Sizes
 from attnzoo_kernels.rule import Rule
-from attnzoo_kernels.schedule import Entries, list_entries
 
 _PAIRS_AT_ONCE = 1 << 22
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from attnzoo_kernels.call import Call
+from attnzoo_kernels.entries import Entries, classify, list_entries, spans_of
 from attnzoo_kernels.errors import UnsupportedError
 from attnzoo_kernels.memo import remembered
-from attnzoo_kernels.schedule import Entries, classify, list_entries, spans_of
 
 MOST_ROOM = 1 << 24
 """Pairs of blocks for which room is made without reading back how many are listed."""
