@@ -64,7 +64,8 @@ MUTANTS: dict[str, Callable[[Patch], None]] = {
     "a balance loss of one choice": text(routing, "balance_loss", "mean * share", "mean * mean"),
     "no gradient through the gate": text(routing, "by_norm", "coefficient * (probs - probs.detach())", "0 * probs"),
     "a gate that is soft": text(routing, "by_norm", "chosen.to(probs.dtype) +", "probs +"),
-    "rows of the wrong place": text(compaction.Rows, "_flat", "* heads + head", "* heads + 0 * head"),
+    "rows of the wrong place": text(compaction.Rows, "_flat", "token) * heads + head", "token) * heads + 0 * head"),
+    "queries of the first head": text(compaction.Rows, "_flat", "(item * heads + head)", "(item * heads + 0 * head)"),
     "positions counted from the chunk": text(compaction.Rows, "positions", "self.token + first", "self.token"),
     "a window without its sink": text(compaction, "windowed_layout", "(sinks < low.unsqueeze(-1))", "(sinks < -1)"),
     "a window's last block forgotten": text(
