@@ -113,13 +113,13 @@ class Schedule:
         buckets: The rows that read something.
         pos: Row positions, int64 ``[B|1, H|1, M, block_q]``.
         source: The source row of each row, int64 ``[B * H * M]``.
-        spans: What the source rows see, or ``None`` where no bucket needs a mask.
+        spans: What the source rows see; nothing where no bucket needs a mask.
     """
 
     buckets: tuple[Bucket, ...]
     pos: Tensor
     source: Tensor
-    spans: Spans | None
+    spans: Spans
     _chunks: dict[int, list[Bucket]] = field(default_factory=dict)
 
     def chunks(self, scores: int, block_q: int, block_k: int) -> list[Bucket]:
@@ -176,7 +176,7 @@ def build_schedule(call: Call) -> Schedule:
     batch, heads, _, seq_q, seq_k = call.shape
     if 0 in (batch, heads, seq_q, seq_k):
         nothing = call.col.new_zeros(1, 1, call.grid[0], call.block_q, dtype=torch.int64)
-        return Schedule((), nothing, nothing.new_zeros(batch * heads * call.grid[0]), None)
+        return Schedule((), nothing, nothing.new_zeros(batch * heads * call.grid[0]), _no_spans(call))
     if call.grid[0] == 1 and call.rule.is_static and call.origins is None:
         quick = _one_block(call)
         if quick is not None:
@@ -231,7 +231,12 @@ def _one_block(call: Call) -> Schedule | None:
     kv = cols + _first_blocks(call, rows).unsqueeze(1)
     places, firsts = list(range(batch * heads)), kv[:, 0].tolist()
     bucket = Bucket(rows, cols, kv, None, 0, safe=True, limits=None, runs=runs, places=places, firsts=firsts)
-    return Schedule((bucket,), pos.view(1, 1, 1, seq_q), torch.zeros_like(rows), None)
+    return Schedule((bucket,), pos.view(1, 1, 1, seq_q), torch.zeros_like(rows), _no_spans(call))
+
+
+def _no_spans(call: Call) -> Spans:
+    nothing = call.col.new_empty(0, call.block_q, dtype=torch.int64)
+    return Spans(nothing, nothing, nothing)
 
 
 @dataclass(frozen=True)

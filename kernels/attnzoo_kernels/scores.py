@@ -282,12 +282,10 @@ def _gate(inputs: Inputs, chunk: Chunk, scores: Tensor, *, need_lse: bool) -> No
 
 def _hide(inputs: Inputs, part: Bucket, scores: Tensor) -> None:
     """Hides what the rule hides in the partial blocks; adding -inf would keep a NaN."""
-    call, limits, spans = inputs.call, part.limits, inputs.schedule.spans
+    call, schedule, limits = inputs.call, inputs.schedule, part.limits
     if limits is None:
-        if spans is None:
-            return
         cols = part.cols[:, part.cols.shape[1] - part.partial :]
-        limits = limits_of(call, spans, inputs.schedule.source[part.rows], cols)
+        limits = limits_of(call, schedule.spans, schedule.source[part.rows], cols)
     tail = scores[..., (part.cols.shape[1] - part.partial) * call.block_k :]
     ceiling = _ceiling(limits, call.block_k, scores.dtype).view(*scores.shape[:2], -1)[..., : tail.shape[2]]
     if not inputs.tame:
