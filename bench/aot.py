@@ -222,12 +222,9 @@ def compile_pass(of: Pass, call: Call) -> None:
 
 
 def faults(found: Resources, architecture: str, of: Pass, size: int) -> list[str]:
-    """What a kernel of a table's entry must not be.
-
-    Spills are none of it for fp32: products in three parts hold every operand twice in registers.
-    """
+    """What a kernel of a table's entry must not be."""
     wrong = []
-    if found.spill and size == 2:
+    if found.spill:
         wrong.append(f"spills {found.spill}")
     if found.serialized:
         wrong.append("products wait for each other")
@@ -240,11 +237,13 @@ def faults(found: Resources, architecture: str, of: Pass, size: int) -> list[str
     return wrong
 
 
-def entries(widths: Sequence[int] = WIDTHS, sizes: Sequence[int] = (2, 4)) -> Iterator[tuple[Pass, int, int]]:
+def entries(
+    widths: Sequence[int] = WIDTHS, sizes: Sequence[int] = (2, 4), passes: Sequence[Pass] = PASSES
+) -> Iterator[tuple[Pass, int, int]]:
     """Every entry of a table: pass, width, size."""
     for size in sizes:
         for width in widths:
-            for of in PASSES:
+            for of in passes:
                 yield of, width, size
 
 
@@ -265,7 +264,7 @@ def compile_table(
 
 
 def switches() -> dict[str, Extras]:
-    """Each switch of the operation alone, at width 64."""
+    """Each switch of the operation alone, at width 64; and in fp32 all that go together."""
     tokens, planes = torch.zeros(1, 1, TOKENS), torch.zeros(TOKENS, 32)
     half = torch.zeros(1, 1, TOKENS, 64, dtype=torch.bfloat16)
     return {
@@ -277,7 +276,11 @@ def switches() -> dict[str, Extras]:
         "gate last": Extras(gate="last", gate_mix=0.5),
         "gate keys": Extras(gate=half[:, :, :2]),
         "origin": Extras(rope=(planes, planes)),
-    }
+        "all in fp32": Extras(
+            q_pos=tokens.int(), key_bias=tokens, window=100, sink=4, aux=(half.float(), half.float()),
+            gate=half[:, :, :2].float(), rope=(planes, planes),
+        ),
+    }  # fmt: skip
 
 
 def compile_switches(architecture: str) -> Iterator[tuple[str, Resources, list[str]]]:
@@ -286,10 +289,12 @@ def compile_switches(architecture: str) -> Iterator[tuple[str, Resources, list[s
     Spills are allowed here: tables are made for plain attention.
     """
     for name, extras in switches().items():
+        size = 4 if name.endswith("fp32") else 2
         for of in PASSES:
             with compiling(architecture) as found:
-                compile_pass(of, call_of(64, torch.bfloat16, decoding=of == "decode", extras=extras))
-            wrong = [text for text in faults(found[0], architecture, of, 2) if not text.startswith(("spills", "prod"))]
+                compile_pass(of, call_of(64, DTYPES[size], decoding=of == "decode", extras=extras))
+            wrong = faults(found[0], architecture, of, size)
+            wrong = [text for text in wrong if not text.startswith(("spills", "products"))]
             yield f"{name}, {of}", found[0], wrong
     for form, tiles in (("skewed", (128, 64, 8, 3)), ("specialised", (128, 64, 4, 2))):
         with compiling(architecture, Tiles(*tiles, form)) as found:
@@ -314,6 +319,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--architecture", choices=ARCHITECTURES, default="sm_90")
     parser.add_argument("--sizes", type=int, nargs="*", default=[2, 4], help="bytes of a value")
     parser.add_argument("--widths", type=int, nargs="*", default=list(WIDTHS))
+    parser.add_argument("--passes", choices=PASSES, nargs="*", default=list(PASSES))
     parser.add_argument("--switches", action="store_true", help="every switch and form instead of the table")
     parser.add_argument("--out", type=Path, help="where a JSON file of the results goes")
     options = parser.parse_args(arguments)
@@ -321,7 +327,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.switches:
         made = compile_switches(architecture)
     else:
-        made = compile_table(architecture, entries(options.widths, options.sizes))
+        made = compile_table(architecture, entries(options.widths, options.sizes, options.passes))
     rows, red = [], 0
     for name, found, wrong in made:
         red += bool(wrong)

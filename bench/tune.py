@@ -35,9 +35,10 @@ def candidates(of: Pass, width: int, size: int) -> Iterator[Tiles]:
         sides.sort(key=lambda side: (side[0] * side[1], side[1]), reverse=True)
     # Accumulators and operands grow with the width: larger tiles have never been seen to fit.
     most = min((1 << 20 if of == "key" else 1 << 21) // (width * size), 16384)
-    for (height, width), stages, warps in itertools.product(sides, (3, 2, 1), (8, 4)):
+    forms = ("plain",) if size == 2 else ("plain", "stepped")
+    for (height, width), stages, warps, form in itertools.product(sides, (3, 2, 1), (8, 4), forms):
         if height * width <= most and height * width * 2 >= warps * 32 * 4:
-            yield Tiles(height, width, warps, stages)
+            yield Tiles(height, width, warps, stages, form)
 
 
 def fitting(architecture: str, of: Pass, width: int, size: int) -> Iterator[Tiles]:

@@ -40,6 +40,11 @@ def tiles_of(patch: pytest.MonkeyPatch, change: Callable[[Tiles], Tiles]) -> Non
     patch.setattr(launch, "tiles_for", mine)
 
 
+def stepped(tiles: Tiles) -> Tiles:
+    """The form of wide fp32, which multiplies a few channels at a time."""
+    return tiles._replace(form="stepped")
+
+
 def without_descriptors(patch: pytest.MonkeyPatch) -> None:
     """Has keys and values come through pointers."""
     patch.setattr(_launch(), "_describable", lambda x: False)

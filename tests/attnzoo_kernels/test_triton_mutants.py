@@ -18,7 +18,8 @@ import torch
 
 from attnzoo_kernels import dispatch
 from attnzoo_kernels._triton import launch
-from tests.attnzoo_kernels.interpreted import only_interpreted
+from attnzoo_kernels._triton.config import tiles_for
+from tests.attnzoo_kernels.interpreted import only_interpreted, stepped
 from tests.attnzoo_kernels.oracle import Problem
 from tests.attnzoo_kernels.oracle_switches import Switched
 from tests.attnzoo_kernels.test_op_switches import assert_is, solved, switched
@@ -58,6 +59,8 @@ def probes() -> dict[str, tuple[Switched, dict[str, torch.Tensor]]]:
     q_pos = torch.arange(19, dtype=torch.int32).view(1, 1, 19) + 10
     q_pos[..., ::3] = -1
     one = torch.ones(1, 1, 1, 3, dtype=torch.bool)
+    n = Numbers.of(11)
+    wide = {"q": n.normal(1, 4, 19, 20), "k": n.normal(1, 2, 29, 20), "v": n.normal(1, 2, 29, 18)}
     cases = {
         "causal": plain(numbers(1)),
         "full": plain(numbers(2, causal=False, block_k=16)),
@@ -71,6 +74,7 @@ def probes() -> dict[str, tuple[Switched, dict[str, torch.Tensor]]]:
         "landmarks": switched(numbers(8), 4, aux=False, rope=False, gate="last", mix=0.6),
         "gate keys": switched(numbers(9, block_k=16), 7, aux=False, rope=True, gate="tensor", mix=0.6),
         "decoding": plain(numbers(10, queries=1, keep=one)),
+        "wide": switched(numbers(11, block_k=16).change(**wide), 7, aux=True, rope=True, gate=None, mix=1.0),
     }
     return {name: (p, solved(p)) for name, p in cases.items()}
 
@@ -93,10 +97,6 @@ def load(folder: Path, edits: dict[str, dict[str, str]]) -> ModuleType:
         sys.modules[spec.name] = loaded
         spec.loader.exec_module(loaded)
     return sys.modules[f"{stem}_launch"]
-
-
-def split(mutant: ModuleType) -> None:
-    mutant.processors = lambda device: 1000  # type: ignore[attr-defined]
 
 
 Mutant = tuple[str, dict[str, dict[str, str]]]
@@ -159,7 +159,7 @@ MUTANTS: dict[str, Mutant] = {
     "lists of heads by remainder": (
         "causal",
         {
-            "tiles": {"+ h // c.PER\n    return place * rows": "+ h % groups\n    return place * rows"},
+            "tiles": {"+ h // c.PER\n    return place": "+ h % groups\n    return place"},
             "launch": {"pack = per if": "pack = 1 if"},
         },
     ),
@@ -170,7 +170,7 @@ MUTANTS: dict[str, Mutant] = {
     "bias scaled twice": ("bias", {"tiles": {".to(c.ACC) * LOG2E\n": ".to(c.ACC) * LOG2E * 2\n"}}),
     "the bias of the first head for all": (
         "bias",
-        {"tiles": {"groups * c.PER + h).to(tl.int64) * seq_k": "groups * c.PER).to(tl.int64) * seq_k"}},
+        {"tiles": {"place_of(b, h, groups, c.BIAS": "place_of(b, h * 0, groups, c.BIAS"}},
     ),
     "the own block gated": (
         "landmarks",
@@ -196,8 +196,14 @@ MUTANTS: dict[str, Mutant] = {
     ),
     "auxiliary channels forgotten": (
         "origins",
-        {"forward": {"s = product(queries.aux, tl.trans(aux), s, c)": "s = s + 0"}},
+        {"forward": {"s = pairs(queries.aux, aux, s, more.q_aux": "s + pairs(queries.aux, aux, s, more.q_aux"}},
     ),
+    "the same channels at every step": (
+        "wide stepped",
+        {"tiles": {"d = begin + tl.arange(0, c.STEP)": "d = tl.arange(0, c.STEP)"}},
+    ),
+    "the last step left out": ("wide stepped", {"tiles": {"a.shape[1], c.STEP)": "a.shape[1] - c.STEP, c.STEP)"}}),
+    "steps that do not turn": ("wide stepped", {"tiles": {"if origins is not None": "if False"}}),
     "parts joined without weights": (
         "decoding",
         {"forward": {"weight = tl.exp2((found": "weight = tl.exp2(0 * (found"}},
@@ -213,14 +219,24 @@ MUTANTS: dict[str, Mutant] = {
 
 def ask(name: str) -> None:
     """One probe."""
-    p, truth = probes()[name.removesuffix(" split")]
+    p, truth = probes()[name.removesuffix(" split").removesuffix(" stepped")]
     assert_is(p, truth, "triton")
 
 
-@pytest.mark.parametrize("name", [*probes(), "causal split", "bias split"])
-def test_the_right_kernels_pass_every_probe(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def seams(name: str) -> dict[str, Any]:
+    """What of the launcher is another for a probe."""
+    found: dict[str, Any] = {}
     if name.endswith("split") or name == "decoding":
-        monkeypatch.setattr(launch, "processors", lambda device: 1000)
+        found["processors"] = lambda device: 1000
+    if name.endswith("stepped"):
+        found["tiles_for"] = lambda *key: stepped(tiles_for(*key))
+    return found
+
+
+@pytest.mark.parametrize("name", [*probes(), "causal split", "bias split", "wide stepped"])
+def test_the_right_kernels_pass_every_probe(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for seam, other in seams(name).items():
+        monkeypatch.setattr(launch, seam, other)
     ask(name)
 
 
@@ -229,8 +245,8 @@ def test_wrong_kernels_are_found_out(
     name: str, edits: dict[str, dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mutant = load(tmp_path, edits)
-    if name.endswith("split") or name == "decoding":
-        split(mutant)
+    for seam, other in seams(name).items():
+        setattr(mutant, seam, other)
     monkeypatch.setattr(dispatch, "_kernels", lambda: mutant)
     with pytest.raises(AssertionError):
         ask(name)

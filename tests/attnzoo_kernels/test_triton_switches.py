@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.attnzoo_kernels.interpreted import TILES, only_interpreted, some, split_lists
+from tests.attnzoo_kernels.interpreted import TILES, only_interpreted, some, split_lists, stepped, tiles_of
 from tests.attnzoo_kernels.oracle import Problem
 from tests.attnzoo_kernels.oracle_switches import Switched, attend, gradients, leaves_of
 from tests.attnzoo_kernels.test_op_switches import (
@@ -81,6 +81,19 @@ def test_origins_turn_any_width(width: int) -> None:
     agrees(switched(p, 9, aux=False, rope=True, gate=None, mix=1.0))
 
 
+@pytest.mark.parametrize("gate", GATES, ids=str)
+@pytest.mark.parametrize(("width", "rope"), [(3, True), (20, True), (40, False)])
+def test_products_over_a_few_channels_at_a_time_are_the_definition(
+    width: int, gate: str | None, rope: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiles_of(monkeypatch, stepped)
+    n = Numbers.of(width)
+    bias = n.normal(1, 2, 27)
+    q, k, v = n.normal(1, 4, 21, width), n.normal(1, 2, 27, width), n.normal(1, 2, 27, width + 9)
+    p = plain(key_bias=bias, window=12, sink=2).change(q=q, k=k, v=v)
+    agrees(switched(p, width + 14, aux=True, rope=rope, gate=gate, mix=0.5))
+
+
 @pytest.mark.parametrize("scale", [0.0, -0.7, 5.0])
 @pytest.mark.parametrize("gate", GATES, ids=str)
 def test_scales_of_any_sign_are_the_definition(scale: float, gate: str | None) -> None:
@@ -131,11 +144,13 @@ def poisoned_pair(gate: str | None) -> tuple[Switched, Switched]:
 
 
 @pytest.mark.parametrize("gate", GATES, ids=str)
-@pytest.mark.parametrize("split", [False, True], ids=["whole", "split"])
+@pytest.mark.parametrize("form", ["whole", "split", "stepped"])
 def test_nan_where_nobody_reads_does_not_leak_through_any_switch(
-    gate: str | None, split: bool, monkeypatch: pytest.MonkeyPatch
+    gate: str | None, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    split_lists(monkeypatch, 1000 if split else 1)
+    split_lists(monkeypatch, 1000 if form == "split" else 1)
+    if form == "stepped":
+        tiles_of(monkeypatch, stepped)
     p, poisoned = poisoned_pair(gate)
     dout, dlse = seeds_of(p)
     assert p.q_pos is not None

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from attnzoo_kernels._triton.forward import entry_of, load_tile, open_group, scores_of, tile_of, turned_queries
-from attnzoo_kernels._triton.records import Place, Rows, Sizes
+from attnzoo_kernels._triton.records import Place, Rows, Sizes, Spot
 from attnzoo_kernels._triton.tiles import (
     LOG2E,
     angles,
@@ -21,10 +21,11 @@ from attnzoo_kernels._triton.tiles import (
     gate_logit,
     gated,
     kept,
-    list_of,
     load_keys,
     load_queries,
     open_keys,
+    pairs,
+    place_of,
     product,
     rows_of,
     shared,
@@ -80,9 +81,8 @@ def query_kernel(
     found = tl.load(lse + row, mask=inside, other=-float("inf"))
     live = found > -float("inf")
     d = tl.arange(0, c.DVP)
-    do = load_queries(
-        dout, b, Rows(rows.head, rows.token, live, rows.own, rows.lo, rows.hi, rows.sink), False, c.DV, c.DVP, c
-    )
+    alive = Rows(rows.head, rows.token, live, rows.own, rows.lo, rows.hi, rows.sink)
+    do = load_queries(dout, b, alive, d, False, c.DV, c)
     o = tl.load(out + row[:, None] * c.DV + d[None, :], mask=live[:, None] & (d < c.DV)[None, :], other=0.0)
     change = tl.sum(o.to(c.ACC) * do.to(c.ACC), 1)
     if dlse is not None:
@@ -106,7 +106,9 @@ def query_kernel(
             logit = queries.mix
             if c.GATE == 2:
                 logit = gate_logit(turned, gate_keys(more, b, g, block, False, c), scale)
-            dp = product(do, tl.trans(load_keys(keys.v_view, keys.v, first, seq_k, False, c.DV, c.DVP, c)), None, c)
+            value = load_keys(keys.v_view, keys.v, first, seq_k, d, False, c.DV, c)
+            spot = Spot(b, g, alive, first, seq_k, at)
+            dp = pairs(do, value, blank(c.BM, c.BN, c), dout, v, spot, None, more, 1, c.DV, c)
             p, ds, dgate = gradients(s, dp, keep, rows, block, bias, logit, queries.mix, peak, change, 1, c)
             # Keys that no row of the tile sees may hold NaN, and 0 * NaN would spread.
             seen = tl.max(keep.to(tl.int32), 0) > 0
@@ -114,9 +116,9 @@ def query_kernel(
                 seen = seen & (bias > -float("inf"))
             if dq is not None:
                 if c.TURN > 0:
-                    cos, sin = angles(more, tl.load(lists.origin + at), c)
+                    cos, sin = angles(more, tl.load(lists.origin + at), tl.arange(0, c.DP), c)
                     partner = load_keys(keys.k_view, k.ptr + b.to(tl.int64) * k.batch + g.to(tl.int64) * k.head,
-                                        first, seq_k, True, c.D, c.DP, c)  # fmt: skip
+                                        first, seq_k, tl.arange(0, c.DP), True, c.D, c)  # fmt: skip
                     key = turn(key, partner, cos, -sin, c)
                 key = tl.where(seen[:, None], key, 0.0)
                 total = product(ds.to(key.dtype), key, total, c)
@@ -126,7 +128,7 @@ def query_kernel(
                         gate = gate * cos - gate_keys(more, b, g, block, True, c) * sin
                     total += tl.where((dgate != 0)[:, None], dgate[:, None] * gate[None, :], 0.0)
             if dq_aux is not None:
-                aux = load_keys(more.k_aux, keys.aux, first, seq_k, False, c.DA, c.DAP, c)
+                aux = load_keys(more.k_aux, keys.aux, first, seq_k, tl.arange(0, c.DAP), False, c.DA, c)
                 aux = tl.where(seen[:, None], aux, 0.0)
                 total_aux = product(ds.to(aux.dtype), aux, total_aux, c)
         if dq is not None:
@@ -158,14 +160,14 @@ def key_kernel(
     g = (pid // (parts * blocks_k)) % groups
     b = pid // (parts * blocks_k * groups)
     if lists.order is not None:
-        block = tl.load(lists.order + list_of(b, g * c.PER, block, groups, blocks_k, c))
+        block = tl.load(lists.order + place_of(b, g * c.PER, groups, c.LIST_BATCH, c.LIST_HEADS, c) * blocks_k + block)
     first = block * c.BLOCK_K + within
-    key = load_keys(k, open_keys(k, b, g, seq_k, c.D, c.DP, c), first, seq_k, False, c.D, c.DP, c)
-    value = load_keys(v, open_keys(v, b, g, seq_k, c.DV, c.DVP, c), first, seq_k, False, c.DV, c.DVP, c)
+    key = load_keys(k, open_keys(k, b, g, seq_k, c.D, c.DP, c), first, seq_k, tl.arange(0, c.DP), False, c.D, c)
+    value = load_keys(v, open_keys(v, b, g, seq_k, c.DV, c.DVP, c), first, seq_k, tl.arange(0, c.DVP), False, c.DV, c)
     key_aux = key
     if more.k_aux is not None:
         source = open_keys(more.k_aux, b, g, seq_k, c.DA, c.DAP, c)
-        key_aux = load_keys(more.k_aux, source, first, seq_k, False, c.DA, c.DAP, c)
+        key_aux = load_keys(more.k_aux, source, first, seq_k, tl.arange(0, c.DAP), False, c.DA, c)
     gate = blank(c.DP, 0, c)
     if c.GATE == 2:
         gate = gate_keys(more, b, g, block, False, c)
@@ -176,7 +178,7 @@ def key_kernel(
     total_gate = blank(c.DP, 0, c)
     for pack in range(packs):
         h = g * c.PER + pack * c.PACK
-        place = list_of(b, h, block, groups, blocks_k, c)
+        place = place_of(b, h, groups, c.LIST_BATCH, c.LIST_HEADS, c) * blocks_k + block
         start = tl.load(lists.start + place) * row_parts
         count = tl.load(lists.end + place) * row_parts - start
         share = (count + splits - 1) // splits
@@ -196,14 +198,15 @@ def key_kernel(
             queries = load_tile(q, b, rows, more, c)
             turned = turned_queries(queries, lists, at, more, c)
             keep = visible(first, within, rows, 0, c) & live[None, :]
-            do = load_queries(dout, b, rows, False, c.DV, c.DVP, c)
-            s = product(key, tl.trans(turned), None, c)
+            do = load_queries(dout, b, rows, tl.arange(0, c.DVP), False, c.DV, c)
+            spot = Spot(b, g, rows, first, seq_k, at)
+            s = pairs(turned, key, blank(c.BN, c.BM, c), q, k, spot, lists.origin, more, 0, c.D, c)
             if more.q_aux is not None:
-                s = product(key_aux, tl.trans(queries.aux), s, c)
+                s = pairs(queries.aux, key_aux, s, more.q_aux, more.k_aux, spot, None, more, 0, c.DA, c)
             logit = queries.mix
             if c.GATE == 2:
                 logit = gate_logit(turned, gate, scale)
-            dp = product(value, tl.trans(do), None, c)
+            dp = pairs(do, value, blank(c.BN, c.BM, c), dout, v, spot, None, more, 0, c.DV, c)
             p, ds, dlogit = gradients(s * scale, dp, keep, rows, block, bias, logit, queries.mix,
                                       tl.where(live, found, 0.0) * LOG2E, change, 0, c)  # fmt: skip
             if dv is not None:
@@ -218,32 +221,23 @@ def key_kernel(
                 total_gate += tl.sum(dlogit[:, None] * turned.to(c.ACC), 0)
         if dbias is not None and c.BIAS_HEADS == 2:
             n = split.to(tl.int64) * total * c.PER + (b * groups * c.PER + h).to(tl.int64) * seq_k
-            store_bias(dbias, total_bias, n, first, within, seq_k, c)
+            slot = first + tl.arange(0, c.BN)
+            tl.store(dbias + n + slot, total_bias, mask=(slot < seq_k) & (slot - first < c.BLOCK_K - within))
             total_bias = blank(c.BN, 0, c)
     n = split.to(tl.int64) * total + (b * groups + g).to(tl.int64) * seq_k
+    total_k = total_k * natural
+    slot = first + tl.arange(0, c.BN)
+    row = n + slot
+    there = (slot < seq_k) & (slot - first < c.BLOCK_K - within)
     if dbias is not None and c.BIAS_HEADS != 2:
-        store_bias(dbias, total_bias, n, first, within, seq_k, c)
+        tl.store(dbias + row, total_bias, mask=there)
     if dk is not None:
-        store_keys(dk, total_k * natural, n, first, within, seq_k, c.D, c.DP, c)
+        store_rows(dk, total_k, row, there, c.D, c.DP)
     if dv is not None:
-        store_keys(dv, total_v, n, first, within, seq_k, c.DV, c.DVP, c)
+        store_rows(dv, total_v, row, there, c.DV, c.DVP)
     if dk_aux is not None:
-        store_keys(dk_aux, total_aux * natural, n, first, within, seq_k, c.DA, c.DAP, c)
+        store_rows(dk_aux, total_aux * natural, row, there, c.DA, c.DAP)
     if dgate is not None:
         d = tl.arange(0, c.DP)
         n = (split * (total // seq_k) + b * groups + g).to(tl.int64) * blocks_k + block
         tl.store(dgate + n * c.D + d, (total_gate * natural).to(dgate.dtype.element_ty), mask=d < c.D)
-
-
-@triton.jit
-def store_bias(x, total, start, first, within, seq_k, c: tl.constexpr):
-    """Stores the sums of a tile's slots from ``x + start`` onwards."""
-    s = first + tl.arange(0, c.BN)
-    tl.store(x + start + s, total, mask=(s < seq_k) & (s - first < c.BLOCK_K - within))
-
-
-@triton.jit
-def store_keys(x, total, start, first, within, seq_k, WIDTH: tl.constexpr, PADDED: tl.constexpr, c: tl.constexpr):
-    """Stores a tile's slots as rows ``start + slot`` of ``x [.., WIDTH]``."""
-    s = first + tl.arange(0, c.BN)
-    store_rows(x, total, start + s, (s < seq_k) & (s - first < c.BLOCK_K - within), WIDTH, PADDED)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attnzoo_kernels._triton.records import Keys, Place, Queries, Running, Sizes
+from attnzoo_kernels._triton.records import Keys, Place, Queries, Running, Sizes, Spot
 from attnzoo_kernels._triton.tiles import (
     LN2,
     LOG2E,
@@ -15,10 +15,11 @@ from attnzoo_kernels._triton.tiles import (
     gate_keys,
     gate_logit,
     gated,
-    list_of,
     load_keys,
     load_queries,
     open_keys,
+    pairs,
+    place_of,
     product,
     rows_of,
     store_rows,
@@ -43,7 +44,7 @@ def turned_queries(queries, lists, place, more, c: tl.constexpr):
     """The queries as an entry's origin turns them."""
     q = queries.q
     if c.TURN > 0:
-        cos, sin = angles(more, tl.load(lists.origin + place), c)
+        cos, sin = angles(more, tl.load(lists.origin + place), tl.arange(0, c.DP), c)
         q = turn(q, queries.partner, cos, sin, c)
     return q
 
@@ -52,24 +53,25 @@ def turned_queries(queries, lists, place, more, c: tl.constexpr):
 def scores_of(queries, keys, lists, it, where, scale, more, sizes, c: tl.constexpr):
     """Scores of a tile, base 2 unless ``c.RAISING``, before any mask; and the queries as they were turned."""
     place, block, first, within = entry_of(lists, it, where.blocks_k, c)
+    spot = Spot(where.b, where.g, queries.rows, first, sizes.seq_k, place)
     q = turned_queries(queries, lists, place, more, c)
-    k = load_keys(keys.k_view, keys.k, first, sizes.seq_k, False, c.D, c.DP, c)
-    s = product(q, tl.trans(k), None, c)
+    k = load_keys(keys.k_view, keys.k, first, sizes.seq_k, tl.arange(0, c.DP), False, c.D, c)
+    s = pairs(q, k, blank(c.BM, c.BN, c), queries.view, keys.k_view, spot, lists.origin, more, 1, c.D, c)
     if more.q_aux is not None:
-        aux = load_keys(more.k_aux, keys.aux, first, sizes.seq_k, False, c.DA, c.DAP, c)
-        s = product(queries.aux, tl.trans(aux), s, c)
+        aux = load_keys(more.k_aux, keys.aux, first, sizes.seq_k, tl.arange(0, c.DAP), False, c.DA, c)
+        s = pairs(queries.aux, aux, s, more.q_aux, more.k_aux, spot, None, more, 1, c.DA, c)
     if not c.RAISING:
         s = s * scale
     return s, q, k
 
 
 @triton.jit
-def absorb(run, s, queries, keys, lists, it, rows, where, scale, more, sizes, MASKED: tl.constexpr, c: tl.constexpr):
+def absorb(run, s, queries, keys, lists, it, where, scale, more, sizes, MASKED: tl.constexpr, c: tl.constexpr):
     """Adds one tile to the softmax."""
     place, block, first, within = entry_of(lists, it, where.blocks_k, c)
-    v = load_keys(keys.v_view, keys.v, first, sizes.seq_k, False, c.DV, c.DVP, c)
+    v = load_keys(keys.v_view, keys.v, first, sizes.seq_k, tl.arange(0, c.DVP), False, c.DV, c)
     if MASKED:
-        keep = visible(first, within, rows, 1, c)
+        keep = visible(first, within, queries.rows, 1, c)
         if more.bias is not None:
             bias = bias_of(more, where.b, where.h, first, sizes.groups, sizes.seq_k, c)
             keep = keep & (bias > -float("inf"))[None, :]
@@ -79,16 +81,13 @@ def absorb(run, s, queries, keys, lists, it, rows, where, scale, more, sizes, MA
             if c.GATE == 2:
                 q = turned_queries(queries, lists, place, more, c)
                 logit = gate_logit(q, gate_keys(more, where.b, where.g, block, False, c), scale)
-            own = rows.own == block
-            keep, inner, shift = gated(s, keep, own, logit, queries.mix, 1, c)
+            keep, inner, shift = gated(s, keep, queries.rows.own == block, logit, queries.mix, 1, c)
             s = s + shift[:, None]
         s = tl.where(keep, s, -float("inf"))
         if not c.SPECIAL:
             # Slots that no row of the tile sees may hold NaN, and 0 * NaN would spread.
             v = tl.where((tl.max(keep.to(tl.int32), 0) > 0)[:, None], v, 0.0)
-    highest = tl.max(s, 1)
-    if c.RAISING:
-        highest = highest * scale
+    highest = tl.max(s, 1) * scale if c.RAISING else tl.max(s, 1)
     peak = tl.maximum(run.peak, highest)
     base = tl.where(peak > -float("inf"), peak, 0.0)
     p = tl.exp2((s * scale if c.RAISING else s) - base[:, None])
@@ -98,7 +97,7 @@ def absorb(run, s, queries, keys, lists, it, rows, where, scale, more, sizes, MA
 
 
 @triton.jit
-def walk(run, begin, end, queries, keys, lists, rows, where, scale, more, sizes, MASKED: tl.constexpr, c: tl.constexpr):
+def walk(run, begin, end, queries, keys, lists, where, scale, more, sizes, MASKED: tl.constexpr, c: tl.constexpr):
     """Adds the tiles ``begin`` to ``end`` to the softmax."""
     if c.SKEW:
         # The next tile's scores are under way while this one's softmax runs.
@@ -106,12 +105,12 @@ def walk(run, begin, end, queries, keys, lists, rows, where, scale, more, sizes,
             s, q, k = scores_of(queries, keys, lists, begin, where, scale, more, sizes, c)
             for it in tl.range(begin, end):
                 ahead, q, k = scores_of(queries, keys, lists, tl.minimum(it + 1, end - 1), where, scale, more, sizes, c)
-                run = absorb(run, s, queries, keys, lists, it, rows, where, scale, more, sizes, MASKED, c)
+                run = absorb(run, s, queries, keys, lists, it, where, scale, more, sizes, MASKED, c)
                 s = ahead
     else:
         for it in tl.range(begin, end, warp_specialize=c.SPECIAL):
             s, q, k = scores_of(queries, keys, lists, it, where, scale, more, sizes, c)
-            run = absorb(run, s, queries, keys, lists, it, rows, where, scale, more, sizes, MASKED, c)
+            run = absorb(run, s, queries, keys, lists, it, where, scale, more, sizes, MASKED, c)
     return run
 
 
@@ -126,25 +125,24 @@ def tile_of(pid, lists, sizes, c: tl.constexpr):
     rest = pid // (parts * blocks_q)
     h = (rest % (sizes.groups * packs)) * c.PACK
     b = rest // (sizes.groups * packs)
+    place = place_of(b, h, sizes.groups, c.LIST_BATCH, c.LIST_HEADS, c) * blocks_q
     if lists.order is not None:
-        m = tl.load(lists.order + list_of(b, h, m, sizes.groups, blocks_q, c))
-    return b, h // c.PER, h, m, part, list_of(b, h, m, sizes.groups, blocks_q, c)
+        m = tl.load(lists.order + place + m)
+    return b, h // c.PER, h, m, part, place + m
 
 
 @triton.jit
 def load_tile(q, b, rows, more, c: tl.constexpr):
     """The queries of a tile."""
-    own = load_queries(q, b, rows, False, c.D, c.DP, c)
-    partner = own
-    if c.TURN > 0:
-        partner = load_queries(q, b, rows, True, c.D, c.DP, c)
+    own = load_queries(q, b, rows, tl.arange(0, c.DP), False, c.D, c)
+    partner = load_queries(q, b, rows, tl.arange(0, c.DP), True, c.D, c) if c.TURN > 0 else own
     aux = own
     if more.q_aux is not None:
-        aux = load_queries(more.q_aux, b, rows, False, c.DA, c.DAP, c)
+        aux = load_queries(more.q_aux, b, rows, tl.arange(0, c.DAP), False, c.DA, c)
     mix = blank(c.BM, 0, c)
     if c.GATE > 0:
         mix = tl.load(more.mix + rows.head, mask=rows.valid, other=0.0).to(c.ACC)
-    return Queries(own, partner, aux, mix)
+    return Queries(own, partner, aux, mix, q, rows)
 
 
 @triton.jit
@@ -159,8 +157,7 @@ def open_group(k, v, b, g, seq_k, more, c: tl.constexpr):
 
 @triton.jit(do_not_specialize=["seq_q", "seq_k", "groups", "window", "sink_size", "splits", "total"])
 def forward_kernel(
-    q, k, v, out, lse, lists, more, scale, seq_q, seq_k, groups, window, sink_size, splits,
-    total, c: tl.constexpr,
+    q, k, v, out, lse, lists, more, scale, seq_q, seq_k, groups, window, sink_size, splits, total, c: tl.constexpr,
 ):  # fmt: skip
     """One tile of rows against its list, or against one of ``splits`` equal parts of it.
 
@@ -175,7 +172,7 @@ def forward_kernel(
         head = q.ptr + b.to(tl.int64) * q.batch + h.to(tl.int64) * q.head
         source = tl.make_tensor_descriptor(head, [seq_q, c.D], [q.row, 1], [c.BM, c.DP])
         own = source.load([m * c.BLOCK_Q + part * c.BM, 0])
-        queries = Queries(own, own, own, blank(c.BM, 0, c))
+        queries = Queries(own, own, own, blank(c.BM, 0, c), q, rows)
     else:
         queries = load_tile(q, b, rows, more, c)
     keys = open_group(k, v, b, g, seq_k, more, c)
@@ -188,12 +185,12 @@ def forward_kernel(
         share = (count + splits - 1) // splits
         begin = start * tiles + tl.minimum(split * share, count)
         end = start * tiles + tl.minimum((split + 1) * share, count)
-        run = walk(run, begin, end, queries, keys, lists, rows, where, scale, more, sizes, True, c)
+        run = walk(run, begin, end, queries, keys, lists, where, scale, more, sizes, True, c)
     else:
         middle = tl.load(lists.full + place) * tiles
         end = tl.load(lists.end + place) * tiles
-        run = walk(run, start * tiles, middle, queries, keys, lists, rows, where, scale, more, sizes, False, c)
-        run = walk(run, middle, end, queries, keys, lists, rows, where, scale, more, sizes, True, c)
+        run = walk(run, start * tiles, middle, queries, keys, lists, where, scale, more, sizes, False, c)
+        run = walk(run, middle, end, queries, keys, lists, where, scale, more, sizes, True, c)
     live = run.total > 0
     result = run.acc / tl.where(live, run.total, 1.0)[:, None]
     found = tl.where(live, (run.peak + tl.log2(tl.where(live, run.total, 1.0))) * LN2, -float("inf"))

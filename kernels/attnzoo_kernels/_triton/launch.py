@@ -28,6 +28,8 @@ from attnzoo_kernels.dispatch import KernelError
 INTERPRETED: bool = triton.knobs.runtime.interpret
 LOG2E = math.log2(math.e)
 MOST_SPLITS = 64
+STEP = 16
+"""Channels that a product of the stepped form takes at a time."""
 MOST_INT32 = 2**31 - 1
 """The largest position; a larger window hides nothing."""
 FEW_ROWS = 16
@@ -211,7 +213,8 @@ def job(call: Call, of: Pass, lists: BlockLists | None) -> Job:
         "ACC": tl.float64 if call.acc_dtype == torch.float64 else tl.float32,
         "PRECISION": _precision(name),
         "RAISING": call.scale > 0 and call.key_bias is None and gate == 0 and of in ("forward", "decode"),
-        "TMA": described, "SKEW": form == "skewed", "SPECIAL": special,
+        "TMA": described and tiles.form != "stepped", "SKEW": form == "skewed", "SPECIAL": special,
+        "STEP": STEP if tiles.form == "stepped" else 0,
     }  # fmt: skip
     return Job(call, _switches(call), tiles, Shape(**fields), _lists(call, lists, split=not hidden, merged=special))
 

@@ -64,6 +64,7 @@ class Shape(NamedTuple):
         PRECISION: Of products of fp32.
         RAISING: Whether the scale is positive and nothing is added to scores, so that their maximum may be scaled last.
         TMA: Whether keys and values come through descriptors. SKEW, SPECIAL: Forms of the forward loop.
+        STEP: How many channels products over channels take at a time; 0 for all.
     """
 
     BLOCK_Q: Any
@@ -95,6 +96,7 @@ class Shape(NamedTuple):
     TMA: Any
     SKEW: Any
     SPECIAL: Any
+    STEP: Any
 
 
 class Sizes(NamedTuple):
@@ -128,13 +130,29 @@ class Rows(NamedTuple):
     sink: Any
 
 
+class Spot(NamedTuple):
+    """Where the pairs of a tile lie: item, KV head, query rows, first slot, number of slots; and the list's entry."""
+
+    b: Any
+    g: Any
+    rows: Any
+    first: Any
+    seq_k: Any
+    entry: Any
+
+
 class Queries(NamedTuple):
-    """What a tile's rows bring along: q, its rotary partners, auxiliary channels, and the share of gates ``[BM]``."""
+    """What a tile's rows bring along: q, its rotary partners, auxiliary channels, and the share of gates ``[BM]``.
+
+    ``view`` is where q came from, ``rows`` the rows themselves.
+    """
 
     q: Any
     partner: Any
     aux: Any
     mix: Any
+    view: Any
+    rows: Any
 
 
 class Keys(NamedTuple):

@@ -31,14 +31,14 @@ def shared(x, AXIS: tl.constexpr):
 
 
 @triton.jit
-def list_of(b, h, i, groups, rows, c: tl.constexpr):
-    """The place of a list: item, query head and row as the lists share them."""
-    place = b * c.LIST_BATCH
-    if c.LIST_HEADS == 2:
+def place_of(b, h, groups, BATCH: tl.constexpr, HEADS: tl.constexpr, c: tl.constexpr):
+    """The place of an item's query head among things that items, heads of a group or all heads may share."""
+    place = b * BATCH
+    if HEADS == 2:
         place = place * groups * c.PER + h
-    elif c.LIST_HEADS == 1:
+    elif HEADS == 1:
         place = place * groups + h // c.PER
-    return place * rows + i
+    return place
 
 
 @triton.jit
@@ -50,12 +50,8 @@ def rows_of(b, h, m, part, more, sizes, c: tl.constexpr):
     valid = (r < c.PACK * c.BLOCK_Q) & (token < sizes.seq_q)
     pos = token + (sizes.seq_k - sizes.seq_q)
     if more.q_pos is not None:
-        place = token.to(tl.int64)
-        if c.POS_HEADS == 2:
-            place += (b * c.POS_BATCH * sizes.groups * c.PER + head).to(tl.int64) * sizes.seq_q
-        else:
-            place += (b * c.POS_BATCH).to(tl.int64) * sizes.seq_q
-        pos = tl.load(more.q_pos + place, mask=valid, other=-1)
+        place = place_of(b, head, sizes.groups, c.POS_BATCH, c.POS_HEADS, c).to(tl.int64) * sizes.seq_q
+        pos = tl.load(more.q_pos + place + token, mask=valid, other=-1)
         valid = valid & (pos >= 0)
     if c.WINDOW or more.q_pos is not None:
         # A position, or its sum with a sizes.window, may be as large as 32 bits hold.
@@ -86,9 +82,8 @@ def rows_of(b, h, m, part, more, sizes, c: tl.constexpr):
 
 
 @triton.jit
-def load_queries(x, b, rows, turned: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, c: tl.constexpr):
-    """Rows of a view, ``[BM, PADDED]``; ``turned`` gives each value's partner in its rotary plane instead."""
-    d = tl.arange(0, PADDED)
+def load_queries(x, b, rows, d, turned: tl.constexpr, WIDTH: tl.constexpr, c: tl.constexpr):
+    """Channels ``d`` of rows of a view, ``[BM, d]``; ``turned`` gives each one's partner in its rotary plane."""
     at = partners(d, c) if turned else d
     base = x.ptr + b.to(tl.int64) * x.batch + rows.head.to(tl.int64) * x.head + rows.token.to(tl.int64) * x.row
     return tl.load(base[:, None] + at[None, :], mask=rows.valid[:, None] & (d < WIDTH)[None, :], other=0.0)
@@ -105,12 +100,11 @@ def open_keys(x, b, g, seq, WIDTH: tl.constexpr, PADDED: tl.constexpr, c: tl.con
 
 
 @triton.jit
-def load_keys(x, source, first, seq, turned: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, c: tl.constexpr):
-    """Slots ``first`` onwards, ``[BN, PADDED]``; zeros behind the last."""
+def load_keys(x, source, first, seq, d, turned: tl.constexpr, WIDTH: tl.constexpr, c: tl.constexpr):
+    """Channels ``d`` of slots ``first`` onwards, ``[BN, d]``, all where a descriptor reads; zeros behind the last."""
     if c.TMA and not turned:
         return source.load([first, 0])
     else:
-        d = tl.arange(0, PADDED)
         at = partners(d, c) if turned else d
         s = first + tl.arange(0, c.BN)
         where = s.to(tl.int64)[:, None] * x.row + at[None, :]
@@ -132,9 +126,8 @@ def partners(d, c: tl.constexpr):
 
 
 @triton.jit
-def angles(more, origin, c: tl.constexpr):
-    """Cosine and signed sine of an origin for each value ``[DP]``; 1 and 0 where nothing turns."""
-    d = tl.arange(0, c.DP)
+def angles(more, origin, d, c: tl.constexpr):
+    """Cosine and signed sine of an origin for channels ``d``; 1 and 0 where nothing turns."""
     at = origin.to(tl.int64) * c.TURN + tl.where(d < c.TURN, d, d - c.TURN)
     inside = d < 2 * c.TURN
     cos = tl.load(more.cos + at, mask=inside, other=1.0).to(c.ACC)
@@ -168,20 +161,35 @@ def visible(first, within, rows, AXIS: tl.constexpr, c: tl.constexpr):
 def bias_of(more, b, h, first, groups, seq_k, c: tl.constexpr):
     """The bias of a tile's keys ``[BN]``, base 2; -inf behind the last."""
     s = first + tl.arange(0, c.BN)
-    at = s.to(tl.int64)
-    if c.BIAS_HEADS == 2:
-        at += (b * c.BIAS_BATCH * groups * c.PER + h).to(tl.int64) * seq_k
-    elif c.BIAS_HEADS == 1:
-        at += (b * c.BIAS_BATCH * groups + h // c.PER).to(tl.int64) * seq_k
-    else:
-        at += (b * c.BIAS_BATCH).to(tl.int64) * seq_k
-    return tl.load(more.bias + at, mask=s < seq_k, other=-float("inf")).to(c.ACC) * LOG2E
+    place = place_of(b, h, groups, c.BIAS_BATCH, c.BIAS_HEADS, c).to(tl.int64) * seq_k
+    return tl.load(more.bias + place + s, mask=s < seq_k, other=-float("inf")).to(c.ACC) * LOG2E
 
 
 @triton.jit
 def product(a, b, total, c: tl.constexpr):
-    """A product in the accumulator's dtype, added to ``total`` where there is one."""
+    """A product in the accumulator's dtype, added to ``total``."""
     return tl.dot(a, b, total, input_precision=c.PRECISION, out_dtype=c.ACC)
+
+
+@triton.jit
+def pairs(a, e, total, x, y, spot, origins, more, AXIS: tl.constexpr, WIDTH: tl.constexpr, c: tl.constexpr):
+    """Products of a tile's rows ``a``, of ``x`` turned by ``origins``, and slots ``e``, of ``y``, added to ``total``.
+
+    Registers hold fp32 in two parts, too many where heads are wide: then ``c.STEP`` channels at a time are read again.
+    """
+    if c.STEP == 0:
+        total = product(a, tl.trans(e), total, c) if AXIS == 1 else product(e, tl.trans(a), total, c)
+    else:
+        source = open_keys(y, spot.b, spot.g, spot.seq_k, WIDTH, c.STEP, c)
+        for begin in tl.range(0, a.shape[1], c.STEP):
+            d = begin + tl.arange(0, c.STEP)
+            rows = load_queries(x, spot.b, spot.rows, d, False, WIDTH, c)
+            if origins is not None:
+                cos, sin = angles(more, tl.load(origins + spot.entry), d, c)
+                rows = turn(rows, load_queries(x, spot.b, spot.rows, d, True, WIDTH, c), cos, sin, c)
+            slots = load_keys(y, source, spot.first, spot.seq_k, d, False, WIDTH, c)
+            total = product(rows, tl.trans(slots), total, c) if AXIS == 1 else product(slots, tl.trans(rows), total, c)
+    return total
 
 
 @triton.jit
