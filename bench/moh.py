@@ -7,6 +7,7 @@ SDPA; a decoding step; and where computing the routed rows alone begins to pay, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +21,7 @@ from attnzoo.cli.progress import Bar
 from attnzoo.compaction import Rows
 from attnzoo.routing import Counts, best
 from attnzoo.variants.moh import gathering_pays, query_block
-from attnzoo_kernels import BlockLayout, Extras, block_sparse_attention
+from attnzoo_kernels import BlockLayout, Extras, block_sparse_attention, dense
 from bench import clock, gate
 from bench.cpu import CLASS, about, choose, report
 from bench.rows import Row
@@ -66,7 +67,8 @@ def operation() -> Iterator[Row]:
                 return rows.scatter(block_sparse_attention(own, k, v, layout, extras=Extras(q_pos=pos), impl="blocked"))
 
             def every(q: Tensor = q, k: Tensor = k, v: Tensor = v, layout: BlockLayout = whole[BLOCK]) -> Tensor:
-                return block_sparse_attention(q, k, v, layout, impl="blocked")
+                with _in_blocks():
+                    return block_sparse_attention(q, k, v, layout, impl="blocked")
 
             contestants: dict[str, Callable[[], Tensor]] = {
                 "routed": routed,
@@ -77,6 +79,16 @@ def operation() -> Iterator[Row]:
             _check_operation(routed, every, active().unsqueeze(-1), leaves)
             name = f"{HEADS // 2} of {HEADS} heads, {shared} of them shared, T = {TOKENS}"
             yield from _forward_and_step("operation", name, contestants, leaves, ("all heads", OPERATION_MUST))
+
+
+@contextmanager
+def _in_blocks() -> Iterator[None]:
+    """Dense calls are computed in blocks too, as the routed rows are, and not by torch's own kernel."""
+    before, dense.LEAST_ROWS = dense.LEAST_ROWS, TOKENS + 1
+    try:
+        yield
+    finally:
+        dense.LEAST_ROWS = before
 
 
 def _check_operation(

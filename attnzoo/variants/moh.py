@@ -26,7 +26,7 @@ from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 
 from attnzoo.base import AttentionLayer, Heads, Memory, Plan, Step
 from attnzoo.compaction import Rows, is_readable, windowed_layout
@@ -319,11 +319,34 @@ class MoHAttention(AttentionLayer, name="moh"):
     def operate(self, memory: Memory, plan: Plan) -> Tensor:
         """As the base; one token reads the KV heads that it needs where they lie."""
         kept = memory.kept if isinstance(memory, MoHMemory) else None
-        single = kept is not None and kept.rows is None
-        plain = plan.causal and self.config.window is None and self.impl in ("auto", "blocked")
-        if single and plain and memory.q.numel() and is_readable(memory.q):
-            return self._read_in_place(memory)
+        plain = self.config.window is None and self.impl in ("auto", "blocked")
+        if kept is not None and plain and memory.q.numel() and is_readable(memory.q):
+            if kept.rows is None and plan.causal:
+                return self._read_in_place(memory)
+            each = memory.q.shape[1] // memory.k.shape[1]
+            shared = self.config.counts.shared
+            every_row = kept.dense_pos is None and memory.key_bias is None
+            if kept.rows is not None and every_row and 0 < shared < memory.q.shape[1] and shared % each == 0:
+                return self._apart(memory, plan, kept.rows)
         return super().operate(memory, plan)
+
+    def _apart(self, memory: Memory, plan: Plan, rows: Rows) -> Tensor:
+        """The shared heads, which compute every row, in a call of their own: no row of theirs has to be looked up."""
+        shared, block = self.config.counts.shared, self.config.block_size
+        tokens, slots = memory.q.shape[2], memory.k.shape[2]
+        heads = [shared, memory.q.shape[1] - shared]
+        groups = [n * memory.k.shape[1] // memory.q.shape[1] for n in heads]
+        q, routed_q = memory.q.split(heads, 1)
+        k, routed_k = memory.k.split(groups, 1)
+        v, routed_v = memory.v.split(groups, 1)
+        rule: dict[str, Any] = {"causal": plan.causal, "scale": self.config.scale, "impl": self.impl}
+        whole = block_sparse_attention(q, k, v, dense_layout(block, tokens, slots, q), **rule)
+        longest = max(1, int(rows.present[:, shared:].sum(-1).max()))
+        layout = BlockLayout.dense(query_block(block, longest), block, longest, slots, device=q.device)
+        pos = None if memory.q_pos is None else memory.q_pos[:, shared:, :longest]
+        routed_q = routed_q[:, :, :longest]
+        routed = block_sparse_attention(routed_q, routed_k, routed_v, layout, extras=Extras(q_pos=pos), **rule)
+        return torch.cat([whole, pad(routed, (0, 0, 0, tokens - longest))], 1)
 
     def _read_in_place(self, memory: Memory) -> Tensor:
         """One call for each run of neighbouring KV heads that an item needs: keys and values are not copied."""

@@ -12,7 +12,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from attnzoo_kernels import blocked
+from attnzoo_kernels import blocked, dense
 from attnzoo_kernels.call import Call
 from attnzoo_kernels.errors import UnsupportedError
 
@@ -97,6 +97,12 @@ def choose(impl: str, call: Call) -> str:
     return "blocked" if reasons else "triton"
 
 
+def keeps_results(impl: str, call: Call) -> bool:
+    """Whether the backward reads what the forward found; where it does not, it is computed again."""
+    chosen = choose(impl, call)
+    return chosen == "triton" or (chosen == "blocked" and dense.may_take(call))
+
+
 def forward(impl: str, call: Call, *, need_lse: bool) -> tuple[Tensor, Tensor]:
     """Out ``[B, H, T, Dv]`` and lse ``[B, H, T]`` (empty where not needed) by an implementation or "auto"."""
     if choose(impl, call) == "triton":
@@ -106,6 +112,9 @@ def forward(impl: str, call: Call, *, need_lse: bool) -> tuple[Tensor, Tensor]:
             _give_up(impl, call, error)
         else:
             return out, lse if need_lse else lse.new_empty(0)
+    if dense.takes(call):
+        out, lse = dense.forward(call)
+        return out, lse if need_lse else lse.new_empty(0)
     return blocked.forward(call, need_lse=need_lse)
 
 
@@ -122,7 +131,7 @@ def backward(
     Args:
         impl: As in the forward.
         call: As in the forward.
-        results: Out and lse of the forward, which the Triton kernels read; ``None`` where blocked ran.
+        results: Out and lse of the forward; ``None`` where they were not kept.
         dout: Gradient of out, or ``None`` for zeros.
         dlse: Gradient of lse, or ``None`` for zeros.
         need: Which gradients are wanted.
@@ -135,6 +144,9 @@ def backward(
             _give_up(impl, call, error)
         else:
             return found
+    if out is not None and lse is not None and dout is not None and dlse is None and dense.takes(call):
+        grads = dense.backward(call, (out, lse), dout)
+        return (*(grad if needed else None for grad, needed in zip(grads, need, strict=False)), *[None] * 4)
     return blocked.backward(call, dout, dlse, list(need))
 
 

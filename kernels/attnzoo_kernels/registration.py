@@ -116,8 +116,7 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        # The Triton kernels' backward reads what their forward found; blocked computes it again.
-        keeps = dispatch.choose(args[-2], _call_of(args[:-1])) == "triton"
+        keeps = dispatch.keeps_results(args[-2], _call_of(args[:-1]))
         need_lse = args[-1]
         with torch._C._AutoDispatchBelowAutograd():
             out, lse = torch.ops.attnzoo.bsa_fwd(*args[:-1], need_lse or keeps)
