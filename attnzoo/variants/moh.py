@@ -26,7 +26,7 @@ from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, pad
+from torch.nn.functional import linear
 
 from attnzoo.base import AttentionLayer, Heads, Memory, Plan, Step
 from attnzoo.compaction import Rows, is_readable, windowed_layout
@@ -169,12 +169,14 @@ class Kept:
     """Which rows are computed where some are left out.
 
     Attributes:
-        rows: The rows that q holds; ``None`` where it holds one row of each head, absent ones at position -1.
+        rows: The rows that q holds; ``None`` where it holds all of them, absent ones at position -1.
         dense_pos: What ``q_pos`` would be with all rows.
+        routed: The routed heads' rows that are not absent, where the shared heads compute every row.
     """
 
     rows: Rows | None
     dense_pos: Tensor | None
+    routed: Rows | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -283,7 +285,11 @@ class MoHAttention(AttentionLayer, name="moh"):
             groups = active.view(q.shape[0], k.shape[1], -1).any(2).repeat_interleave(q.shape[1] // k.shape[1], 1)
             place = torch.where(groups.unsqueeze(2), first if q_pos is None else q_pos.expand(*q.shape[:3]), -1)
             return MoHMemory(q, k, v, place.to(torch.int32), memory.key_bias, Kept(None, q_pos))
-        rows = Rows.of(active.transpose(1, 2))
+        active = active.transpose(1, 2)
+        if self._goes_apart(memory):
+            place = torch.where(active, torch.arange(q.shape[2], device=q.device) + first, -1).to(torch.int32)
+            return MoHMemory(q, k, v, place, kept=Kept(None, None, Rows.of(active[:, self.config.counts.shared :])))
+        rows = Rows.of(active)
         return MoHMemory(rows.gather(q), k, v, rows.positions(q_pos, first), memory.key_bias, Kept(rows, q_pos))
 
     def plan(self, step: Step, heads: Heads, memory: Memory) -> Plan:
@@ -319,19 +325,24 @@ class MoHAttention(AttentionLayer, name="moh"):
     def operate(self, memory: Memory, plan: Plan) -> Tensor:
         """As the base; one token reads the KV heads that it needs where they lie."""
         kept = memory.kept if isinstance(memory, MoHMemory) else None
-        plain = self.config.window is None and self.impl in ("auto", "blocked")
-        if kept is not None and plain and memory.q.numel() and is_readable(memory.q):
-            if kept.rows is None and plan.causal:
-                return self._read_in_place(memory)
-            each = memory.q.shape[1] // memory.k.shape[1]
-            shared = self.config.counts.shared
-            every_row = kept.dense_pos is None and memory.key_bias is None
-            if kept.rows is not None and every_row and 0 < shared < memory.q.shape[1] and shared % each == 0:
-                return self._apart(memory, plan, kept.rows)
+        if kept is not None and kept.routed is not None:
+            return self._apart(memory, plan, kept.routed)
+        single = kept is not None and kept.rows is None
+        plain = plan.causal and self.config.window is None and self.impl in ("auto", "blocked")
+        if single and plain and memory.q.numel() and is_readable(memory.q):
+            return self._read_in_place(memory)
         return super().operate(memory, plan)
 
+    def _goes_apart(self, memory: Memory) -> bool:
+        """Whether shared and routed heads are two calls: on a CPU a dense call is quicker than one with positions."""
+        config, q = self.config, memory.q
+        shared, each = config.counts.shared, q.shape[1] // memory.k.shape[1]
+        plain = config.window is None and memory.q_pos is None and memory.key_bias is None
+        splits = 0 < shared < q.shape[1] and shared % each == 0 and config.counts.active > 0
+        return plain and splits and q.numel() > 0 and self.impl in ("auto", "blocked") and is_readable(q)
+
     def _apart(self, memory: Memory, plan: Plan, rows: Rows) -> Tensor:
-        """The shared heads, which compute every row, in a call of their own: no row of theirs has to be looked up."""
+        """The shared heads in one call, which computes every row, and the rows of the routed heads in another."""
         shared, block = self.config.counts.shared, self.config.block_size
         tokens, slots = memory.q.shape[2], memory.k.shape[2]
         heads = [shared, memory.q.shape[1] - shared]
@@ -341,12 +352,13 @@ class MoHAttention(AttentionLayer, name="moh"):
         v, routed_v = memory.v.split(groups, 1)
         rule: dict[str, Any] = {"causal": plan.causal, "scale": self.config.scale, "impl": self.impl}
         whole = block_sparse_attention(q, k, v, dense_layout(block, tokens, slots, q), **rule)
-        longest = max(1, int(rows.present[:, shared:].sum(-1).max()))
+        routed_q = rows.gather(routed_q)
+        longest = routed_q.shape[2]
         layout = BlockLayout.dense(query_block(block, longest), block, longest, slots, device=q.device)
-        pos = None if memory.q_pos is None else memory.q_pos[:, shared:, :longest]
-        routed_q = routed_q[:, :, :longest]
+        pos = rows.positions(None, slots - tokens if plan.causal else 0)
         routed = block_sparse_attention(routed_q, routed_k, routed_v, layout, extras=Extras(q_pos=pos), **rule)
-        return torch.cat([whole, pad(routed, (0, 0, 0, tokens - longest))], 1)
+        # Token by token, as the output's projection reads it.
+        return torch.cat([whole.transpose(1, 2), rows.scatter(routed).transpose(1, 2)], 2).transpose(1, 2)
 
     def _read_in_place(self, memory: Memory) -> Tensor:
         """One call for each run of neighbouring KV heads that an item needs: keys and values are not copied."""

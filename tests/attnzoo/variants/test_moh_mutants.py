@@ -65,9 +65,10 @@ MUTANTS: dict[str, Callable[[Patch], None]] = {
     "no gradient through the gate": text(routing, "by_norm", "coefficient * (probs - probs.detach())", "0 * probs"),
     "a gate that is soft": text(routing, "by_norm", "chosen.to(probs.dtype) +", "probs +"),
     "rows of the wrong place": text(compaction.Rows, "_flat", "token) * heads + head", "token) * heads + 0 * head"),
-    "the last row of the longest head forgotten": text(moh.MoHAttention, "_apart", "max(1, int(", "max(1, -1 + int("),
-    "routed heads at other heads' positions": text(
-        moh.MoHAttention, "_apart", "memory.q_pos[:, shared:, :longest]", "memory.q_pos[:, :-shared, :longest]"
+    "rows of routed heads a token late": text(moh.MoHAttention, "_apart", "slots - tokens if", "slots - tokens + 1 if"),
+    "routed heads before the shared ones": text(
+        moh.MoHAttention, "_apart", "torch.cat([whole.transpose(1, 2), rows.scatter(routed).transpose(1, 2)], 2)",
+        "torch.cat([rows.scatter(routed).transpose(1, 2), whole.transpose(1, 2)], 2)",
     ),
     "queries of the first head": text(compaction.Rows, "_flat", "(item * heads + head)", "(item * heads + 0 * head)"),
     "positions counted from the chunk": text(compaction.Rows, "positions", "self.token + first", "self.token"),
