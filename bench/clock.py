@@ -35,7 +35,20 @@ def threads(count: int) -> Any:
 def medians(
     contestants: Mapping[str, Callable[[], Any]], *, wall: bool, seconds: float = 6.0, least: int = 5, most: int = 41
 ) -> dict[str, float]:
-    """Milliseconds of each contestant: the median over rounds in which each runs once.
+    """Milliseconds of each contestant, the median of :func:`rounds`."""
+    found = rounds(contestants, wall=wall, seconds=seconds, least=least, most=most)
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
+def paired(found: Mapping[str, list[float]], first: str, second: str) -> float:
+    """The median ratio of two contestants in the same round: a machine that is slow for a while is so for both."""
+    return statistics.median(a / b for a, b in zip(found[first], found[second], strict=True))
+
+
+def rounds(
+    contestants: Mapping[str, Callable[[], Any]], *, wall: bool, seconds: float = 6.0, least: int = 5, most: int = 41
+) -> dict[str, list[float]]:
+    """Milliseconds of each contestant, round by round; in a round each runs once.
 
     Args:
         contestants: By name; each is warmed up once.
@@ -56,7 +69,7 @@ def medians(
             found[name].append((clock() - start) * 1e3)
         if done + 1 >= least and time.perf_counter() - begin > seconds:
             break
-    return {name: statistics.median(values) for name, values in found.items()}
+    return found
 
 
 def peak_growth(program: str, *arguments: str) -> float:

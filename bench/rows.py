@@ -248,7 +248,13 @@ def dense_peers() -> Iterator[Row]:
     layout, (q, k, v) = case.layout(), case.inputs()
     expected = gate.truth(q, k, v, layout)
     row = Row("dense, fp32, 1 thread", case.name)
-    contestants: dict[str, peers.Run] = {"ours": ours(layout), "sdpa": peers.sdpa, "naive": peers.naive(layout)}
+    every = BlockLayout.dense(case.block, case.block, case.tokens, case.tokens)
+    contestants: dict[str, peers.Run] = {
+        "ours": ours(every),
+        "ours, block by block": ours(layout),
+        "sdpa": peers.sdpa,
+        "naive": peers.naive(layout),
+    }
     try:
         contestants["x-transformers"] = peers.x_transformers()
     except peers.Missing as reason:
