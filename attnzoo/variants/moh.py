@@ -250,15 +250,24 @@ class MoHAttention(AttentionLayer, name="moh"):
             every, c = config.ste_scope == "all", config.ste_coefficient
             routing = by_norm(lengths, counts, eps=config.eps, coefficient=c, every=every)
         else:
-            routers = (self.router, self.shared_router, self.type_router)
-            # Rounded logits would send tokens to other heads.
-            with no_autocast(x.device.type):
-                logits = [None if one is None else linear(x.to(dtype), one.weight.to(dtype)) for one in routers]
+            logits = self._router_logits(x.to(dtype))
             like = x.new_empty(0, dtype=dtype).expand(*x.shape[:2], 0)
             routing = learned((logits[0], logits[1], logits[2]), like, counts, config.gate_norm)
         if not config.rescale:
             return routing
         return replace(routing, gates=routing.gates * (config.num_heads / (counts.shared + counts.active)))
+
+    def _router_logits(self, x: Tensor) -> list[Tensor | None]:
+        """What each of the three routers says about tokens ``[B, T, C]``; one product for all, being narrow."""
+        routers = (self.router, self.shared_router, self.type_router)
+        weights = [one.weight.to(x.dtype) for one in routers if one is not None]
+        if not weights:
+            return [None, None, None]
+        # Rounded logits would send tokens to other heads.
+        with no_autocast(x.device.type):
+            every = linear(x, torch.cat(weights)).split([len(weight) for weight in weights], -1)
+        said = iter(every)
+        return [None if one is None else next(said) for one in routers]
 
     def _leaves_out(self, routing: Routing, memory: Memory) -> bool:
         """Whether rows that are not routed are left out; either way computes the same."""
