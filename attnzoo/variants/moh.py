@@ -337,18 +337,20 @@ class MoHAttention(AttentionLayer, name="moh"):
         if kept is not None and kept.routed is not None:
             return self._apart(memory, plan, kept.routed)
         single = kept is not None and kept.rows is None
-        plain = plan.causal and self.config.window is None and self.impl in ("auto", "blocked")
-        if single and plain and memory.q.numel() and is_readable(memory.q):
+        if single and plan.causal and self._may_divide(memory.q):
             return self._read_in_place(memory)
         return super().operate(memory, plan)
 
+    def _may_divide(self, q: Tensor) -> bool:
+        """Whether several calls without positions may stand for one with them: it pays on CPUs, without a window."""
+        return self.config.window is None and self.impl in ("auto", "blocked") and q.numel() > 0 and is_readable(q)
+
     def _goes_apart(self, memory: Memory) -> bool:
         """Whether shared and routed heads are two calls: on a CPU a dense call is quicker than one with positions."""
-        config, q = self.config, memory.q
-        shared, each = config.counts.shared, q.shape[1] // memory.k.shape[1]
-        plain = config.window is None and memory.q_pos is None and memory.key_bias is None
-        splits = 0 < shared < q.shape[1] and shared % each == 0 and config.counts.active > 0
-        return plain and splits and q.numel() > 0 and self.impl in ("auto", "blocked") and is_readable(q)
+        counts, heads = self.config.counts, memory.q.shape[1]
+        each = heads // memory.k.shape[1]
+        splits = 0 < counts.shared < heads and counts.shared % each == 0 and counts.active > 0
+        return splits and memory.q_pos is None and memory.key_bias is None and self._may_divide(memory.q)
 
     def _apart(self, memory: Memory, plan: Plan, rows: Rows) -> Tensor:
         """The shared heads in one call, which computes every row, and the rows of the routed heads in another."""
