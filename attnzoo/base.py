@@ -173,7 +173,7 @@ class AttentionLayer(nn.Module):
         heads = self.project(step)
         memory = self.remember(step, heads)
         plan = _settle(self.plan(step, heads, memory), memory)
-        return AttentionOutput(self.combine(step, self.operate(memory, plan), plan), plan)
+        return AttentionOutput(self.conclude(step, memory, plan), plan)
 
     def check_context(self, cache: KVCache | None, positions: Tensor | None) -> None:
         """Raises unless this variant can read another sequence.
@@ -263,6 +263,10 @@ class AttentionLayer(nn.Module):
             impl=self.impl,
         )
         return drop_front(out, plan.front, tokens)
+
+    def conclude(self, step: Step, memory: Memory, plan: Plan) -> Tensor:
+        """The layer's output from what the operation sees."""
+        return self.combine(step, self.operate(memory, plan), plan)
 
     def combine(self, step: Step, out: Tensor, plan: Plan) -> Tensor:
         """Joins the heads, and puts the tokens back where the caller had them."""

@@ -5,6 +5,7 @@ Letters: B batch, T tokens, H heads, R rows of the longest head, D width, M quer
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -78,6 +79,16 @@ class Rows:
         index = torch.where(self.present, self._flat(heads_first=False), places).reshape(-1)
         whole = rows.new_zeros(places + 1, width).index_copy_(0, index, flat)
         return whole[:places].view(batch, self.tokens, heads, width).transpose(1, 2)
+
+    def add_products(self, total: Tensor, rows: Tensor, weights: Sequence[Tensor]) -> None:
+        """Adds the products of rows ``[B, H, R, D]`` with their head's ``[C, D]`` to their tokens' ``[B * T, C]``.
+
+        Rows that are absent have to be 0.
+        """
+        item = torch.arange(rows.shape[0], device=rows.device).view(-1, 1, 1)
+        places = (item * self.tokens + self.token.clamp(min=0)).unbind(1)
+        for place, of_head, weight in zip(places, rows.unbind(1), weights, strict=True):
+            total.index_add_(0, place.flatten(), of_head.flatten(0, 1) @ weight.t())
 
     def positions(self, q_pos: Tensor | None, first: int) -> Tensor:
         """The slot of each row, int32 ``[B, H, R]``, from those of the tokens (``None``: token t has ``first + t``)."""

@@ -22,7 +22,7 @@ from attnzoo.cli.progress import Bar
 from attnzoo.compaction import Rows
 from attnzoo.routing import Counts, best
 from attnzoo.variants.moh import gathering_pays, query_block
-from attnzoo_kernels import BlockLayout, Extras, block_sparse_attention, dense
+from attnzoo_kernels import BlockLayout, Extras, block_sparse_attention, fused
 from bench import clock, gate
 from bench.cpu import CLASS, about, choose, report
 from bench.rows import Row
@@ -85,11 +85,11 @@ def operation() -> Iterator[Row]:
 @contextmanager
 def _in_blocks() -> Iterator[None]:
     """Dense calls are computed in blocks too, as the routed rows are, and not by torch's own kernel."""
-    before, dense.LEAST_ROWS = dense.LEAST_ROWS, TOKENS + 1
+    before, fused.LEAST_ROWS = fused.LEAST_ROWS, TOKENS + 1
     try:
         yield
     finally:
-        dense.LEAST_ROWS = before
+        fused.LEAST_ROWS = before
 
 
 def _check_operation(

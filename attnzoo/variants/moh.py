@@ -335,7 +335,7 @@ class MoHAttention(AttentionLayer, name="moh"):
         """As the base; one token reads the KV heads that it needs where they lie."""
         kept = memory.kept if isinstance(memory, MoHMemory) else None
         if kept is not None and kept.routed is not None:
-            return self._apart(memory, plan, kept.routed)
+            return _in_order(*self._apart(memory, plan, kept.routed), kept.routed)
         single = kept is not None and kept.rows is None
         if single and plan.causal and self._may_divide(memory.q):
             return self._read_in_place(memory)
@@ -352,7 +352,7 @@ class MoHAttention(AttentionLayer, name="moh"):
         splits = 0 < counts.shared < heads and counts.shared % each == 0 and counts.active > 0
         return splits and memory.q_pos is None and memory.key_bias is None and self._may_divide(memory.q)
 
-    def _apart(self, memory: Memory, plan: Plan, rows: Rows) -> Tensor:
+    def _apart(self, memory: Memory, plan: Plan, rows: Rows) -> tuple[Tensor, Tensor]:
         """The shared heads in one call, which computes every row, and the rows of the routed heads in another."""
         shared, block = self.config.counts.shared, self.config.block_size
         tokens, slots = memory.q.shape[2], memory.k.shape[2]
@@ -368,8 +368,23 @@ class MoHAttention(AttentionLayer, name="moh"):
         layout = BlockLayout.dense(query_block(block, longest), block, longest, slots, device=q.device)
         pos = rows.positions(None, slots - tokens if plan.causal else 0)
         routed = block_sparse_attention(routed_q, routed_k, routed_v, layout, extras=Extras(q_pos=pos), **rule)
-        # Token by token, as the output's projection reads it.
-        return torch.cat([whole.transpose(1, 2), rows.scatter(routed).transpose(1, 2)], 2).transpose(1, 2)
+        return whole, routed
+
+    def conclude(self, step: Step, memory: Memory, plan: Plan) -> Tensor:
+        """As the base; heads computed apart are projected apart too, of the routed ones the routed rows alone."""
+        rows = memory.kept.routed if isinstance(memory, MoHMemory) and memory.kept is not None else None
+        if rows is None or plan.head_weight is None or not is_plain(self.o_proj, memory.v):
+            return super().conclude(step, memory, plan)
+        return self._project_apart(*self._apart(memory, plan, rows), plan.head_weight, rows)
+
+    def _project_apart(self, whole: Tensor, routed: Tensor, gates: Tensor, rows: Rows) -> Tensor:
+        batch, shared, tokens, width = whole.shape
+        of_whole, of_routed = gates.split([shared, routed.shape[1]], 1)
+        weights = self.o_proj.weight.unflatten(1, (-1, width)).unbind(1)  # of each head, [C, Dv]
+        joined = (whole * of_whole).transpose(1, 2).reshape(batch * tokens, shared * width)
+        y = linear(joined, torch.cat(weights[:shared], 1), self.o_proj.bias)
+        rows.add_products(y, routed * rows.gather(of_routed), weights[shared:])
+        return y.view(batch, tokens, -1)
 
     def _read_in_place(self, memory: Memory) -> Tensor:
         """One call for each run of neighbouring KV heads that an item needs: keys and values are not copied."""
@@ -402,6 +417,11 @@ class MoHAttention(AttentionLayer, name="moh"):
         return super().combine(step, rows.scatter(weighted), replace(plan, head_weight=None))
 
 
+def _in_order(whole: Tensor, routed: Tensor, rows: Rows) -> Tensor:
+    """Shared heads and the rows of routed ones as ``[B, H, T, D]``, laid out by tokens as the projection reads it."""
+    return torch.cat([whole.transpose(1, 2), rows.scatter(routed).transpose(1, 2)], 2).transpose(1, 2)
+
+
 def query_block(block: int, rows: int) -> int:
     """Rows in a query block: many rows are quicker in taller blocks, although these reach further."""
     return 2 * block if rows >= TALL_ROWS else block
@@ -420,6 +440,19 @@ CROSSINGS = ((4096, 0.65, 0.75), (2048, 0.5, 0.55), (1024, 0.3, 0.5))
 TALL_ROWS = 1024
 LEAST_SLOTS = 2048
 """Slots from which a decoding step on a CPU does better to leave KV heads out."""
+
+
+def is_plain(projection: nn.Module, x: Tensor) -> bool:
+    """Whether a projection is nothing but the product with its weight, in the precision of x, single or double."""
+    hooked = projection._forward_hooks or projection._forward_pre_hooks or projection._backward_hooks
+    return (
+        type(projection) is nn.Linear
+        and not hooked
+        and type(projection.weight) is nn.Parameter
+        and projection.weight.dtype == x.dtype
+        and x.dtype in (torch.float32, torch.float64)
+        and not torch.is_autocast_enabled(x.device.type)
+    )
 
 
 def _real_or_none(step: Step, active: Tensor) -> Tensor | None:

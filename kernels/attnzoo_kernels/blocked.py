@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attnzoo_kernels import gating
+from attnzoo_kernels import gating, half
 from attnzoo_kernels.call import Call
 from attnzoo_kernels.fold import fold_groups, fold_rows, unfold_rows
 from attnzoo_kernels.gemm import multiplies_bf16, product, routed
-from attnzoo_kernels.schedule import Bucket, schedule_for
+from attnzoo_kernels.schedule import Bucket, Schedule, schedule_for
 from attnzoo_kernels.scores import Chunk, Inputs, rows_of, silence, weigh
 from attnzoo_kernels.tiles import Source, tile, untile
 from attnzoo_kernels.workspace import scratch
@@ -24,31 +24,36 @@ CHUNK_SCORES = 1 << 18
 """Scores in one chunk and thread: what stays in a core's cache between the two products."""
 
 
-def chunks(call: Call, inputs: Inputs) -> list[Bucket]:
-    """The call's rows in chunks."""
-    budget = CHUNK_SCORES * min(torch.get_num_threads(), 4)
+def chunks(call: Call, schedule: Schedule, *, tiled: bool = False) -> list[Bucket]:
+    """The call's rows in chunks; larger ones where no scores are kept, ``tiled``."""
+    budget = CHUNK_SCORES * min(torch.get_num_threads(), 4) * (4 if tiled else 1)
     # Small query blocks gather as many keys as large ones: their chunks are bounded by the keys.
-    return inputs.schedule.chunks(budget, max(call.block_q, 64), call.block_k)
+    return schedule.chunks(budget, max(call.block_q, 64), call.block_k)
 
 
 def forward(call: Call, *, need_lse: bool) -> tuple[Tensor, Tensor]:
     """Out ``[B, H, T, Dv]`` in q's dtype and lse ``[B, H, T]`` (empty where not needed)."""
     with routed():
         folded = fold_groups(call)
-        out, lse = _forward(folded, need_lse=need_lse)
+        schedule = schedule_for(folded)
+        if not need_lse and half.takes(folded):
+            found = half.forward(folded, schedule, chunks(folded, schedule, tiled=True))
+            if found is not None:
+                return unfold_rows(found, folded).contiguous(), call.q.new_empty(0, dtype=call.acc_dtype)
+        out, lse = _forward(folded, schedule, need_lse=need_lse)
         out = unfold_rows(out, folded).contiguous()
         lse = unfold_rows(lse.unsqueeze(-1), folded).squeeze(-1).contiguous() if need_lse else lse
     return out, lse
 
 
-def _forward(call: Call, *, need_lse: bool) -> tuple[Tensor, Tensor]:
+def _forward(call: Call, schedule: Schedule, *, need_lse: bool) -> tuple[Tensor, Tensor]:
     batch, heads, _, _, _ = call.shape
     dtype = _value_dtype(call)
     low = call.fast and dtype != call.acc_dtype and call.origins is None
-    inputs = Inputs(call, schedule_for(call), dtype if low else None)
+    inputs = Inputs(call, schedule, dtype if low else None)
     values = Source(call.v, call.block_k, dtype, often=inputs.often)
     rows, block = batch * heads * call.grid[0], call.block_q
-    parts = chunks(call, inputs)
+    parts = chunks(call, inputs.schedule)
     shape = (rows, block, call.v.shape[3])
     out = call.q.new_empty(shape) if _cover(parts, rows) else call.q.new_zeros(shape)
     lse = torch.full((rows, block, 1), -torch.inf, dtype=call.acc_dtype, device=call.q.device) if need_lse else None
@@ -132,7 +137,7 @@ def _backward(call: Call, dout: Tensor, dlse: Tensor | None, need: list[bool]) -
         return torch.zeros(shape, dtype=acc, device=device) if needed else None
 
     width = call.q.shape[3] if inputs.turns is None else inputs.turns.padded
-    parts = chunks(call, inputs)
+    parts = chunks(call, inputs.schedule)
     q_shape = (rows, call.block_q, width)
     grads = Gradients(
         q=call.q.new_empty(q_shape, dtype=acc) if need[0] and _cover(parts, rows) else zeros(need[0], *q_shape),

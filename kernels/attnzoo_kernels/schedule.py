@@ -45,6 +45,12 @@ class Limits(NamedTuple):
         parts = [[None] * len(sizes) if x is None else x.split(sizes) for x in self]
         return [Limits(*chunk) for chunk in zip(*parts, strict=True)]
 
+    def common(self) -> Limits:
+        """Those of a single row where they are all rows', else all."""
+        hi, lo, sink = self
+        agree = all(x is None or bool((x == x[:1]).all()) for x in self)
+        return Limits(hi[:1], None if lo is None else lo[:1], None if sink is None else sink[:1]) if agree else self
+
     def of_rows(self, partial: int) -> Limits:
         """Those of ``[R * partial, block_q, 1]`` entries, ``partial`` to a row, as ``[R, block_q, partial]``."""
 

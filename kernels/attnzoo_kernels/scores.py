@@ -287,10 +287,10 @@ def _hide(inputs: Inputs, part: Bucket, scores: Tensor) -> None:
         cols = part.cols[:, part.cols.shape[1] - part.partial :]
         limits = limits_of(call, schedule.spans, schedule.source[part.rows], cols)
     tail = scores[..., (part.cols.shape[1] - part.partial) * call.block_k :]
-    ceiling = _ceiling(limits, call.block_k, scores.dtype).view(*scores.shape[:2], -1)[..., : tail.shape[2]]
+    most = ceiling(limits, call.block_k, scores.dtype).view(*scores.shape[:2], -1)[..., : tail.shape[2]]
     if not inputs.tame:
-        tail.masked_fill_(ceiling < 0, 0.0)
-    torch.minimum(tail, ceiling, out=tail)
+        tail.masked_fill_(most < 0, 0.0)
+    torch.minimum(tail, most, out=tail)
 
 
 @lru_cache(maxsize=64)
@@ -308,7 +308,7 @@ def _since(block: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         return -_until(block, dtype, device)
 
 
-def _ceiling(limits: Limits, block: int, dtype: torch.dtype) -> Tensor:
+def ceiling(limits: Limits, block: int, dtype: torch.dtype) -> Tensor:
     """What scores must not exceed: inf at slots that are seen, else -inf, ``[R * block_q * partial, block]``."""
     hi = limits.hi.reshape(-1)
     shape, device = (hi.shape[0], block), hi.device

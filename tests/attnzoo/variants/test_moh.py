@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -74,6 +75,13 @@ def layer_of(config: Any, dtype: torch.dtype = torch.float64) -> Any:
         for router in (layer.router, layer.shared_router, layer.type_router):
             if router is not None:
                 router.weight.copy_(torch.randn(router.weight.shape, generator=generator, dtype=torch.float64) / 3)
+    return layer
+
+
+def joined(layer: Any) -> Any:
+    """A copy whose heads come together before they are projected: what has hooks is called as a whole."""
+    layer = copy.deepcopy(layer)
+    layer.o_proj.register_forward_hook(lambda *_: None)
     return layer
 
 
@@ -156,23 +164,62 @@ def test_what_is_not_routed_is_not_computed() -> None:
     layer = layer_of(config)
     x = tokens(layer, 2, 50)
     expected, seen = layer(x), []
-    project, operate = layer.project, layer.operate
+    project, conclude = layer.project, layer.conclude
 
     def spoiled(step: Any) -> Any:
         heads = project(step)
         idle = ~heads.routing.active.transpose(1, 2).unsqueeze(-1)
         return moh.MoHHeads(heads.q.masked_fill(idle, torch.nan), heads.k, heads.v, heads.routing)
 
-    def listening(memory: Any, plan: Any) -> Tensor:
+    def listening(step: Any, memory: Any, plan: Any) -> Tensor:
         seen.append(memory)
-        found: Tensor = operate(memory, plan)
+        found: Tensor = conclude(step, memory, plan)
         return found
 
-    layer.project, layer.operate = spoiled, listening
+    layer.project, layer.conclude = spoiled, listening
     assert torch.equal(layer(x), expected)
     rows = int((seen[0].q_pos >= 0).sum())
     assert rows == 2 * 50 * 4
     assert seen[0].q.shape == (2, 8, 50, 4)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kv_heads", [8, 2])
+def test_rows_projected_alone_are_those_projected_with_all(bias: bool, kv_heads: int) -> None:
+    config = config_of(num_heads=8, num_kv_heads=kv_heads, shared_heads=4, active_heads=1, bias=bias, compute="routed")
+    layer = layer_of(config)
+    together = joined(layer)
+    x = tokens(layer, 3, 40)
+    calls: list[int] = []
+    layer.o_proj.forward = lambda *_: calls.append(1)
+    results = []
+    for one in (layer, together):
+        out = one(x)
+        results.append((out, *torch.autograd.grad(out.square().sum(), list(one.parameters()), allow_unused=True)))
+    assert not calls
+    for found, same in zip(*results, strict=True):
+        assert (found is None) == (same is None)
+        if found is not None:
+            assert_same(found, same, scale=10)
+
+
+def test_a_projection_that_is_more_than_a_product_is_called() -> None:
+    plain, x = nn.Linear(4, 4), torch.zeros(1)
+    assert moh.is_plain(plain, x)
+    assert not moh.is_plain(nn.Sequential(plain), x)
+    assert not moh.is_plain(plain, x.double())
+    assert not moh.is_plain(plain.to(torch.bfloat16), x.to(torch.bfloat16))
+    plain.to(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not moh.is_plain(plain, x)
+    handles = [plain.register_forward_hook(print), plain.register_forward_pre_hook(print)]
+    for handle in handles:
+        assert not moh.is_plain(plain, x)
+        handle.remove()
+    with plain.register_full_backward_hook(print):
+        assert not moh.is_plain(plain, x)
+    torch.nn.utils.parametrizations.weight_norm(plain)
+    assert not moh.is_plain(plain, x)
 
 
 @pytest.mark.parametrize("length", [129, 300])

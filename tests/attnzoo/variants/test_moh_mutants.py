@@ -14,7 +14,7 @@ from attnzoo import compaction, routing
 from attnzoo.oracles import moh as oracle
 from attnzoo.variants import moh
 from tests.attnzoo.cases import assert_same, recipe_of, tokens
-from tests.attnzoo.variants.test_moh import config_of, layer_of, routing_of, some_padding
+from tests.attnzoo.variants.test_moh import config_of, joined, layer_of, routing_of, some_padding
 from tests.attnzoo_kernels.test_mutants import rewrite, wrap
 
 Patch = pytest.MonkeyPatch
@@ -39,8 +39,11 @@ def check(options: dict[str, Any]) -> None:
     )  # fmt: skip
     assert_same(found.out, expected.out)
     assert_same(found.plan.aux_loss, expected.loss)
-    grads = [torch.autograd.grad(y.out.square().sum(), x)[0] for y in (found, expected)]
-    assert_same(grads[0], grads[1], scale=10)
+    whole = joined(layer).attend(x, key_padding=given)
+    assert_same(whole.out, expected.out)
+    grads = [torch.autograd.grad(y.out.square().sum(), x)[0] for y in (found, whole, expected)]
+    assert_same(grads[0], grads[2], scale=10)
+    assert_same(grads[1], grads[2], scale=10)
     cache = layer.new_cache(2, length)
     with torch.no_grad():
         parts = [
@@ -67,9 +70,14 @@ MUTANTS: dict[str, Callable[[Patch], None]] = {
     "rows of the wrong place": text(compaction.Rows, "_flat", "token) * heads + head", "token) * heads + 0 * head"),
     "rows of routed heads a token late": text(moh.MoHAttention, "_apart", "slots - tokens if", "slots - tokens + 1 if"),
     "routed heads before the shared ones": text(
-        moh.MoHAttention, "_apart", "torch.cat([whole.transpose(1, 2), rows.scatter(routed).transpose(1, 2)], 2)",
-        "torch.cat([rows.scatter(routed).transpose(1, 2), whole.transpose(1, 2)], 2)",
+        moh, "_in_order", "[whole.transpose(1, 2), rows.scatter(routed).transpose(1, 2)]",
+        "[rows.scatter(routed).transpose(1, 2), whole.transpose(1, 2)]",
     ),
+    "rows projected by another head": text(moh.MoHAttention, "_project_apart", "weights[shared:]", "weights[:-shared]"),
+    "ungated rows where they are projected": text(
+        moh.MoHAttention, "_project_apart", "routed * rows.gather(of_routed)", "routed"
+    ),
+    "rows added to the next item": text(compaction.Rows, "add_products", "(item * self", "((1 - item) * self"),
     "queries of the first head": text(compaction.Rows, "_flat", "(item * heads + head)", "(item * heads + 0 * head)"),
     "positions counted from the chunk": text(compaction.Rows, "positions", "self.token + first", "self.token"),
     "a window without its sink": text(compaction, "windowed_layout", "(sinks < low.unsqueeze(-1))", "(sinks < -1)"),

@@ -1,0 +1,178 @@
+"""The forward in bf16 by torch's kernel, as on CPUs with AMX: against the oracle, and which calls are of that kind."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import example, given
+from torch import Tensor
+
+from attnzoo_kernels import (
+    Extras,
+    block_sparse_attention,
+    block_sparse_attention_with_lse,
+    blocked,
+    fused,
+    half,
+    schedule,
+)
+from tests.attnzoo_kernels.oracle import Answer, Problem, solve, visible
+from tests.attnzoo_kernels.test_mutants import rewrite
+from tests.attnzoo_kernels.test_op_agreement import seeds_of
+from tests.bounds import assert_near
+from tests.strategies import Numbers, extras_of, layout_of, problems
+
+
+@pytest.fixture(autouse=True)
+def _as_on_amx() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(half, "cpu_class", lambda: "amx")
+        patch.setattr(half, "LEAST_BLOCK", 1)
+        patch.setattr(fused, "LEAST_ROWS", 10**6)
+        patch.setattr(blocked, "CHUNK_SCORES", 1 << 9)
+        yield
+
+
+def check(p: Problem) -> list[bool]:
+    """Out and gradients are the oracle's; whether each of the forward's calls was computed here."""
+    found: list[bool] = []
+    original = half.forward
+
+    def spy(*args: Any) -> Tensor | None:
+        result = original(*args)
+        found.append(result is not None)
+        return result
+
+    dout, dlse = seeds_of(p)
+    nothing, mask = torch.zeros_like(dlse), visible(p)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(half, "forward", spy)
+        leaves = [x.detach().requires_grad_() for x in (p.q, p.k, p.v)]
+        rule: dict[str, Any] = {"causal": p.causal, "scale": p.scale, "extras": extras_of(p), "impl": "blocked"}
+        out = block_sparse_attention(*leaves, layout_of(p), **rule)
+        with torch.no_grad():
+            lse = block_sparse_attention_with_lse(*leaves, layout_of(p), **rule)[1]
+        grads = torch.autograd.grad(out, leaves, dout)
+    actual = Answer(out.detach(), lse, *grads)
+    assert_near(actual, solve(p, dout, nothing, mask), p, (dout, nothing), mask)
+    return found
+
+
+def plain(p: Problem) -> Problem:
+    v = Numbers.of(3).normal(p.batch, p.kv_heads, p.keys, p.q.shape[3]).to(p.q.dtype)
+    return p.change(v=v, key_bias=None)
+
+
+def problem(queries: int, keys: int, **rule: Any) -> Problem:
+    """Random blocks of 5 by 3, four heads in two groups."""
+    n = Numbers.of(queries + keys)
+    q, k, v = (n.normal(2, h, length, 8).bfloat16() for h, length in ((4, queries), (2, keys), (2, keys)))
+    return Problem(q, k, v, n.chance(0.6, 1, 4, -(-queries // 5), -(-keys // 3)), 5, 3, **rule)
+
+
+CASES = (
+    problem(33, 33, scale=0.7),
+    problem(20, 50),
+    problem(50, 20),
+    problem(40, 40, window=7, sink=2),
+    problem(40, 40, causal=False, window=9),
+    problem(40, 40, q_pos=Numbers.of(1).integers(-1, 42, 2, 4, 40)),
+    problem(1, 44),
+)
+
+
+@given(problems(dtypes=(torch.bfloat16,)))
+@example(CASES[5])
+def test_it_is_the_definition(p: Problem) -> None:
+    p = plain(p)
+    assert check(p) == [True]
+
+
+@given(problems(dtypes=(torch.bfloat16,)))
+def test_dead_blocks_may_hold_no_numbers(p: Problem) -> None:
+    p = plain(p)
+    mask = visible(p)
+    beyond = -p.keys % p.block_k
+    seen = torch.nn.functional.pad(mask.unflatten(1, (p.kv_heads, -1)).any(2).any(2), (0, beyond))
+    unseen = ~seen.unflatten(2, (-1, p.block_k)).any(3).repeat_interleave(p.block_k, 2)[..., : p.keys]
+    k, v = (x.masked_fill(unseen.unsqueeze(-1), math.nan) for x in (p.k, p.v))
+    check(p.change(q=p.q.masked_fill(~mask.any(-1, keepdim=True), math.nan), k=k, v=v))
+
+
+def test_where_something_hidden_spoils_the_result_it_is_computed_in_single_precision() -> None:
+    p = problem(33, 33)
+    late = torch.arange(33) >= 32
+    mask = visible(p)
+    k = p.k.masked_fill(late.view(1, 1, 33, 1), math.inf)
+    p = p.change(
+        k=k, keep=p.keep.index_fill(3, torch.tensor([10]), True), q_pos=torch.arange(33).int().view(1, 1, 33) - 1
+    )
+    assert not bool(visible(p)[..., 32].any())
+    assert mask.shape == visible(p).shape
+    with torch.no_grad():
+        found = block_sparse_attention(p.q, p.k, p.v, layout_of(p), extras=extras_of(p), impl="blocked")
+        clean = p.change(k=p.k.masked_fill(late.view(1, 1, 33, 1), 0.0))
+        wanted = block_sparse_attention(clean.q, clean.k, clean.v, layout_of(p), extras=extras_of(p), impl="reference")
+    torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-2)
+
+
+OTHERS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
+    "a bias": (torch.bfloat16, {"key_bias": torch.zeros(1, 1, 33)}),
+    "auxiliary channels": (
+        torch.bfloat16,
+        {"aux": (torch.ones(2, 4, 33, 2).bfloat16(), torch.ones(1, 1, 33, 2).bfloat16())},
+    ),
+    "gates": (torch.bfloat16, {"gate": "last"}),
+    "single precision": (torch.float32, {}),
+    "the other half": (torch.float16, {}),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_calls_are_computed_otherwise(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    dtype, options = OTHERS[name]
+    p = problem(33, 33)
+    monkeypatch.setattr(half, "forward", lambda *_: pytest.fail("computed here"))
+    q, k, v = (x.to(dtype) for x in (p.q, p.k, p.v))
+    extras = Extras(**options)
+    out = block_sparse_attention(q, k, v, layout_of(p), extras=extras, impl="blocked")
+    wanted = block_sparse_attention(q, k, v, layout_of(p), extras=extras, impl="reference")
+    torch.testing.assert_close(out, wanted, rtol=3e-2, atol=3e-2)
+
+
+def test_without_the_units_and_for_small_blocks_it_is_computed_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(half, "LEAST_BLOCK", 1000)
+    assert check(problem(33, 33)) == []
+    monkeypatch.setattr(half, "LEAST_BLOCK", 1)
+    monkeypatch.setattr(half, "cpu_class", lambda: "avx512")
+    assert check(problem(33, 33)) == []
+
+
+MUTANTS = {
+    "one row's limits for all": (schedule.Limits, "common", "bool((x == x[:1]).all())", "True"),
+    "what an earlier chunk hid": (half, "_mask", "mask[..., :-hidden] = 0.0", "pass"),
+    "nothing hidden": (half, "_mask", "if not part.partial", "if True"),
+    "the scale forgotten": (half, "forward", ", scale=call.scale", ""),
+    "keys for values": (half, "forward", '(("k", k), ("v", v))', '(("k", k), ("v", k))'),
+    "rows in another order": (half, "forward", "0, part.rows, found", "0, part.rows.flip(0), found"),
+}
+
+
+def battery() -> None:
+    for p in CASES:
+        assert check(p) == [True]
+
+
+def test_the_battery_holds() -> None:
+    battery()
+
+
+@pytest.mark.parametrize("mutant", MUTANTS.values(), ids=MUTANTS.keys())
+def test_a_wrong_one_is_found_out(mutant: tuple[Any, str, str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    rewrite(monkeypatch, *mutant)
+    with pytest.raises(AssertionError):
+        battery()
