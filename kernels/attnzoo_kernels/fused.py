@@ -108,6 +108,12 @@ def backward(call: Call, results: tuple[Tensor, Tensor], dout: Tensor) -> tuple[
     if strips.dead is not None:
         # Their weights become exp(-inf).
         lse = lse.masked_fill(strips.dead, torch.inf)
+    lone = strips.lone_part
+    if lone is not None and lone.last - lone.first == k.shape[2]:
+        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            dout, q, k, v, out, lse, 0.0, lone.causal, scale=call.scale
+        )
+        return grads[0].contiguous(), grads[1].contiguous(), grads[2].contiguous()
     dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     for seat in strips.seats:
         by_row = [seat.of_rows(x) for x in (dout, q, out, lse, dq)]

@@ -122,6 +122,12 @@ class Strips:
         parts = (part for seat in self.seats for strip in seat.strips for part in strip.parts)
         return self.dead is not None or any(part.late or part.early for part in parts)
 
+    @property
+    def lone_part(self) -> Part | None:
+        """What all rows of all heads read, where they do so together and without a mask."""
+        parts = [part for seat in self.seats for strip in seat.strips for part in strip.parts]
+        return parts[0] if len(parts) == 1 and not self.hides else None
+
     @cached_property
     def visible(self) -> float:
         """Slots that a row sees, on average."""

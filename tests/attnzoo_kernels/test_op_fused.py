@@ -334,7 +334,13 @@ MUTANTS = {
     "no second look at what comes out": (fused, "forward", "if strips.hides and", "if False and"),
     "no second look on the way back": (fused, "backward", "None if strips.hides and", "None if False and"),
     "the scale forgotten": (fused, "forward", ", scale=call.scale", ""),
-    "the scale forgotten on the way back": (fused, "backward", ", scale=call.scale", ""),
+    "the scale forgotten on the way back": (
+        fused,
+        "backward",
+        "attn_mask=edges.mask(strip, part), scale=call.scale",
+        "attn_mask=edges.mask(strip, part)",
+    ),
+    "all causal where they are one part": (fused, "backward", "0.0, lone.causal", "0.0, call.rule.causal"),
     "the edge a slot too far": (fused, "_edge", "place.neg_()", "place.add_(1).neg_()"),
 }
 
@@ -346,6 +352,8 @@ def battery(monkeypatch: pytest.MonkeyPatch) -> None:
     for one in (
         problem((1, 2, 3, 21, 21), 4, scale=0.3),
         problem((1, 2, 1, 9, 30), 4),
+        problem((1, 2, 1, 9, 9), 4),
+        problem((1, 2, 1, 9, 30), 4, q_pos=torch.full((1, 1, 9), 29, dtype=torch.int32)),
         problem((2, 2, 2, 40, 40), 4, window=6),
         problem((2, 1, 2, 40, 40), 4, window=25, causal=False),
         problem((2, 2, 2, 90, 150), 4, q_pos=n.integers(-1, 160, 2, 4, 90).sort(-1).values),
