@@ -36,7 +36,11 @@ def medians(
     contestants: Mapping[str, Callable[[], Any]], *, wall: bool, seconds: float = 6.0, least: int = 5, most: int = 41
 ) -> dict[str, float]:
     """Milliseconds of each contestant, the median of :func:`rounds`."""
-    found = rounds(contestants, wall=wall, seconds=seconds, least=least, most=most)
+    return middle(rounds(contestants, wall=wall, seconds=seconds, least=least, most=most))
+
+
+def middle(found: Mapping[str, list[float]]) -> dict[str, float]:
+    """The median of each contestant's rounds."""
     return {name: statistics.median(values) for name, values in found.items()}
 
 

@@ -6,7 +6,6 @@ SDPA; a decoding step; and where computing the routed rows alone begins to pay, 
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -128,9 +127,8 @@ def _forward_and_step(
     for kind, prepare, must in zip(("forward", "step"), kinds, bounds, strict=True):
         runs = {name: prepare(run) for name, run in contestants.items()}
         found = clock.rounds(runs, wall=False, seconds=75 if must is not None else 1.5, least=5)
-        figures = {name: statistics.median(times) for name, times in found.items()}
         ratio = clock.paired(found, first, baseline)
-        yield Row(f"{part}, {kind}, 1 thread", name, figures, ratio=ratio, must=must, at_most=True)
+        yield Row(f"{part}, {kind}, 1 thread", name, clock.middle(found), ratio=ratio, must=must, at_most=True)
 
 
 def _layers(active: int) -> dict[str, Any]:

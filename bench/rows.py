@@ -83,9 +83,10 @@ def forward(dtype: torch.dtype, threads: int) -> Iterator[Row]:
             for name, run in contestants.items():
                 gate.check(name, run(q, k, v), expected)
             contestants["dense sdpa"] = peers.sdpa
-            row.figures = clock.medians(_bind(contestants, q, k, v), wall=threads > 1)
-            if "flex" in row.figures:
-                row.ratio = row.figures["flex"] / row.figures["ours"]
+            found = clock.rounds(_bind(contestants, q, k, v), wall=threads > 1)
+            row.figures = clock.middle(found)
+            if "flex" in found:
+                row.ratio = clock.paired(found, "flex", "ours")
             row.figures["of density x dense"] = row.figures["ours"] / (layout.density() * row.figures["dense sdpa"])
             yield row
 
@@ -112,8 +113,8 @@ def training() -> Iterator[Row]:
                 gate.check("ours", found, wanted)
             row = Row("training step, fp32, 1 thread", case.name, must=must)
             contestants = {"ours": step(ours(layout)), "dense sdpa": step(peers.sdpa)}
-            row.figures = clock.medians(contestants, wall=False, seconds=8, least=3)
-            row.ratio = row.figures["dense sdpa"] / row.figures["ours"]
+            found = clock.rounds(contestants, wall=False, seconds=8, least=3)
+            row.figures, row.ratio = clock.middle(found), clock.paired(found, "dense sdpa", "ours")
             yield row
 
 
@@ -138,8 +139,8 @@ def decoding() -> Iterator[Row]:
             gate.check("ours", contestants["ours"](q, k, v), gate.truth(q, k, v, layout))
             gate.check("folded", contestants["folded sdpa"](q, k, v), contestants["dense sdpa"](q, k, v))
             row = Row("decoding, fp32, 2k of 16k tokens, 2 threads", case.name, must=must)
-            row.figures = clock.medians(_bind(contestants, q, k, v), wall=True, most=201)
-            row.ratio = row.figures["dense sdpa"] / row.figures["ours"]
+            found = clock.rounds(_bind(contestants, q, k, v), wall=True, most=201)
+            row.figures, row.ratio = clock.middle(found), clock.paired(found, "dense sdpa", "ours")
             yield row
 
 
@@ -201,9 +202,8 @@ def switches() -> Iterator[Row]:
             if name == "none":
                 continue
             _check_switch(name, small)
-            times = _switch_times(layout, *cases.switch(name, case, layout), inputs)
+            figures = _switch_costs(layout, *cases.switch(name, case, layout), inputs)
             growth = clock.peak_growth(_MEMORY, "LONG", name, "forward")
-            figures = {"forward": times["with"] / times["plain"], "step": times["step"] / times["plain step"]}
             yield Row("switches, density .06", name, figures, "x", max(figures.values()), 1.5, True)
             yield Row("switches, peak memory at T = 16k", name, {"growth": growth}, "MiB", growth, 150.0, True)
 
@@ -216,7 +216,7 @@ def _check_switch(name: str, case: cases.Case) -> None:
     )
 
 
-def _switch_times(
+def _switch_costs(
     layout: BlockLayout, turned: BlockLayout, extras: Extras, inputs: tuple[Tensor, Tensor, Tensor]
 ) -> dict[str, float]:
     leaves = [x.clone().requires_grad_() for x in inputs]
@@ -235,7 +235,8 @@ def _switch_times(
         "plain step": lambda: torch.autograd.grad(plain(*leaves).sum(), leaves),
         "step": lambda: torch.autograd.grad(step(*leaves).sum(), [*leaves, *more]),
     }
-    return clock.medians(contestants, wall=False, seconds=2)
+    found = clock.rounds(contestants, wall=False, seconds=4)
+    return {"forward": clock.paired(found, "with", "plain"), "step": clock.paired(found, "step", "plain step")}
 
 
 def _leaf(x: Any) -> Any:

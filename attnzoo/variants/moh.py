@@ -435,7 +435,7 @@ def gathering_pays(tokens: int, density: float, *, training: bool) -> bool:
     return False
 
 
-CROSSINGS = ((4096, 0.65, 0.75), (2048, 0.5, 0.55), (1024, 0.3, 0.5))
+CROSSINGS = ((4096, 0.75, 0.75), (2048, 0.55, 0.65), (1024, 0.3, 0.5))
 """From so many tokens on, the largest share of heads at which gathering pays, and the same in training."""
 TALL_ROWS = 1024
 LEAST_SLOTS = 2048

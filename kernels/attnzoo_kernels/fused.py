@@ -51,7 +51,8 @@ def keeps(call: Call) -> bool:
     if not may_take(call) or not _is_quick_backward(call):
         return False
     if type(call.col) is Tensor and not torch.compiler.is_compiling():
-        return lists_runs(call)
+        # What follows from positions is not remembered, and costs more than to keep what may not be needed.
+        return plan(call) is not None if call.rule.is_static else lists_runs(call)
     return call.col.shape[0] == call.grid[1] and call.rule.is_static and call.rule.window is None
 
 
