@@ -25,8 +25,9 @@ CHUNK_SCORES = 1 << 18
 
 
 def chunks(call: Call, schedule: Schedule, *, tiled: bool = False) -> list[Bucket]:
-    """The call's rows in chunks; larger ones where no scores are kept, ``tiled``."""
-    budget = CHUNK_SCORES * min(torch.get_num_threads(), 4) * (4 if tiled else 1)
+    """The call's rows in chunks; larger ones where scores are few beside the keys, or not kept: ``tiled``."""
+    few = tiled or call.grid[0] == 1
+    budget = CHUNK_SCORES * min(torch.get_num_threads(), 4) * (4 if few else 1)
     # Small query blocks gather as many keys as large ones: their chunks are bounded by the keys.
     return schedule.chunks(budget, max(call.block_q, 64), call.block_k)
 

@@ -217,27 +217,37 @@ def _first_blocks(call: Call, rows: Tensor) -> Tensor:
 
 def _one_block(call: Call) -> Schedule | None:
     """The schedule of a decoding step, where all rows read equally many blocks, each of them in full."""
-    batch, heads, _, seq_q, seq_k = call.shape
+    batch, heads, groups, seq_q, seq_k = call.shape
     start, count = call.start.long().reshape(-1, 1), call.count.reshape(-1)
     length = int(count[0])
     if length == 0 or not bool((count == length).all()):
         return None
-    pos = call.rule.positions(seq_q, seq_k, start.device)
-    window = call.rule.window if isinstance(call.rule.window, int) else None
-    lo, hi = call.rule.span(pos, window, seq_k)
     cols = call.col.long()[start + torch.arange(length, device=start.device)]
-    inside = (cols >= -(-int(lo.max()) // call.block_k)) & (cols < int(hi.min()) // call.block_k)
-    if not bool(inside.all()):
+    least, most = (int(x) for x in torch.aminmax(cols))
+    lo, hi = _seen_by_all(call)
+    if least * call.block_k < lo or (most + 1) * call.block_k > hi:
         return None
     rows = torch.arange(batch * heads, device=start.device)
     repeat = heads // call.start.shape[1]
     cols = cols.view(*call.start.shape[:2], length).repeat_interleave(repeat, 1).expand(batch, -1, -1)
     cols = cols.reshape(batch * heads, length)
-    runs = bool((cols.diff(dim=1) == 1).all())
-    kv = cols + _first_blocks(call, rows).unsqueeze(1)
+    runs = int(cols[0, -1] - cols[0, 0]) == length - 1 and bool((cols.diff(dim=1) == 1).all())
+    first = rows * call.grid[1] if heads == groups else _first_blocks(call, rows)
+    kv = cols + first.unsqueeze(1)
     places, firsts = list(range(batch * heads)), kv[:, 0].tolist()
     bucket = Bucket(rows, cols, kv, None, 0, safe=True, limits=None, runs=runs, places=places, firsts=firsts)
+    pos = call.rule.positions(seq_q, seq_k, start.device)
     return Schedule((bucket,), pos.view(1, 1, 1, seq_q), torch.zeros_like(rows), _no_spans(call))
+
+
+def _seen_by_all(call: Call) -> tuple[int, int]:
+    """The slots ``[lo, hi)`` that every row of a call sees, its positions being those of the last tokens."""
+    rule, (_, _, _, seq_q, seq_k) = call.rule, call.shape
+    window = rule.window if isinstance(rule.window, int) else None
+    first, last = seq_k - (seq_q if rule.fold is None else rule.fold.tokens), seq_k - 1
+    hi = first + 1 if rule.causal else seq_k if window is None else first + window
+    lo = 0 if window is None else last - window + 1
+    return max(lo, 0), min(hi, seq_k)
 
 
 def _no_spans(call: Call) -> Spans:

@@ -133,6 +133,19 @@ def check_runs(impl: str) -> None:
                 assert_near(run(p, layout_of(p), seeds_of(p), impl), answer, p, seeds_of(p), mask)
 
 
+def check_steps(impl: str) -> None:
+    """Three tokens that read equally many blocks, of which one row or head sees all and another does not."""
+    n = Numbers.of(11)
+    q, k, v = n.normal(2, 4, 3, 5), n.normal(2, 2, 30, 5), n.normal(2, 2, 30, 3)
+    for window, lists in ((None, ((2, 3, 4), (0, 2, 4))), (17, ((2, 3), (2, 3))), (None, ((1, 2), (1, 3)))):
+        keep = torch.zeros(1, 2, 1, 5, dtype=torch.bool)
+        for head, blocks in enumerate(lists):
+            keep[0, head, 0, list(blocks)] = True
+        p = Problem(q, k, v, keep, 8, 6, window=window)
+        mask = visible(p)
+        assert_near(run(p, layout_of(p), seeds_of(p), impl), solve(p, *seeds_of(p), mask), p, seeds_of(p), mask)
+
+
 CHECKS = (
     check_numbers,
     check_nothing_leaks,
@@ -140,4 +153,5 @@ CHECKS = (
     check_a_layout_serves_two_rules,
     check_switches,
     check_runs,
+    check_steps,
 )

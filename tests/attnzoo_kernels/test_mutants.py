@@ -202,6 +202,15 @@ BLOCKED: dict[str, Callable[[Patch], None]] = {
     "gradients of a run one block late": text(
         blocked, "_add_product", "chunk.part.firsts[0]", "(chunk.part.firsts[0] + 1)"
     ),
+    "a step of several tokens that sees what its last one sees": text(
+        schedule, "_seen_by_all", "first + 1 if rule.causal", "last + 1 if rule.causal"
+    ),
+    "a step of several tokens with the window of its first": text(
+        schedule, "_seen_by_all", "last - window + 1", "first - window + 1"
+    ),
+    "any blocks of a step taken for a run": text(
+        schedule, "_one_block", "bool((cols.diff(dim=1) == 1).all())", "True"
+    ),
     "any blocks taken for a run": text(schedule, "_buckets", "not broken[i]", "True"),
     "runs of the first head for all": text(tiles.Source, "view", "of_head % self.heads * head", "0 * head"),
     "runs at unequal distances viewed": text(
