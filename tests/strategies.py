@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.functional import pad
 
 from attnzoo_kernels import BlockLayout, Extras
 from tests.attnzoo_kernels.oracle import Problem
@@ -157,6 +158,13 @@ def untidy_layout_of(p: Problem, seed: int = 0) -> BlockLayout:
         start[cell] = len(col)
         col += [*blocks[n.order(len(blocks))].tolist(), 10**6]
     return BlockLayout(p.block_q, p.block_k, p.queries, p.keys, start, count, torch.tensor(col, dtype=torch.int32))
+
+
+def unread(p: Problem, mask: Tensor) -> Tensor:
+    """Keys of blocks of which no query of a group sees any, bool ``[B, G, S]``, from the visible set."""
+    seen = mask.unflatten(1, (p.kv_heads, -1)).any(2).any(2)
+    blocks = pad(seen, (0, -p.keys % p.block_k)).unflatten(-1, (-1, p.block_k)).any(-1)
+    return ~blocks.repeat_interleave(p.block_k, -1)[..., : p.keys]
 
 
 def extras_of(p: Problem) -> Extras:

@@ -94,6 +94,11 @@ class Call:
         return -(-seq_q // self.block_q), -(-seq_k // self.block_k)
 
     @property
+    def is_plain(self) -> bool:
+        """Whether scores are products of queries and keys and nothing else."""
+        return self.key_bias is None and self.aux is None and self.gate is None and self.origins is None
+
+    @property
     def acc_dtype(self) -> torch.dtype:
         """The dtype of scores, log-sum-exp and accumulators: fp64 for fp64 inputs, else fp32."""
         return torch.float64 if self.q.dtype == torch.float64 else torch.float32

@@ -30,10 +30,11 @@ def may_take(call: Call) -> bool:
     seq_q, seq_k = q.shape[2], k.shape[2]
     if not isinstance(seq_q, int) or not isinstance(seq_k, int) or q.device.type != "cpu":
         return False
-    plain = call.key_bias is None and call.aux is None and call.gate is None and call.origins is None
     quick = route() == "mkl" if q.dtype == torch.float32 else q.dtype == torch.bfloat16 and cpu_class() == "amx"
     fits = 0 not in (q.numel(), k.numel(), v.numel()) and q.shape[3] == v.shape[3]
-    return plain and quick and fits and seq_q >= LEAST_ROWS and (rule.window is None or type(rule.sink) is int)
+    # A sink beside a window is a second run.
+    single = rule.window is None or (type(rule.sink) is int and rule.sink == 0)
+    return call.is_plain and quick and fits and seq_q >= LEAST_ROWS and single
 
 
 def plan(call: Call) -> Strips | None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attnzoo_kernels.call import Call
 from attnzoo_kernels.gemm import cpu_class
-from attnzoo_kernels.schedule import Bucket, Schedule, limits_of
+from attnzoo_kernels.schedule import Bucket, Schedule
 from attnzoo_kernels.scores import ceiling, rows_of
 from attnzoo_kernels.tiles import Source, tile, untile
 from attnzoo_kernels.workspace import scratch
@@ -21,16 +21,15 @@ LEAST_BLOCK = 16
 
 def takes(call: Call) -> bool:
     """Whether a call may be computed here, unless its log-sum-exp is wanted: the kernel's is good for five digits."""
-    plain = call.key_bias is None and call.aux is None and call.gate is None and call.origins is None
     widths = call.q.shape[3] == call.v.shape[3] and call.q.numel() > 0
     half = call.q.dtype == torch.bfloat16 and cpu_class() == "amx"
-    return plain and widths and half and call.block_q >= LEAST_BLOCK
+    return call.is_plain and widths and half and call.block_q >= LEAST_BLOCK
 
 
 def forward(call: Call, schedule: Schedule, parts: list[Bucket]) -> Tensor | None:
     """Out ``[B, H, T, D]`` by chunks of rows; ``None`` where it is not finite: what is hidden may have spoiled it."""
-    batch, heads, groups, _, seq_k = call.shape
-    often = schedule.entries * call.block_k > batch * groups * seq_k
+    batch, heads = call.shape[:2]
+    often = schedule.reads_often(call)
     q = tile(call.q, call.block_q).contiguous()
     k, v = (Source(x, call.block_k, x.dtype, often=often) for x in (call.k, call.v))
     out = q.new_zeros(batch * heads * call.grid[0], call.block_q, q.shape[2])
@@ -52,12 +51,8 @@ def _mask(call: Call, schedule: Schedule, part: Bucket) -> Tensor | None:
     """What is added to a chunk's scores, ``[R|1, 1, block_q, n * block_k]`` in scratch memory, or ``None``."""
     if not part.partial:
         return None
-    width = part.cols.shape[1]
-    limits = part.limits
-    if limits is None:
-        limits = limits_of(call, schedule.spans, schedule.source[part.rows], part.cols[:, width - part.partial :])
-    limits = limits.common()
-    shape = (limits.hi.shape[0], call.block_q, width * call.block_k)
+    limits = schedule.limits_in(call, part).common()
+    shape = (limits.hi.shape[0], call.block_q, part.cols.shape[1] * call.block_k)
     mask = scratch("mask", shape, call.q.dtype, call.q.device)
     hidden = part.partial * call.block_k
     mask[..., :-hidden] = 0.0

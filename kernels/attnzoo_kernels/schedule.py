@@ -145,6 +145,17 @@ class Schedule:
         """Key blocks read, counted once for each row that reads them."""
         return sum(bucket.cols.numel() for bucket in self.buckets)
 
+    def reads_often(self, call: Call) -> bool:
+        """Whether keys are read more than once on average."""
+        batch, _, groups, _, seq_k = call.shape
+        return self.entries * call.block_k > batch * groups * seq_k
+
+    def limits_in(self, call: Call, part: Bucket) -> Limits:
+        """The limits of a chunk's partial columns, made now unless they were beforehand."""
+        if part.limits is not None:
+            return part.limits
+        return limits_of(call, self.spans, self.source[part.rows], part.cols[:, part.cols.shape[1] - part.partial :])
+
     def positions(self, rows: Tensor, heads: int) -> Tensor:
         """Positions of the rows of some query blocks, int64 ``[R, block_q]``."""
         batch, pos_heads, blocks_q, _ = self.pos.shape
@@ -217,7 +228,7 @@ def _first_blocks(call: Call, rows: Tensor) -> Tensor:
 
 def _one_block(call: Call) -> Schedule | None:
     """The schedule of a decoding step, where all rows read equally many blocks, each of them in full."""
-    batch, heads, groups, seq_q, seq_k = call.shape
+    batch, heads, _, seq_q, seq_k = call.shape
     start, count = call.start.long().reshape(-1, 1), call.count.reshape(-1)
     length = int(count[0])
     if length == 0 or not bool((count == length).all()):
@@ -232,8 +243,7 @@ def _one_block(call: Call) -> Schedule | None:
     cols = cols.view(*call.start.shape[:2], length).repeat_interleave(repeat, 1).expand(batch, -1, -1)
     cols = cols.reshape(batch * heads, length)
     runs = int(cols[0, -1] - cols[0, 0]) == length - 1 and bool((cols.diff(dim=1) == 1).all())
-    first = rows * call.grid[1] if heads == groups else _first_blocks(call, rows)
-    kv = cols + first.unsqueeze(1)
+    kv = cols + _first_blocks(call, rows).unsqueeze(1)
     places, firsts = list(range(batch * heads)), kv[:, 0].tolist()
     bucket = Bucket(rows, cols, kv, None, 0, safe=True, limits=None, runs=runs, places=places, firsts=firsts)
     pos = call.rule.positions(seq_q, seq_k, start.device)

@@ -17,7 +17,7 @@ from torch import Tensor
 from attnzoo_kernels import gating
 from attnzoo_kernels.call import Call, Origins
 from attnzoo_kernels.gemm import product, views_freely
-from attnzoo_kernels.schedule import Bucket, Limits, Schedule, limits_of
+from attnzoo_kernels.schedule import Bucket, Limits, Schedule
 from attnzoo_kernels.tiles import Source, tile
 from attnzoo_kernels.workspace import scratch
 
@@ -67,7 +67,7 @@ class Inputs:
         acc = self.compute = compute or call.acc_dtype
         q, k = call.q, call.k
         # A step that gathers few keys of a long memory must not copy all of it.
-        self.often = schedule.entries * call.block_k > k.shape[0] * k.shape[1] * k.shape[2]
+        self.often = schedule.reads_often(call)
         self.turns = None
         if call.origins is not None:
             self.turns = Turns(call.origins, call.q.shape[3], call.acc_dtype)
@@ -282,10 +282,8 @@ def _gate(inputs: Inputs, chunk: Chunk, scores: Tensor, *, need_lse: bool) -> No
 
 def _hide(inputs: Inputs, part: Bucket, scores: Tensor) -> None:
     """Hides what the rule hides in the partial blocks; adding -inf would keep a NaN."""
-    call, schedule, limits = inputs.call, inputs.schedule, part.limits
-    if limits is None:
-        cols = part.cols[:, part.cols.shape[1] - part.partial :]
-        limits = limits_of(call, schedule.spans, schedule.source[part.rows], cols)
+    call = inputs.call
+    limits = inputs.schedule.limits_in(call, part)
     tail = scores[..., (part.cols.shape[1] - part.partial) * call.block_k :]
     most = ceiling(limits, call.block_k, scores.dtype).view(*scores.shape[:2], -1)[..., : tail.shape[2]]
     if not inputs.tame:

@@ -175,7 +175,7 @@ def strips_of(call: Call, together: int) -> Strips | None:
     """The strips of a call, or ``None`` where some row's slots do not follow one another.
 
     Args:
-        call: The call.
+        call: The call; without a sink beside a window.
         together: KV heads that are computed together where heads differ.
     """
     return remembered(call, _finder(together))
@@ -189,7 +189,7 @@ def _finder(together: int) -> Callable[[Call], Strips | None]:
 def _find_strips(call: Call, together: int) -> Strips | None:
     runs, rule = _runs(call), call.rule
     _, heads, groups, seq_q, seq_k = call.shape
-    if runs is None or (rule.window is not None and (isinstance(rule.sink, Tensor) or rule.sink > 0)):
+    if runs is None:
         return None
     pos = rule.positions(seq_q, seq_k, call.col.device)
     window = rule.window.long().view(1, -1, 1) if isinstance(rule.window, Tensor) else rule.window
@@ -199,8 +199,7 @@ def _find_strips(call: Call, together: int) -> Strips | None:
         inside = seq_k - seq_q if rule.causal else seq_k
         ends = (Part(0, inside), Part(inside, seq_k, causal=True))
         strips = (Strip(slice(0, seq_q), tuple(part for part in ends if part.first < part.last)),)
-        every, ratio = slice(None), heads // groups
-        return Strips(tuple(Seat(strips, every, every, head, ratio) for head in range(ratio)), lo, hi)
+        return Strips(_for_all_heads(strips, heads // groups), lo, hi)
     if not whole:
         each = heads // runs.first.shape[1] if runs.first.shape[1] > 1 else 1
         first, last = (_by_row(x, call, each) * call.block_k for x in (runs.first, runs.last))
@@ -214,6 +213,10 @@ def _by_row(x: Tensor, call: Call, each: int) -> Tensor:
     return x.repeat_interleave(each, 1).repeat_interleave(call.block_q, 2)[:, :, : call.q.shape[2]]
 
 
+def _for_all_heads(strips: tuple[Strip, ...], ratio: int) -> tuple[Seat, ...]:
+    return tuple(Seat(strips, slice(None), slice(None), head, ratio) for head in range(ratio))
+
+
 def _seats(call: Call, lo: Tensor, hi: Tensor, together: int) -> Iterator[Seat]:
     _, heads, groups, _, _ = call.shape
     ratio, far, (batch, own_heads, rows) = heads // groups, 1 << 60, lo.shape
@@ -223,8 +226,7 @@ def _seats(call: Call, lo: Tensor, hi: Tensor, together: int) -> Iterator[Seat]:
     ], -1)  # fmt: skip
     cells = pad(sides, (0, 0, 0, -rows % CELL), value=far).unflatten(2, (-1, CELL)).amin(3)  # [b, h, cells, 4]
     if batch == own_heads == 1:
-        strips, every = _strips(cells[0, 0].tolist(), rows, call.k.shape[0] * groups), slice(None)
-        yield from (Seat(strips, every, every, head, ratio) for head in range(ratio))
+        yield from _for_all_heads(_strips(cells[0, 0].tolist(), rows, call.k.shape[0] * groups), ratio)
         return
     for item in range(batch):
         items = slice(item, item + 1) if batch > 1 else slice(None)

@@ -28,7 +28,7 @@ from tests.attnzoo_kernels.test_mutants import rewrite
 from tests.attnzoo_kernels.test_op_agreement import assert_agrees, seeds_of
 from tests.attnzoo_kernels.test_op_in_place import runs
 from tests.bounds import assert_near
-from tests.strategies import STRIDES, Numbers, extras_of, layout_of, problems, strided
+from tests.strategies import STRIDES, Numbers, extras_of, layout_of, problems, strided, unread
 
 
 @pytest.fixture(autouse=True)
@@ -150,10 +150,7 @@ def test_in_half_precision_the_forward_is_the_definition(p: Problem) -> None:
 @given(striped())
 def test_what_nobody_sees_may_be_no_number(p: Problem) -> None:
     mask = visible(p)
-    beyond = -p.keys % p.block_k
-    seen = torch.nn.functional.pad(mask.unflatten(1, (p.kv_heads, -1)).any(2).any(2), (0, beyond))  # [B, G, S]
-    unseen = ~seen.unflatten(2, (-1, p.block_k)).any(3).repeat_interleave(p.block_k, 2)[..., : p.keys]
-    k, v = (x.masked_fill(unseen.unsqueeze(-1), math.nan) for x in (p.k, p.v))
+    k, v = (x.masked_fill(unread(p, mask).unsqueeze(-1), math.nan) for x in (p.k, p.v))
     check(p.change(q=p.q.masked_fill(~mask.any(-1, keepdim=True), math.nan), k=k, v=v))
 
 
@@ -318,7 +315,7 @@ def test_strips_are_cut_where_it_costs_least() -> None:
 MUTANTS = {
     "causality aligned at the first key": (strips, "_find_strips", "inside = seq_k - seq_q if", "inside = 0 if"),
     "lists that are not looked at": (strips, "_find_runs", "not bool(", "False and bool("),
-    "sinks overlooked": (strips, "_find_strips", "or rule.sink > 0", ""),
+    "sinks overlooked": (fused, "may_take", "and rule.sink == 0", ""),
     "a run that goes on": (strips, "_find_strips", "torch.minimum(hi, last)", "hi"),
     "a run that began before": (strips, "_find_strips", "torch.maximum(lo, first)", "lo"),
     "one row's beginning for all": (strips, "_parts", "late=first < highest, ", ""),
