@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+from einops import rearrange, repeat
 from torch import Tensor
 
 from attnzoo.rope import RotaryConfig
@@ -48,10 +49,10 @@ class HeadWeights:
             last = rows.new_zeros(rows.shape[1]) if bias is None else bias.detach().double().cpu()
             return torch.cat([rows, last.unsqueeze(0)])
 
-        q = matrix(p.q, p.q_bias).unflatten(1, (p.num_heads, p.head_dim)).transpose(0, 1)  # [H, C', D]
-        k = matrix(p.k, p.k_bias).unflatten(1, (p.num_kv_heads, -1))
-        v = matrix(p.v, p.v_bias).unflatten(1, (p.num_kv_heads, -1))
-        o = p.o.detach().double().cpu().T.unflatten(0, (p.num_heads, -1))
+        q = rearrange(matrix(p.q, p.q_bias), "c (h d) -> h c d", h=p.num_heads)
+        k = rearrange(matrix(p.k, p.k_bias), "c (g d) -> c g d", g=p.num_kv_heads)
+        v = rearrange(matrix(p.v, p.v_bias), "c (g d) -> c g d", g=p.num_kv_heads)
+        o = rearrange(p.o.detach().double().cpu(), "c (h d) -> h d c", h=p.num_heads)
         return cls(q, k, v, o, constant)
 
     def corrected(self, correction: Tensor) -> HeadWeights:
@@ -83,8 +84,8 @@ def split_metric(weights: HeadWeights, moment: Tensor, fisher: Tensor | None) ->
         size = groups * width
         keys, values = fisher[:size, :size], fisher[size:, size:]
         return keys.reshape(groups, width, groups, width), values.reshape(groups, width, groups, width)
-    queries = weights.q.unflatten(0, (groups, -1))
-    outputs = weights.o.unflatten(0, (groups, -1))
+    queries = rearrange(weights.q, "(g h) c d -> g h c d", g=groups)
+    outputs = rearrange(weights.o, "(g h) d c -> g h d c", g=groups)
     return factor.query_metric(queries, moment), factor.output_metric(outputs).view(groups, width, groups, width)
 
 
@@ -128,7 +129,8 @@ def merge_site(
         total, kept = total + merged.energy[0], kept + merged.energy[1]
         size = len(group) * weights.v.shape[2]
         metric = value_metric[at][:, :, at].reshape(size, size)
-        value = factor.reduce_rank(weights.v[:, at].flatten(1), moment, metric, weights.v.shape[2])
+        heads = rearrange(weights.v[:, at], "c g d -> c (g d)")
+        value = factor.reduce_rank(heads, moment, metric, weights.v.shape[2])
         value_kept += value.kept / len(groups)
         keys.append(merged.key)
         values.append(value.down)
@@ -157,16 +159,15 @@ def expand_site(projections: Projections, count: int) -> Projections:
     p = projections
     times = count // p.num_kv_heads
 
-    def repeat(x: Tensor | None) -> Tensor | None:
+    def expand(x: Tensor | None) -> Tensor | None:
         if x is None:
             return None
-        heads: Tensor = x.detach().unflatten(0, (p.num_kv_heads, -1))
-        return heads.repeat_interleave(times, 0).flatten(0, 1)
+        return repeat(x.detach(), "(g d) ... -> (g n d) ...", g=p.num_kv_heads, n=times)
 
-    k, v = repeat(p.k), repeat(p.v)
+    k, v = expand(p.k), expand(p.v)
     if k is None or v is None:
         raise ConversionError("projections: expected key and value weights")
-    return replace(p, k=k, v=v, k_bias=repeat(p.k_bias), v_bias=repeat(p.v_bias), num_kv_heads=count)
+    return replace(p, k=k, v=v, k_bias=expand(p.k_bias), v_bias=expand(p.v_bias), num_kv_heads=count)
 
 
 def latent_site(
@@ -175,7 +176,7 @@ def latent_site(
     """A site whose keys and values are expanded from ``rank`` values, and the share of energy that it keeps."""
     p, weights = projections, HeadWeights.of(projections)
     moment = factor.ridge(moment)
-    both = torch.cat([weights.k.flatten(1), weights.v.flatten(1)], 1)
+    both = torch.cat([rearrange(w, "c g d -> c (g d)") for w in (weights.k, weights.v)], 1)
     half = weights.k.shape[1] * weights.k.shape[2]
     metric = factor.balanced_metric(both, moment, (half, both.shape[1] - half)) if fisher is None else fisher
     found = factor.reduce_rank(both, moment, metric, rank)
@@ -200,8 +201,8 @@ def latent_site(
 
 def as_projections(like: Projections, weights: HeadWeights) -> Projections:
     """Matrices of row vectors as a site's weights, in the dtype and on the device of ``like``."""
-    q = weights.q.transpose(0, 1).flatten(1)  # [C', H * D]
-    k, v = weights.k.flatten(1), weights.v.flatten(1)
+    q = rearrange(weights.q, "h c d -> c (h d)")
+    k, v = (rearrange(w, "c g d -> c (g d)") for w in (weights.k, weights.v))
 
     def split(rows: Tensor, had_bias: bool) -> tuple[Tensor, Tensor | None]:
         inputs = rows.shape[0] - int(weights.constant)
@@ -217,7 +218,7 @@ def as_projections(like: Projections, weights: HeadWeights) -> Projections:
         q=q_weight,
         k=k_weight,
         v=v_weight,
-        o=weights.o.flatten(0, 1).T.contiguous().to(like.k),
+        o=rearrange(weights.o, "h d c -> c (h d)").contiguous().to(like.k),
         q_bias=q_bias,
         k_bias=k_bias,
         v_bias=v_bias,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from attnzoo_kernels import blocked, fused
 from attnzoo_kernels.call import Call
-from attnzoo_kernels.errors import UnsupportedError
+from attnzoo_kernels.errors import KernelError
 
 TALLEST_GATED = 256
 """Slots of a gated block: the kernels hold it in one tile."""
@@ -24,10 +24,6 @@ OLDEST = (8, 0)
 
 _failed: dict[tuple[object, ...], str] = {}
 _warned: set[str] = set()
-
-
-class KernelError(UnsupportedError):
-    """A kernel that did not compile, or that does not fit the device."""
 
 
 def reasons_against(impl: str, call: Call) -> tuple[str, ...]:

@@ -27,5 +27,9 @@ class UnsupportedError(AttnzooError, NotImplementedError):
         self.reasons = reasons or (message,)
 
 
+class KernelError(UnsupportedError):
+    """A kernel that did not compile, or that does not fit the device."""
+
+
 class ConversionError(AttnzooError, RuntimeError):
     """A model conversion or a checkpoint that cannot be carried out; nothing was changed."""

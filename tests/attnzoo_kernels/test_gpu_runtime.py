@@ -12,6 +12,7 @@ from torch import Tensor
 from attnzoo import selftest
 from attnzoo.selftest import Inputs, Sizes
 from attnzoo_kernels import BlockLayout, Extras, UnsupportedError, block_sparse_attention, dispatch
+from attnzoo_kernels.errors import KernelError
 from tests.attnzoo_kernels.gpu_support import CPU, REASON, find_device
 
 pytestmark = pytest.mark.gpu
@@ -242,7 +243,7 @@ def test_a_kernel_that_fails_is_named_once_and_not_tried_again(
     x = given_on(cuda)
     right = forward(x, "blocked")
     error = ("block_sparse_attention: no registers left", ("triton: no registers left",))
-    monkeypatch.setattr(launch, "run", failing(dispatch.KernelError, *error))
+    monkeypatch.setattr(launch, "run", failing(KernelError, *error))
     with pytest.raises(UnsupportedError, match="no registers left"):
         forward(x, "triton")
     with pytest.warns(RuntimeWarning, match="no registers left"):

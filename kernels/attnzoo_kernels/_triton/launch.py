@@ -23,7 +23,7 @@ from attnzoo_kernels._triton.forward import forward_kernel, join_kernel
 from attnzoo_kernels._triton.plan import BlockLists, lists_of
 from attnzoo_kernels._triton.records import Lists, Shape, Switches, View
 from attnzoo_kernels.call import Call
-from attnzoo_kernels.dispatch import KernelError
+from attnzoo_kernels.errors import KernelError
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 LOG2E = math.log2(math.e)
