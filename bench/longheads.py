@@ -44,7 +44,7 @@ Conversion = tuple[str, dict[str, Any]] | None
 
 
 def longheads(length: int, chunk: int, **options: Any) -> Conversion:
-    """One setting; a block of tokens chooses together, which is what is quick enough for a long prefill."""
+    """One setting; if nothing else is said a block of tokens chooses together, which is quicker in a long prefill."""
     return "longheads", {"attention_length": length, "chunk_size": chunk, "select": "block", **options}
 
 
@@ -53,6 +53,7 @@ ROWS: dict[str, Conversion] = {
     "window 4096": ("mha", {"window": 4096}),
     "longheads 2048, chunks of 256": longheads(2048, 256),
     "longheads 1024, chunks of 64": longheads(1024, 64),
+    "longheads 1024, chunks of 64, each token": longheads(1024, 64, select="token"),
     "longheads 2048, chunks of 64": longheads(2048, 64),
     "longheads 4096, chunks of 256": longheads(4096, 256),
     "longheads 2048, chunks of 256, mean keys": longheads(2048, 256, chunk_rep="mean_key"),
