@@ -16,7 +16,7 @@ from torch import Tensor
 
 from attnzoo import surgery
 from attnzoo.evaluate import Decoding, Progress, Score, decode, score
-from attnzoo.registry import get_config
+from attnzoo.registry import read_spec
 from attnzoo.surgery.lowrank import CALIBRATED
 from attnzoo_kernels.errors import ConfigError
 
@@ -73,29 +73,9 @@ class VariantSpec:
             >>> VariantSpec.parse("s2:block_size=32,sink_blocks=0").conversions[0].options
             {'block_size': 32, 'sink_blocks': 0}
         """
-        variant, _, rest = text.partition(":")
-        if variant == "dense" and not rest:
+        if text == "dense":
             return cls("dense")
-        get_config(variant)
-        options = {}
-        for part in rest.split(",") if rest else []:
-            name, equals, value = part.partition("=")
-            if not equals or not name.isidentifier() or not value:
-                raise ConfigError(f"variants: expected {variant}:name=value,..., got {text!r}")
-            options[name] = _value(value)
-        return cls(text, (Conversion(variant, options),))
-
-
-def _value(text: str) -> Any:
-    named = {"true": True, "false": False, "none": None}
-    if text.lower() in named:
-        return named[text.lower()]
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
+        return cls(text, (Conversion(*read_spec(text)),))
 
 
 def _lowrank(name: str, **options: Any) -> VariantSpec:

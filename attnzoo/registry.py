@@ -96,3 +96,36 @@ def get_config(name: str) -> type[AttentionConfig]:
         raise TypeError(f"variant: expected a name or a configuration, got {type(name).__name__}")
     check_known(name, sorted(variants), "variants")
     return variants[name].config_class
+
+
+def read_spec(text: str, argument: str = "variants") -> tuple[str, dict[str, Any]]:
+    """A variant's name and options, written ``variant:option=value,option=value``.
+
+    Raises:
+        ConfigError: If the variant is unknown or an option is no ``name=value``; it names ``argument``.
+
+    Example:
+        >>> read_spec("s2:block_size=32,sink_blocks=0")
+        ('s2', {'block_size': 32, 'sink_blocks': 0})
+    """
+    variant, _, rest = text.partition(":")
+    get_config(variant)
+    options = {}
+    for part in rest.split(",") if rest else []:
+        name, equals, value = part.partition("=")
+        if not equals or not name.isidentifier() or not value:
+            raise ConfigError(f"{argument}: expected {variant}:name=value,..., got {text!r}")
+        options[name] = _value(value)
+    return variant, options
+
+
+def _value(text: str) -> Any:
+    named = {"true": True, "false": False, "none": None}
+    if text.lower() in named:
+        return named[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text

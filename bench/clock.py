@@ -1,17 +1,10 @@
-"""Measuring: contestants take turns in one process, and what counts is the median.
-
-On a shared machine the time that a thread really ran says more than a clock on the wall, so that single-threaded rows
-go by that. Peak memory is measured in a process of its own.
-"""
+"""Threads and memory: a number of threads for a while, and peaks measured in a process of their own."""
 
 from __future__ import annotations
 
 import os
-import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,50 +23,6 @@ def threads(count: int) -> Any:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def medians(
-    contestants: Mapping[str, Callable[[], Any]], *, wall: bool, seconds: float = 6.0, least: int = 5, most: int = 41
-) -> dict[str, float]:
-    """Milliseconds of each contestant, the median of :func:`rounds`."""
-    return middle(rounds(contestants, wall=wall, seconds=seconds, least=least, most=most))
-
-
-def middle(found: Mapping[str, list[float]]) -> dict[str, float]:
-    """The median of each contestant's rounds."""
-    return {name: statistics.median(values) for name, values in found.items()}
-
-
-def paired(found: Mapping[str, list[float]], first: str, second: str) -> float:
-    """The median ratio of two contestants in the same round: a machine that is slow for a while is so for both."""
-    return statistics.median(a / b for a, b in zip(found[first], found[second], strict=True))
-
-
-def rounds(
-    contestants: Mapping[str, Callable[[], Any]], *, wall: bool, seconds: float = 6.0, least: int = 5, most: int = 41
-) -> dict[str, list[float]]:
-    """Milliseconds of each contestant, round by round; in a round each runs once.
-
-    Args:
-        contestants: By name; each is warmed up once.
-        wall: Whether wall time counts; else the calling thread's CPU time.
-        seconds: About how long to measure.
-        least: Fewest rounds.
-        most: Most rounds.
-    """
-    clock = time.perf_counter if wall else time.thread_time
-    for run in contestants.values():
-        run()
-    found: dict[str, list[float]] = {name: [] for name in contestants}
-    begin = time.perf_counter()
-    for done in range(most):
-        for name, run in contestants.items():
-            start = clock()
-            run()
-            found[name].append((clock() - start) * 1e3)
-        if done + 1 >= least and time.perf_counter() - begin > seconds:
-            break
-    return found
 
 
 def peak_growth(program: str, *arguments: str) -> float:

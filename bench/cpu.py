@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 import time
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -16,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from attnzoo.cli.progress import Bar
+from attnzoo.doctor import cpu_model
 from attnzoo_kernels.gemm import cpu_class, route
 from bench.rows import PARTS, Row
 
@@ -25,12 +25,13 @@ CLASS = "avx512"
 
 def about() -> dict[str, Any]:
     """Where the figures come from."""
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
-        name = names[0] if names else name
-    return {"cpu": name, "class": cpu_class(), "gemm": route(), "torch": torch.__version__, "date": time.strftime("%F")}
+    return {
+        "cpu": cpu_model(),
+        "class": cpu_class(),
+        "gemm": route(),
+        "torch": torch.__version__,
+        "date": time.strftime("%F"),
+    }
 
 
 def render(rows: list[Row], where: dict[str, Any]) -> Table:

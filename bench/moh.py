@@ -14,11 +14,12 @@ from typing import Annotated, Any
 import torch
 import typer
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 import attnzoo
+from attnzoo import timing
 from attnzoo.cli.progress import Bar
 from attnzoo.compaction import Rows
+from attnzoo.costs import PlainAttention
 from attnzoo.routing import Counts, best
 from attnzoo.variants.moh import gathering_pays, query_block
 from attnzoo_kernels import BlockLayout, Extras, block_sparse_attention, fused
@@ -126,9 +127,9 @@ def _forward_and_step(
     kinds: tuple[Callable[[Callable[[], Tensor]], Callable[[], Any]], ...] = (forward, lambda run: _step(run, leaves))
     for kind, prepare, must in zip(("forward", "step"), kinds, bounds, strict=True):
         runs = {name: prepare(run) for name, run in contestants.items()}
-        found = clock.rounds(runs, wall=False, seconds=75 if must is not None else 1.5, least=5)
-        ratio = clock.paired(found, first, baseline)
-        yield Row(f"{part}, {kind}, 1 thread", name, clock.middle(found), ratio=ratio, must=must, at_most=True)
+        found = timing.rounds(runs, wall=False, seconds=75 if must is not None else 1.5, least=5)
+        ratio = timing.paired(found, first, baseline)
+        yield Row(f"{part}, {kind}, 1 thread", name, timing.middle(found), ratio=ratio, must=must, at_most=True)
 
 
 def _layers(active: int) -> dict[str, Any]:
@@ -142,28 +143,14 @@ def _layers(active: int) -> dict[str, Any]:
             name: attnzoo.create("moh", **options, shared_heads=shared, active_heads=active - shared, compute=compute)
             for name, compute in kinds.items()
         }
-        plain = attnzoo.create("mha", **options)
+        plain = {"mha": attnzoo.create("mha", **options), "mha on dense sdpa": PlainAttention(**options)}
     weights = layers["routed"].state_dict()
     with torch.no_grad():
         weights["router.weight"].normal_(std=0.5, generator=torch.Generator().manual_seed(5))
     layers["all heads x gates"].load_state_dict(weights)
-    plain.load_state_dict({name: x for name, x in weights.items() if "router" not in name})
-    layers["mha"] = plain
-    return layers
-
-
-def _on_sdpa(layer: Any, x: Tensor) -> Tensor:
-    """An ``mha`` layer with dense SDPA in the place of the operation."""
-
-    def operate(memory: Any, plan: Any) -> Tensor:
-        return scaled_dot_product_attention(memory.q, memory.k, memory.v, is_causal=True)
-
-    layer.operate = operate
-    try:
-        found: Tensor = layer(x)
-        return found
-    finally:
-        del layer.operate
+    for layer in plain.values():
+        layer.load_state_dict({name: x for name, x in weights.items() if "router" not in name})
+    return {**layers, **plain}
 
 
 def _check_layers(layers: dict[str, Any], x: Tensor) -> None:
@@ -184,7 +171,6 @@ def layer() -> Iterator[Row]:
         contestants: dict[str, Callable[[], Tensor]] = {
             name: lambda layer=layer: layer(x) for name, layer in layers.items()
         }
-        contestants["mha on dense sdpa"] = lambda: _on_sdpa(layers["mha"], x)
         leaves = [x, *(p for layer in layers.values() for p in layer.parameters())]
         name = f"width 512, {HEADS // 2} of {HEADS} heads, 2 of them shared, T = {TOKENS}"
         yield from _forward_and_step("layer", name, contestants, leaves, ("mha on dense sdpa", LAYER_MUST))
@@ -197,7 +183,7 @@ def crossover() -> Iterator[Row]:
             x = _normal(1, tokens, HEADS * WIDTH, seed=6).requires_grad_()
             for active in ACTIVE:
                 layers = _layers(active)
-                del layers["mha"]
+                del layers["mha"], layers["mha on dense sdpa"]
                 if tokens == LENGTHS[0]:
                     _check_layers(layers, x)
                 contestants: dict[str, Callable[[], Tensor]] = {
@@ -226,7 +212,7 @@ def decoding() -> Iterator[Row]:
 
                 contestants[name] = lambda layer=layer, cache=cache, token=token: layer(token, cache=cache)
             gate.check("routed", contestants["routed"](), contestants["all heads x gates"]())
-            figures = clock.medians(contestants, wall=False, seconds=3, most=ROOM - 2)
+            figures = timing.medians(contestants, wall=False, seconds=3, most=ROOM - 2)
             ratio = figures["routed"] / figures["all heads x gates"]
             yield Row("decoding, 1 thread", f"{slots} tokens, 4 of 8 heads", figures, ratio=ratio, at_most=True)
 

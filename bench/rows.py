@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from attnzoo import timing
 from attnzoo_kernels import BlockLayout, Extras, block_sparse_attention
 from bench import cases, clock, gate, peers
 
@@ -83,10 +84,10 @@ def forward(dtype: torch.dtype, threads: int) -> Iterator[Row]:
             for name, run in contestants.items():
                 gate.check(name, run(q, k, v), expected)
             contestants["dense sdpa"] = peers.sdpa
-            found = clock.rounds(_bind(contestants, q, k, v), wall=threads > 1)
-            row.figures = clock.middle(found)
+            found = timing.rounds(_bind(contestants, q, k, v), wall=threads > 1)
+            row.figures = timing.middle(found)
             if "flex" in found:
-                row.ratio = clock.paired(found, "flex", "ours")
+                row.ratio = timing.paired(found, "flex", "ours")
             row.figures["of density x dense"] = row.figures["ours"] / (layout.density() * row.figures["dense sdpa"])
             yield row
 
@@ -113,8 +114,8 @@ def training() -> Iterator[Row]:
                 gate.check("ours", found, wanted)
             row = Row("training step, fp32, 1 thread", case.name, must=must)
             contestants = {"ours": step(ours(layout)), "dense sdpa": step(peers.sdpa)}
-            found = clock.rounds(contestants, wall=False, seconds=8, least=3)
-            row.figures, row.ratio = clock.middle(found), clock.paired(found, "dense sdpa", "ours")
+            found = timing.rounds(contestants, wall=False, seconds=8, least=3)
+            row.figures, row.ratio = timing.middle(found), timing.paired(found, "dense sdpa", "ours")
             yield row
 
 
@@ -139,8 +140,8 @@ def decoding() -> Iterator[Row]:
             gate.check("ours", contestants["ours"](q, k, v), gate.truth(q, k, v, layout))
             gate.check("folded", contestants["folded sdpa"](q, k, v), contestants["dense sdpa"](q, k, v))
             row = Row("decoding, fp32, 2k of 16k tokens, 2 threads", case.name, must=must)
-            found = clock.rounds(_bind(contestants, q, k, v), wall=True, most=201)
-            row.figures, row.ratio = clock.middle(found), clock.paired(found, "dense sdpa", "ours")
+            found = timing.rounds(_bind(contestants, q, k, v), wall=True, most=201)
+            row.figures, row.ratio = timing.middle(found), timing.paired(found, "dense sdpa", "ours")
             yield row
 
 
@@ -235,8 +236,8 @@ def _switch_costs(
         "plain step": lambda: torch.autograd.grad(plain(*leaves).sum(), leaves),
         "step": lambda: torch.autograd.grad(step(*leaves).sum(), [*leaves, *more]),
     }
-    found = clock.rounds(contestants, wall=False, seconds=4)
-    return {"forward": clock.paired(found, "with", "plain"), "step": clock.paired(found, "step", "plain step")}
+    found = timing.rounds(contestants, wall=False, seconds=4)
+    return {"forward": timing.paired(found, "with", "plain"), "step": timing.paired(found, "step", "plain step")}
 
 
 def _leaf(x: Any) -> Any:
@@ -273,7 +274,7 @@ def dense_peers() -> Iterator[Row]:
     with clock.threads(1):
         for name, run in contestants.items():
             gate.check(name, run(q, k, v), expected)
-        row.figures = clock.medians(_bind(contestants, q, k, v), wall=False, seconds=3)
+        row.figures = timing.medians(_bind(contestants, q, k, v), wall=False, seconds=3)
     row.ratio = row.figures["sdpa"] / row.figures["ours"]
     yield row
 
@@ -287,7 +288,9 @@ def scaling() -> Iterator[Row]:
             run = ours(layout)
             if case is cases.SCALING[0]:
                 gate.check("ours", run(q, k, v), gate.truth(q, k, v, layout))
-            time = clock.medians({"ours": lambda run=run, x=(q, k, v): run(*x)}, wall=False, seconds=2, least=3)["ours"]
+            time = timing.medians({"ours": lambda run=run, x=(q, k, v): run(*x)}, wall=False, seconds=2, least=3)[
+                "ours"
+            ]
             points.append((math.log(case.tokens), math.log(time)))
             yield Row("scaling, 8 blocks a row, 1 thread", case.name, {"ours": time})
     mean = [sum(x) / len(points) for x in zip(*points, strict=True)]

@@ -202,6 +202,55 @@ def compare(  # noqa: PLR0913  (a command line has one parameter for each option
 
 
 @app.command()
+def bench(  # noqa: PLR0913  (a command line has one parameter for each option)
+    variants_: Annotated[
+        list[str] | None, typer.Option("--variants", help="variant:option=value,...; may be repeated.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of a sequence; a decoding step has as many behind it.")] = 2048,
+    batch: Annotated[int, typer.Option(help="Sequences.")] = 1,
+    dim: Annotated[int, typer.Option(help="The layer's width.")] = 512,
+    heads: Annotated[int, typer.Option(help="Query heads.")] = 8,
+    kv_heads: Annotated[int | None, typer.Option(help="KV heads; as many as query heads if not given.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, float64, bfloat16 or float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu, or cuda with or without a number.")] = "cpu",
+    impl: Annotated[str, typer.Option(help="auto, or one implementation by name.")] = "auto",
+    threads: Annotated[int | None, typer.Option(help="CPU threads; torch's own number if not given.")] = None,
+    seconds: Annotated[float, typer.Option(help="About how long each figure is measured.")] = 1.0,
+    out: Annotated[Path | None, typer.Option(help="Write OUT.json, OUT.md and OUT.png.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Measures layers on this machine beside plain attention on torch's own operation; correctness first."""
+    import torch
+
+    from attnzoo import costs
+    from attnzoo.cli import bench_view as view
+
+    setting = costs.Setting(
+        tokens, batch, dim, heads, kv_heads, costs.read_dtype(dtype), costs.read_device(device), impl, seconds
+    )
+    if threads is not None:
+        if threads < 1:
+            raise ConfigError(f"threads: expected at least 1, got {threads}")
+        torch.set_num_threads(threads)
+    where = view.about(setting)
+    with Bar() as progress:
+        found = costs.measure(setting, variants_ or list(costs.SPECS), progress)
+    if out is not None:
+        view.write(found, where, out)
+    if as_json:
+        typer.echo(view.to_json(found, where), nl=False)
+    else:
+        _console().print(view.table(found, where))
+        for cost in found:
+            if cost.problem is not None:
+                _console().print(f"{cost.name}: {cost.problem}", markup=False, highlight=False)
+        if out is not None:
+            _console().print(f"written: {out}.json, .md, .png", markup=False)
+    if any(cost.problem is not None for cost in found):
+        raise typer.Exit(1)
+
+
+@app.command()
 def doctor(
     test: Annotated[
         bool, typer.Option("--test/--no-test", help="Run each implementation against the reference.")
