@@ -192,7 +192,7 @@ def _accumulate(
             dscores.addcmul_(chunk.probs, dlse)
     if grads.q is not None:
         here = None if part.span is None else grads.q[part.span]
-        dq = product("dq", dscores, chunk.k, out=here, scale=call.scale)
+        dq = _by_keys("dq", dscores, chunk.k, chunk, out=here, scale=call.scale)
         if dgates is not None and chunk.gated is not None and chunk.gated.key is not None:
             product("dq", dgates, chunk.gated.key, out=dq, scale=call.scale, add=True)
         if here is None:
@@ -216,11 +216,23 @@ def _accumulate_rest(inputs: Inputs, chunk: Chunk, dscores: Tensor, grads: Gradi
     if grads.bias is not None and inputs.bias is not None:
         _add(grads.bias, inputs.blocks_in(inputs.bias, part), dscores.sum(1))
     if grads.q_aux is not None and chunk.k_aux is not None:
-        dq_aux = product("dq_aux", dscores, chunk.k_aux, scale=call.scale)
+        dq_aux = _by_keys("dq_aux", dscores, chunk.k_aux, chunk, scale=call.scale)
         grads.q_aux.index_copy_(0, part.rows, dq_aux)
     if grads.k_aux is not None and chunk.q_aux is not None and inputs.k_aux is not None:
         dk_aux = product("dk_aux", dscores.transpose(1, 2), chunk.q_aux, scale=call.scale)
         _add(grads.k_aux, inputs.blocks_in(inputs.k_aux, part), dk_aux)
+
+
+def _by_keys(
+    name: str, dscores: Tensor, keys: Tensor, chunk: Chunk, *, scale: float, out: Tensor | None = None
+) -> Tensor:
+    """Gradients of a chunk's queries. Keys that are not finite reach the rows that see them, through ``dscores``."""
+    found = product(name, dscores, keys, out=out, scale=scale)
+    hides = chunk.part.partial or chunk.hidden is not None
+    if hides and not bool(found.sum().isfinite()):
+        clean = keys.masked_fill(~keys.isfinite().all(-1, keepdim=True), 0.0)
+        found = product(name, dscores, clean, out=out, scale=scale)
+    return found
 
 
 def _add_product(total: Tensor, chunk: Chunk, weights: Tensor, rows: Tensor, scale: float = 1.0) -> None:

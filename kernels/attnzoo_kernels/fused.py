@@ -20,6 +20,7 @@ LEAST_ROWS = 512
 """Rows from which a call is handed over."""
 LEAST_SLOTS = 256
 """Slots that a row sees on average, from which more than one strip is worth its calls."""
+LEAST_SCALE = 1e-30
 MOST_WASTE = {torch.float32: 1.4, torch.bfloat16: 2.0}
 """Scores that may be computed for each one that is seen."""
 
@@ -34,7 +35,9 @@ def may_take(call: Call) -> bool:
     fits = 0 not in (q.numel(), k.numel(), v.numel()) and q.shape[3] == v.shape[3]
     # A sink beside a window is a second run.
     single = rule.window is None or (type(rule.sink) is int and rule.sink == 0)
-    return call.is_plain and quick and fits and seq_q >= LEAST_ROWS and single
+    # The kernel hides what is not causal before it scales: -inf times 0 or less is no longer -inf.
+    rises = call.scale >= LEAST_SCALE
+    return rises and call.is_plain and quick and fits and seq_q >= LEAST_ROWS and single
 
 
 def plan(call: Call) -> Strips | None:
@@ -86,7 +89,7 @@ def forward(call: Call, *, need_lse: bool) -> tuple[Tensor, Tensor] | None:
                 found = one if found is None else _merged(found, one)
             own_out[:, :, strip.rows] = 0.0 if found is None else found[0]
             own_lse[:, :, strip.rows] = 0.0 if found is None else found[1]
-    if strips.hides and not bool(out.sum().isfinite()):
+    if _is_spoiled(out, strips):
         return None
     if strips.dead is not None:
         out.masked_fill_(strips.dead.unsqueeze(-1), 0.0)
@@ -108,14 +111,15 @@ def backward(call: Call, results: tuple[Tensor, Tensor], dout: Tensor) -> tuple[
     q, k, v, dout = (_packed(x, strips) for x in (call.q, call.k, call.v, dout))
     out, lse = results
     if strips.dead is not None:
-        # Their weights become exp(-inf).
+        # Their weights become exp(-inf), and nothing that they hold meets these.
         lse = lse.masked_fill(strips.dead, torch.inf)
+        q, dout = (x.masked_fill(strips.dead.unsqueeze(-1), 0.0) for x in (q, dout))
     lone = strips.lone_part
     if lone is not None and lone.last - lone.first == k.shape[2]:
-        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             dout, q, k, v, out, lse, 0.0, lone.causal, scale=call.scale
         )
-        return grads[0].contiguous(), grads[1].contiguous(), grads[2].contiguous()
+        return None if _is_spoiled(dq, strips) else (dq.contiguous(), dk.contiguous(), dv.contiguous())
     dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     for seat in strips.seats:
         by_row = [seat.of_rows(x) for x in (dout, q, out, lse, dq)]
@@ -130,8 +134,12 @@ def backward(call: Call, results: tuple[Tensor, Tensor], dout: Tensor) -> tuple[
                 )  # fmt: skip
                 for x, grad in zip((total, total_k, total_v), grads, strict=True):
                     x.add_(grad)
-    # A key or value that spoils anything spoils the queries that read its part.
-    return None if strips.hides and not bool(dq.sum().isfinite()) else (dq, dk, dv)
+    return None if _is_spoiled(dq, strips) else (dq, dk, dv)
+
+
+def _is_spoiled(by_row: Tensor, strips: Strips) -> bool:
+    """Whether something hidden may have spoiled a result: that which spoils anything spoils rows that compute it."""
+    return strips.hides and not bool(by_row.sum().isfinite())
 
 
 class _Edges:
@@ -179,5 +187,5 @@ def _merged(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[T
 
 def _packed(x: Tensor, strips: Strips) -> Tensor:
     """A tensor as the kernel takes it; what is read strip by strip lies in one piece."""
-    once = not strips.hides and x.stride(-1) == 1
-    return x if once else x.contiguous()
+    once = strips.lone_part is not None
+    return x if once and x.stride(-1) == 1 and x.stride(-2) >= x.shape[-1] else x.contiguous()

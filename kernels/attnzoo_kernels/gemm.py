@@ -120,6 +120,8 @@ def product(
     """A batched product times ``scale``, by default in scratch memory; ``add`` adds it to what ``out`` holds."""
     if out is None:
         out = scratch(name, (*a.shape[:2], b.shape[2]), a.dtype, a.device)
+    if a.dtype == torch.bfloat16:
+        return _half_product(a, b, out, scale=scale, add=add)
     beta = 1 if add else 0
     if not _process.routed or _may_learn((str(a.dtype), *a.shape, b.shape[2], a.stride(1) == 1, b.stride(1) == 1)):
         return torch.baddbmm(out, a, b, beta=beta, alpha=scale, out=out)
@@ -128,6 +130,19 @@ def product(
         return torch.baddbmm(out, a, b, beta=beta, alpha=scale, out=out)
     finally:
         _settings.fp32_precision = "bf16"
+
+
+def _half_product(a: Tensor, b: Tensor, out: Tensor, *, scale: float, add: bool) -> Tensor:
+    """A product in bf16. With AMX torch's reads beyond the rows of ``a``, times 0: a NaN would reach the row before."""
+    few = add or a.numel() <= out.numel()
+    clean = bool(a.sum().isfinite()) if few else True
+    if clean:
+        torch.baddbmm(out, a, b, beta=1 if add else 0, alpha=scale, out=out)
+        clean = few or bool(out.sum().isfinite())
+    if not clean:
+        found = torch.bmm(a.float(), b.float()).mul_(scale)
+        out.copy_(out + found if add else found)
+    return out
 
 
 def _may_learn(shape: tuple[object, ...]) -> bool:

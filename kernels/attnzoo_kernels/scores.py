@@ -179,9 +179,6 @@ def weigh(inputs: Inputs, part: Bucket, *, need_lse: bool, training: bool = Fals
     in_place = inputs.k.view(part.firsts, part.kv.shape[1]) if inputs.reads_in_place(part, training=training) else None
     k = _keys(inputs, part) if in_place is None else in_place
     q_aux, k_aux = _auxiliary(inputs, part)
-    for x in (k, k_aux):
-        if x is not None and hidden is not None:
-            silence(x, hidden)
     scores = product("scores", q, k.transpose(1, 2), scale=scale)
     if q_aux is not None and k_aux is not None:
         product("scores", q_aux, k_aux.transpose(1, 2), out=scores, scale=scale, add=True)
@@ -189,6 +186,9 @@ def weigh(inputs: Inputs, part: Bucket, *, need_lse: bool, training: bool = Fals
         scores = _widen(scores, call)
     if bias is not None:
         scores += bias.transpose(1, 2)[..., : scores.shape[2]]
+        if hidden is not None:
+            # A query or key that is not finite, or an overflow, would outlive the addition.
+            scores.masked_fill_(hidden.transpose(1, 2)[..., : scores.shape[2]], -torch.inf)
     if part.partial:
         _hide(inputs, part, scores)
     chunk = Chunk(part, q, k, q_aux, k_aux, scores, hidden=hidden, in_place=in_place is not None)

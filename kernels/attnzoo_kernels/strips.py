@@ -118,15 +118,18 @@ class Strips:
 
     @cached_property
     def hides(self) -> bool:
-        """Whether something is computed that nobody may see."""
-        parts = (part for seat in self.seats for strip in seat.strips for part in strip.parts)
-        return self.dead is not None or any(part.late or part.early for part in parts)
+        """Whether a row computes something that it does not see."""
+        return self.dead is not None or any(part.late or part.early or part.causal for part in self._parts())
+
+    def _parts(self) -> Iterator[Part]:
+        return (part for seat in self.seats for strip in seat.strips for part in strip.parts)
 
     @property
     def lone_part(self) -> Part | None:
         """What all rows of all heads read, where they do so together and without a mask."""
-        parts = [part for seat in self.seats for strip in seat.strips for part in strip.parts]
-        return parts[0] if len(parts) == 1 and not self.hides else None
+        parts = list(self._parts())
+        masked = self.dead is not None or any(part.late or part.early for part in parts)
+        return parts[0] if len(parts) == 1 and not masked else None
 
     @cached_property
     def visible(self) -> float:

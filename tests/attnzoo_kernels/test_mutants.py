@@ -193,7 +193,9 @@ BLOCKED: dict[str, Callable[[Patch], None]] = {
     "the gradient of the log-sum-exp lost": backward_with(lambda f, i, c, dout, dlse, *r: f(i, c, dout, None, *r)),
     "the gradient of the log-sum-exp negated": backward_with(lambda f, i, c, dout, dlse, *r: f(i, c, dout, -dlse, *r)),
     "output gradients taken as contiguous": lambda patch: wrap(patch, blocked, "backward", dout_by_memory),
-    "dQ without the scale": text(blocked, "_accumulate", "chunk.k, out=here, scale=call.scale", "chunk.k, out=here"),
+    "dQ without the scale": text(
+        blocked, "_accumulate", "chunk, out=here, scale=call.scale", "chunk, out=here, scale=1.0"
+    ),
     "dK scaled twice": text(
         blocked, "_accumulate", "dscores, chunk.q, scale=call.scale", "dscores, chunk.q, scale=call.scale**2"
     ),
@@ -226,7 +228,8 @@ BLOCKED: dict[str, Callable[[Patch], None]] = {
         "dscores.mul_(chunk.probs)",
     ),
     "NaN of absent rows in dK": text(blocked, "weigh", "q.masked_fill(chunk.dead, 0.0)\n", "q\n"),
-    "NaN of hidden keys in the products": text(blocked, "weigh", "silence(x, hidden)", "pass"),
+    "NaN of hidden keys in scores": text(blocked, "weigh", "if hidden is not None:\n", "if False:\n"),
+    "NaN of hidden keys in dQ": text(blocked, "_by_keys", "if hides and", "if False and"),
     "NaN of hidden values in the products": text(blocked, "_values", "silence(v, chunk.hidden)", "pass"),
     "uniform weights in empty rows": text(
         scores, "_normalise", "out=scores)\n    if dead is not None:", "out=scores)\n    if False:"

@@ -98,6 +98,8 @@ def check(p: Problem) -> None:
 
 
 def passes(p: Problem) -> list[str]:
+    if p.scale is not None and p.scale < fused.LEAST_SCALE:
+        return []
     return ["forward", "forward", "backward"] if p.q.dtype == torch.float32 else ["forward"]
 
 
@@ -328,8 +330,13 @@ MUTANTS = {
     "rows that see nothing": (fused, "forward", "out.masked_fill_(strips.dead.unsqueeze(-1), 0.0)", "pass"),
     "rows that see nothing, on the way back": (fused, "backward", "if strips.dead is not None", "if False"),
     "the log-sum-exp of half precision": (fused, "forward", "(need_lse and", "(False and"),
-    "no second look at what comes out": (fused, "forward", "if strips.hides and", "if False and"),
-    "no second look on the way back": (fused, "backward", "None if strips.hides and", "None if False and"),
+    "no second look at what comes out": (fused, "forward", "_is_spoiled(out, strips)", "False"),
+    "no second look on the way back": (
+        fused,
+        "backward",
+        "None if _is_spoiled(dq, strips) else (dq, dk, dv)",
+        "(dq, dk, dv)",
+    ),
     "the scale forgotten": (fused, "forward", ", scale=call.scale", ""),
     "the scale forgotten on the way back": (
         fused,
