@@ -199,9 +199,12 @@ def picture(rows: list[Row], where: dict[str, Any], path: Path) -> None:
     plain_numbers = FuncFormatter(lambda value, _: f"{value:g}")
     figure, axes = pyplot.subplots(figsize=(9, 4.6), layout="constrained")
     place = [SPAN * (i + 0.5) for i in range(len(rows[0].perplexity))]
+    plain = iter(("#444444", "#b0413e", "#d08a2e"))
+    shades = iter(pyplot.get_cmap("viridis")([i / len(rows) for i in range(len(rows))]))
     for row in rows:
-        plain = row.options.get("variant") != "longheads"
-        axes.plot(place, row.perplexity, marker="o", markersize=3, label=row.name, linestyle="--" if plain else "-")
+        ours = row.options.get("variant") == "longheads"
+        style = {"linestyle": "-", "color": next(shades)} if ours else {"linestyle": "--", "color": next(plain)}
+        axes.plot(place, row.perplexity, marker="o", markersize=3, label=row.name, **style)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(plain_numbers)
     axes.yaxis.set_minor_formatter(plain_numbers)
