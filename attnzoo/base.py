@@ -26,6 +26,8 @@ from attnzoo_kernels.errors import ConfigError, UnsupportedError
 __all__ = ["AttentionConfig", "AttentionLayer", "AttentionOutput", "Heads", "Memory", "Plan", "Step"]
 
 DENSE_BLOCK = 64
+CACHED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""What a cache's values may be kept in."""
 
 
 class AttentionLayer(nn.Module):
@@ -304,6 +306,7 @@ class AttentionLayer(nn.Module):
 
         Raises:
             UnsupportedError: If the layer is not causal: earlier outputs would depend on later tokens.
+            ConfigError: If values of the dtype cannot be attended to.
         """
         return self.make_cache(self.streams(), batch, max_length, device=device, dtype=dtype)
 
@@ -319,6 +322,8 @@ class AttentionLayer(nn.Module):
         """An empty cache of given streams that this layer takes for its own; see :meth:`new_cache`."""
         if not self.config.causal:
             raise UnsupportedError("cache: expected a causal layer, got causal=False")
+        if dtype is not None and dtype not in CACHED:
+            raise ConfigError(f"dtype: expected one of {', '.join(map(str, CACHED))}, got {dtype}")
         return self.cache_class(
             streams,
             batch=batch,
@@ -351,6 +356,8 @@ def is_training(*tensors: Tensor) -> bool:
 
 def local_rows(linear: nn.Linear) -> int:
     """Output features held here: a slice of them under tensor parallelism."""
-    weight = linear.weight
+    weight = getattr(linear, "weight", None)
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"projection: expected a module with a weight, got {type(linear).__name__}")
     local = weight.to_local() if hasattr(weight, "to_local") else weight
     return int(local.shape[0])

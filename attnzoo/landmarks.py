@@ -95,7 +95,8 @@ def insert_landmarks(
         >>> insert_landmarks(torch.tensor([[5, 6, 7, 8, 9]]), 99, block_size=3).tokens
         tensor([[ 5,  6, 99,  7,  8, 99,  9]])
     """
-    _check_insertion(tokens, landmark, block_size, (key_padding, labels, offset))
+    _check_insertion(tokens, landmark, block_size)
+    _check_beside(tokens, (key_padding, labels, positions), offset, landmark_label)
     (batch, length), device, fill = tokens.shape[:2], tokens.device, block_size - 1
     real = torch.ones(batch, length, dtype=torch.bool, device=device) if key_padding is None else ~key_padding
     start = offset.to(device).view(-1, 1) if isinstance(offset, Tensor) else offset
@@ -136,10 +137,9 @@ def insert_landmarks(
     )
 
 
-def _check_insertion(
-    tokens: Tensor, landmark: int | Tensor, block_size: int, rest: tuple[Tensor | None, Tensor | None, int | Tensor]
-) -> None:
-    key_padding, labels, offset = rest
+def _check_insertion(tokens: Tensor, landmark: int | Tensor, block_size: int) -> None:
+    if not isinstance(tokens, Tensor):
+        raise TypeError(f"tokens: expected a Tensor, got {type(tokens).__name__}")
     if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 2:
         raise ShapeError(f"block_size: expected an int >= 2, got {block_size!r}")
     if tokens.dim() not in (2, 3) or tokens.is_floating_point() != (tokens.dim() == 3):
@@ -153,16 +153,34 @@ def _check_insertion(
             raise TypeError(f"landmark: expected a Tensor, as the tokens are embeddings, got {type(landmark).__name__}")
         if landmark.shape != tokens.shape[2:]:
             raise ShapeError(f"landmark: expected {list(tokens.shape[2:])}, got {list(landmark.shape)}")
-    for name, value, kinds in (
-        ("key_padding", key_padding, (torch.bool,)),
-        ("labels", labels, (torch.int64, torch.int32)),
+
+
+def _check_beside(
+    tokens: Tensor, beside: tuple[Tensor | None, Tensor | None, Tensor | None], offset: int | Tensor, label: int
+) -> None:
+    whole = (torch.int64, torch.int32)
+    shape = tokens.shape[:2]
+    for name, value, kinds in zip(
+        ("key_padding", "labels", "positions"), beside, ((torch.bool,), whole, whole), strict=True
     ):
-        if value is not None and value.dtype not in kinds:
-            raise TypeError(f"{name}: expected {kinds[0]}, got {value.dtype}")
-        if value is not None and value.shape != tokens.shape[:2]:
-            raise ShapeError(f"{name}: expected {list(tokens.shape[:2])}, got {list(value.shape)}")
-    if isinstance(offset, Tensor) and offset.shape != tokens.shape[:1]:
-        raise ShapeError(f"offset: expected an int or [{tokens.shape[0]}], got {list(offset.shape)}")
+        if value is None:
+            continue
+        if not isinstance(value, Tensor) or value.dtype not in kinds:
+            raise TypeError(f"{name}: expected {kinds[0]}, got {getattr(value, 'dtype', type(value).__name__)}")
+        fits = (shape,) if name != "positions" else (shape, shape[1:], (1, shape[1]))
+        if tuple(value.shape) not in map(tuple, fits):
+            raise ShapeError(f"{name}: expected {list(shape)}, got {list(value.shape)}")
+    if isinstance(label, bool) or not isinstance(label, int):
+        raise TypeError(f"landmark_label: expected an int, got {label!r}")
+    if isinstance(offset, Tensor):
+        if offset.dtype not in whole:
+            raise TypeError(f"offset: expected {whole[0]}, got {offset.dtype}")
+        if offset.shape != tokens.shape[:1]:
+            raise ShapeError(f"offset: expected an int or [{tokens.shape[0]}], got {list(offset.shape)}")
+    elif isinstance(offset, bool) or not isinstance(offset, int | torch.SymInt):
+        raise TypeError(f"offset: expected an int, got {offset!r}")
+    elif offset < 0:
+        raise ShapeError(f"offset: expected at least 0, got {offset}")
 
 
 @dataclass(frozen=True, eq=False)

@@ -38,6 +38,8 @@ def fetch_blocks(memory: Memory, plan: Plan) -> tuple[Memory, Plan]:
         raise UnsupportedError("offload: expected a causal plan without window, bias, auxiliary channels and gate keys")
     batch, groups, slots, _ = memory.k.shape
     block, device = layout.block_k, memory.q.device
+    if not slots:
+        return replace(memory, k=memory.k.to(device), v=memory.v.to(device)), plan
     used = _used(layout, memory.q.shape[1], groups).expand(batch, groups, -1)  # [B, G, N]
     upto = used.cumsum(-1)
     most = max(1, int(upto[..., -1].max())) if used.numel() else 1

@@ -146,8 +146,9 @@ def attend_clipped(call: Clipped, tau: Tensor, *, causal: bool, block: int) -> T
     q_pos = call.extras.q_pos
     if q_pos is None:
         q_pos = (torch.arange(tokens, device=call.q.device) + (slots - tokens)).to(torch.int32).view(1, 1, -1)
-    # No distance is larger than the sequence: more channels would be zeros.
-    states = [_near(call, tau, q_pos, max(1, min(reach, slots)), causal=causal, block=block)]
+    # No distance is larger than the sequence: more channels would be zeros. Traced, each length would be another width.
+    near = reach if torch.compiler.is_compiling() else max(1, min(reach, slots))
+    states = [_near(call, tau, q_pos, near, causal=causal, block=block)]
     if reach >= slots:
         return states[0][0]
     behind = torch.where(q_pos < 0, -1, q_pos - reach).clamp(min=-1)

@@ -267,6 +267,7 @@ def _weight_cuts(
         found = solution.projections
         recipe: dict[str, Any] = {"path": site.path, "variant": "lowrank_gqa"}
         if isinstance(found, LatentProjections):
+            llama.warn_of_lengths(old)
             module: nn.Module = llama.LatentSeat(old, found)
             recipe |= {"kind": "latent", "latent_dim": found.down.shape[0]}
             after = found.down.shape[0]

@@ -250,22 +250,26 @@ class MoHAttention(AttentionLayer, name="moh"):
             every, c = config.ste_scope == "all", config.ste_coefficient
             routing = by_norm(lengths, counts, eps=config.eps, coefficient=c, every=every)
         else:
-            logits = self._router_logits(x.to(dtype))
+            logits = self._router_logits(x, dtype)
             like = x.new_empty(0, dtype=dtype).expand(*x.shape[:2], 0)
             routing = learned((logits[0], logits[1], logits[2]), like, counts, config.gate_norm)
         if not config.rescale:
             return routing
         return replace(routing, gates=routing.gates * (config.num_heads / (counts.shared + counts.active)))
 
-    def _router_logits(self, x: Tensor) -> list[Tensor | None]:
+    def _router_logits(self, x: Tensor, dtype: torch.dtype) -> list[Tensor | None]:
         """What each of the three routers says about tokens ``[B, T, C]``; one product for all, being narrow."""
         routers = (self.router, self.shared_router, self.type_router)
-        weights = [one.weight.to(x.dtype) for one in routers if one is not None]
-        if not weights:
+        present = [one for one in routers if one is not None]
+        if not present:
             return [None, None, None]
         # Rounded logits would send tokens to other heads.
         with no_autocast(x.device.type):
-            every = linear(x, torch.cat(weights)).split([len(weight) for weight in weights], -1)
+            if all(is_untouched(one, x) for one in present):
+                weights = [one.weight.to(dtype) for one in present]
+                every = linear(x.to(dtype), torch.cat(weights)).split([len(weight) for weight in weights], -1)
+            else:
+                every = tuple(one(x).to(dtype) for one in present)
         said = iter(every)
         return [None if one is None else next(said) for one in routers]
 
@@ -291,7 +295,11 @@ class MoHAttention(AttentionLayer, name="moh"):
         first = k.shape[2] - q.shape[2] if step.context is None else 0
         if q.shape[2] == 1:
             # A KV head is read or not: all of its query heads come along.
-            groups = active.view(q.shape[0], k.shape[1], -1).any(2).repeat_interleave(q.shape[1] // k.shape[1], 1)
+            groups = (
+                active.view(q.shape[0], k.shape[1], q.shape[1] // k.shape[1])
+                .any(2)
+                .repeat_interleave(q.shape[1] // k.shape[1], 1)
+            )
             place = torch.where(groups.unsqueeze(2), first if q_pos is None else q_pos.expand(*q.shape[:3]), -1)
             return MoHMemory(q, k, v, place.to(torch.int32), memory.key_bias, Kept(None, q_pos))
         active = active.transpose(1, 2)
@@ -444,15 +452,28 @@ LEAST_SLOTS = 2048
 
 def is_plain(projection: nn.Module, x: Tensor) -> bool:
     """Whether a projection is nothing but the product with its weight, in the precision of x, single or double."""
-    hooked = projection._forward_hooks or projection._forward_pre_hooks or projection._backward_hooks
     return (
-        type(projection) is nn.Linear
-        and not hooked
-        and type(projection.weight) is nn.Parameter
+        is_untouched(projection, x)
         and projection.weight.dtype == x.dtype
         and x.dtype in (torch.float32, torch.float64)
         and not torch.is_autocast_enabled(x.device.type)
     )
+
+
+def is_untouched(projection: nn.Module, x: Tensor) -> bool:
+    """Whether its weight may be read instead of calling it: an ``nn.Linear`` that nobody wrapped, hooked or moved."""
+    hooks = [getattr(projection, name) for name in _HOOKS] + [getattr(nn.modules.module, name) for name in _ALL_HOOKS]
+    return (
+        type(projection) is nn.Linear
+        and not any(hooks)
+        and "forward" not in vars(projection)
+        and type(projection.weight) is nn.Parameter
+        and projection.weight.device == x.device
+    )
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_ALL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
 
 
 def _real_or_none(step: Step, active: Tensor) -> Tensor | None:

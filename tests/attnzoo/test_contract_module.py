@@ -7,7 +7,7 @@ import io
 import pickle
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import pytest
@@ -143,6 +143,29 @@ def test_compiled_is_eager(case: Case, compiler: str) -> None:
     grads, expected_grads = (torch.autograd.grad((y * weight).sum(), parameters) for y in (out, expected))
     for grad, same in zip(grads, expected_grads, strict=True):
         assert_same(grad, same)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [*((name, {}) for name in attnzoo.list_variants()), ("rcmha", {"rel": "learned"})], ids=str
+)
+def test_compiled_decoding_does_not_compile_every_token_anew(name: str, options: dict[str, Any]) -> None:
+    layer = build(replace(attnzoo.get_config(name).small(), **options))
+    x = tokens(layer, 2, 60)
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    with torch.no_grad():
+        cache = layer.new_cache(2, 60)
+        found = torch.cat([compiled(part, cache=cache) for part in x.split([20, *[1] * 40], 1)], 1)
+        assert_same(found, layer(x))
+    # Prefill, a step, a step of any length, and steps at which a chunk is complete or selection begins.
+    assert counter.frame_count <= 6
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.float8_e4m3fn])
+def test_a_cache_of_values_that_cannot_be_read_is_refused(dtype: torch.dtype) -> None:
+    with pytest.raises(attnzoo.ConfigError, match=r"dtype: expected one of torch\.float64"):
+        Case("mha", "small").layer().new_cache(2, 8, dtype=dtype)
 
 
 @pytest.mark.parametrize("name", attnzoo.list_variants())

@@ -207,6 +207,15 @@ def test_a_grid_keeps_order_and_puts_landmarks_last(data: st.DataObject) -> None
         ({"labels": torch.zeros(2, 5)}, TypeError, r"labels: expected torch\.int64"),
         ({"labels": torch.zeros(5, dtype=torch.int64)}, ValueError, r"labels: expected \[2, 5\]"),
         ({"offset": torch.zeros(3, dtype=torch.int64)}, ValueError, r"offset: expected an int or \[2\]"),
+        ({"offset": torch.zeros(2)}, TypeError, r"offset: expected torch\.int64"),
+        ({"offset": True}, TypeError, "offset: expected an int, got True"),
+        ({"offset": -1}, ValueError, "offset: expected at least 0, got -1"),
+        ({"positions": torch.arange(6)}, ValueError, r"positions: expected \[2, 5\], got \[6\]"),
+        ({"positions": torch.zeros(3, 5, dtype=torch.int64)}, ValueError, r"positions: expected \[2, 5\]"),
+        ({"positions": torch.zeros(5)}, TypeError, r"positions: expected torch\.int64"),
+        ({"landmark_label": 1.5}, TypeError, r"landmark_label: expected an int, got 1\.5"),
+        ({"tokens": [[1, 2]]}, TypeError, "tokens: expected a Tensor, got list"),
+        ({"key_padding": [[True] * 5] * 2}, TypeError, r"key_padding: expected torch\.bool, got list"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(change: dict[str, Any], error: Any, match: str) -> None:

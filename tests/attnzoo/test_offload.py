@@ -171,3 +171,11 @@ def test_only_values_of_each_token_lie_in_the_hosts_memory() -> None:
     assert cache.host_nbytes == cache.nbytes // 2
     meta = KVCache({"k": Stream(1, 2, host=True), "v": Stream(1, 2)}, batch=1, max_length=4, device="meta")
     assert {x.device.type for x in meta.streams.values()} == {"meta"}
+
+
+@pytest.mark.parametrize("variant", ["longheads", "landmark"])
+def test_a_first_call_without_tokens_gives_none(variant: str) -> None:
+    layer = attnzoo.create(attnzoo.get_config(variant).small()).eval()
+    cache = layer.new_cache(2, 60, offload=True)
+    with torch.no_grad():
+        assert layer(torch.zeros(2, 0, layer.config.dim), cache=cache).shape == (2, 0, layer.config.dim)

@@ -75,8 +75,10 @@ def refuse_pickle(path: Path) -> None:
         ConversionError: If it is.
     """
     with path.open("rb") as file:
-        head = file.read(4)
-    if path.suffix in PICKLES or head[:2] == b"\x80\x02" or head[:2] == b"PK" or head[:1] == b"\x80":
+        head = file.read(9)
+    # The length of a safetensors header, which comes first, may begin like a pickle.
+    tensors = head[8:] == b"{" and int.from_bytes(head[:8], "little") <= path.stat().st_size - 8
+    if path.suffix in PICKLES or (not tensors and (head[:1] == b"\x80" or head[:2] == b"PK")):
         raise ConversionError(f"{path}: pickles are refused, they can run code; convert the file to safetensors")
 
 

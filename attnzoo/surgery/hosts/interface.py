@@ -8,8 +8,9 @@ Letters: B batch, T query tokens, S slots of the host's cache, H query heads, G 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -66,6 +67,17 @@ def rule_of(module: nn.Module) -> Rule | None:
     """The rule on a module."""
     rule = module.__dict__.get(RULE)
     return rule if isinstance(rule, Rule) else None
+
+
+def with_groups(rule: Rule, groups: int) -> Rule:
+    """The same rule for another number of KV heads."""
+    layer = rule.layer
+    if layer.config.kv_heads == groups:
+        return rule
+    with torch.device("meta"):
+        other = type(layer)(replace(layer.config, num_kv_heads=groups))
+    other.impl = layer.impl
+    return Rule(other)
 
 
 def register() -> None:
@@ -132,13 +144,6 @@ def first_slot(geometry: Any, cache: Any, layer: int) -> int | Tensor:
     return held.clone() if isinstance(held, Tensor) else int(held)
 
 
-def real_queries(geometry: Any, tokens: int) -> Tensor | None:
-    """Which of a call's tokens are no padding, bool ``[B, T]``; ``None`` where all are, or it is not known."""
-    if not isinstance(geometry, Geometry) or geometry.real is None or not isinstance(geometry.first, int):
-        return None
-    return geometry.real[:, geometry.first : geometry.first + tokens]
-
-
 def attend(
     module: nn.Module,
     query: Tensor,
@@ -178,20 +183,42 @@ def refuse_unknown(arguments: Mapping[str, Any]) -> None:
             raise UnsupportedError(f"{name}: expected None, got {given!r}, which attnzoo cannot honour")
 
 
-def check_consecutive(position_ids: Tensor | None, geometry: Any, who: str) -> None:
-    """Raises unless positions of real tokens rise by 1, for blocks that rotate by slot.
+def check_consecutive(
+    position_ids: Tensor | None, first: int | Tensor, real: Tensor | None, who: str, *, padding_counts: bool = False
+) -> None:
+    """Raises unless a call's positions are those that a block counts by itself, for blocks that do.
+
+    A sequence may begin anywhere. What a later call continues is not known, but for where it would begin: at 0, or
+    behind the padding on its left.
+
+    Args:
+        position_ids: ``[B|1, T]``, or ``None`` where the host has none.
+        first: The slot of the call's first token; a tensor is not read.
+        real: Which slots hold tokens rather than padding, bool ``[B, S]``; ``None`` where all do.
+        who: What to call the block.
+        padding_counts: Whether the block counts slots; else it counts tokens.
 
     Raises:
-        UnsupportedError: If they do not.
+        UnsupportedError: If they are others.
     """
-    if position_ids is None or position_ids.shape[-1] < 2 or torch.compiler.is_compiling():
+    if position_ids is None or torch.compiler.is_compiling():
         return
-    rises = position_ids[:, 1:] - position_ids[:, :-1] == 1
-    real = real_queries(geometry, position_ids.shape[-1])
-    if real is not None:
-        rises = rises | ~(real[:, 1:] & real[:, :-1])
-    if not bool(rises.all()):
-        raise UnsupportedError(f"position_ids: expected consecutive positions, which {who} rotates by slot")
+    begin = first if isinstance(first, int) else 0
+    end = begin + position_ids.shape[-1]
+    place = torch.arange(begin, end, device=position_ids.device).unsqueeze(0)
+    seen, margin = None, place.new_zeros(1)
+    if real is not None and isinstance(first, int):
+        count = real[:, :end].cumsum(1)
+        seen, margin = real[:, begin:end], (count == 0).sum(1)
+        place, margin = (place, -margin) if padding_counts else (count[:, begin:] - 1, margin)
+    shift = (position_ids - place).float()
+    hidden = torch.zeros_like(shift, dtype=torch.bool) if seen is None else ~seen
+    low, high = shift.masked_fill(hidden, math.inf).amin(1), shift.masked_fill(hidden, -math.inf).amax(1)
+    right = low == high
+    if begin:
+        right &= (low == 0) | (low == margin)
+    if not bool((right | hidden.all(1)).all()):
+        raise UnsupportedError(f"position_ids: expected consecutive positions, which {who} counts by itself")
 
 
 def geometry_of(attention_mask: Any, tokens: int, slots: int) -> Geometry:

@@ -87,6 +87,8 @@ class LandmarkTokens(nn.Module):
         positions = call.get("position_ids")
         if positions is None:
             positions = (torch.arange(tokens, device=x.device) + before).unsqueeze(0)
+        else:
+            _refuse_packed(positions, None if given_real is None else given_real[:, before:])
         inserted = insert_landmarks(
             x,
             self.embedding.to(x.dtype),
@@ -128,6 +130,17 @@ class LandmarkTokens(nn.Module):
         cache = DynamicCache(config=decoder.config) if cache is None else cache
         seats = [module for module in decoder.modules() if isinstance(module, LayerSeat)]
         return cache, tuple(landmark_layer(cache, seat.layer_idx, self.block_size) for seat in seats)
+
+
+def _refuse_packed(positions: Tensor, real: Tensor | None) -> None:
+    """Raises where positions of neighbouring tokens jump: by this hosts tell sequences in one row from each other."""
+    if torch.compiler.is_compiling():
+        return
+    rises = positions[:, 1:] - positions[:, :-1] == 1
+    if real is not None:
+        rises = rises | ~(real[:, 1:] & real[:, :-1])
+    if not bool(rises.all()):
+        raise UnsupportedError("position_ids: expected consecutive positions; landmarks know one sequence in a row")
 
 
 class LandmarkInput:

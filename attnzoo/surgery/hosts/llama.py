@@ -8,6 +8,7 @@ Letters: B batch, T query tokens, S slots, C model width, H query heads, G KV he
 from __future__ import annotations
 
 import copy
+import warnings
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -24,6 +25,8 @@ from attnzoo_kernels.errors import ConversionError
 NAME = "llama"
 CLASSES = ("LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention")
 ROLES = ("q", "k", "v", "o")
+LENGTH_DEPENDENT = ("dynamic", "longrope")
+"""Kinds of rotation whose frequencies follow the length of a call."""
 
 
 def matches(module: nn.Module) -> bool:
@@ -85,7 +88,7 @@ def build(module: nn.Module, projections: Projections) -> nn.Module:
     for name, child in module.named_children():
         if name not in {f"{role}_proj" for role in ROLES}:
             new.add_module(name, child)
-    _dress(new, module)
+    _dress(new, module, projections.num_kv_heads)
     return new
 
 
@@ -123,7 +126,7 @@ class LatentSeat(nn.Module):
         _fill(self.kv_down, p.down, p.down_bias, old)
         _fill(self.kv_up, p.up, None, old)
         _fill(self.o_proj, p.o, p.o_bias, _linear(module, "o_proj"))
-        _dress(self, module)
+        _dress(self, module, p.num_kv_heads)
 
     def forward(
         self,
@@ -136,12 +139,13 @@ class LatentSeat(nn.Module):
         """As the host calls it: ``[B, T, C]`` to ``([B, T, C], None)``.
 
         Raises:
-            UnsupportedError: If positions within a call are not consecutive, or an argument cannot be honoured.
+            UnsupportedError: If positions are not those of the slots, or an argument cannot be honoured.
         """
         q = self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H, T, D]
         latent = self.kv_down(hidden_states).unsqueeze(1)  # [B, 1, T, r]
         first = interface.first_slot(attention_mask, past_key_values, self.layer_idx)
-        interface.check_consecutive(kwargs.get("position_ids"), attention_mask, "a latent seat")
+        real = getattr(attention_mask, "real", None)
+        interface.check_consecutive(kwargs.get("position_ids"), first, real, "a latent seat", padding_counts=True)
         if past_key_values is not None:
             latent, _ = past_key_values.update(latent, latent[..., :0], self.layer_idx)
         heads = self.kv_up(latent.squeeze(1)).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -210,10 +214,26 @@ def _scale(module: nn.Module) -> float:
 
 def _rotary(module: nn.Module) -> RotaryConfig:
     config: Any = module.config
-    parameters = getattr(config, "rope_parameters", None) or {}
+    parameters = dict(getattr(config, "rope_parameters", None) or {})
+    if parameters.get("rope_type", "default") == "default":
+        # These hosts turn whole heads then, whatever it says.
+        parameters.pop("partial_rotary_factor", None)
     return RotaryConfig.from_parameters(
         parameters, head_dim=_head_dim(module), max_positions=getattr(config, "max_position_embeddings", None)
     )
+
+
+def warn_of_lengths(module: nn.Module) -> None:
+    """Warns where a host's frequencies follow the length of a call: those of a seat do not."""
+    config: Any = module.config
+    kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
+    if kind in LENGTH_DEPENDENT:
+        warnings.warn(
+            f"rope_type {kind!r}: the model changes its frequencies with the length of a call; converted blocks keep "
+            "those of the length that it was trained at",
+            UserWarning,
+            stacklevel=2,
+        )
 
 
 def _fill(linear: nn.Linear, weight: Tensor, bias: Tensor | None, like: nn.Linear) -> None:
@@ -230,9 +250,9 @@ def _fill(linear: nn.Linear, weight: Tensor, bias: Tensor | None, like: nn.Linea
     linear.in_features, linear.out_features = weight.shape[1], weight.shape[0]
 
 
-def _dress(new: nn.Module, old: nn.Module) -> None:
-    """Takes over mode, and the reading rule where there is one."""
+def _dress(new: nn.Module, old: nn.Module, groups: int) -> None:
+    """Takes over mode, and the reading rule where there is one, for so many KV heads."""
     new.train(old.training)
     rule = interface.rule_of(old)
     if rule is not None:
-        interface.set_rule(new, rule)
+        interface.set_rule(new, interface.with_groups(rule, groups))

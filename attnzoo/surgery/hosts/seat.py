@@ -117,10 +117,10 @@ class LayerSeat(nn.Module):
         geometry = interface.geometry_of(attention_mask, tokens, first + tokens)
         real = _real_slots(geometry, held, first, tokens)
         padding = None if real is None else ~real[:, first:]
-        positions = self._positions(position_ids, position_embeddings, geometry)
+        positions = self._positions(position_ids, position_embeddings, first, real)
         if held is None:
             return self.layer(hidden_states, positions, padding), None
-        cache = held.room(self.layer, hidden_states.shape[0], tokens)
+        cache = held.room(self.layer, hidden_states)
         out = self.layer(hidden_states, positions, padding, cache)
         held.note(tokens, real)
         return out, None
@@ -131,9 +131,9 @@ class LayerSeat(nn.Module):
 
         return seat_layer(cache, self.layer_idx)
 
-    def _positions(self, ids: Tensor | None, embeddings: Any, geometry: interface.Geometry) -> Tensor | None:
+    def _positions(self, ids: Tensor | None, embeddings: Any, first: int, real: Tensor | None) -> Tensor | None:
         if self.by_slot:
-            interface.check_consecutive(ids, geometry, f"a seat of {self.variant!r}")
+            interface.check_consecutive(ids, first, real, f"a seat of {self.variant!r}")
             return None
         if ids is None and embeddings is not None and self.layer.config.rotary is not None:
             raise UnsupportedError("position_ids: expected beside position_embeddings, got None")

@@ -43,11 +43,12 @@ class SeatCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.memory!r})"
 
-    def room(self, layer: AttentionLayer, batch: int, tokens: int) -> KVCache:
-        """The layer's cache, with room for some more tokens of each item."""
-        needed = self.seen + tokens
+    def room(self, layer: AttentionLayer, x: Tensor) -> KVCache:
+        """The layer's cache, with room for some more tokens ``x [B, T, C]`` of each item."""
+        needed = self.seen + x.shape[1]
         if self.memory is None:
-            self.memory = layer.new_cache(batch, max(_LEAST_ROOM, needed))
+            # Weights may lie elsewhere until they are called.
+            self.memory = layer.new_cache(x.shape[0], max(_LEAST_ROOM, needed), device=x.device)
             self.is_initialized = True
         elif needed > self.memory.max_length:
             self.memory.grow(max(2 * self.memory.max_length, needed))

@@ -92,6 +92,7 @@ def site_config(
 def build_seat(module: nn.Module, config: AttentionConfig, spec: SeatSpec) -> LayerSeat:
     """A seat for a block, on its device, in its dtype and mode; the block is untouched."""
     like = llama.read(module)
+    llama.warn_of_lengths(module)
     layer = create(config, device=like.q.device, dtype=like.q.dtype)
     seat = LayerSeat(layer, module, by_slot=spec.by_slot, slots_per_token=spec.slots_per_token(config))
     spec.start(layer)

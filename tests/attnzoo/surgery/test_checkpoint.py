@@ -15,7 +15,7 @@ import torch
 
 import attnzoo
 from attnzoo import surgery
-from attnzoo.surgery.hosts.checkpoint import load_checkpoint
+from attnzoo.surgery.hosts.checkpoint import load_checkpoint, refuse_pickle
 from tests.attnzoo.surgery.tiny import converted, ids, logits, tiny
 
 RECIPE = "attnzoo_config.json"
@@ -229,3 +229,18 @@ def test_single_files_are_refused_unless_they_are_gguf(name: str, head: bytes, t
     (tmp_path / name).write_bytes(head + b"0" * 40)
     with pytest.raises(attnzoo.ConversionError, match=name):
         load_checkpoint(tmp_path / name)
+
+
+@pytest.mark.parametrize("wanted", [128, 384, 640])
+def test_no_length_of_a_header_is_taken_for_a_pickle(wanted: int, tmp_path: Path) -> None:
+    # Headers are padded to a multiple of 8 bytes, and their length comes first in the file.
+    path = tmp_path / "a.safetensors"
+    for more in range(wanted):
+        safetensors.torch.save_file({"x" * (1 + more): torch.zeros(3)}, path)
+        if int.from_bytes(path.read_bytes()[:8], "little") >= wanted:
+            break
+    assert int.from_bytes(path.read_bytes()[:8], "little") == wanted
+    refuse_pickle(path)
+    path.write_bytes(pickle.dumps(Bomb(), protocol=2) + b"{" * 4000)
+    with pytest.raises(attnzoo.ConversionError, match="pickles are refused"):
+        refuse_pickle(path)
