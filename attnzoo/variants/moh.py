@@ -295,11 +295,8 @@ class MoHAttention(AttentionLayer, name="moh"):
         first = k.shape[2] - q.shape[2] if step.context is None else 0
         if q.shape[2] == 1:
             # A KV head is read or not: all of its query heads come along.
-            groups = (
-                active.view(q.shape[0], k.shape[1], q.shape[1] // k.shape[1])
-                .any(2)
-                .repeat_interleave(q.shape[1] // k.shape[1], 1)
-            )
+            each = q.shape[1] // k.shape[1]
+            groups = active.view(q.shape[0], k.shape[1], each).any(2).repeat_interleave(each, 1)
             place = torch.where(groups.unsqueeze(2), first if q_pos is None else q_pos.expand(*q.shape[:3]), -1)
             return MoHMemory(q, k, v, place.to(torch.int32), memory.key_bias, Kept(None, q_pos))
         active = active.transpose(1, 2)

@@ -76,6 +76,19 @@ def test_a_sequence_may_begin_anywhere_but_not_jump(kind: str) -> None:
             logits(model, tokens[:, 10:], past_key_values=cache, position_ids=places.unsqueeze(0))
 
 
+@pytest.mark.parametrize("kind", BY_SLOT)
+def test_the_same_tensor_of_positions_may_be_right_once_and_wrong_later(kind: str) -> None:
+    model, tokens, places = model_of(kind), ids(1, 20), torch.arange(10, 20).unsqueeze(0)
+    for length in (10, 9, 10):
+        cache = DynamicCache(config=model.config)
+        logits(model, tokens[:, :length], past_key_values=cache)
+        if length == 10:
+            logits(model, tokens[:, 10:], past_key_values=cache, position_ids=places)
+        else:
+            with pytest.raises(UnsupportedError, match="position_ids: expected consecutive positions"):
+                logits(model, tokens[:, 10:], past_key_values=cache, position_ids=places)
+
+
 def test_padding_between_tokens_is_honoured_or_refused() -> None:
     mask = torch.ones(1, 20, dtype=torch.long)
     mask[0, 7:9] = 0
