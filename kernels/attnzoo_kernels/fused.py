@@ -111,9 +111,10 @@ def backward(call: Call, results: tuple[Tensor, Tensor], dout: Tensor) -> tuple[
     q, k, v, dout = (_packed(x, strips) for x in (call.q, call.k, call.v, dout))
     out, lse = results
     if strips.dead is not None:
-        # Their weights become exp(-inf), and nothing that they hold meets these.
+        # Their weights become exp(-inf), which silences all that is finite.
         lse = lse.masked_fill(strips.dead, torch.inf)
-        q, dout = (x.masked_fill(strips.dead.unsqueeze(-1), 0.0) for x in (q, dout))
+        if not bool((q.sum() + dout.sum()).isfinite()):
+            q, dout = (x.masked_fill(strips.dead.unsqueeze(-1), 0.0) for x in (q, dout))
     lone = strips.lone_part
     if lone is not None and lone.last - lone.first == k.shape[2]:
         dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
