@@ -124,7 +124,7 @@ def picture(comparison: Comparison, path: Path) -> None:
     right.barh(place, held, color="#cfd8e3", height=0.62, label="held")
     right.barh(place, read, color="#2b6ca3", height=0.3, label="read by a decode step")
     right.set_xlabel("KV cache, KiB per token")
-    right.legend(loc="lower right", frameon=False, fontsize=9)
+    right.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False, fontsize=9)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(_title(comparison.about), fontsize=11, x=0.02, ha="left")
