@@ -346,9 +346,10 @@ class KVCache:
         """Takes the items ``index``, int ``[B']``, in their order: beams are chosen, repeated or dropped."""
         if not isinstance(index, Tensor) or index.dim() != 1 or index.dtype not in (torch.int64, torch.int32):
             raise ShapeError(f"index: expected an int64 Tensor [B], got {getattr(index, 'shape', index)}")
-        outside = (index < 0) | (index >= self.batch)
-        if index.device.type == "cpu" and not torch.compiler.is_compiling() and bool(outside.any()):
-            raise ShapeError(f"index: expected items 0 to {self.batch - 1}, got {index[outside].tolist()}")
+        if index.device.type == "cpu" and not torch.compiler.is_compiling():
+            outside = (index < 0) | (index >= self.batch)
+            if bool(outside.any()):
+                raise ShapeError(f"index: expected items 0 to {self.batch - 1}, got {index[outside].tolist()}")
         with torch.inference_mode(False), torch.no_grad():
             index = index.to(self.device, copy=True)
             chosen = {name: x.index_select(0, index.to(x.device)) for name, x in self._buffers.items()}

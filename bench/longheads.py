@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -199,7 +200,7 @@ def picture(rows: list[Row], where: dict[str, Any], path: Path) -> None:
     plain_numbers = FuncFormatter(lambda value, _: f"{value:g}")
     figure, axes = pyplot.subplots(figsize=(9, 4.6), layout="constrained")
     place = [SPAN * (i + 0.5) for i in range(len(rows[0].perplexity))]
-    plain = iter(("#444444", "#b0413e", "#d08a2e"))
+    plain = cycle(("#444444", "#b0413e", "#d08a2e"))
     shades = iter(pyplot.get_cmap("viridis")([i / len(rows) for i in range(len(rows))]))
     for row in rows:
         ours = row.options.get("variant") == "longheads"

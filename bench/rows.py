@@ -288,9 +288,8 @@ def scaling() -> Iterator[Row]:
             run = ours(layout)
             if case is cases.SCALING[0]:
                 gate.check("ours", run(q, k, v), gate.truth(q, k, v, layout))
-            time = timing.medians({"ours": lambda run=run, x=(q, k, v): run(*x)}, wall=False, seconds=2, least=3)[
-                "ours"
-            ]
+            contestants = {"ours": lambda run=run, x=(q, k, v): run(*x)}
+            time = timing.medians(contestants, wall=False, seconds=2, least=3)["ours"]
             points.append((math.log(case.tokens), math.log(time)))
             yield Row("scaling, 8 blocks a row, 1 thread", case.name, {"ours": time})
     mean = [sum(x) / len(points) for x in zip(*points, strict=True)]

@@ -261,7 +261,7 @@ class LongHeadsAttention(AttentionLayer, name="longheads"):
         size, tokens = self.config.chunk_size, step.x.shape[1]
         before = size - 1
         place = torch.arange((before + tokens) // size * size, device=step.x.device)
-        offset = _first(step)
+        offset = _column(step.offset)
         slot = place.unsqueeze(0) + (offset - offset % size)  # [B|1, P * w]
         # Rows behind the call's last token are of chunks that are not complete.
         row = (slot - offset + before).clamp(max=before + tokens - 1)
@@ -314,7 +314,7 @@ class LongHeadsAttention(AttentionLayer, name="longheads"):
         front = offset % block_q if block_q > 1 else 0
         rows = tokens + (block_q - 1 if isinstance(front, Tensor) else front)
         begin = torch.arange(-(-rows // block_q), device=memory.q.device).unsqueeze(0) * block_q
-        place = begin + (_first(step) - (front.unsqueeze(1) if isinstance(front, Tensor) else front))  # [B|1, M]
+        place = begin + _column(offset - front)  # [B|1, M]
         chunks, origin = self._choose(step, memory, place)
         index, origin = _blocks(config, chunks, origin, slots)
         origins = None if config.rotary is None else origin
@@ -353,7 +353,7 @@ class LongHeadsAttention(AttentionLayer, name="longheads"):
         if config.official_quirks and _is_step(step, memory.q.shape[2]):
             last = torch.where(place % config.chunk_size == config.chunk_size - 1, own, last)
         asking = place - place % config.block_q
-        best = self._best(memory, asking - _first(step), last)
+        best = self._best(memory, asking - _column(step.offset), last)
         last, own = last[:, None, :, None], own[:, None, :, None]
         forced = torch.cat((last, torch.where(own > last, own, -1)), -1).expand(*best.shape[:-1], 2)
         return torch.cat((torch.zeros_like(best[..., :1]), best, forced), -1)
@@ -435,12 +435,12 @@ def _is_step(step: Step, tokens: int) -> bool:
 
 def _slots(step: Step, tokens: int, device: torch.device) -> Tensor:
     """The places of a call's rows in their sequences, int64 ``[B|1, T]``."""
-    return torch.arange(tokens, device=device).unsqueeze(0) + _first(step)
+    return torch.arange(tokens, device=device).unsqueeze(0) + _column(step.offset)
 
 
-def _first(step: Step) -> int | Tensor:
-    """The slot of each item's first row, int64 ``[B, 1]``, or an int, of which a tensor would be compiled anew."""
-    return step.offset.unsqueeze(1) if isinstance(step.offset, Tensor) else step.offset
+def _column(value: int | Tensor) -> int | Tensor:
+    """A value of each item, int64 ``[B, 1]``, or of all, an int, of which a tensor would be compiled anew."""
+    return value.unsqueeze(1) if isinstance(value, Tensor) else value
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from attnzoo_kernels.call import Call
 from attnzoo_kernels.fold import fold_groups, fold_rows, unfold_rows
 from attnzoo_kernels.gemm import multiplies_bf16, product, routed
 from attnzoo_kernels.schedule import Bucket, Schedule, schedule_for
-from attnzoo_kernels.scores import Chunk, Inputs, rows_of, silence, weigh
+from attnzoo_kernels.scores import Chunk, Inputs, rows_of, weigh
 from attnzoo_kernels.tiles import Source, tile, untile
 from attnzoo_kernels.workspace import scratch
 
@@ -84,6 +84,12 @@ def _cover(parts: list[Bucket], rows: int) -> bool:
 def _value_dtype(call: Call) -> torch.dtype:
     """What weights and values are multiplied in: bf16 where the CPU has instructions for it."""
     return torch.bfloat16 if call.q.dtype == torch.bfloat16 and multiplies_bf16() else call.acc_dtype
+
+
+def silence(x: Tensor, hidden: Tensor) -> None:
+    """Zeroes hidden slots that may hold what is not finite; weights of zero silence all others."""
+    if not bool(x.sum().isfinite()):
+        x.masked_fill_(hidden, 0.0)
 
 
 def _values(values: Source, chunk: Chunk) -> Tensor:

@@ -208,12 +208,6 @@ def _widen(scores: Tensor, call: Call, name: str = "wide scores") -> Tensor:
     return scratch(name, tuple(scores.shape), call.acc_dtype, scores.device).copy_(scores).mul_(call.scale)
 
 
-def silence(x: Tensor, hidden: Tensor) -> None:
-    """Zeroes hidden slots that may hold what is not finite; weights of zero silence all others."""
-    if not bool(x.sum().isfinite()):
-        x.masked_fill_(hidden, 0.0)
-
-
 def _keys(inputs: Inputs, part: Bucket) -> Tensor:
     k = inputs.k.gather("k", part.kv.reshape(-1))
     if inputs.turns is not None and part.origin is not None:

@@ -124,7 +124,7 @@ class Strips:
     def _parts(self) -> Iterator[Part]:
         return (part for seat in self.seats for strip in seat.strips for part in strip.parts)
 
-    @property
+    @cached_property
     def lone_part(self) -> Part | None:
         """What all rows of all heads read, where they do so together and without a mask."""
         parts = list(self._parts())

@@ -212,9 +212,14 @@ def _scale(module: nn.Module) -> float:
     return float(module.scaling)  # type: ignore[arg-type]
 
 
+def _rope_parameters(module: nn.Module) -> dict[str, Any]:
+    """What the host's configuration says about rotation, copied."""
+    return dict(getattr(module.config, "rope_parameters", None) or {})
+
+
 def _rotary(module: nn.Module) -> RotaryConfig:
     config: Any = module.config
-    parameters = dict(getattr(config, "rope_parameters", None) or {})
+    parameters = _rope_parameters(module)
     if parameters.get("rope_type", "default") == "default":
         # These hosts turn whole heads then, whatever it says.
         parameters.pop("partial_rotary_factor", None)
@@ -225,8 +230,7 @@ def _rotary(module: nn.Module) -> RotaryConfig:
 
 def warn_of_lengths(module: nn.Module) -> None:
     """Warns where a host's frequencies follow the length of a call: those of a seat do not."""
-    config: Any = module.config
-    kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
+    kind = _rope_parameters(module).get("rope_type")
     if kind in LENGTH_DEPENDENT:
         warnings.warn(
             f"rope_type {kind!r}: the model changes its frequencies with the length of a call; converted blocks keep "
