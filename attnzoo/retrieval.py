@@ -17,7 +17,7 @@ from torch import Tensor
 
 from attnzoo.rope import RotaryConfig, apply_rotary, rotary_frequencies
 from attnzoo.select import top_blocks
-from attnzoo_kernels.registration import no_autocast
+from attnzoo_kernels import no_autocast
 
 _SCORES_AT_ONCE = 1 << 24
 

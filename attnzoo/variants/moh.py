@@ -33,9 +33,8 @@ from attnzoo.compaction import Rows, is_readable, windowed_layout
 from attnzoo.config import AttentionConfig, check_bool, check_int
 from attnzoo.layouts import Cover, dense_layout, sink_window_layout
 from attnzoo.routing import Counts, Routing, balance_loss, by_norm, learned
-from attnzoo_kernels import BlockLayout, Extras, block_sparse_attention, visible_pairs
+from attnzoo_kernels import BlockLayout, Extras, block_sparse_attention, no_autocast, visible_pairs
 from attnzoo_kernels.errors import ConfigError, UnsupportedError
-from attnzoo_kernels.registration import no_autocast
 
 ROUTER_STD = 0.02
 """Standard deviation of a new router's weights."""

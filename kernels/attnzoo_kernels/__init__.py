@@ -7,6 +7,7 @@ from attnzoo_kernels.extras import Extras
 from attnzoo_kernels.layout import BlockLayout
 from attnzoo_kernels.merge import merge_states
 from attnzoo_kernels.op import block_sparse_attention, block_sparse_attention_with_lse, visible_pairs, why_not
+from attnzoo_kernels.registration import no_autocast as no_autocast
 from attnzoo_kernels.workspace import clear_scratch
 
 __all__ = [
