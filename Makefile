@@ -4,7 +4,7 @@ BIN := .venv/bin
 WORKERS ?= 2
 SOURCES := attnzoo kernels tests docs bench
 
-.PHONY: help setup setup-demo demo test test-oldest test-slow test-gpu check bench-cpu bench-gpu fix docs clean
+.PHONY: help setup setup-demo demo test test-oldest test-slow test-gpu check mutants bench-cpu bench-gpu fix docs clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -27,6 +27,9 @@ test-oldest: setup  ## The kernels' tests with the oldest supported triton
 
 test-slow: setup  ## The tests that take minutes
 	$(BIN)/python -m pytest -n $(WORKERS) -m slow tests
+
+mutants: setup  ## Mistakes on purpose: do the tests notice? About half an hour on two cores
+	$(BIN)/python -m tests.mutants --jobs $(WORKERS) --json out/mutants.json
 
 check: setup  ## Format, lint, types, import contracts
 	$(BIN)/ruff format --check $(SOURCES)

@@ -1,0 +1,5 @@
+"""Nothing here is a test."""
+
+from __future__ import annotations
+
+collect_ignore_glob = ["*"]
