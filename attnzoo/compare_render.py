@@ -1,4 +1,4 @@
-"""A comparison as a table for a terminal, as Markdown, as JSON and as a picture."""
+"""A comparison as a table for a terminal, as Markdown and as JSON, and all of it in files."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attnzoo.compare import Comparison, Row
+from attnzoo.compare_picture import picture
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -80,7 +81,7 @@ def write(comparison: Comparison, out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     out.with_name(f"{out.name}.json").write_text(to_json(comparison), encoding="utf-8")
     out.with_name(f"{out.name}.md").write_text(markdown(comparison), encoding="utf-8")
-    picture(comparison, out.with_name(f"{out.name}.png"))
+    picture(comparison, _title(comparison.about), out.with_name(f"{out.name}.png"))
 
 
 def _line(values: Sequence[str]) -> str:
@@ -91,42 +92,3 @@ def _title(about: dict[str, Any]) -> str:
     count, length = about["windows"]
     where = f" of {about['text']} from token {about['offset']}" if "text" in about else ""
     return f"{about.get('model', 'model')} on {count} x {length} tokens{where}"
-
-
-def picture(comparison: Comparison, path: Path) -> None:
-    """Draws each row's loss against what its cache holds and reads, as a PNG or whatever the suffix says."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    from matplotlib.ticker import FuncFormatter
-
-    rows = comparison.rows
-    figure, (left, right) = pyplot.subplots(
-        1, 2, figsize=(11, 0.42 * len(rows) + 1.6), layout="constrained", sharey=True, width_ratios=(3, 2)
-    )
-    shorter = FuncFormatter(lambda value, _: f"{value:g}")
-    place = list(range(len(rows)))[::-1]
-    colours = ["#b0413e" if "negative control" in row.flags else "#2b6ca3" for row in rows]
-    ratios = [row.ratio for row in rows]
-    floor = 0.9
-    left.barh(place, [ratio - floor for ratio in ratios], left=floor, color=colours, height=0.62)
-    left.axvline(1.0, color="#444444", linewidth=1)
-    left.set_xscale("log")
-    left.xaxis.set_major_formatter(shorter)
-    left.set_xlim(floor, max(2.0, *ratios) * 2.2)
-    for y, ratio in zip(place, ratios, strict=True):
-        left.text(ratio * 1.04, y, f"{ratio:,.3f}" if ratio < 10 else f"{ratio:,.0f}", va="center", fontsize=9)
-    left.set_yticks(place, [row.name for row in rows])
-    left.set_xlabel("perplexity, times dense (log scale; red: negative control)")
-    held = [row.kv_bytes_held / 1024 for row in rows]
-    read = [row.kv_bytes_read / 1024 for row in rows]
-    right.barh(place, held, color="#cfd8e3", height=0.62, label="held")
-    right.barh(place, read, color="#2b6ca3", height=0.3, label="read by a decode step")
-    right.set_xlabel("KV cache, KiB per token")
-    right.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False, fontsize=9)
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(_title(comparison.about), fontsize=11, x=0.02, ha="left")
-    figure.savefig(path, dpi=140)
-    pyplot.close(figure)

@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from itertools import cycle
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,6 +29,7 @@ from attnzoo.cli.progress import Bar
 from attnzoo.evaluate import Progress, cut_windows
 from attnzoo.record import has_layers, record
 from bench.cpu import about
+from bench.longheads_picture import picture
 
 TEXT = Path(__file__).parent / "texts" / "botchan.txt"
 FAR = 12_288
@@ -189,35 +189,6 @@ def markdown(rows: list[Row], where: dict[str, Any]) -> str:
     return "\n".join([*lines, "", verdict(rows), "", f"Where it comes from: {json.dumps(where)}", ""])
 
 
-def picture(rows: list[Row], where: dict[str, Any], path: Path) -> None:
-    """Draws perplexity against position."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    from matplotlib.ticker import FuncFormatter
-
-    plain_numbers = FuncFormatter(lambda value, _: f"{value:g}")
-    figure, axes = pyplot.subplots(figsize=(9, 4.6), layout="constrained")
-    place = [SPAN * (i + 0.5) for i in range(len(rows[0].perplexity))]
-    plain = cycle(("#444444", "#b0413e", "#d08a2e"))
-    shades = iter(pyplot.get_cmap("viridis")([i / len(rows) for i in range(len(rows))]))
-    for row in rows:
-        ours = row.options.get("variant") == "longheads"
-        style = {"linestyle": "-", "color": next(shades)} if ours else {"linestyle": "--", "color": next(plain)}
-        axes.plot(place, row.perplexity, marker="o", markersize=3, label=row.name, **style)
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(plain_numbers)
-    axes.yaxis.set_minor_formatter(plain_numbers)
-    axes.set_xlabel("position (tokens)")
-    axes.set_ylabel(f"perplexity over {SPAN} positions")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
-    figure.suptitle(f"{where['model']} on {where['text']}", fontsize=10)
-    figure.savefig(path, dpi=140)
-    pyplot.close(figure)
-
-
 def write(rows: list[Row], where: dict[str, Any], out: Path) -> str:
     """Writes OUT.json, OUT.md and OUT.png; gives the JSON."""
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -226,7 +197,7 @@ def write(rows: list[Row], where: dict[str, Any], out: Path) -> str:
     )
     out.with_name(f"{out.name}.json").write_text(text, encoding="utf-8")
     out.with_name(f"{out.name}.md").write_text(markdown(rows, where), encoding="utf-8")
-    picture(rows, where, out.with_name(f"{out.name}.png"))
+    picture(rows, where, SPAN, out.with_name(f"{out.name}.png"))
     return text
 
 
