@@ -11,7 +11,7 @@ from torch import Tensor
 from attnzoo_kernels.errors import ShapeError
 from attnzoo_kernels.extras import Extras
 from attnzoo_kernels.layout import BlockLayout
-from attnzoo_kernels.layout_build import is_readable, listed_places
+from attnzoo_kernels.layout_build import distinct_lists, is_readable, listed_places
 
 IMPLEMENTATIONS = ("auto", "reference", "blocked", "triton")
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -171,7 +171,7 @@ def _check_origins(layout: BlockLayout, positions: int) -> None:
     """Reads values, where that costs no synchronisation."""
     if layout.origin is None or not is_readable(layout.origin):
         return
-    listed = layout.origin[listed_places(layout.lists)[1]]
+    listed = layout.origin[listed_places(distinct_lists(layout.lists)[1])[1]]
     if listed.numel() and not (int(listed.min()) >= 0 and int(listed.max()) < positions):
         raise ShapeError(
             f"origin: expected positions from 0 to {positions - 1}, which the rope tables have, "

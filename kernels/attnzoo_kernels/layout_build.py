@@ -99,7 +99,7 @@ def check_values(lists: Lists, blocks_k: int) -> None:
     start, count = lists.start.long(), lists.count.long()
     if bool(((count < 0) | (start < 0) | (start + count > lists.col.shape[0])).any()):
         raise ShapeError(f"start, count: expected lists inside col, which has {lists.col.shape[0]} entries")
-    row, place = listed_places(lists)
+    row, place = listed_places(distinct_lists(lists)[1])
     col = lists.col.long()[place]
     if bool(((col < 0) | (col >= blocks_k)).any()):
         raise ShapeError(f"col: expected key blocks from 0 to {blocks_k - 1}, got {int(col.min())} to {int(col.max())}")
@@ -114,6 +114,17 @@ def listed_places(lists: Lists) -> tuple[Tensor, Tensor]:
     row = torch.repeat_interleave(torch.arange(count.shape[0], device=count.device), count)
     within = torch.arange(row.shape[0], device=count.device) - (count.cumsum(0) - count)[row]
     return row, start[row] + within
+
+
+def distinct_lists(lists: Lists) -> tuple[Tensor, Lists]:
+    """Which list each row reads, int64 ``[B, h, M]``, and the lists, each once (start, count ``[U]``): rows share some.
+
+    Reads how many there are.
+    """
+    room = lists.col.shape[0] + 1
+    key, of_row = (lists.start.long() * room + lists.count.long()).unique(return_inverse=True)
+    start, count = (x.to(torch.int32) for x in (key // room, key % room))
+    return of_row, Lists(start, count, lists.col, lists.origin)
 
 
 def compact_lists(lists: Lists) -> Lists:
