@@ -21,7 +21,7 @@ from typing import Any, cast
 import torch
 
 from attnzoo import selftest
-from attnzoo_kernels import gemm, why_not
+from attnzoo_kernels import processor, why_not
 from attnzoo_kernels._triton import config
 
 FLOORS = {"torch": "2.11", "triton": "3.6", "transformers": "5.10", "numpy": "1.26", "einops": "0.8"}
@@ -47,7 +47,6 @@ class Environment:
         cpu_class: The CPU's class.
         cpu_precision: How oneDNN multiplies fp32, for the whole process.
         gpu_precision: How cuBLAS multiplies fp32, for the whole process.
-        gemm: What ATTNZOO_CPU_GEMM holds, or ``None``.
         xformers_build: The CUDA version that xformers was built with, or ``None``.
     """
 
@@ -59,7 +58,6 @@ class Environment:
     cpu_class: str
     cpu_precision: str
     gpu_precision: str
-    gemm: str | None
     xformers_build: str | None
 
 
@@ -152,10 +150,9 @@ def environment() -> Environment:
         devices=torch.cuda.device_count() if torch.cuda.is_available() else 0,
         interpret=os.environ.get("TRITON_INTERPRET") == "1",
         interpret_late=any("after triton was imported" in reason for reason in _reasons("triton", torch.device("cpu"))),
-        cpu_class=gemm.cpu_class(),
+        cpu_class=processor.cpu_class(),
         cpu_precision=settings.mkldnn.matmul.fp32_precision,
         gpu_precision=settings.cuda.matmul.fp32_precision,
-        gemm=os.environ.get("ATTNZOO_CPU_GEMM"),
         xformers_build=_xformers_build(),
     )
 
@@ -263,17 +260,6 @@ def _precision(env: Environment) -> list[Finding]:
                 "torch.backends.cuda.matmul.fp32_precision = 'ieee'",
             )
         )
-    if env.gemm is not None and env.gemm not in gemm.ROUTES:
-        expected = ", ".join(gemm.ROUTES)
-        found.append(
-            Finding("problem", f"ATTNZOO_CPU_GEMM: expected one of {expected}, got {env.gemm!r}", "set or unset it")
-        )
-    if env.gemm == "onednn" and env.cpu_class == "amx":
-        found.append(
-            Finding(
-                "note", "ATTNZOO_CPU_GEMM=onednn does nothing on a CPU with AMX: it would round to bf16", "unset it"
-            )
-        )
     return found
 
 
@@ -328,12 +314,10 @@ def _cpu_facts() -> dict[str, Any]:
         "avx512_bf16": cpu._is_avx512_bf16_supported(),
         "amx": cpu._is_amx_tile_supported(),
     }
-    asked = os.environ.get("ATTNZOO_CPU_GEMM")
     return {
         "model": cpu_model(),
-        "class": gemm.cpu_class(),
+        "class": processor.cpu_class(),
         "features": [name for name, there in features.items() if there],
-        "products by": gemm.route() if asked is None or asked in gemm.ROUTES else "nothing: see the findings",
         "threads": torch.get_num_threads(),
     }
 

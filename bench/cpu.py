@@ -16,7 +16,7 @@ from rich.table import Table
 
 from attnzoo.cli.progress import Bar
 from attnzoo.doctor import cpu_model
-from attnzoo_kernels.gemm import cpu_class, route
+from attnzoo_kernels.processor import cpu_class
 from bench.rows import PARTS, Row
 
 CLASS = "avx512"
@@ -28,7 +28,6 @@ def about() -> dict[str, Any]:
     return {
         "cpu": cpu_model(),
         "class": cpu_class(),
-        "gemm": route(),
         "torch": torch.__version__,
         "date": time.strftime("%F"),
     }
@@ -36,7 +35,7 @@ def about() -> dict[str, Any]:
 
 def render(rows: list[Row], where: dict[str, Any]) -> Table:
     """The rows as a table for a terminal."""
-    table = Table(title=f"{where['cpu']} ({where['class']}, products by {where['gemm']}), torch {where['torch']}")
+    table = Table(title=f"{where['cpu']} ({where['class']}), torch {where['torch']}")
     for name in ("", "case", "figures", "ratio", "must"):
         table.add_column(name, justify="right" if name in ("ratio", "must") else "left")
     last = ""
@@ -58,7 +57,7 @@ def cells(row: Row, part: str) -> tuple[str, str, str, str, str]:
 
 def markdown(rows: list[Row], where: dict[str, Any]) -> str:
     """The rows as Markdown."""
-    lines = [f"{where['cpu']} ({where['class']}, products by {where['gemm']}), torch {where['torch']}, {where['date']}"]
+    lines = [f"{where['cpu']} ({where['class']}), torch {where['torch']}, {where['date']}"]
     if where["class"] != CLASS:
         lines += ["", f"The bounds were set on a CPU of class {CLASS}; here they are for orientation."]
     lines += ["", "| part | case | figures | ratio | must |", "| --- | --- | --- | --- | --- |"]

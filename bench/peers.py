@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from attnzoo_kernels import BlockLayout
-from attnzoo_kernels.gemm import cpu_class
 
 Run = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -42,20 +40,6 @@ def flex(layout: BlockLayout) -> Run:
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Dense causal attention of torch."""
     return scaled_dot_product_attention(q, k, v, is_causal=True)
-
-
-@contextmanager
-def onednn() -> Iterator[None]:
-    """Products by oneDNN, as a user may set it for the whole process."""
-    if cpu_class() == "amx":
-        raise Missing("with AMX the setting rounds to bf16")
-    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = settings.fp32_precision
-    settings.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        settings.fp32_precision = before
 
 
 def naive(layout: BlockLayout) -> Run:

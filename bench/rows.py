@@ -261,16 +261,6 @@ def dense_peers() -> Iterator[Row]:
         contestants["x-transformers"] = peers.x_transformers()
     except peers.Missing as reason:
         row.notes.append(str(reason))
-
-    def routed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with peers.onednn():
-            return peers.sdpa(q, k, v)
-
-    try:
-        routed(q, k, v)
-        contestants["sdpa, oneDNN"] = routed
-    except peers.Missing as reason:
-        row.notes.append(f"sdpa, oneDNN: {reason}")
     with clock.threads(1):
         for name, run in contestants.items():
             gate.check(name, run(q, k, v), expected)

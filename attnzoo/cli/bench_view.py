@@ -15,7 +15,7 @@ from rich.table import Table
 
 from attnzoo.costs import KINDS, Cost, Setting, by_wall
 from attnzoo.doctor import cpu_model
-from attnzoo_kernels.gemm import cpu_class, route
+from attnzoo_kernels.processor import cpu_class
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,7 +27,7 @@ CAPTION = "x plain: over the same layer on torch's scaled_dot_product_attention;
 
 def about(setting: Setting) -> dict[str, Any]:
     """Where the figures come from."""
-    cpu = {"cpu": cpu_model(), "class": cpu_class(), "products by": route(), "threads": torch.get_num_threads()}
+    cpu = {"cpu": cpu_model(), "class": cpu_class(), "threads": torch.get_num_threads()}
     where = cpu if setting.device.type == "cpu" else {"gpu": torch.cuda.get_device_name(setting.device)}
     sizes = {name: value for name, value in asdict(setting).items() if name not in ("device", "dtype")}
     dtype = str(setting.dtype).removeprefix("torch.")

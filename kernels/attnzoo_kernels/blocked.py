@@ -14,7 +14,8 @@ from torch import Tensor
 from attnzoo_kernels import gating, half
 from attnzoo_kernels.call import Call
 from attnzoo_kernels.fold import fold_groups, fold_rows, unfold_rows
-from attnzoo_kernels.gemm import multiplies_bf16, product, routed
+from attnzoo_kernels.gemm import product
+from attnzoo_kernels.processor import multiplies_bf16
 from attnzoo_kernels.schedule import Bucket, Schedule, schedule_for
 from attnzoo_kernels.scores import Chunk, Inputs, rows_of, weigh
 from attnzoo_kernels.tiles import Source, tile, untile
@@ -34,16 +35,15 @@ def chunks(call: Call, schedule: Schedule, *, tiled: bool = False) -> list[Bucke
 
 def forward(call: Call, *, need_lse: bool) -> tuple[Tensor, Tensor]:
     """Out ``[B, H, T, Dv]`` in q's dtype and lse ``[B, H, T]`` (empty where not needed)."""
-    with routed():
-        folded = fold_groups(call)
-        schedule = schedule_for(folded)
-        if not need_lse and half.takes(folded):
-            found = half.forward(folded, schedule, chunks(folded, schedule, tiled=True))
-            if found is not None:
-                return unfold_rows(found, folded).contiguous(), call.q.new_empty(0, dtype=call.acc_dtype)
-        out, lse = _forward(folded, schedule, need_lse=need_lse)
-        out = unfold_rows(out, folded).contiguous()
-        lse = unfold_rows(lse.unsqueeze(-1), folded).squeeze(-1).contiguous() if need_lse else lse
+    folded = fold_groups(call)
+    schedule = schedule_for(folded)
+    if not need_lse and half.takes(folded):
+        found = half.forward(folded, schedule, chunks(folded, schedule, tiled=True))
+        if found is not None:
+            return unfold_rows(found, folded).contiguous(), call.q.new_empty(0, dtype=call.acc_dtype)
+    out, lse = _forward(folded, schedule, need_lse=need_lse)
+    out = unfold_rows(out, folded).contiguous()
+    lse = unfold_rows(lse.unsqueeze(-1), folded).squeeze(-1).contiguous() if need_lse else lse
     return out, lse
 
 
@@ -124,14 +124,13 @@ class Gradients:
 
 def backward(call: Call, dout: Tensor | None, dlse: Tensor | None, need: list[bool]) -> tuple[Tensor | None, ...]:
     """Gradients of q, k, v, key_bias, q_aux, k_aux and the gate's keys, each ``None`` where ``need`` says so."""
-    with routed():
-        folded = fold_groups(call)
-        if dout is None:
-            dout = call.q.new_zeros(()).expand(*call.q.shape[:3], call.v.shape[3])
-        dout = fold_rows(dout, folded)
-        dlse = None if dlse is None else fold_rows(dlse.unsqueeze(-1), folded)
-        grads = _backward(folded, dout, dlse, need)
-        return _as_given(call, folded, grads)
+    folded = fold_groups(call)
+    if dout is None:
+        dout = call.q.new_zeros(()).expand(*call.q.shape[:3], call.v.shape[3])
+    dout = fold_rows(dout, folded)
+    dlse = None if dlse is None else fold_rows(dlse.unsqueeze(-1), folded)
+    grads = _backward(folded, dout, dlse, need)
+    return _as_given(call, folded, grads)
 
 
 def _backward(call: Call, dout: Tensor, dlse: Tensor | None, need: list[bool]) -> Gradients:

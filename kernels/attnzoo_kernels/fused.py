@@ -1,7 +1,7 @@
 """Long rows that read one run of slots each, on CPUs, by torch's own fused kernel.
 
-Its tiles stay in the cache; whole rows of thousands of scores do not. It is quicker where it multiplies with the same
-library as we do, or in half precision with instructions that products of fp32 do not have.
+Its tiles stay in the cache; whole rows of thousands of scores do not. In half precision it is quicker only with
+instructions that products of fp32 do not have.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from attnzoo_kernels.call import Call
-from attnzoo_kernels.gemm import cpu_class, route
+from attnzoo_kernels.processor import cpu_class
 from attnzoo_kernels.strips import Part, Seat, Strip, Strips, lists_runs, strips_of
 from attnzoo_kernels.workspace import scratch
 
@@ -31,7 +31,7 @@ def may_take(call: Call) -> bool:
     seq_q, seq_k = q.shape[2], k.shape[2]
     if not isinstance(seq_q, int) or not isinstance(seq_k, int) or q.device.type != "cpu":
         return False
-    quick = route() == "mkl" if q.dtype == torch.float32 else q.dtype == torch.bfloat16 and cpu_class() == "amx"
+    quick = q.dtype == torch.float32 or (q.dtype == torch.bfloat16 and cpu_class() == "amx")
     fits = 0 not in (q.numel(), k.numel(), v.numel()) and q.shape[3] == v.shape[3]
     # A sink beside a window is a second run.
     single = rule.window is None or (type(rule.sink) is int and rule.sink == 0)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attnzoo_kernels.call import Call
-from attnzoo_kernels.gemm import cpu_class
+from attnzoo_kernels.processor import cpu_class
 from attnzoo_kernels.schedule import Bucket, Schedule
 from attnzoo_kernels.scores import ceiling, rows_of
 from attnzoo_kernels.tiles import Source, tile, untile

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from attnzoo_kernels import gating
 from attnzoo_kernels.call import Call, Origins
-from attnzoo_kernels.gemm import product, views_freely
+from attnzoo_kernels.gemm import product
 from attnzoo_kernels.schedule import Bucket, Limits, Schedule
 from attnzoo_kernels.tiles import Source, tile
 from attnzoo_kernels.workspace import scratch
@@ -106,7 +106,7 @@ class Inputs:
         plain = call.aux is None and call.gate is None and self.turns is None and not self.bias_hides
         if not (part.runs and plain):
             return False
-        return single and call.key_bias is None if training else single or views_freely()
+        return not training or (single and call.key_bias is None)
 
     def blocks_in(self, source: Source, part: Bucket) -> Tensor:
         """A chunk's key blocks as flat indices into ``[b, h, N]`` of a tensor that may share batch or heads."""

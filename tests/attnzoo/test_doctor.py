@@ -17,7 +17,7 @@ from torch import Tensor
 
 from attnzoo import doctor, selftest
 from attnzoo.cli import main
-from attnzoo_kernels import blocked, gemm
+from attnzoo_kernels import blocked
 from attnzoo_kernels.call import Call
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,7 +31,6 @@ GOOD = doctor.Environment(
     cpu_class="avx2",
     cpu_precision="none",
     gpu_precision="none",
-    gemm=None,
     xformers_build=None,
 )
 
@@ -56,8 +55,6 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
     "AMX rounds": ({"cpu_class": "amx", "cpu_precision": "bf16"}, "problem", "rounded to bf16"),
     "tf32 on the CPU": ({"cpu_precision": "tf32"}, "note", "tf32"),
     "tf32 on the GPU": ({"devices": 1, "cuda": "13.0", "gpu_precision": "tf32"}, "note", "tf32"),
-    "a route that is none": ({"gemm": "blas"}, "problem", "got 'blas'"),
-    "a route that AMX forbids": ({"gemm": "onednn", "cpu_class": "amx"}, "note", "AMX"),
     "xformers without operators": (
         {"versions": with_versions(xformers="0.0.35"), "xformers_build": "12.8"},
         "note",
@@ -88,7 +85,7 @@ def test_a_good_machine_has_no_findings() -> None:
 
 
 def test_problems_come_first() -> None:
-    found = doctor.findings(replace(GOOD, cuda="13.0", gemm="blas"))
+    found = doctor.findings(replace(GOOD, cuda="13.0", versions=with_versions(numpy=None)))
     assert [finding.level for finding in found] == ["problem", "note"]
 
 
@@ -110,10 +107,11 @@ def test_floors_are_those_of_the_project_and_tested_versions_those_of_the_suite(
     assert all(pinned[name] == tested for name, tested in doctor.TESTED.items())
 
 
-def test_the_environment_is_that_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ATTNZOO_CPU_GEMM", "blas")
+def test_the_environment_is_that_of_this_process() -> None:
     settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = gemm._own_setting()
+    inherited = torch.backends.mkldnn.fp32_precision  # type: ignore[attr-defined]
+    # What is only inherited must not become a setting of its own.
+    before = "none" if settings.fp32_precision == inherited else settings.fp32_precision
     settings.fp32_precision = "tf32"
     try:
         env = doctor.environment()
@@ -121,9 +119,8 @@ def test_the_environment_is_that_of_this_process(monkeypatch: pytest.MonkeyPatch
         settings.fp32_precision = before
     assert env.versions["torch"] == torch.__version__
     assert env.versions["flash-attn"] is None or env.versions["flash-attn"][0].isdigit()
-    assert (env.gemm, env.cpu_precision) == ("blas", "tf32")
-    cpu = doctor.devices()[0]
-    assert cpu.facts["products by"] == "nothing: see the findings"
+    assert env.cpu_precision == "tf32"
+    assert doctor.devices()[0].facts["class"] == env.cpu_class
 
 
 def test_a_gpu_is_described_with_its_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,7 +248,7 @@ def test_json_has_a_stable_shape(monkeypatch: pytest.MonkeyPatch, command: Calla
     assert {"python", "torch", "triton", "transformers", "numpy"} <= set(data["versions"])
     assert data["devices"][0]["name"] == "cpu"
     assert set(data["devices"][0]) == {"name", "facts", "runs", "refused"}
-    assert {"class", "features", "products by", "threads"} <= set(data["devices"][0]["facts"])
+    assert {"class", "features", "threads"} <= set(data["devices"][0]["facts"])
     assert {check["impl"] for check in data["checks"]} >= {"reference", "blocked"}
     assert all(check["holds"] and check["error"] <= check["limit"] for check in data["checks"])
     assert set(data["seconds"]) == {"looking", "self-test"}

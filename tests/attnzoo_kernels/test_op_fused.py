@@ -23,6 +23,7 @@ from attnzoo_kernels import (
 )
 from attnzoo_kernels.call import Call
 from attnzoo_kernels.rule import Rule
+from tests.attnzoo_kernels.cpu_classes import PROCESSORS, answering
 from tests.attnzoo_kernels.oracle import Answer, Problem, solve, visible
 from tests.attnzoo_kernels.test_mutants import rewrite
 from tests.attnzoo_kernels.test_op_agreement import assert_agrees, seeds_of
@@ -33,12 +34,10 @@ from tests.strategies import STRIDES, Numbers, extras_of, layout_of, problems, s
 
 @pytest.fixture(autouse=True)
 def _from_one_row_on() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
+    with answering("amx"), pytest.MonkeyPatch.context() as patch:
         patch.setattr(fused, "LEAST_ROWS", 1)
         patch.setattr(fused, "LEAST_SLOTS", 0)
         patch.setattr(fused, "MOST_WASTE", {torch.float32: 1e9, torch.bfloat16: 1e9})
-        patch.setattr(fused, "route", lambda: "mkl")
-        patch.setattr(fused, "cpu_class", lambda: "amx")
         patch.setattr(strips, "CELL", 3)
         patch.setattr(strips, "LEAST_INSIDE", 4)
         yield
@@ -245,13 +244,18 @@ def test_a_shared_list_with_a_gap_stays_with_the_blocks(monkeypatch: pytest.Monk
     assert not calls
 
 
-def test_where_another_library_multiplies_calls_stay_with_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "route", lambda: "onednn")
-    monkeypatch.setattr(fused, "cpu_class", lambda: "avx512")
+@pytest.mark.parametrize("cpu", PROCESSORS)
+def test_single_precision_goes_here_on_every_cpu_and_half_where_its_units_are(
+    cpu: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls = count_calls(monkeypatch)
-    for p in (problem(BASE, 4), _as(problem(BASE, 4), torch.bfloat16)):
-        check(p)
-    assert not calls
+    single, low = problem(BASE, 4), _as(problem(BASE, 4), torch.bfloat16)
+    with answering(cpu):
+        check(single)
+        assert calls == passes(single)
+        calls.clear()
+        check(low)
+    assert calls == (passes(low) if cpu == "amx" else [])
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from attnzoo_kernels import (
     half,
     schedule,
 )
+from tests.attnzoo_kernels.cpu_classes import PROCESSORS, answering
 from tests.attnzoo_kernels.oracle import Answer, Problem, solve, visible
 from tests.attnzoo_kernels.test_mutants import rewrite
 from tests.attnzoo_kernels.test_op_agreement import seeds_of
@@ -29,8 +30,7 @@ from tests.strategies import Numbers, extras_of, layout_of, problems, unread
 
 @pytest.fixture(autouse=True)
 def _as_on_amx() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(half, "cpu_class", lambda: "amx")
+    with answering("amx"), pytest.MonkeyPatch.context() as patch:
         patch.setattr(half, "LEAST_BLOCK", 1)
         patch.setattr(fused, "LEAST_ROWS", 10**6)
         patch.setattr(blocked, "CHUNK_SCORES", 1 << 9)
@@ -150,8 +150,9 @@ def test_without_the_units_and_for_small_blocks_it_is_computed_otherwise(monkeyp
     monkeypatch.setattr(half, "LEAST_BLOCK", 1000)
     assert check(problem(33, 33)) == []
     monkeypatch.setattr(half, "LEAST_BLOCK", 1)
-    monkeypatch.setattr(half, "cpu_class", lambda: "avx512")
-    assert check(problem(33, 33)) == []
+    for cpu in PROCESSORS:
+        with answering(cpu):
+            assert check(problem(33, 33)) == ([True] if cpu == "amx" else [])
 
 
 MUTANTS = {
