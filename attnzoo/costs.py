@@ -93,7 +93,8 @@ class Setting:
 
     def inputs(self, tokens: int) -> Tensor:
         """Normal tokens ``[B, tokens, C]``."""
-        normal = torch.randn(self.batch, tokens, self.dim, generator=torch.Generator().manual_seed(1))
+        generator = torch.Generator("cpu").manual_seed(1)
+        normal = torch.randn(self.batch, tokens, self.dim, generator=generator, device="cpu")
         return normal.to(self.device, self.dtype)
 
     def heads(self) -> dict[str, Any]:

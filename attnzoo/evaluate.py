@@ -83,7 +83,7 @@ def score(model: Any, windows: Tensor, *, progress: Progress | None = None) -> S
     """
     nll: list[float] = []
     density = 1.0
-    probe = torch.empty(0)
+    probe = torch.empty(0, device="cpu")
     for done, window in enumerate(windows):
         ids = window.unsqueeze(0)
         with torch.no_grad():

@@ -56,7 +56,7 @@ class PoolCache(KVCache):
         self.pattern, self.blocks = pattern, blocks
         kept, count = pattern.kept, pattern.kept.sum(1)
         order = torch.argsort(kept.to(torch.uint8), dim=1, descending=True, stable=True)
-        order = torch.where(torch.arange(kept.shape[1]) < count.unsqueeze(1), order, -1)
+        order = torch.where(torch.arange(kept.shape[1], device=kept.device) < count.unsqueeze(1), order, -1)
         self._most_kept = kept.cumsum(1).amax(0).tolist()
         self._kept, self._order, self._place = (x.to(self.device) for x in (kept, order, place))
         self._staged: tuple[dict[str, Tensor], int | Tensor] | None = None

@@ -38,7 +38,7 @@ class Recording:
     def aux_loss(self) -> Tensor:
         """The unweighted auxiliary losses of all calls, added; 0 where no layer has one."""
         losses = [plan.aux_loss for plans in self.plans.values() for plan in plans if plan.aux_loss is not None]
-        return torch.stack(losses).sum() if losses else torch.zeros(())
+        return torch.stack(losses).sum() if losses else torch.zeros((), device="cpu")
 
     def add(self, layer: Recorded, plan: Plan) -> None:
         """Notes a layer's plan, unless this is a recomputation inside a backward (activation checkpointing)."""

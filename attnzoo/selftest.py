@@ -99,7 +99,7 @@ def make(name: str, sizes: Sizes = Sizes()) -> Inputs:
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
 
     tokens, heads, groups, block_k = sizes.tokens, sizes.heads, sizes.groups, sizes.block_k
     rows = 1 if name == "decoding" else tokens
@@ -107,14 +107,14 @@ def make(name: str, sizes: Sizes = Sizes()) -> Inputs:
     q, k = normal(sizes.batch, heads, rows, sizes.width), normal(sizes.batch, groups, tokens, sizes.width)
     v = normal(sizes.batch, groups, tokens, sizes.value_width)
     blocks = -(-tokens // block_k)
-    keep = torch.rand(1, groups, -(-rows // block_q), blocks, generator=generator) < 0.7
+    keep = torch.rand(1, groups, -(-rows // block_q), blocks, generator=generator, device="cpu") < 0.7
     # Rows that read everything, and rows that do not, some perhaps nothing.
     keep[:, 0] = True
     keep[:, -1, -1, 0] = False
     layout = BlockLayout.from_mask(keep, block_q, block_k, rows, tokens)
     bias = normal(1, 1, tokens)
     bias[..., ::7] = -math.inf
-    q_pos = torch.arange(rows, dtype=torch.int32).view(1, 1, -1) - 2
+    q_pos = torch.arange(rows, dtype=torch.int32, device="cpu").view(1, 1, -1) - 2
     made: dict[str, Callable[[], Extras]] = {
         "plain": Extras,
         "decoding": Extras,
@@ -135,7 +135,8 @@ def make(name: str, sizes: Sizes = Sizes()) -> Inputs:
 
 
 def _tables(blocks: int, planes: int) -> tuple[Tensor, Tensor]:
-    angle = torch.arange(blocks, dtype=torch.float64).unsqueeze(1) * torch.linspace(0.3, 1.0, planes)
+    block = torch.arange(blocks, dtype=torch.float64, device="cpu").unsqueeze(1)
+    angle = block * torch.linspace(0.3, 1.0, planes, device="cpu")
     return angle.cos(), angle.sin()
 
 

@@ -65,8 +65,6 @@ def show(variant: Annotated[str, typer.Argument(help="A variant's name.")], as_j
     """Shows a variant: its options, its source, where it is plain attention, and what it reads."""
     import sys
 
-    import torch
-
     config = attnzoo.get_config(variant)
     layer_class = variants[variant]
     document = sys.modules[layer_class.__module__].__doc__ or ""
@@ -76,7 +74,7 @@ def show(variant: Annotated[str, typer.Argument(help="A variant's name.")], as_j
         if field.name not in ("dim", "num_heads")
     }
     layer = attnzoo.create(config.small())
-    plan = layer.attend(torch.zeros(1, 96, layer.config.dim)).plan
+    plan = layer.attend(layer.q_proj.weight.new_zeros(1, 96, layer.config.dim)).plan
     if as_json:
         data = {
             "variant": variant,

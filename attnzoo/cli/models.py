@@ -53,4 +53,4 @@ def text_tokens(tokenizer: Any, name: str) -> Tensor:
         except UnicodeDecodeError as error:
             raise ConfigError(f"text: {name!r} is no UTF-8 text: {error}") from error
     ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-    return torch.tensor(ids, dtype=torch.int64)
+    return torch.tensor(ids, dtype=torch.int64, device="cpu")

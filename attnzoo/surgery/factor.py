@@ -47,7 +47,7 @@ def root(metric: Tensor) -> tuple[Tensor, Tensor]:
 def ridge(moment: Tensor, share: float = 1e-6) -> Tensor:
     """A moment with a share of its mean diagonal added."""
     size = moment.shape[0]
-    return moment + torch.eye(size, dtype=moment.dtype) * (share * moment.diagonal().mean())
+    return moment + torch.eye(size, dtype=moment.dtype, device=moment.device) * (share * moment.diagonal().mean())
 
 
 def reduce_rank(weight: Tensor, moment: Tensor, metric: Tensor, rank: int) -> Factors:
@@ -63,7 +63,7 @@ def reduce_rank(weight: Tensor, moment: Tensor, metric: Tensor, rank: int) -> Fa
     """
     size = weight.shape[1]
     if rank >= size:
-        return Factors(weight, torch.eye(size, dtype=weight.dtype), 1.0)
+        return Factors(weight, torch.eye(size, dtype=weight.dtype, device=weight.device), 1.0)
     half, inverse = root(metric)
     gram = half @ weight.T @ moment @ weight @ half
     values, vectors = torch.linalg.eigh((gram + gram.T) / 2)
@@ -126,8 +126,8 @@ def merge_keys(weight: Tensor, moment: Tensor, metric: Tensor, planes: Tensor) -
         planes: int64 ``[F, 2]``, the dimensions of each rotary plane.
     """
     inputs, heads, width = weight.shape
-    key = torch.zeros(inputs, width, dtype=weight.dtype)
-    query = torch.zeros(heads, width, width, dtype=weight.dtype)
+    key = weight.new_zeros(inputs, width)
+    query = weight.new_zeros(heads, width, width)
     total = kept = 0.0
     columns, gamma = as_planes(weight, planes), plane_metric(metric, planes)
     energy = plane_metric(output_moment(weight, moment), planes)
@@ -151,8 +151,9 @@ def merge_keys(weight: Tensor, moment: Tensor, metric: Tensor, planes: Tensor) -
             len(rest),
         )
         key[:, rest] = part.down
+        at = torch.tensor(rest, device=query.device)
         for head, up in enumerate(part.up.view(len(rest), heads, len(rest)).unbind(1)):
-            query[head][torch.tensor(rest).unsqueeze(1), torch.tensor(rest)] = up.T
+            query[head][at.unsqueeze(1), at] = up.T
     return MergedKeys(key, query, (total, kept))
 
 
@@ -191,7 +192,7 @@ def balanced_metric(weight: Tensor, moment: Tensor, parts: tuple[int, int]) -> T
     for columns in weight.split(parts, dim=1):
         energy = torch.einsum("cn,ce,en->", columns, moment, columns)
         scales += [1.0 / float(energy)] * columns.shape[1]
-    return torch.diag(torch.tensor(scales, dtype=weight.dtype))
+    return torch.diag(weight.new_tensor(scales))
 
 
 def correction(students: Tensor, cross: Tensor, share: float) -> Tensor:
@@ -203,7 +204,7 @@ def correction(students: Tensor, cross: Tensor, share: float) -> Tensor:
         share: Lambda as a share of the mean diagonal.
     """
     step: Tensor = torch.linalg.solve(ridge(students, share), cross)
-    return torch.eye(students.shape[0], dtype=students.dtype) + step
+    return torch.eye(students.shape[0], dtype=students.dtype, device=students.device) + step
 
 
 def refit(gram: Tensor, cross: Tensor, start: Tensor, share: float) -> Tensor:

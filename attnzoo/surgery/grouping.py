@@ -33,7 +33,7 @@ def tail_cost(planes: Tensor, values: Tensor, width: int) -> Cost:
     def cost(group: tuple[int, ...]) -> float:
         key = tuple(sorted(group))
         if key not in known:
-            at = torch.tensor(key)
+            at = torch.tensor(key, device=planes.device)
             lost = 0.0
             if planes.numel():
                 spectrum = torch.linalg.eigvalsh(planes[:, at][:, :, at])

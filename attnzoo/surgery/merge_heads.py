@@ -65,9 +65,9 @@ class HeadWeights:
 def rotary_planes(rotary: RotaryConfig | None, width: int) -> Tensor:
     """The dimensions of each rotary plane, int64 ``[F, 2]``; empty without rotation."""
     if rotary is None:
-        return torch.zeros(0, 2, dtype=torch.int64)
+        return torch.zeros(0, 2, dtype=torch.int64, device="cpu")
     size = width if rotary.dim is None else rotary.dim
-    pairs = torch.arange(size // 2)
+    pairs = torch.arange(size // 2, device="cpu")
     if rotary.interleaved:
         return torch.stack([2 * pairs, 2 * pairs + 1], 1)
     return torch.stack([pairs, pairs + size // 2], 1)
@@ -124,7 +124,7 @@ def merge_site(
     queries, keys, values, outputs = [], [], [], []
     total = kept = value_kept = 0.0
     for group in groups:
-        at = torch.tensor(group)
+        at = torch.tensor(group, device=key_metric.device)
         merged = factor.merge_keys(weights.k[:, at], moment, key_metric[at][:, :, at], planes)
         total, kept = total + merged.energy[0], kept + merged.energy[1]
         size = len(group) * weights.v.shape[2]

@@ -195,7 +195,7 @@ def _collect(
     found: dict[str, SiteStatistics] = {}
     for site in sites:
         size = site.width + int(has_biases(modules[site.path]))
-        zero = torch.zeros(size, size, dtype=torch.float64)
+        zero = torch.zeros(size, size, dtype=torch.float64, device="cpu")
         found[site.path] = SiteStatistics(zero, zero.clone())
     with evaluating(model):
         for done, batch in enumerate(batches):
@@ -281,6 +281,6 @@ def _add(site: SiteStatistics, x: Tensor, real: Tensor, outputs: list[Tensor], *
     fisher = grads.T @ grads
     site.weighted = weighted.double().cpu() + (0 if site.weighted is None else site.weighted)
     site.fisher = fisher.double().cpu() + (0 if site.fisher is None else site.fisher)
-    full = torch.zeros(real.shape, dtype=torch.float64)
+    full = torch.zeros(real.shape, dtype=torch.float64, device="cpu")
     full[real.cpu()] = weight.double().cpu()
     site.token_weight.append(full)

@@ -215,8 +215,8 @@ class S2Attention(AttentionLayer, name="s2"):
         """What is kept of so many tokens, for the KV heads that are held here."""
         config = self.config
         first, count = self._groups(self.streams()["k"].heads)
-        head = torch.arange(first, first + count).unsqueeze(1)
-        block = torch.arange(-(-tokens // config.block_size))
+        head = torch.arange(first, first + count, device="cpu").unsqueeze(1)
+        block = torch.arange(-(-tokens // config.block_size), device="cpu")
         shift = (0 if config.homogeneous else config.head_step) * head + config.head_offset
         kept = ((block + shift) % config.vert_stride == 0) | (block < config.sink_blocks)
         kept = kept | (head >= config.kv_heads - config.num_dense_heads)

@@ -175,7 +175,7 @@ def _edge(place: Tensor, width: int, dtype: torch.dtype, *, hides_after: bool) -
 @lru_cache(maxsize=32)
 def _step(size: int, dtype: torch.dtype, *, hides_after: bool) -> Tensor:
     with torch.inference_mode(False):
-        shown, hidden = torch.zeros(size, dtype=dtype), torch.full((size,), -torch.inf, dtype=dtype)
+        shown, hidden = (torch.full((size,), value, dtype=dtype, device="cpu") for value in (0.0, -torch.inf))
         return torch.cat([shown, hidden] if hides_after else [hidden, shown])
 
 

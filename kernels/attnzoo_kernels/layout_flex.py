@@ -39,7 +39,7 @@ def read_block_mask(block_mask: BlockMask) -> tuple[Tensor, Sizes]:
         t = torch.arange(row * block_q, min((row + 1) * block_q, seq_q), device=device).unsqueeze(1)
         s = torch.arange(col * block_k, min((col + 1) * block_k, seq_k), device=device)
         at = [torch.tensor(x, device=device) for x in (batch, head)]
-        seen = torch.as_tensor(block_mask.mask_mod(at[0], at[1], t, s)).expand(t.shape[0], s.shape[0])
+        seen = torch.as_tensor(block_mask.mask_mod(at[0], at[1], t, s), device=device).expand(t.shape[0], s.shape[0])
         causal = s <= t + shift
         if bool((seen == causal).all()):
             any_rule.append(not bool(causal.all()))

@@ -78,7 +78,7 @@ def plot(layout: BlockLayout, ax: Axes | None) -> Axes:
     if ax is None:
         _, ax = pyplot.subplots(figsize=(min(2.6 * heads + 1, 16), 3.4), layout="constrained")
     gap = max(1, cols // 12)
-    sheet = torch.full((rows, heads * (cols + gap) - gap), torch.nan)
+    sheet = torch.full((rows, heads * (cols + gap) - gap), torch.nan, device="cpu")
     for head in range(heads):
         left = head * (cols + gap)
         sheet[:, left : left + cols] = shares[head]

@@ -39,7 +39,7 @@ def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch
     if kept is None or kept.numel() < size:
         # An inference tensor kept here could not serve a later training step.
         with torch.inference_mode(False):
-            kept = torch.empty(size, dtype=dtype)
+            kept = torch.empty(size, dtype=dtype, device=device)
         _shelf.kept[(name, dtype)] = kept
     return kept[:size].view(shape)
 
