@@ -246,8 +246,8 @@ class LongHeadsAttention(AttentionLayer, name="longheads"):
             return (step.offset + tokens) // size > step.offset // size
         if torch.compiler.is_compiling() or cache.device.type != "cpu" or type(step.x) is not Tensor:
             return True
-        after = step.offset + step.lengths
-        return bool((after // size > step.offset // size).any())
+        before = torch.as_tensor(step.offset, device=cache.device)
+        return bool(((before + step.lengths) // size > before // size).any())
 
     def _complete(self, cache: KVCache, step: Step, recent: dict[str, Tensor], values: Tensor) -> None:
         """Writes the keys of the chunks that this call completes.
