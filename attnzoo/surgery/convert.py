@@ -17,8 +17,9 @@ from attnzoo.base import AttentionLayer
 from attnzoo.config import AttentionConfig
 from attnzoo.registry import create, get_config
 from attnzoo.surgery import lowrank
-from attnzoo.surgery.hosts import interface, llama
+from attnzoo.surgery.hosts import interface, llama, weights
 from attnzoo.surgery.hosts.seat import LayerSeat
+from attnzoo.surgery.places import place, places_of
 from attnzoo.surgery.projections import LatentProjections
 from attnzoo.surgery.report import ConversionReport, SiteReport
 from attnzoo.surgery.seats import SEATS
@@ -121,9 +122,15 @@ def _convert(
     return _apply(model, _weight_cuts(model, sites, request, calibration, progress), variant, options)
 
 
-def _refuse(model: nn.Module, sites: list[Site], to: Literal["read", "weights", "seat"]) -> None:
+def _refuse(
+    model: nn.Module, sites: list[Site], to: Literal["read", "weights", "seat"], *, weights_come: bool = False
+) -> None:
+    """Raises unless blocks can be converted so; weights that a file brings afterwards need not be there."""
     for site in sites:
-        reasons = llama.reasons_against(model.get_submodule(site.path), to=to)
+        module = model.get_submodule(site.path)
+        reasons = llama.reasons_against(module, to=to)
+        if to != "read" and not reasons and not weights_come:
+            reasons = weights.reasons_against(module)
         if reasons:
             raise UnsupportedError(f"{site.path}: cannot be converted: {'; '.join(reasons)}", reasons)
 
@@ -145,6 +152,8 @@ def convert_to_seats(
     if spec.whole_model and len(sites) < len(everywhere := find(model)):
         raise ConfigError(f"where: expected all {len(everywhere)} sites, which {variant!r} needs, got {len(sites)}")
     _refuse(model, sites, "seat")
+    if spec.model_change is not None:
+        weights.check_embedding(model)
     _no_calibration(variant, calibration)
     modules = {site.path: model.get_submodule(site.path) for site in sites}
     configs = {site.path: seats.site_config(site, modules[site.path], variant, spec, options) for site in sites}
@@ -172,7 +181,7 @@ def _model_change(model: nn.Module, config: AttentionConfig, spec: seats.SeatSpe
 def _refuse_shared(model: nn.Module, sites: list[Site], request: lowrank.Request) -> None:
     """A block that runs twice in a pass has two sets of inputs, which one set of statistics does not describe."""
     for site in sites:
-        places = _places(model, model.get_submodule(site.path))
+        places = places_of(model, model.get_submodule(site.path))
         if request.needs_calibration and len(places) > 1:
             reason = f"it is applied at {', '.join(places)}, and method {request.method!r} calibrates one place"
             raise UnsupportedError(f"{site.path}: cannot be converted: {reason}", (reason,))
@@ -231,7 +240,7 @@ def reading_layer(module: nn.Module, site: Site, variant: str, options: dict[str
         num_kv_heads=site.kv_heads,
         head_dim=site.head_dim,
         rotary=None,
-        scale=llama.read(module).scale,
+        scale=llama.scale_of(module),
         **options,
     )
     with torch.device("meta"):
@@ -343,7 +352,7 @@ def _seat_again(model: nn.Module, site: Site, entry: dict[str, Any]) -> _Cut:
     config = get_config(entry["variant"]).from_dict({**entry["config"], "kind": entry["variant"]})
     spec = seats.spec_of(config.kind, SEATS, (*READ_VARIANTS, "lowrank_gqa"))
     seats.check_fit(site, config)
-    _refuse(model, [site], "seat")
+    _refuse(model, [site], "seat", weights_come=True)
     with seats.own_random_numbers(model):
         cut = _seat_cut(site, model.get_submodule(site.path), config, spec)
     return replace(cut, change=_model_change(model, config, spec))
@@ -376,7 +385,7 @@ def recipe_of(model: nn.Module) -> list[dict[str, Any]]:
 def _apply(model: Any, cuts: list[_Cut], variant: str, options: dict[str, Any]) -> ConversionReport:
     """Makes all changes; nothing before this touches the model."""
     old_modules = {cut.site.path: model.get_submodule(cut.site.path) for cut in cuts}
-    places = {path: _places(model, module) for path, module in old_modules.items()}
+    places = {path: places_of(model, module) for path, module in old_modules.items()}
     old_rules = {path: interface.rule_of(module) for path, module in old_modules.items()}
     old_recipe = model.__dict__.get("attnzoo_recipe", [])
     old_heads = getattr(model.config, "num_key_value_heads", None)
@@ -384,7 +393,7 @@ def _apply(model: Any, cuts: list[_Cut], variant: str, options: dict[str, Any]) 
     old_attention = interface.switch(model) if needs_interface else None
     for cut in cuts:
         if cut.module is not None:
-            _place(model, places[cut.site.path], cut.module)
+            place(model, places[cut.site.path], cut.module)
         if cut.rule is not None:
             interface.set_rule(model.get_submodule(cut.site.path), cut.rule)
         if cut.change is not None:
@@ -401,7 +410,7 @@ def _apply(model: Any, cuts: list[_Cut], variant: str, options: dict[str, Any]) 
             if cut.change is not None:
                 cut.change.undo()
         for path, module in old_modules.items():
-            _place(model, places[path], module)
+            place(model, places[path], module)
             interface.set_rule(module, old_rules[path])
         model.__dict__["attnzoo_recipe"] = old_recipe
         if old_heads is not None:
@@ -411,14 +420,3 @@ def _apply(model: Any, cuts: list[_Cut], variant: str, options: dict[str, Any]) 
 
     size = next(model.parameters()).element_size()
     return ConversionReport(variant, options, [cut.report for cut in cuts], size, undo)
-
-
-def _places(model: nn.Module, module: nn.Module) -> list[str]:
-    """Every path that leads to a module: a model may apply one block several times."""
-    return [path for path, found in model.named_modules(remove_duplicate=False) if found is module]
-
-
-def _place(model: nn.Module, paths: list[str], module: nn.Module) -> None:
-    for path in paths:
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, module)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from attnzoo.rope import RotaryConfig, apply_rotary, rotary_tables
 from attnzoo.surgery.hosts import interface
 from attnzoo.surgery.hosts.seat import LayerSeat
+from attnzoo.surgery.hosts.weights import type_name
 from attnzoo.surgery.projections import LatentProjections, Projections
 from attnzoo.surgery.site import Site
 from attnzoo_kernels.errors import ConversionError
@@ -35,12 +36,20 @@ def matches(module: nn.Module) -> bool:
 
 
 def site_of(path: str, layer: int, module: nn.Module) -> Site:
-    """The site of a module."""
-    width = _linear(module, "q_proj").in_features
+    """The site of a module, whatever its projections are: to be looked at, they need their sizes alone."""
+    width = _size(path, module, "q_proj", "in_features")
     if isinstance(module, LatentSeat):
         return Site(path, NAME, layer, module.num_heads, module.num_kv_heads, module.head_dim, width)
-    heads, groups = (_linear(module, f"{role}_proj").out_features // _head_dim(module) for role in ("q", "k"))
+    heads, groups = (_size(path, module, f"{role}_proj", "out_features") // _head_dim(module) for role in ("q", "k"))
     return Site(path, NAME, layer, heads, groups, _head_dim(module), width)
+
+
+def _size(path: str, module: nn.Module, name: str, which: Literal["in_features", "out_features"]) -> int:
+    child = getattr(module, name)
+    size = getattr(child, which, None)
+    if not isinstance(size, int):
+        raise ConversionError(f"{path}.{name}: expected an nn.Linear, got {type_name(child)}, which has no {which}")
+    return size
 
 
 def reasons_against(module: nn.Module, *, to: Literal["read", "weights", "seat"]) -> tuple[str, ...]:
@@ -75,7 +84,7 @@ def read(module: nn.Module) -> Projections:
         num_kv_heads=projections["k"].out_features // width,
         head_dim=width,
         rotary=_rotary(module),
-        scale=_scale(module),
+        scale=scale_of(module),
     )
 
 
@@ -200,7 +209,7 @@ def latent_like(module: nn.Module, rank: int) -> LatentProjections:
 def _linear(module: nn.Module, name: str) -> nn.Linear:
     child = getattr(module, name)
     if not isinstance(child, nn.Linear):
-        raise ConversionError(f"{name}: expected an nn.Linear, got {type(child).__name__}")
+        raise ConversionError(f"{name}: expected an nn.Linear, got {type_name(child)}")
     return child
 
 
@@ -208,7 +217,8 @@ def _head_dim(module: nn.Module) -> int:
     return int(module.head_dim)  # type: ignore[arg-type]
 
 
-def _scale(module: nn.Module) -> float:
+def scale_of(module: nn.Module) -> float:
+    """The factor on a module's scores."""
     return float(module.scaling)  # type: ignore[arg-type]
 
 

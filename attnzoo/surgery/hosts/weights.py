@@ -1,0 +1,109 @@
+"""The gate before a block is replaced: its projections must be plain products with weights that are here.
+
+A replacement is built from what a weight says about itself: its values, dtype and device. Of a weight that is
+offloaded, packed, sharded or computed from others these say something else, and the result would be garbage without a
+word. Conversions of what is read do not ask: they leave the modules and their weights alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attnzoo_kernels.errors import UnsupportedError
+
+FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""Dtypes of weights: anything narrower is a code that another library must read."""
+
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+def reasons_against(module: nn.Module) -> tuple[str, ...]:
+    """Why projections of a block cannot be replaced; empty if they can."""
+    found: dict[str, list[str]] = {}
+    for role in PROJECTIONS:
+        reason = _reason(getattr(module, role, None))
+        if reason is not None:
+            found.setdefault(reason, []).append(role)
+    wanted = "expected an nn.Linear with a plain floating weight"
+    return tuple(f"{', '.join(roles)}: {wanted}, got {reason}" for reason, roles in found.items())
+
+
+def check_embedding(model: Any) -> None:
+    """Raises unless the weight of a model's embedding can be read, for tokens that start as its mean.
+
+    Raises:
+        UnsupportedError: If it cannot.
+    """
+    inner = model.get_input_embeddings()
+    reason = why_not_plain(inner.weight)
+    if reason is not None:
+        raise UnsupportedError(
+            f"embedding: expected a plain floating weight, got {type_name(inner)} whose weight is {reason}; "
+            f"{_advice(inner, inner.weight)}"
+        )
+
+
+def _reason(child: Any) -> str | None:
+    """What is in the way of one projection, and what to do."""
+    if not isinstance(child, nn.Linear):
+        advice = "quantise and wrap after converting (PEFT: merge_and_unload() first)"
+        return f"{type_name(child)}; {advice}"
+    for name in ("weight", "bias"):
+        x = getattr(child, name)
+        if name == "bias" and x is None:
+            continue
+        reason = why_not_plain(x)
+        if reason is not None:
+            return f"{type_name(child)} whose {name} is {reason}; {_advice(child, x)}"
+        if child._parameters.get(name) is None:
+            return f"{type_name(child)} whose {name} is computed from other tensors; {_PERMANENT}"
+    if type(child).forward is not nn.Linear.forward:
+        return f"{type_name(child)}, whose forward is its own; replace it by an nn.Linear that computes the same"
+    return None
+
+
+_PERMANENT = (
+    "make it a parameter first (torch.nn.utils.parametrize.remove_parametrizations, torch.nn.utils.prune.remove, "
+    "torch.nn.utils.remove_weight_norm)"
+)
+_OFFLOADED = "offloaded by accelerate"
+
+
+def why_not_plain(x: Any, *, floating: bool = True) -> str | None:
+    """What a tensor is instead of a plain one whose values are here; ``None`` if it is one.
+
+    Args:
+        x: The tensor.
+        floating: Whether it must be of a dtype that weights have.
+    """
+    if not isinstance(x, Tensor):
+        return f"a {type_name(x)}"
+    if x.is_meta:
+        return "on the meta device: its values are not here"
+    if floating and (x.dtype not in FLOATING or x.is_quantized):
+        return f"{x.dtype} ({type_name(x)})" if type(x) not in _PLAIN else f"{x.dtype}"
+    if type(x) not in _PLAIN:
+        return f"a {type_name(x)}"
+    if x.layout is not torch.strided:
+        return f"{x.layout}"
+    return None
+
+
+_PLAIN = (Tensor, nn.Parameter, nn.Buffer)
+
+
+def _advice(child: nn.Module, x: Any) -> str:
+    if isinstance(x, Tensor) and x.is_meta:
+        if hasattr(child, "_hf_hook"):
+            return f"it is {_OFFLOADED}: load the model without offloading, convert it, and dispatch it then"
+        return "load the weights first"
+    return "convert the model before quantising or sharding it"
+
+
+def type_name(x: Any) -> str:
+    """A type's name with its module's, so that two of one name are told apart."""
+    return f"{type(x).__module__}.{type(x).__qualname__}"
