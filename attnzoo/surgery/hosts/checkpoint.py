@@ -7,33 +7,39 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 import os
+import re
 import shutil
 import tempfile
 import warnings
+from collections.abc import Iterable
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from attnzoo.surgery.hosts import folders
+from attnzoo.surgery.hosts.folders import read_json as read_json
+from attnzoo.surgery.hosts.folders import refuse_pickle as refuse_pickle
+from attnzoo.surgery.hosts.weights import FLOATING
 from attnzoo_kernels.errors import ConversionError
 
 CONFIG_BYTES = 1 << 20
-INDEX_BYTES = 64 << 20
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+INDEX_BYTES = folders.INDEX_BYTES
 _SIZES = {"hidden_size": 1 << 17, "num_hidden_layers": 4096, "num_attention_heads": 4096, "num_key_value_heads": 4096}
 _SIZES |= {"intermediate_size": 1 << 20, "vocab_size": 1 << 24, "head_dim": 4096}
+_CONVERTED = re.compile(r"attnzoo-([\w.-]+)( .*)?")
 
 
-def load_checkpoint(path: str | Path, *, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+def load_checkpoint(path: str | Path, *, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
     """Loads a causal language model and its tokenizer, offline.
 
     Args:
         path: A folder with ``config.json`` and safetensors, or a ``.gguf`` file. A GGUF is converted once and kept
             under ``$XDG_CACHE_HOME/attnzoo`` by its hash.
-        dtype: Of the weights.
+        dtype: Of the weights; ``None`` leaves each as it is stored.
 
     Returns:
         ``(model, tokenizer)``; the tokenizer is ``None`` where the folder has none.
@@ -41,17 +47,43 @@ def load_checkpoint(path: str | Path, *, dtype: torch.dtype = torch.float32) -> 
     Raises:
         ConversionError: If the checkpoint is missing, damaged or not to be trusted.
     """
+    given = path
     path = Path(path)
     if not path.exists():
-        raise ConversionError(f"{path}: no such file or folder")
+        raise folders.not_here(given)
     if path.is_file():
         if path.suffix != ".gguf":
             refuse_pickle(path)
             raise ConversionError(f"{path}: expected a folder with safetensors or a .gguf file")
         path = _converted(path)
-    model = model_of(read_config(path), dtype=dtype)
-    load_into(model, read_tensors(path))
-    return model.eval(), load_tokenizer(path)
+    config = read_config(path)
+    tensors = read_tensors(path)
+    model = model_for(config, tensors, dtype=dtype)
+    try:
+        load_into(model, tensors, keep_dtypes=dtype is None)
+    except ConversionError as error:
+        method = config.get("quantization_config")
+        if method is None:
+            raise
+        raise ConversionError(
+            f"{path}: {error}; its configuration says that weights are quantised: {method}"
+        ) from error
+    return finished(model, path), load_tokenizer(path, model.config)
+
+
+def finished(model: Any, folder: Path) -> Any:
+    """A loaded model with what its folder says about generating, ready to be used."""
+    from transformers import GenerationConfig
+
+    file = folder / "generation_config.json"
+    if os.path.lexists(file):
+        try:
+            model.generation_config = GenerationConfig.from_dict(read_json(file, CONFIG_BYTES))
+        except (TypeError, ValueError, AttributeError, KeyError) as error:
+            raise ConversionError(f"{file}: {error}") from error
+    # Where files that lie beside the weights are found when the model is saved.
+    model.config.name_or_path = str(folder)
+    return model.eval()
 
 
 def locate_smollm2() -> Path:
@@ -68,58 +100,43 @@ def locate_smollm2() -> Path:
     return found[0]
 
 
-def refuse_pickle(path: Path) -> None:
-    """Raises if a file is a pickle or an archive of pickles, by name or by its first bytes.
-
-    Raises:
-        ConversionError: If it is.
-    """
-    with path.open("rb") as file:
-        head = file.read(9)
-    # The length of a safetensors header, which comes first, may begin like a pickle.
-    tensors = head[8:] == b"{" and int.from_bytes(head[:8], "little") <= path.stat().st_size - 8
-    if path.suffix in PICKLES or (not tensors and (head[:1] == b"\x80" or head[:2] == b"PK")):
-        raise ConversionError(f"{path}: pickles are refused, they can run code; convert the file to safetensors")
-
-
-def read_json(path: Path, most: int) -> dict[str, Any]:
-    """A JSON object from a regular file of limited size.
-
-    Raises:
-        ConversionError: If it is missing, too large, or no object.
-    """
-    if not path.is_file():
-        raise ConversionError(f"{path}: missing")
-    if path.stat().st_size > most:
-        raise ConversionError(f"{path}: expected at most {most} bytes, got {path.stat().st_size}")
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ConversionError(f"{path}: no valid JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ConversionError(f"{path}: expected a JSON object, got {type(found).__name__}")
-    return found
-
-
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path, *, converted: bool = False) -> dict[str, Any]:
     """A model's configuration with its sizes checked.
 
+    Args:
+        folder: Where ``config.json`` lies.
+        converted: Whether the folder may hold a converted model: its type is then the host's.
+
     Raises:
-        ConversionError: If a size is out of range, or the configuration asks for code of its own.
+        ConversionError: If a size is out of range, the configuration asks for code of its own, or the model is a
+            converted one and none was asked for.
     """
-    config = read_json(folder / "config.json", CONFIG_BYTES)
+    file = folder / "config.json"
+    if not os.path.lexists(file):
+        raise ConversionError(f"{file}: missing{folders.other_place(folder)}")
+    config = read_json(file, CONFIG_BYTES)
     for key in ("auto_map", "custom_pipelines"):
         if key in config:
-            raise ConversionError(
-                f"{folder / 'config.json'}: {key} asks for code from the checkpoint, which is refused"
-            )
+            raise ConversionError(f"{file}: {key} asks for code from the checkpoint, which is refused")
     if not isinstance(config.get("model_type"), str):
-        raise ConversionError(f"{folder / 'config.json'}: expected a model_type")
+        raise ConversionError(f"{file}: expected a model_type")
+    host = _CONVERTED.fullmatch(config["model_type"])
+    if host is not None:
+        if not converted:
+            raise ConversionError(
+                f"{folder}: expected a plain checkpoint, got a converted model; attnzoo.surgery.load reads it"
+            )
+        config["model_type"] = host[1]
     for key, most in _SIZES.items():
         value = config.get(key)
         if value is not None and (type(value) is not int or not 1 <= value <= most):
-            raise ConversionError(f"{folder / 'config.json'}: {key}: expected an int from 1 to {most}, got {value!r}")
+            raise ConversionError(f"{file}: {key}: expected an int from 1 to {most}, got {value!r}")
     return config
+
+
+def type_of_converted(host: str) -> str:
+    """The model type of a converted model that is no ordinary checkpoint, which transformers refuses by saying it."""
+    return f"attnzoo-{host} (a converted model: attnzoo.surgery.load reads it)"
 
 
 def model_of(config: dict[str, Any], *, dtype: torch.dtype) -> Any:
@@ -132,113 +149,174 @@ def model_of(config: dict[str, Any], *, dtype: torch.dtype) -> Any:
     given = {key: value for key, value in config.items() if key not in ("model_type", "quantization_config")}
     try:
         settings = CONFIG_MAPPING[kind](**given)
-        return AutoModelForCausalLM.from_config(settings, dtype=dtype)  # type: ignore[no-untyped-call]
+        # Weights come from a file; what building draws is nobody's.
+        with torch.random.fork_rng(devices=[]):
+            return AutoModelForCausalLM.from_config(settings, dtype=dtype)  # type: ignore[no-untyped-call]
     except (TypeError, ValueError, KeyError, RuntimeError, ZeroDivisionError) as error:
         raise ConversionError(f"config.json: cannot build the model: {error}") from error
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a folder, or ``None``.
+def model_for(config: dict[str, Any], tensors: dict[str, Tensor], *, dtype: torch.dtype | None) -> Any:
+    """An empty model for tensors: of their dtype where none is given, and untied where they say so.
 
     Raises:
-        ConversionError: If its files are damaged.
+        ConversionError: If the configuration builds no model, or tensors that it shares differ and must be shared.
+    """
+    if dtype is None:
+        found = [x.dtype for x in tensors.values() if x.dtype in FLOATING]
+        dtype = reduce(torch.promote_types, found, found[0] if found else torch.float32)
+    model = model_of(config, dtype=dtype)
+    pair = _differing_pair(model, tensors)
+    if pair is None:
+        return model
+    # What transformers does: the file is believed, and the flag is not.
+    warnings.warn(
+        f"weights: {pair[0]!r} and {pair[1]!r} differ, though the configuration ties them (tie_word_embeddings); both "
+        "are kept as they are stored",
+        stacklevel=4,
+    )
+    model = model_of({**config, "tie_word_embeddings": False}, dtype=dtype)
+    pair = _differing_pair(model, tensors)
+    if pair is not None:
+        raise ConversionError(f"weights: {pair[0]!r} and {pair[1]!r} differ, and the model shares them")
+    return model
+
+
+def _differing_pair(model: Any, tensors: dict[str, Tensor]) -> tuple[str, str] | None:
+    """Two tensors that differ although the model has one in their place."""
+    for names in shared_names(model):
+        first, *others = [name for name in names if name in tensors] or [""]
+        for other in others:
+            if not torch.equal(tensors[first], tensors[other].to(tensors[first].dtype)):
+                return first, other
+    return None
+
+
+def shared_names(model: Any) -> list[list[str]]:
+    """The names in a model's state of each tensor that has several, in order."""
+    names: dict[int, list[str]] = {}
+    for name, x in model.state_dict(keep_vars=True).items():
+        names.setdefault(id(x), []).append(name)
+    return [found for found in names.values() if len(found) > 1]
+
+
+def load_tokenizer(folder: Path, config: Any = None) -> Any:
+    """The tokenizer of a folder, or ``None``.
+
+    Args:
+        folder: Where its files lie.
+        config: The model's configuration, by which transformers chooses a class; that of the folder by default.
+
+    Raises:
+        ConversionError: If its files are damaged, or links that lead outside.
     """
     if not (folder / "tokenizer.json").is_file():
         return None
     from transformers import AutoTokenizer
 
+    folders.files_beside(folder, folders.TOKENIZER_FILES)
+    where = {"local_files_only": True, "trust_remote_code": False, **({} if config is None else {"config": config})}
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(str(folder), **where)
     except Exception as error:  # the tokenizers library raises bare ones
         raise ConversionError(f"{folder / 'tokenizer.json'}: damaged: {type(error).__name__}: {error}") from error
-
-
-def tensor_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder: those its index names, else all there are.
-
-    Raises:
-        ConversionError: If there is none, the index names a file outside the folder, or there are pickles instead.
-    """
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        mapping = read_json(index, INDEX_BYTES).get("weight_map")
-        if not isinstance(mapping, dict) or not all(isinstance(name, str) for name in mapping.values()):
-            raise ConversionError(f"{index}: expected a weight_map of names to files")
-        return [_inside(folder, name) for name in sorted(set(mapping.values()))]
-    files = sorted(folder.glob("*.safetensors"))
-    if files:
-        return [_inside(folder, file.name) for file in files]
-    for file in sorted(folder.iterdir()):
-        if file.suffix in PICKLES:
-            refuse_pickle(file)
-    raise ConversionError(f"{folder}: expected safetensors files, got none")
-
-
-def _inside(folder: Path, name: str) -> Path:
-    file = folder / name
-    plain = name == Path(name).name and name not in ("", ".", "..") and name.endswith(".safetensors")
-    if not plain or not file.resolve().is_relative_to(folder.resolve()):
-        raise ConversionError(f"{folder}: refused to read {name!r}: expected a safetensors file inside the folder")
-    if not file.is_file():
-        raise ConversionError(f"{file}: missing")
-    return file
 
 
 def read_tensors(folder: Path, files: list[Path] | None = None) -> dict[str, Tensor]:
     """All tensors of a folder.
 
     Raises:
-        ConversionError: If a file is damaged or a pickle, or a tensor stands in two files.
+        ConversionError: If a file is damaged or a pickle, or two files hold a tensor of one name with other values.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     tensors: dict[str, Tensor] = {}
-    for file in tensor_files(folder) if files is None else files:
+    for file in folders.tensor_files(folder) if files is None else files:
+        folders.check_link(file)
         refuse_pickle(file)
         try:
             found = load_file(file)
         except (SafetensorError, OSError, ValueError) as error:
             raise ConversionError(f"{file}: damaged: {error}") from error
-        twice = sorted(set(found) & set(tensors))
-        if twice:
-            raise ConversionError(f"{file}: {twice[0]!r} stands in another file too")
+        for name in sorted(set(found) & set(tensors)):
+            if found[name].dtype != tensors[name].dtype or not torch.equal(found[name], tensors[name]):
+                raise ConversionError(f"{file}: {name!r} stands in another file too, with other values")
         tensors |= found
-    bad = sorted(name for name, x in tensors.items() if x.is_floating_point() and not bool(torch.isfinite(x).all()))
+    bad = sorted(name for name, x in tensors.items() if x.dtype in FLOATING and not bool(x.isfinite().all()))
     if bad:
         warnings.warn(f"{folder}: {bad[0]} and {len(bad) - 1} more tensors hold NaN or infinity", stacklevel=3)
     return tensors
 
 
-def load_into(model: Any, tensors: dict[str, Tensor]) -> None:
-    """Loads tensors into a model, which must have exactly those; tied ones may be left out.
+def load_into(model: Any, tensors: dict[str, Tensor], *, keep_dtypes: bool = False) -> None:
+    """Loads tensors into a model, which must have exactly those; tied ones may be left out, and what hosts ignore.
+
+    Args:
+        model: Built for them.
+        tensors: By name; names without the prefix of the model's decoder are understood.
+        keep_dtypes: Whether weights take the dtype that they are stored in, else the model's.
 
     Raises:
-        ConversionError: If one is missing, too many, or of another shape; the model may then be used no more.
+        ConversionError: If one is missing, too many, of another shape, or no plain floating weight; the model may then
+            be used no more.
     """
-    own = model.state_dict()
-    tied = _tied_names(model)
-    missing = sorted(set(own) - set(tensors) - tied)
-    unexpected = sorted(set(tensors) - set(own))
+    own = model.state_dict(keep_vars=True)
+    tensors = _named_as(model, own, tensors)
+    given = set(tensors)
+    # One name of a tied tensor is enough, none is not.
+    shared = {name: set(names) for names in shared_names(model) for name in names}
+    missing = sorted(name for name in own if name not in given and not shared.get(name, set()) & given)
+    unexpected = sorted(given - set(own))
     if missing or unexpected:
         word, names = ("missing", missing) if missing else ("unexpected", unexpected)
-        raise ConversionError(f"weights: {word} {names[0]!r} and {len(names) - 1} more")
-    for name, x in tensors.items():
-        if x.shape != own[name].shape:
-            raise ConversionError(f"weights: {name}: expected {list(own[name].shape)}, got {list(x.shape)}")
-    model.load_state_dict(tensors, strict=False)
+        raise ConversionError(f"weights: {word} {names[0]!r} and {len(names) - 1} more{_tie_hint(missing)}")
+    give(own, tensors, keep_dtypes=keep_dtypes)
     model.tie_weights()
 
 
-def _tied_names(model: Any) -> set[str]:
-    """Names of tensors that share memory with one of another name."""
-    seen: dict[int, str] = {}
-    tied = set()
-    for name, x in model.state_dict(keep_vars=True).items():
-        if id(x) in seen:
-            tied |= {name, seen[id(x)]}
-        seen[id(x)] = name
-    return tied
+def _named_as(model: Any, own: Iterable[str], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by the model's own names, without those that its class ignores, as transformers reads them."""
+    names, prefix = set(own), model.base_model_prefix
+    # Buffers that older versions stored, and what the class lists.
+    ignored = [
+        *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()),
+        r"rotary_emb\.inv_freq",
+        r"(^|\.)position_ids$",
+    ]
+    found = {}
+    for name, x in tensors.items():
+        longer = f"{prefix}.{name}"
+        if name not in names and longer in names and longer not in tensors:
+            found[longer] = x
+        elif name in names or not any(re.search(pattern, name) for pattern in ignored):
+            found[name] = x
+    return found
+
+
+def _tie_hint(missing: list[str]) -> str:
+    if missing != ["lm_head.weight"]:
+        return ""
+    return "; if the model ties it to its embedding, set tie_word_embeddings in config.json to true"
+
+
+def give(own: dict[str, Tensor], tensors: dict[str, Tensor], *, keep_dtypes: bool) -> None:
+    """Gives a model's tensors the values of others, whose names it has.
+
+    Raises:
+        ConversionError: If one is of another shape, or no plain floating weight; nothing is changed then.
+    """
+    for name, x in tensors.items():
+        if x.shape != own[name].shape:
+            raise ConversionError(f"weights: {name}: expected {list(own[name].shape)}, got {list(x.shape)}")
+        if own[name].is_floating_point() and x.dtype not in FLOATING:
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATING)
+            raise ConversionError(f"weights: {name}: expected {names}, got {x.dtype}; quantised weights are not read")
+    with torch.no_grad():
+        for name, x in tensors.items():
+            if keep_dtypes and own[name].is_floating_point() and own[name].dtype != x.dtype:
+                own[name].data = own[name].data.to(x.dtype)
+            own[name].copy_(x)
 
 
 def file_hash(path: Path) -> str:
@@ -256,14 +334,15 @@ def _converted(gguf: Path) -> Path:
     target = cache / f"{gguf.stem}-{file_hash(gguf)[:16]}"
     if (target / "model.safetensors").is_file():
         return target
-    cache.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=cache))
-    try:
-        _convert_gguf(gguf, temporary)
-        if not target.exists():
-            temporary.rename(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with folders.writing(target):
+        cache.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=cache))
+        try:
+            _convert_gguf(gguf, temporary)
+            if not target.exists():
+                temporary.rename(target)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
     return target
 
 

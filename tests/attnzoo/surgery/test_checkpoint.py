@@ -196,8 +196,12 @@ def test_an_honest_index_is_followed(folder: Path) -> None:
     assert torch.equal(model.state_dict()[KEY], tensors[KEY])
 
 
-def test_a_tensor_in_two_files_is_refused(folder: Path) -> None:
-    safetensors.torch.save_file({KEY: torch.ones(2)}, folder / "more.safetensors")
+def test_a_tensor_with_other_values_in_two_files_is_refused(folder: Path) -> None:
+    tensors = safetensors.torch.load_file(folder / WEIGHTS)
+    (folder / WEIGHTS).rename(folder / "one.safetensors")
+    safetensors.torch.save_file({KEY: tensors[KEY].clone()}, folder / "two.safetensors")
+    surgery.load(folder)
+    safetensors.torch.save_file({KEY: torch.ones(2)}, folder / "two.safetensors")
     with pytest.raises(attnzoo.ConversionError, match="stands in another file"):
         surgery.load(folder)
 
