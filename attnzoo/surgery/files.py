@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnzoo.surgery.convert import apply_recipe, recipe_of
-from attnzoo.surgery.hosts import checkpoint
+from attnzoo.surgery import written
+from attnzoo.surgery.convert import apply_recipe, find, recipe_of
+from attnzoo.surgery.hosts import checkpoint, folders, weights
+from attnzoo.surgery.places import share_blocks, shared_blocks
 from attnzoo.surgery.seats import SEATS
 from attnzoo_kernels.errors import ConversionError, UnsupportedError
 
@@ -34,18 +36,21 @@ def save(
     """Saves a converted model.
 
     The folder is self-contained: weights, the host's configuration and the recipe of conversions. With only "weights"
-    in the recipe and equal KV heads everywhere it is also an ordinary checkpoint of the host.
+    in the recipe and equal KV heads everywhere it is also an ordinary checkpoint of the host; else transformers refuses
+    it, by a model type that it does not know. Files that lay beside the weights that the model was loaded from, such as
+    the tokenizer's, its chat template and preprocessors', are carried along.
 
     Args:
         model: A model that :func:`attnzoo.surgery.convert` has converted.
         folder: Where to; it appears whole or not at all.
-        tokenizer: Saved along, if given.
+        tokenizer: Saved along, if given, in place of the files of the one that the model was loaded with.
         overwrite: Whether to replace a folder that is not empty.
         adapter_only: Store the changed blocks alone, with a hash of all other weights.
 
     Raises:
-        ConversionError: If the folder exists and is not empty, holds something else than a converted model, or the
-            model was not converted.
+        ConversionError: If the folder exists and is not empty, holds something else than a converted model, the model
+            was not converted, or loading would not read it back. Nothing is written then.
+        OSError: If the disk refuses. Nothing is left of it then.
     """
     folder, recipe = Path(folder), recipe_of(model)
     if not recipe:
@@ -57,32 +62,64 @@ def save(
         raise ConversionError(f"{folder}: exists and is not empty; overwrite=True replaces it")
     if occupied and not (folder / RECIPE).is_file():
         raise ConversionError(f"{folder}: refused to replace a folder that holds no converted model ({RECIPE})")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-    try:
-        _write(model, temporary, recipe, tokenizer, adapter_only=adapter_only)
-        _swap(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    write = _adapter_writer(model, recipe) if adapter_only else _whole_writer(model, recipe)
+    with folders.writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+        try:
+            if tokenizer is not None:
+                tokenizer.save_pretrained(temporary)
+            write(temporary)
+            _swap(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 
-def _write(model: Any, folder: Path, recipe: list[dict[str, Any]], tokenizer: Any, *, adapter_only: bool) -> None:
+def _whole_writer(model: Any, recipe: list[dict[str, Any]]) -> Callable[[Path], None]:
+    """Writes a self-contained folder; all that may be wrong with the model has been found when this returns."""
     from safetensors.torch import save_file
 
-    tensors = _untied(model)
-    about: dict[str, Any] = {"format": FORMAT, "recipe": recipe, "adapter": adapter_only}
-    if adapter_only:
-        changed = _changed_prefixes(recipe)
-        kept = {name: x for name, x in tensors.items() if not name.startswith(changed)}
-        about["base_sha256"] = tensors_hash(kept)
-        mine = {name: x for name, x in tensors.items() if name not in kept}
+    settings = written.settings_of(model)
+    tensors = written.whole_tensors(model, recipe, settings)
+    ordinary = written.is_ordinary(model, recipe)
+    about: dict[str, Any] = {"format": FORMAT, "recipe": recipe, "adapter": False}
+    shared = shared_blocks(model)
+    if shared:
+        about["shared"] = shared
+    source = Path(getattr(model, "name_or_path", "") or "nowhere")
+
+    def write(folder: Path) -> None:
+        file = folders.WHOLE if ordinary else folders.CONVERTED
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        written.write_config(settings, folder, ordinary=ordinary)
+        if getattr(model, "generation_config", None) is not None:
+            model.generation_config.to_json_file(folder / "generation_config.json")
+        has_tokenizer = any(folder.glob("tokenizer*"))
+        if (source / "config.json").is_file():
+            patterns = folders.OTHER_FILES if has_tokenizer else folders.OTHER_FILES + folders.TOKENIZER_FILES
+            folders.copy_beside(source, folder, patterns)
+        _write_about(about, folder)
+
+    return write
+
+
+def _adapter_writer(model: Any, recipe: list[dict[str, Any]]) -> Callable[[Path], None]:
+    """Writes the changed blocks alone, with a hash of all else."""
+    from safetensors.torch import save_file
+
+    changed = _changed_prefixes(recipe)
+    mine = written.adapter_tensors(model, recipe, changed)
+    about = {"format": FORMAT, "recipe": recipe, "adapter": True, "base_sha256": _base_hash(model, changed, "model")}
+
+    def write(folder: Path) -> None:
         save_file(mine, folder / ADAPTER, metadata={"format": "pt"})
-    else:
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        model.config.save_pretrained(folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+        _write_about(about, folder)
+
+    return write
+
+
+def _write_about(about: dict[str, Any], folder: Path) -> None:
     (folder / RECIPE).write_text(json.dumps(about, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -103,13 +140,13 @@ def _swap(temporary: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def load(folder: str | Path, *, base: Any = None, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+def load(folder: str | Path, *, base: Any = None, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
     """Loads what :func:`save` has written.
 
     Args:
         folder: Where from.
         base: The model that an adapter was made from, which is converted in place; for adapters alone.
-        dtype: Of the weights, where the model is built anew.
+        dtype: Of the weights, where the model is built anew; ``None`` leaves each as it is stored.
 
     Returns:
         ``(model, tokenizer)``; the tokenizer is ``None`` where none was saved.
@@ -119,44 +156,64 @@ def load(folder: str | Path, *, base: Any = None, dtype: torch.dtype = torch.flo
     """
     # Weights made in inference mode could never be trained.
     with torch.inference_mode(False):
-        return _load(Path(folder), base, dtype)
+        return _load(folder, base, dtype)
 
 
-def _load(folder: Path, base: Any, dtype: torch.dtype) -> tuple[Any, Any]:
+def _load(given: str | Path, base: Any, dtype: torch.dtype | None) -> tuple[Any, Any]:
+    folder = Path(given)
+    if not folder.exists():
+        raise folders.not_here(given)
     if not folder.is_dir():
         raise ConversionError(f"{folder}: no such folder")
     about = checkpoint.read_json(folder / RECIPE, checkpoint.INDEX_BYTES)
-    recipe = about.get("recipe")
+    recipe, shared = about.get("recipe"), about.get("shared", [])
     if about.get("format") != FORMAT or not isinstance(recipe, list) or not all(isinstance(e, dict) for e in recipe):
         raise ConversionError(f"{folder / RECIPE}: expected format {FORMAT} with a recipe")
     if about.get("adapter"):
-        return _load_adapter(folder, about, recipe, base), None
+        return _load_adapter(folder, about, recipe, base), checkpoint.load_tokenizer(folder)
     if base is not None:
         raise ConversionError(f"base: expected None, {folder} is self-contained")
+    config = checkpoint.read_config(folder, converted=True)
     tensors = checkpoint.read_tensors(folder)
-    model = checkpoint.model_of(checkpoint.read_config(folder), dtype=dtype)
+    model = checkpoint.model_for(config, tensors, dtype=dtype)
+    share_blocks(model, shared if isinstance(shared, list) else [shared])
     _apply(model, recipe, folder)
-    checkpoint.load_into(model, tensors)
-    return model.eval(), checkpoint.load_tokenizer(folder)
+    checkpoint.load_into(model, tensors, keep_dtypes=dtype is None)
+    return checkpoint.finished(model, folder), checkpoint.load_tokenizer(folder, model.config)
 
 
 def _load_adapter(folder: Path, about: dict[str, Any], recipe: list[dict[str, Any]], base: Any) -> Any:
     if base is None:
         raise ConversionError(f"base: expected the model that the adapter in {folder} was made from, got None")
     changed = _changed_prefixes(recipe)
-    found = tensors_hash({name: x for name, x in _untied(base).items() if not name.startswith(changed)})
+    _refuse_absent(base, recipe)
+    found = _base_hash(base, changed, "base")
     if found != about.get("base_sha256"):
         raise ConversionError(f"base: expected weights with hash {about.get('base_sha256')}, got {found}")
     tensors = checkpoint.read_tensors(folder, [folder / ADAPTER]) if changed else {}
     undo = _apply(base, recipe, folder)
-    own = base.state_dict()
-    expected = {name for name in own if name.startswith(changed)} if changed else set()
+    own = base.state_dict(keep_vars=True)
+    expected = {name for name in written.once(base) if name.startswith(changed)} if changed else set()
     odd = sorted(expected ^ set(tensors)) or sorted(n for n, x in tensors.items() if x.shape != own[n].shape)
     if odd:
         undo()
         raise ConversionError(f"{folder / ADAPTER}: {odd[0]!r} is missing, too many or of another shape")
-    base.load_state_dict(tensors, strict=False)
+    try:
+        checkpoint.give(own, tensors, keep_dtypes=True)
+    except ConversionError:
+        undo()
+        raise
     return base
+
+
+def _refuse_absent(base: Any, recipe: list[dict[str, Any]]) -> None:
+    """Raises if blocks that an adapter replaces have weights that are not here: nothing could take their place."""
+    blocks = {site.path: base.get_submodule(site.path) for site in find(base)}
+    for entry in recipe:
+        module = blocks.get(str(entry.get("path")))
+        reasons = () if module is None or entry.get("kind") == "read" else weights.reasons_against(module)
+        if reasons:
+            raise ConversionError(f"base: {entry['path']}: cannot be converted: {'; '.join(reasons)}")
 
 
 def _apply(model: Any, recipe: list[dict[str, Any]], folder: Path) -> Callable[[], None]:
@@ -174,15 +231,18 @@ def _changed_prefixes(recipe: list[dict[str, Any]]) -> tuple[str, ...]:
     )
 
 
-def _untied(model: Any) -> dict[str, Tensor]:
-    """A model's tensors, each once, contiguous."""
-    seen: set[int] = set()
-    tensors = {}
-    for name, x in model.state_dict(keep_vars=True).items():
-        if id(x) not in seen:
-            seen.add(id(x))
-            tensors[name] = x.detach().cpu().contiguous()
-    return tensors
+def _base_hash(model: Any, changed: tuple[str, ...], who: str) -> str:
+    """The hash of all weights that an adapter leaves alone.
+
+    Raises:
+        ConversionError: If a weight is not here, or no plain tensor.
+    """
+    kept = {name: x for name, x in written.once(model).items() if not name.startswith(changed)}
+    for name, x in kept.items():
+        reason = weights.why_not_plain(x, floating=False)
+        if reason is not None:
+            raise ConversionError(f"{who}: {name}: expected a plain tensor, got one that is {reason}")
+    return tensors_hash({name: x.detach().cpu() for name, x in kept.items()})
 
 
 def tensors_hash(tensors: dict[str, Tensor]) -> str:
