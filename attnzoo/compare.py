@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from attnzoo import surgery
+from attnzoo.choices import check_known
 from attnzoo.evaluate import Decoding, Progress, Score, decode, score
-from attnzoo.registry import read_spec
+from attnzoo.registry import class_names, read_spec, variants
 from attnzoo.surgery.lowrank import CALIBRATED
 from attnzoo_kernels.errors import ConfigError
 
@@ -75,6 +76,7 @@ class VariantSpec:
         """
         if text == "dense":
             return cls("dense")
+        check_known(text.partition(":")[0], ["dense", *sorted(variants)], "variants", class_names())
         return cls(text, (Conversion(*read_spec(text)),))
 
 
@@ -175,7 +177,12 @@ class Comparer:
         self._dense: tuple[Score, Decoding] | None = None
 
     def run(self, specs: Sequence[VariantSpec], about: dict[str, Any]) -> Comparison:
-        """All rows; the dense model is measured first, whether it has a row or not."""
+        """All rows; the dense model is measured first, whether it has a row or not.
+
+        Raises:
+            ConfigError: Before anything is measured, if the model has no attention blocks that are known.
+        """
+        surgery.cache_bytes(self.model)
         self._dense = (score(self.model, self.windows, progress=self.progress), self._decode())
         sha = hashlib.sha256(self.windows.numpy().tobytes()).hexdigest()
         about = {**about, "windows": list(self.windows.shape), "tokens_sha256": sha, "torch": torch.__version__}

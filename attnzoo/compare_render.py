@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from attnzoo.compare import Comparison, Row
 from attnzoo.compare_picture import picture
+from attnzoo.outputs import write_together
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -78,10 +79,14 @@ def to_json(comparison: Comparison) -> str:
 
 def write(comparison: Comparison, out: Path) -> None:
     """Writes OUT.json, OUT.md and OUT.png."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.with_name(f"{out.name}.json").write_text(to_json(comparison), encoding="utf-8")
-    out.with_name(f"{out.name}.md").write_text(markdown(comparison), encoding="utf-8")
-    picture(comparison, _title(comparison.about), out.with_name(f"{out.name}.png"))
+    write_together(
+        out,
+        {
+            "json": lambda path: path.write_text(to_json(comparison), encoding="utf-8"),
+            "md": lambda path: path.write_text(markdown(comparison), encoding="utf-8"),
+            "png": lambda path: picture(comparison, _title(comparison.about), path),
+        },
+    )
 
 
 def _line(values: Sequence[str]) -> str:

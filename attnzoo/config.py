@@ -6,9 +6,9 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from difflib import get_close_matches
 from typing import Any, ClassVar, Self, TypeVar
 
+from attnzoo.choices import check_known, hint
 from attnzoo.rope import RotaryConfig, RotaryScaling
 from attnzoo_kernels.errors import ConfigError
 
@@ -127,14 +127,16 @@ class AttentionConfig:
         return cls.from_dict(values)
 
 
-def check_int(name: str, value: object, least: int) -> None:
-    """Raises unless a field holds an int of at least some size.
+def check_int(name: str, value: object, least: int, word: str | None = None) -> None:
+    """Raises unless a field holds an int of at least some size, or a word that may stand for one.
 
     Raises:
         ConfigError: Naming the field.
     """
-    if type(value) is not int or value < least:
-        raise ConfigError(f"{name}: expected an int >= {least}, got {value!r}")
+    words = [] if word is None else [word]
+    if value not in words and (type(value) is not int or value < least):
+        others = "".join(f" or {word!r}" for word in words)
+        raise ConfigError(f"{name}: expected an int >= {least}{others}, got {value!r}{hint(value, words)}")
 
 
 def check_bool(name: str, value: object) -> None:
@@ -145,19 +147,6 @@ def check_bool(name: str, value: object) -> None:
     """
     if not isinstance(value, bool):
         raise ConfigError(f"{name}: expected a bool, got {value!r}")
-
-
-def check_known(name: str, known: list[str], what: str) -> None:
-    """Raises unless a name is known, with the nearest known ones.
-
-    Raises:
-        ConfigError: Naming the unknown name.
-    """
-    if name in known:
-        return
-    near = get_close_matches(name, known, n=3)
-    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
-    raise ConfigError(f"{name}: expected one of {what} {', '.join(known)}, got {name!r}{hint}")
 
 
 def build_config(config_class: type[Config], options: Mapping[str, Any]) -> Config:
@@ -189,7 +178,7 @@ def _of_kind(config_class: type[Config], kind: object) -> type[Config]:
         if kind is not None and member.kind == kind:
             return member
     known = sorted({member.kind for member in family if member.kind})
-    raise ConfigError(f"kind: expected one of {', '.join(known) or 'none known'}, got {kind!r}")
+    raise ConfigError(f"kind: expected one of {', '.join(known) or 'none known'}, got {kind!r}{hint(kind, known)}")
 
 
 def _rotary_from_dict(values: Mapping[str, Any]) -> RotaryConfig:
@@ -205,6 +194,5 @@ def _rotary_from_dict(values: Mapping[str, Any]) -> RotaryConfig:
 
 
 def _check_keys(name: str, values: Mapping[str, Any], record: type[RotaryConfig | RotaryScaling]) -> None:
-    known = {entry.name for entry in fields(record)}
-    if unknown := sorted(set(values) - known):
-        raise ConfigError(f"{name}: expected fields of {record.__name__}, got unknown {', '.join(unknown)}")
+    for key in values:
+        check_known(key, [entry.name for entry in fields(record)], f"{name}'s fields")

@@ -18,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from attnzoo import timing
 from attnzoo.base import AttentionLayer, Memory, Plan
+from attnzoo.choices import check_choice
 from attnzoo.registry import create, read_spec
 from attnzoo.variants.mha import MHAAttention
 from attnzoo_kernels.errors import ConfigError, UnsupportedError
@@ -143,8 +144,7 @@ def read_dtype(text: str) -> torch.dtype:
         ConfigError: If it is another.
     """
     names = {str(dtype).removeprefix("torch."): dtype for dtype in BOUND}
-    if text not in names:
-        raise ConfigError(f"dtype: expected one of {', '.join(names)}, got {text!r}")
+    check_choice("dtype", text, names)
     return names[text]
 
 

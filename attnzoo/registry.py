@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from attnzoo.config import AttentionConfig, build_config, check_known
+from attnzoo.choices import check_known
+from attnzoo.config import AttentionConfig, build_config
 from attnzoo_kernels.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -94,8 +95,14 @@ def get_config(name: str) -> type[AttentionConfig]:
     """
     if not isinstance(name, str):
         raise TypeError(f"variant: expected a name or a configuration, got {type(name).__name__}")
-    check_known(name, sorted(variants), "variants")
+    check_known(name, sorted(variants), "variants", class_names())
     return variants[name].config_class
+
+
+def class_names() -> dict[str, str]:
+    """The variant that each class of a layer or configuration belongs to."""
+    layers = {layer.__name__: name for name, layer in variants.items()}
+    return layers | {layer.config_class.__name__: name for name, layer in variants.items()}
 
 
 def read_spec(text: str, argument: str = "variants") -> tuple[str, dict[str, Any]]:

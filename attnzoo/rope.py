@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from attnzoo.choices import check_choice, hint
 from attnzoo_kernels.errors import ConfigError
 
 ScalingKind = Literal["linear", "dynamic", "yarn", "longrope", "llama3"]
@@ -69,8 +70,7 @@ class RotaryScaling:
     long_factor: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in _NEEDS:
-            raise ConfigError(f"scaling.kind: expected one of {', '.join(_NEEDS)}, got {self.kind!r}")
+        check_choice("scaling.kind", self.kind, _NEEDS)
         for name in ("short_factor", "long_factor"):
             value = getattr(self, name)
             if value is not None:
@@ -170,9 +170,10 @@ class RotaryConfig:
         given.pop("type", None)
         base = given.pop("rope_theta", 10000.0)
         partial = given.pop("partial_rotary_factor", 1.0)
-        known = {field.name for field in fields(RotaryScaling)} - {"kind"}
-        if unknown := sorted(set(given) - known):
-            raise ConfigError(f"rope_parameters: expected keys of one layer type, got unknown {', '.join(unknown)}")
+        known = sorted({field.name for field in fields(RotaryScaling)} - {"kind"})
+        if unknown := sorted(set(given) - set(known)):
+            near = hint(unknown[0], known)
+            raise ConfigError(f"rope_parameters: expected keys of one layer type, got {', '.join(unknown)}{near}")
         dim = None
         if partial != 1.0:
             if head_dim is None:
@@ -262,8 +263,7 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False)
 
 def _scaling(kind: str, given: Mapping[str, Any], max_positions: int | None) -> RotaryScaling:
     """The scaling of a checkpoint, with what it leaves to ``max_position_embeddings`` filled in."""
-    if kind not in _NEEDS:
-        raise ConfigError(f"rope_type: expected one of default, {', '.join(_NEEDS)}, got {kind!r}")
+    check_choice("rope_type", kind, ["default", *_NEEDS])
     numbers = dict(given)
     if max_positions is not None:
         if kind == "dynamic":

@@ -27,6 +27,7 @@ from attnzoo import surgery
 from attnzoo.cli.models import load_model, text_tokens
 from attnzoo.cli.progress import Bar
 from attnzoo.evaluate import Progress, cut_windows
+from attnzoo.outputs import write_together
 from attnzoo.record import has_layers, record
 from bench.cpu import about
 from bench.longheads_picture import picture
@@ -191,13 +192,17 @@ def markdown(rows: list[Row], where: dict[str, Any]) -> str:
 
 def write(rows: list[Row], where: dict[str, Any], out: Path) -> str:
     """Writes OUT.json, OUT.md and OUT.png; gives the JSON."""
-    out.parent.mkdir(parents=True, exist_ok=True)
     text = (
         json.dumps({"about": where, "rows": [asdict(row) for row in rows], "verdict": verdict(rows)}, indent=2) + "\n"
     )
-    out.with_name(f"{out.name}.json").write_text(text, encoding="utf-8")
-    out.with_name(f"{out.name}.md").write_text(markdown(rows, where), encoding="utf-8")
-    picture(rows, where, SPAN, out.with_name(f"{out.name}.png"))
+    write_together(
+        out,
+        {
+            "json": lambda path: path.write_text(text, encoding="utf-8"),
+            "md": lambda path: path.write_text(markdown(rows, where), encoding="utf-8"),
+            "png": lambda path: picture(rows, where, SPAN, path),
+        },
+    )
     return text
 
 

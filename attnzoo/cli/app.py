@@ -12,15 +12,20 @@ from rich.console import Console
 from rich.table import Table
 
 import attnzoo
+from attnzoo.choices import check_choice
 from attnzoo.cli.models import load_model, text_tokens
+from attnzoo.cli.notices import Commands
 from attnzoo.cli.progress import Bar
 from attnzoo.compare import PRESETS, Comparer, VariantSpec
 from attnzoo.evaluate import cut_windows
+from attnzoo.outputs import check_writable
 from attnzoo.registry import variants
 from attnzoo_kernels.errors import ConfigError
 
 app = typer.Typer(
-    help="Attention variants: look at them, convert models to them, and see what is lost.", no_args_is_help=True
+    cls=Commands,
+    help="Attention variants: look at them, convert models to them, and see what is lost.",
+    no_args_is_help=True,
 )
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
@@ -174,6 +179,8 @@ def compare(  # noqa: PLR0913  (a command line has one parameter for each option
     from attnzoo import compare_render as render
 
     specs = _specs(variants_, preset)
+    if out is not None:
+        check_writable(out)
     needed = any(spec.needs_calibration for spec in specs)
     if needed and text == calibrate:
         raise ConfigError(f"calibrate: expected another text than the one scored, got {text!r} for both")
@@ -222,6 +229,7 @@ def bench(  # noqa: PLR0913  (a command line has one parameter for each option)
 
     from attnzoo import costs
     from attnzoo.cli import bench_view as view
+    from attnzoo.doctor import IMPLEMENTATIONS
 
     setting = costs.Setting(
         tokens, batch, dim, heads, kv_heads, costs.read_dtype(dtype), costs.read_device(device), impl, seconds
@@ -230,6 +238,9 @@ def bench(  # noqa: PLR0913  (a command line has one parameter for each option)
         if threads < 1:
             raise ConfigError(f"threads: expected at least 1, got {threads}")
         torch.set_num_threads(threads)
+    if out is not None:
+        check_writable(out)
+    check_choice("impl", impl, ("auto", *IMPLEMENTATIONS))
     where = view.about(setting)
     with Bar() as progress:
         found = costs.measure(setting, variants_ or list(costs.SPECS), progress)
@@ -270,8 +281,8 @@ def doctor(
 
 
 def _specs(texts: list[str] | None, preset: str | None) -> list[VariantSpec]:
-    if preset is not None and preset not in PRESETS:
-        raise ConfigError(f"preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
+    if preset is not None:
+        check_choice("preset", preset, PRESETS)
     chosen: list[Any] = list(PRESETS[preset]) if preset is not None else []
     chosen += [VariantSpec.parse(text) for text in texts or []]
     if not chosen:

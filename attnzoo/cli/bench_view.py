@@ -15,6 +15,7 @@ from rich.table import Table
 
 from attnzoo.costs import KINDS, Cost, Setting, by_wall
 from attnzoo.doctor import cpu_model
+from attnzoo.outputs import write_together
 from attnzoo_kernels.processor import cpu_class
 
 if TYPE_CHECKING:
@@ -79,10 +80,14 @@ def to_json(costs: list[Cost], where: dict[str, Any]) -> str:
 
 def write(costs: list[Cost], where: dict[str, Any], out: Path) -> None:
     """Writes OUT.json, OUT.md and OUT.png."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.with_name(f"{out.name}.json").write_text(to_json(costs, where), encoding="utf-8")
-    out.with_name(f"{out.name}.md").write_text(markdown(costs, where), encoding="utf-8")
-    picture(costs, where, out.with_name(f"{out.name}.png"))
+    write_together(
+        out,
+        {
+            "json": lambda path: path.write_text(to_json(costs, where), encoding="utf-8"),
+            "md": lambda path: path.write_text(markdown(costs, where), encoding="utf-8"),
+            "png": lambda path: picture(costs, where, path),
+        },
+    )
 
 
 def picture(costs: list[Cost], where: dict[str, Any], path: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from attnzoo import data
+from attnzoo.choices import hint
 from attnzoo.surgery.hosts import checkpoint
 from attnzoo_kernels.errors import ConfigError
 
@@ -27,6 +28,8 @@ def load_model(name: str) -> tuple[Any, Any]:
     from attnzoo.surgery.files import RECIPE
 
     path = checkpoint.locate_smollm2() if name == SMOLLM2 else Path(name)
+    if not path.exists() and (near := hint(name, [SMOLLM2])):
+        raise ConfigError(f"model: expected a folder, a .gguf file or {SMOLLM2}, got {name!r}{near}")
     if (path / RECIPE).is_file():
         return surgery.load(path)
     return checkpoint.load_checkpoint(path)
@@ -45,7 +48,8 @@ def text_tokens(tokenizer: Any, name: str) -> Tensor:
     else:
         path = Path(name)
         if not path.is_file():
-            raise ConfigError(f"text: expected a file, or one of {', '.join(data.TEXTS)}, got {name!r}")
+            near = hint(name, data.TEXTS)
+            raise ConfigError(f"text: expected a file, or one of {', '.join(data.TEXTS)}, got {name!r}{near}")
         if path.stat().st_size > TEXT_BYTES:
             raise ConfigError(f"text: expected at most {TEXT_BYTES} bytes, got {path.stat().st_size} in {name!r}")
         try:

@@ -14,7 +14,9 @@ class Bar:
 
     def __init__(self) -> None:
         columns = (TextColumn("{task.description:>12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        self._progress = Progress(*columns, console=Console(stderr=True), transient=True)
+        console = Console(stderr=True)
+        # Where nobody watches, a bar would leave nothing but an empty line.
+        self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         self._task = self._progress.add_task("working", total=None)
 
     def __enter__(self) -> Self:

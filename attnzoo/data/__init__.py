@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.resources import files
 
-from attnzoo_kernels.errors import ConfigError
+from attnzoo.choices import check_choice
 
 TEXTS = ("botchan", "devil")
 
@@ -15,6 +15,5 @@ def text(name: str) -> str:
     Raises:
         ConfigError: If there is none of that name.
     """
-    if name not in TEXTS:
-        raise ConfigError(f"text: expected one of {', '.join(TEXTS)}, got {name!r}")
+    check_choice("text", name, TEXTS)
     return (files("attnzoo.data") / f"{name}.txt").read_text(encoding="utf-8")

@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from attnzoo.base import AttentionLayer
+from attnzoo.choices import check_known
 from attnzoo.config import AttentionConfig
 from attnzoo.registry import create, get_config
 from attnzoo.surgery import lowrank
 from attnzoo.surgery.hosts import interface, llama, weights
 from attnzoo.surgery.hosts.seat import LayerSeat
+from attnzoo.surgery.lookalikes import refuse_unknown
+from attnzoo.surgery.options import READ_DEFAULTS, READ_VARIANTS, options_of
 from attnzoo.surgery.places import place, places_of
 from attnzoo.surgery.projections import LatentProjections
 from attnzoo.surgery.report import ConversionReport, SiteReport
@@ -28,12 +31,6 @@ from attnzoo.surgery.seats.spec import ModelChange
 from attnzoo.surgery.site import Site
 from attnzoo.surgery.statistics import Progress, Statistics
 from attnzoo_kernels.errors import ConfigError, ConversionError, UnsupportedError
-
-READ_VARIANTS = ("mha", "s2")
-"""Variants that change what is read, and no weight."""
-
-_OWN_FIELDS = frozenset(field.name for field in fields(AttentionConfig))
-_DEFAULTS: dict[str, dict[str, Any]] = {"mha": {}, "s2": {"sink_blocks": 1}}
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +109,7 @@ def _convert(
     if variant in READ_VARIANTS:
         _refuse(model, sites, "read")
         _no_calibration(variant, calibration)
-        options = {**_DEFAULTS[variant], **options}
+        options = {**READ_DEFAULTS[variant], **options}
         return _apply(model, _reading_cuts(model, sites, variant, options), variant, options)
     if variant != "lowrank_gqa":
         return convert_to_seats(model, sites, variant, calibration, options)
@@ -191,19 +188,15 @@ def _choose(model: nn.Module, where: Callable[[Site], bool] | None) -> list[Site
     found = find(model)
     sites = [site for site in found if where is None or where(site)]
     if not found:
-        raise ConfigError(
-            f"model: expected attention blocks of the Llama family, got none; see find({type(model).__name__})"
-        )
+        refuse_unknown(model)
     if not sites:
         raise ConfigError(f"where: expected at least one of the {len(found)} sites of find(model), got none")
     return sites
 
 
 def _request(options: dict[str, Any]) -> lowrank.Request:
-    known = [field.name for field in fields(lowrank.Request)]
-    unknown = sorted(set(options) - set(known))
-    if unknown:
-        raise ConfigError(f"{unknown[0]}: expected one of {', '.join(known)} for 'lowrank_gqa'")
+    for name in options:
+        check_known(name, options_of("lowrank_gqa"), "options for 'lowrank_gqa'")
     if "method" not in options:
         raise ConfigError(f"method: expected one of {', '.join(lowrank.METHODS)}, got none")
     if options["method"] == "mean":
@@ -213,10 +206,8 @@ def _request(options: dict[str, Any]) -> lowrank.Request:
 
 def _reading_cuts(model: nn.Module, sites: list[Site], variant: str, options: dict[str, Any]) -> list[_Cut]:
     """Rules for sites that keep their weights."""
-    known = [field.name for field in fields(get_config(variant)) if field.name not in _OWN_FIELDS]
-    unknown = sorted(set(options) - set(known))
-    if unknown:
-        raise ConfigError(f"{unknown[0]}: expected one of {', '.join(known)} for {variant!r}")
+    for name in options:
+        check_known(name, options_of(variant), f"options for {variant!r}")
     if (variant == "mha" and options.get("window") and not options.get("sink")) or (
         variant == "s2" and options["sink_blocks"] == 0
     ):
@@ -368,8 +359,15 @@ def _whole(entry: dict[str, Any], name: str, allowed: Sequence[int]) -> int:
 
 
 def cache_bytes(model: nn.Module) -> int:
-    """Bytes that the model's cache holds for each token, all attention blocks together."""
-    values = sum(_values(model.get_submodule(site.path), site) for site in find(model))
+    """Bytes that the model's cache holds for each token, all attention blocks together.
+
+    Raises:
+        ConfigError: If the model has no attention blocks that are known.
+    """
+    sites = find(model)
+    if not sites:
+        refuse_unknown(model)
+    values = sum(_values(model.get_submodule(site.path), site) for site in sites)
     return values * next(model.parameters()).element_size()
 
 

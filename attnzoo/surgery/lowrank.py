@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from attnzoo.choices import check_choice
 from attnzoo.config import check_bool
 from attnzoo.surgery import merge_heads
 from attnzoo.surgery.grouping import consecutive
@@ -62,8 +63,7 @@ class Request:
     gradients: bool = True
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ConfigError(f"method: expected one of {', '.join(METHODS)}, got {self.method!r}")
+        check_choice("method", self.method, METHODS)
         wanted, other = ("latent_dim", "num_kv_heads") if self.method == "latent" else ("num_kv_heads", "latent_dim")
         value = getattr(self, wanted)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:

@@ -33,6 +33,7 @@ from torch import Tensor
 from attnzoo.align import Alignment
 from attnzoo.base import DENSE_BLOCK, AttentionLayer, AttentionOutput, Heads, Memory, Plan, Step
 from attnzoo.cache import KVCache, Stream
+from attnzoo.choices import hint
 from attnzoo.config import AttentionConfig, check_bool, check_int
 from attnzoo.landmarks import LandmarkGrid
 from attnzoo.layouts import dense_layout
@@ -97,7 +98,7 @@ def check_mode(mode: object) -> None:
         ConfigError: If it is none.
     """
     if mode is not None and mode not in _MODES:
-        raise ConfigError(f"mode: expected one of {', '.join(_MODES)} or None, got {mode!r}")
+        raise ConfigError(f"mode: expected one of {', '.join(_MODES)} or None, got {mode!r}{hint(mode, _MODES)}")
 
 
 def check_mix(mix: object) -> None:

@@ -36,6 +36,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from attnzoo.base import AttentionLayer, Heads, Memory, Plan, Step, is_training, local_rows
 from attnzoo.cache import KVCache, Stream
+from attnzoo.choices import check_choice
 from attnzoo.config import AttentionConfig, check_bool, check_int
 from attnzoo.layouts import dense_layout, may_share
 from attnzoo.offload import fetch_blocks
@@ -87,9 +88,8 @@ class LongHeadsConfig(AttentionConfig):
             check_int("begin", self.begin, 1)
         if self.first < length or self.first % size:
             raise ConfigError(f"begin: expected a multiple of {size} from {length} on, got {self.begin}")
-        for name, known in (("select", ("token", "block")), ("chunk_rep", ("attention", "mean_key"))):
-            if getattr(self, name) not in known:
-                raise ConfigError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
+        check_choice("select", self.select, ("token", "block"))
+        check_choice("chunk_rep", self.chunk_rep, ("attention", "mean_key"))
         if self.query_block is not None:
             check_int("query_block", self.query_block, 1)
             if size % self.query_block:

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from attnzoo.base import AttentionLayer, Heads, Memory, Plan, Step
+from attnzoo.choices import check_choice
 from attnzoo.compaction import Rows, is_readable, windowed_layout
 from attnzoo.config import AttentionConfig, check_bool, check_int
 from attnzoo.layouts import Cover, dense_layout, sink_window_layout
@@ -82,8 +83,7 @@ class MoHConfig(AttentionConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ConfigError(f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
+            check_choice(name, getattr(self, name), choices)
         self._check_counts()
         check_bool("rescale", self.rescale)
         for name, least in (("ste_coefficient", 0.0), ("eps", 0.0)):
@@ -109,7 +109,7 @@ class MoHConfig(AttentionConfig):
         routed = self.num_heads - self.counts.shared
         if self.active_heads in (None, "all"):
             return
-        check_int("active_heads", self.active_heads, 1 if routed else 0)
+        check_int("active_heads", self.active_heads, 1 if routed else 0, "all")
         if self.counts.active > routed or self.counts.active % unit:
             raise ConfigError(
                 f"active_heads: expected at most the {routed} heads that are not shared, whole units of {unit}, "

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from attnzoo.base import DENSE_BLOCK, AttentionLayer, Heads, Memory, Plan, Step, is_training
 from attnzoo.cache import KVCache, Stream
+from attnzoo.choices import hint
 from attnzoo.config import AttentionConfig, check_bool, check_int
 from attnzoo.convolution import DepthwiseConvolution
 from attnzoo.layouts import dense_layout
@@ -97,8 +98,9 @@ class RCMHAConfig(AttentionConfig):
             "rel_init": ("xavier", "zero"),
         }
         for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise ConfigError(f"{name}: expected one of {', '.join(map(repr, known))}, got {getattr(self, name)!r}")
+            if (got := getattr(self, name)) not in known:
+                near = hint(got, [word for word in known if word is not None])
+                raise ConfigError(f"{name}: expected one of {', '.join(map(repr, known))}, got {got!r}{near}")
 
     @property
     def rel_width(self) -> int:

@@ -75,8 +75,8 @@ class S2Config(AttentionConfig):
         check_bool("homogeneous", self.homogeneous)
         if self.num_dense_heads > self.kv_heads:
             raise ConfigError(f"num_dense_heads: expected at most {self.kv_heads} KV heads, got {self.num_dense_heads}")
-        if self.step not in (None, "dkernel"):
-            check_int("step", self.step, 0)
+        if self.step is not None:
+            check_int("step", self.step, 0, "dkernel")
 
     @property
     def head_step(self) -> int:

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from attnzoo.base import AttentionLayer
-from attnzoo.config import AttentionConfig, check_known
+from attnzoo.choices import check_known
+from attnzoo.config import AttentionConfig
 from attnzoo.notices import warn_caller
 from attnzoo.registry import create, get_config
 from attnzoo.surgery.hosts import llama

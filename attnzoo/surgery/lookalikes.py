@@ -1,0 +1,51 @@
+"""Modules that look like attention and that no family of hosts knows: what an error says was found instead."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from typing import NoReturn
+
+from torch import nn
+
+from attnzoo.surgery.hosts import llama
+from attnzoo_kernels.errors import ConfigError
+
+_CLASS = re.compile(r"attention|attn", re.IGNORECASE)
+_PLACE = re.compile(r"(self_|cross_)?(attn|attention)")
+
+
+def lookalikes(model: nn.Module) -> dict[tuple[str, str], int]:
+    """How many modules look like attention and are not known, by class and path, numbers in paths being ``*``.
+
+    Of modules inside each other the outermost counts, and none inside a known block does.
+
+    Example:
+        >>> lookalikes(nn.Sequential(nn.MultiheadAttention(8, 2), nn.MultiheadAttention(8, 2)))
+        {('MultiheadAttention', '*'): 2}
+    """
+    found: Counter[tuple[str, str]] = Counter()
+    outer = None
+    for path, module in model.named_modules():
+        if not path or (outer is not None and path.startswith(f"{outer}.")):
+            continue
+        name, known = type(module).__name__, llama.matches(module)
+        if not (known or _CLASS.search(name) or _PLACE.fullmatch(path.rpartition(".")[2])):
+            continue
+        outer = path
+        if not known:
+            pattern = ".".join("*" if part.isdecimal() else part for part in path.split("."))
+            found[name, pattern] += 1
+    return dict(found)
+
+
+def refuse_unknown(model: nn.Module) -> NoReturn:
+    """Raises for a model without a known block: nothing can be said about it, and zeros would be untrue.
+
+    Raises:
+        ConfigError: Saying what looks like attention in it, and which classes are known.
+    """
+    found = [f"{count} {name} at {pattern}" for (name, pattern), count in lookalikes(model).items()]
+    got = f"found {', '.join(found)}" if found else f"{type(model).__name__} has no module that says attention"
+    known = ", ".join(llama.CLASSES)
+    raise ConfigError(f"model: expected attention blocks of a known family, {got}; known are {known}")

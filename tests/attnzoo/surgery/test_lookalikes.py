@@ -1,0 +1,123 @@
+"""A model without a known attention block: every door says what was found and what is known, and none says zero."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPTBigCodeConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+)
+
+from attnzoo import surgery
+from attnzoo.cli import main
+from attnzoo.compare import Comparer, VariantSpec
+from attnzoo.surgery.hosts.llama import CLASSES
+from attnzoo.surgery.lookalikes import lookalikes
+from attnzoo_kernels.errors import ConfigError
+
+SMALL = {"vocab_size": 11, "n_embd": 16, "n_layer": 3, "n_head": 2, "n_positions": 16}
+NEOX = {"vocab_size": 11, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 16}
+
+
+def hybrid() -> nn.Module:
+    """A decoder whose blocks are named, but not classed, as attention, beside one inside another."""
+    inner = nn.ModuleDict({"attn": nn.Linear(4, 4), "other": nn.MultiheadAttention(4, 2)})
+    return nn.ModuleList([nn.ModuleDict({"attention": nn.ModuleDict({"attn": nn.Linear(4, 4)})}), inner])
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], dict[tuple[str, str], int]]] = {
+    "gpt2": (
+        lambda: AutoModelForCausalLM.from_config(GPT2Config(**SMALL)),
+        {("GPT2Attention", "transformer.h.*.attn"): 3},
+    ),
+    "bigcode": (
+        lambda: AutoModelForCausalLM.from_config(GPTBigCodeConfig(**SMALL)),
+        {("GPTBigCodeAttention", "transformer.h.*.attn"): 3},
+    ),
+    "neox": (
+        lambda: AutoModelForCausalLM.from_config(GPTNeoXConfig(**NEOX)),
+        {("GPTNeoXAttention", "gpt_neox.layers.*.attention"): 3},
+    ),
+    "torch": (
+        lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 8), 2, enable_nested_tensor=False),
+        {("MultiheadAttention", "layers.*.self_attn"): 2},
+    ),
+    "hybrid": (
+        hybrid,
+        {("ModuleDict", "*.attention"): 1, ("Linear", "*.attn"): 1, ("MultiheadAttention", "*.other"): 1},
+    ),
+    "mamba": (
+        lambda: AutoModelForCausalLM.from_config(MambaConfig(vocab_size=11, hidden_size=8, num_hidden_layers=1)),
+        {},
+    ),
+    "nothing": (lambda: nn.Linear(2, 2), {}),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_no_door_says_zero_or_points_in_a_circle(name: str) -> None:
+    build, expected = MODELS[name]
+    model = build()
+    assert lookalikes(model) == expected
+    assert surgery.find(model) == ()
+    doors = [
+        lambda: surgery.convert(model, "mha", window=4, sink=1),
+        lambda: surgery.convert(model, "moh"),
+        lambda: surgery.cache_bytes(model),
+        lambda: Comparer(model, torch.zeros(1, 8, dtype=torch.int64), None).run([VariantSpec("dense")], {}),
+    ]
+    for door in doors:
+        with pytest.raises(ConfigError, match=r"^model: expected") as raised:
+            door()
+        said = str(raised.value)
+        assert "find(" not in said
+        assert all(known in said for known in CLASSES)
+        for (kind, place), count in expected.items():
+            assert f"{count} {kind} at {place}" in said
+        if not expected:
+            assert f"{type(model).__name__} has no module that says attention" in said
+
+
+def test_known_blocks_are_no_lookalikes() -> None:
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 8}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=7, num_hidden_layers=2, **sizes))
+    assert lookalikes(model) == {}
+    for conversion in (lambda: surgery.convert(model, "moh"), lambda: surgery.convert(model, "mha", window=4, sink=1)):
+        report = conversion()
+        assert lookalikes(model) == {}
+        report.undo()
+
+
+@pytest.mark.parametrize("command", ["inspect", "inspect --json", "compare --variants dense", "convert --to moh"])
+def test_commands_end_with_what_was_found(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model: Any = AutoModelForCausalLM.from_config(GPT2Config(**SMALL))
+    folder = tmp_path / "gpt2"
+    model.save_pretrained(folder)
+    name, *more = command.split()
+    if name == "convert":
+        more += ["--out", str(tmp_path / "out")]
+    if name == "compare":
+        # The text is cut before the model is looked at.
+        monkeypatch.setattr("attnzoo.cli.app.text_tokens", lambda *_: torch.zeros(4096, dtype=torch.int64))
+    monkeypatch.setattr(sys, "argv", ["attnzoo", name, str(folder), *more])
+    with pytest.raises(SystemExit) as end:
+        main()
+    out, err = capsys.readouterr()
+    assert end.value.code == 2
+    assert out == ""
+    assert err.splitlines()[-1].startswith("attnzoo: model: expected attention blocks of a known family, found 3 GPT2")
+    assert not (tmp_path / "out").exists()
