@@ -5,13 +5,12 @@ Letters: T query tokens, S key tokens.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from attnzoo_kernels import BlockLayout
+from attnzoo_kernels import BlockLayout, remembers
 
 
 class Cover(NamedTuple):
@@ -42,7 +41,7 @@ def sink_window_layout(block: int, tokens: int, slots: int, cover: Cover, like: 
     return _sink_window(block, tokens, slots, cover, like.device)
 
 
-@lru_cache(maxsize=32)
+@remembers(32)
 def _shared_dense(block: int, tokens: int, slots: int, device: torch.device) -> BlockLayout:
     with torch.inference_mode(False):
         return BlockLayout.dense(block, block, tokens, slots, device=device)
@@ -62,7 +61,7 @@ def _sink_window(block: int, tokens: int, slots: int, cover: Cover, device: torc
     )
 
 
-@lru_cache(maxsize=32)
+@remembers(32)
 def _shared_sink_window(block: int, tokens: int, slots: int, cover: Cover, device: torch.device) -> BlockLayout:
     with torch.inference_mode(False):
         return _sink_window(block, tokens, slots, cover, device)

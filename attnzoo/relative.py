@@ -19,13 +19,12 @@ apart.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from attnzoo.layouts import Cover, dense_layout, may_share, sink_window_layout
-from attnzoo_kernels import Extras, block_sparse_attention_with_lse, merge_states
+from attnzoo_kernels import Extras, block_sparse_attention_with_lse, merge_states, remembers
 
 BASE = 10000.0
 """The longest wavelength over 2 pi, as in the paper."""
@@ -53,7 +52,7 @@ def waves_behind(slots: int, width: int, like: Tensor) -> Tensor:
     return _shared_waves(size, width, dtype, like.device)[size - slots :]
 
 
-@lru_cache(maxsize=8)
+@remembers(8)
 def _shared_waves(size: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A power of two of places serves all lengths up to it: a decoding step makes no table."""
     with torch.inference_mode(False), torch.no_grad():

@@ -27,7 +27,6 @@ K slots, w tokens of a chunk.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -42,7 +41,7 @@ from attnzoo.layouts import dense_layout, may_share
 from attnzoo.offload import fetch_blocks
 from attnzoo.rope import RotaryConfig, apply_rotary, rotary_tables
 from attnzoo.select import top_blocks
-from attnzoo_kernels import BlockLayout, Extras
+from attnzoo_kernels import BlockLayout, Extras, remembers
 from attnzoo_kernels.errors import ConfigError, UnsupportedError
 
 ROWS_AT_ONCE = 4096
@@ -472,7 +471,7 @@ def _plain(size: int, block: int, tokens: int, slots: int, device: torch.device)
     return replace(layout, origin=first - first % size)
 
 
-@lru_cache(maxsize=32)
+@remembers(32)
 def _shared_plain(size: int, block: int, tokens: int, slots: int, device: torch.device) -> BlockLayout:
     with torch.inference_mode(False):
         return _plain(size, block, tokens, slots, device)
@@ -486,7 +485,7 @@ def _turns(
     return rotary_tables(plain, width, torch.arange(places, device=device), dtype)
 
 
-@lru_cache(maxsize=32)
+@remembers(32)
 def _shared_turns(
     rotary: RotaryConfig, width: int, places: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,6 @@ Letters: M/N query/key blocks, I a query block, J a key block, H query heads, G 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -31,7 +30,7 @@ from attnzoo.config import AttentionConfig, check_bool, check_int
 from attnzoo.layouts import may_share
 from attnzoo.notices import warn_caller
 from attnzoo.pool import Pattern, PoolCache, PoolMemory, attend_pool
-from attnzoo_kernels import BlockLayout, Extras
+from attnzoo_kernels import BlockLayout, Extras, remembers
 from attnzoo_kernels.errors import ConfigError, UnsupportedError
 
 
@@ -287,7 +286,7 @@ def _relative(config: S2Config, sizes: tuple[int, int, int, int], dense: list[bo
     return keep | torch.tensor(dense, device=device).view(1, -1, 1, 1) if any(dense) else keep
 
 
-@lru_cache(maxsize=32)
+@remembers(32)
 def _shared_layout(config: S2Config, place: _Place, device: torch.device) -> BlockLayout:
     """One layout, and thereby one schedule, for all layers of a model."""
     with torch.inference_mode(False):

@@ -8,7 +8,8 @@ from attnzoo_kernels.layout import BlockLayout
 from attnzoo_kernels.merge import merge_states
 from attnzoo_kernels.op import block_sparse_attention, block_sparse_attention_with_lse, visible_pairs, why_not
 from attnzoo_kernels.registration import no_autocast as no_autocast
-from attnzoo_kernels.workspace import clear_scratch
+from attnzoo_kernels.store import memory_held, memory_limit, remembers, set_memory_limit
+from attnzoo_kernels.workspace import clear_memory, clear_scratch
 
 __all__ = [
     "AttnzooError",
@@ -20,8 +21,13 @@ __all__ = [
     "UnsupportedError",
     "block_sparse_attention",
     "block_sparse_attention_with_lse",
+    "clear_memory",
     "clear_scratch",
+    "memory_held",
+    "memory_limit",
     "merge_states",
+    "remembers",
+    "set_memory_limit",
     "visible_pairs",
     "why_not",
 ]

@@ -6,13 +6,12 @@ instructions that products of fp32 do not have.
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
 from attnzoo_kernels.call import Call
 from attnzoo_kernels.processor import cpu_class
+from attnzoo_kernels.store import remembers
 from attnzoo_kernels.strips import Part, Seat, Strip, Strips, lists_runs, strips_of
 from attnzoo_kernels.workspace import scratch
 
@@ -172,7 +171,7 @@ def _edge(place: Tensor, width: int, dtype: torch.dtype, *, hides_after: bool) -
     return out.view(shape)
 
 
-@lru_cache(maxsize=32)
+@remembers(32)
 def _step(size: int, dtype: torch.dtype, *, hides_after: bool) -> Tensor:
     with torch.inference_mode(False):
         shown, hidden = (torch.full((size,), value, dtype=dtype, device="cpu") for value in (0.0, -torch.inf))

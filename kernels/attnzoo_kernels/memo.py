@@ -1,4 +1,4 @@
-"""What follows from a layout and a rule without tensors, remembered for as long as the layout lives."""
+"""What follows from a layout and a rule without tensors, remembered while the layout lives and there is room."""
 
 from __future__ import annotations
 
@@ -8,20 +8,19 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from attnzoo_kernels.call import Call
+from attnzoo_kernels.store import Shelf
 
 Value = TypeVar("Value")
 
-MOST_RULES = 16
-"""Values remembered for one layout."""
-
-_memo: WeakIdKeyDictionary = WeakIdKeyDictionary()
+MOST = 4096
+"""Values remembered, of all layouts; their bytes are bounded by the store."""
 
 
 @dataclass(frozen=True)
 class _Remembered:
+    col: weakref.ref[Tensor]
     start: weakref.ref[Tensor]
     count: weakref.ref[Tensor]
     origin: weakref.ref[Tensor] | None
@@ -32,8 +31,11 @@ class _Remembered:
         """Whether it was made from these very tensors."""
         origin = None if self.origin is None else self.origin()
         wanted = None if call.origins is None else call.origins.of_entry
-        same = self.start() is call.start and self.count() is call.count and origin is wanted
-        return same and self.versions == _versions(call)
+        lists = self.col() is call.col and self.start() is call.start and self.count() is call.count
+        return lists and origin is wanted and self.versions == _versions(call)
+
+
+_memo: Shelf[_Remembered] = Shelf(MOST)
 
 
 def _versions(call: Call) -> tuple[int, ...]:
@@ -43,7 +45,7 @@ def _versions(call: Call) -> tuple[int, ...]:
 
 
 def remembered(call: Call, build: Callable[[Call], Value]) -> Value:
-    """``build(call)``, remembered for as long as the layout lives where the rule holds no tensors.
+    """``build(call)``, remembered for as long as the layout lives and there is room, where the rule holds no tensors.
 
     ``build`` must depend on the layout, the rule and the sizes alone.
     """
@@ -51,6 +53,7 @@ def remembered(call: Call, build: Callable[[Call], Value]) -> Value:
         return build(call)
     rule = call.rule
     key = (
+        id(call.col),
         build,
         *call.shape,
         call.block_q,
@@ -61,17 +64,20 @@ def remembered(call: Call, build: Callable[[Call], Value]) -> Value:
         rule.fold,
         call.origins is None,
     )
-    known = _memo.get(call.col)
-    found: _Remembered | None = known.get(key) if known is not None else None
+    found = _memo.get(key)
     if found is not None and found.is_of(call):
         value: Value = found.value
         return value
     value = build(call)
+
+    def forget(dead: weakref.ref[Tensor]) -> None:
+        # Another layout may have its place by now.
+        there = _memo.records.get(key)
+        if there is not None and there.value.col is dead:
+            _memo.drop(key)
+
     # Threads may race here: the last writer wins, with an equal value.
     origin = None if call.origins is None else weakref.ref(call.origins.of_entry)
-    new = _Remembered(weakref.ref(call.start), weakref.ref(call.count), origin, _versions(call), value)
-    rules = _memo.setdefault(call.col, {})
-    if len(rules) >= MOST_RULES:
-        rules.clear()
-    rules[key] = new
+    lists = (weakref.ref(call.col, forget), weakref.ref(call.start), weakref.ref(call.count))
+    _memo.put(key, _Remembered(*lists, origin, _versions(call), value))
     return value

@@ -17,6 +17,7 @@ from torch import Tensor
 from attnzoo_kernels.call import Call
 from attnzoo_kernels.entries import Spans, classify, list_entries, spans_of
 from attnzoo_kernels.memo import remembered
+from attnzoo_kernels.store import bytes_of, note_growth
 
 MOST_LIMITS = 1 << 20
 """Limits that are made beforehand for a single call."""
@@ -138,6 +139,7 @@ class Schedule:
             for bucket in self.buckets:
                 parts += bucket.split(max(1, scores // (block_q * bucket.cols.shape[1] * block_k)))
             self._chunks[scores] = sorted(parts, key=lambda part: part.places[0])
+            note_growth(bytes_of(self._chunks[scores]))
         return self._chunks[scores]
 
     @property

@@ -9,7 +9,7 @@ Letters: R rows of the chunk (query blocks), n key blocks of each row, D head wi
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from attnzoo_kernels import gating
 from attnzoo_kernels.call import Call, Origins
 from attnzoo_kernels.gemm import product
 from attnzoo_kernels.schedule import Bucket, Limits, Schedule
+from attnzoo_kernels.store import remembers
 from attnzoo_kernels.tiles import Source, tile
 from attnzoo_kernels.workspace import scratch
 
@@ -285,7 +286,7 @@ def _hide(inputs: Inputs, part: Bucket, scores: Tensor) -> None:
     torch.minimum(tail, most, out=tail)
 
 
-@lru_cache(maxsize=64)
+@remembers(64)
 def _until(block: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Row j is inf at the columns before j and -inf from there on, ``[block + 1, block]``."""
     with torch.inference_mode(False):
@@ -293,7 +294,7 @@ def _until(block: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.where(seen, torch.inf, -torch.inf).to(dtype)
 
 
-@lru_cache(maxsize=64)
+@remembers(64)
 def _since(block: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Row j is inf at the columns from j on."""
     with torch.inference_mode(False):
