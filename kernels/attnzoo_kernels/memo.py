@@ -69,12 +69,14 @@ def remembered(call: Call, build: Callable[[Call], Value]) -> Value:
         value: Value = found.value
         return value
     value = build(call)
+    # Not the module's name: layouts may outlive the module when the interpreter ends.
+    shelf = _memo
 
     def forget(dead: weakref.ref[Tensor]) -> None:
         # Another layout may have its place by now.
-        there = _memo.records.get(key)
+        there = shelf.records.get(key)
         if there is not None and there.value.col is dead:
-            _memo.drop(key)
+            shelf.drop(key)
 
     # Threads may race here: the last writer wins, with an equal value.
     origin = None if call.origins is None else weakref.ref(call.origins.of_entry)
