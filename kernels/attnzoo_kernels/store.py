@@ -73,7 +73,7 @@ class Shelf(Generic[Value]):
         self.records[key] = _Record(value)
         if len(self.records) > self.most:
             # An eighth at a time: to look for the oldest at every call would take longer than to make some values.
-            by_age = sorted(list(self.records.items()), key=lambda item: item[1].used)
+            by_age = sorted(self.records.items(), key=lambda item: item[1].used)
             for old, _ in by_age[: max(1, self.most // 8)]:
                 self.records.pop(old, None)
         note_growth(size)
