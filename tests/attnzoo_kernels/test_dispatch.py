@@ -211,3 +211,18 @@ def test_gradients_come_back_where_they_are_wanted_alone() -> None:
             grads = dispatch.backward("blocked", call, results, torch.ones_like(out), None, need)
             assert len(grads) == 7
             assert [grad is not None for grad in grads] == need
+
+
+def test_what_the_fused_backward_gives_beside_what_is_wanted_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = KINDS["the same"]
+    monkeypatch.setattr(dispatch.fused, "backward", lambda call, results, dout: (call.q + 1, call.k + 2, call.v + 3))
+    for at in range(3):
+        need = [place == at for place in range(7)]
+        grads = dispatch.backward("blocked", call, (call.q, call.q[..., 0]), call.q, None, need)
+        assert [grad is not None for grad in grads] == need
+        assert float(grads[at].unique()) == at + 1
+    # The gradient of the log-sum-exp is made in blocks alone.
+    grads = dispatch.backward(
+        "blocked", call, (call.q, call.q[..., 0]), call.q, call.q[..., 0], [True] * 3 + [False] * 4
+    )
+    assert not bool((grads[0] == 1).all())

@@ -147,7 +147,7 @@ def test_a_gradient_of_what_all_processes_share_is_refused_by_name(name: str) ->
 def test_placements_that_do_not_cut_a_call_are_refused_by_name() -> None:
     layout = BlockLayout.dense(*SIZES)
     with process(0, (2,)) as mesh:
-        q, k, v = (placed(x, mesh, (Shard(1),)) for x in inputs())
+        q, _, v = (placed(x, mesh, (Shard(1),)) for x in inputs())
         with pytest.raises(UnsupportedError, match="by batch or heads"):
             block_sparse_attention_with_lse(*(placed(x, mesh, (Shard(2),)) for x in inputs()), layout)
         with pytest.raises(UnsupportedError, match="by batch or heads"):
@@ -163,3 +163,9 @@ def test_placements_that_do_not_cut_a_call_are_refused_by_name() -> None:
                   for x in inputs()]  # fmt: skip
         with pytest.raises(UnsupportedError, match="3 processes share evenly"):
             block_sparse_attention_with_lse(*uneven, layout)
+    with process(5, (8,)) as mesh:
+        q, *rest = inputs()
+        few = [DTensor.from_local(x[:, :1], mesh, (Shard(1),), run_check=False, shape=x.shape, stride=x.stride())
+               for x in rest]  # fmt: skip
+        with pytest.raises(UnsupportedError, match="8 processes share evenly"):
+            block_sparse_attention_with_lse(placed(q, mesh, (Shard(1),)), *few, layout)

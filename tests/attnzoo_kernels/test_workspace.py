@@ -37,9 +37,7 @@ def test_one_name_is_one_piece_of_memory_until_more_is_asked_for() -> None:
 
 def test_names_and_dtypes_never_share_memory() -> None:
     kept = [
-        scratch(name, (6,), dtype, CPU)
-        for name in ("a", "b")
-        for dtype in (torch.float32, torch.int32, torch.float64)
+        scratch(name, (6,), dtype, CPU) for name in ("a", "b") for dtype in (torch.float32, torch.int32, torch.float64)
     ]
     assert len({x.data_ptr() for x in kept}) == len(kept)
     assert [x.dtype for x in kept] == 2 * [torch.float32, torch.int32, torch.float64]

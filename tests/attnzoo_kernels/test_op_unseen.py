@@ -1,0 +1,59 @@
+"""Rows that see nothing, and rows whose positions differ from item to item, beside every way of scoring."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from attnzoo_kernels import BlockLayout, Extras, block_sparse_attention_with_lse
+from tests.strategies import Numbers
+
+B, H, G, T, S, D = 3, 4, 2, 20, 24, 4
+SIZES = (8, 8, T, S)
+
+
+def positions(kind: str) -> Tensor:
+    base = torch.arange(T, dtype=torch.int32)
+    if kind == "by item":
+        return torch.stack([base, base + 3, base - 6]).view(B, 1, T)
+    if kind == "by head":
+        return (base + torch.arange(H, dtype=torch.int32).view(H, 1) - 2).view(1, H, T)
+    return (base + torch.arange(B * H, dtype=torch.int32).view(B, H, 1) - 6).view(B, H, T)
+
+
+def scoring(kind: str) -> dict[str, Any]:
+    n = Numbers.of(4)
+    return {
+        "plain": {},
+        "window": {"window": 6},
+        "aux": {"aux": (n.normal(B, H, T, 3), n.normal(B, 1, S, 3))},
+        "landmarks": {"gate": "last", "gate_mix": 0.6},
+        "gates": {"gate": n.normal(B, G, 3, D), "gate_mix": 0.6},
+        "bias": {"key_bias": n.normal(B, G, S)},
+    }[kind]
+
+
+def results(impl: str, layout: BlockLayout, extras: Extras, seed: tuple[Tensor, Tensor], causal: bool) -> list[Tensor]:
+    """Out, lse and gradients of q, k and v; empty rows' log-sum-exp as 0."""
+    n = Numbers.of(5)
+    leaves = [n.normal(B, h, t, D).requires_grad_() for h, t in ((H, T), (G, S), (G, S))]
+    out, lse = block_sparse_attention_with_lse(*leaves, layout, causal=causal, extras=extras, impl=impl)
+    grads = torch.autograd.grad((out, lse), leaves, seed)
+    return [out.detach(), lse.detach().nan_to_num(neginf=0.0), *grads]
+
+
+@pytest.mark.parametrize("score", ["plain", "window", "aux", "landmarks", "gates", "bias"])
+@pytest.mark.parametrize("kind", ["by item", "by head", "by both"])
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+def test_positions_of_items_and_heads_are_their_own(kind: str, score: str, causal: bool) -> None:
+    n = Numbers.of(6)
+    layout = BlockLayout.from_mask(n.chance(0.7, B, G, 3, 3), *SIZES)
+    extras = Extras(q_pos=positions(kind), **scoring(score))
+    # Seeds at rows that see nothing too: what they receive must reach nobody.
+    seed = (n.normal(B, H, T, D), n.normal(B, H, T))
+    found, wanted = (results(impl, layout, extras, seed, causal) for impl in ("blocked", "reference"))
+    for mine, true in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine, true, rtol=1e-9, atol=1e-9)

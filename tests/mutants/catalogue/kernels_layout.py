@@ -1,0 +1,127 @@
+"""Of layouts: how they are built, drawn, exchanged with FlexAttention; and the checks of the operation's arguments."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from tests.mutants.record import Mutant
+
+FOLDER, TESTS = "kernels/attnzoo_kernels", "tests/attnzoo_kernels"
+build = partial(
+    Mutant, file=f"{FOLDER}/layout_build.py", tests=f"{TESTS}/test_layout.py -k 'window or strided or mask or indices'"
+)
+layout = partial(Mutant, file=f"{FOLDER}/layout.py", tests=f"{TESTS}/test_layout.py")
+flex = partial(Mutant, file=f"{FOLDER}/layout_flex.py", tests=f"{TESTS}/test_layout_flex.py")
+picture = partial(Mutant, file=f"{FOLDER}/layout_picture.py", tests=f"{TESTS}/test_layout.py -k print")
+checks = partial(Mutant, file=f"{FOLDER}/checks.py", tests=f"{TESTS}/test_op_errors.py")
+
+MUTANTS = (
+    build(
+        "build-window-back", old="back, ahead = window - 1,", new="back, ahead = window,",
+        wrong="a window reaches one slot too far back and lists a block too many",
+    ),
+    build(
+        "build-window-width", old="min(spread // block_k + 2, blocks_k)", new="min(spread // block_k + 1, blocks_k)",
+        wrong="a window that begins inside a block misses its last block",
+    ),
+    build(
+        "build-sink-twice", old="beside = (sinks < low) & (high >= 0) if causal", new="beside = (sinks <= low) & (high >= 0) if causal",
+        wrong="a sink block at the window's edge is listed twice",
+    ),
+    build(
+        "build-stride-shift", old="(block + moved) % stride == 0", new="(block - moved) % stride == 0",
+        wrong="strided heads shift the other way",
+    ),
+    build(
+        "build-local", old="first_own - block < local", new="first_own - block <= local", wrong="one local block too many",
+    ),
+    build(
+        "build-future", old="keep & (block <= own)", new="keep", wrong="dense and strided heads list blocks of the future",
+    ),
+    build(
+        "build-index-order", old="torch.argsort((index < 0).to(torch.uint8), dim=-1, stable=True)",
+        new="torch.argsort((index >= 0).to(torch.uint8), dim=-1, stable=True)", wrong="holes come first and are read",
+    ),
+    build(
+        "build-origin-order", old="origin.gather(-1, order).to(torch.int32)", new="origin.to(torch.int32)",
+        wrong="origins do not move with their blocks", tests=f"{TESTS}/test_layout.py -k origins",
+    ),
+    build(
+        "build-compact-origin", old="origin = None if lists.origin is None else lists.origin[place]", new="origin = lists.origin",
+        wrong="compacting leaves origins where they were", tests=f"{TESTS}/test_layout.py -k 'compact or origins'",
+    ),
+    build(
+        "build-duplicates", old="bool((key[1:] == key[:-1]).any())", new="bool((key[2:] == key[:-2]).any())",
+        wrong="a block may stand twice in a list", tests=f"{TESTS}/test_layout.py -k refused",
+    ),
+    build(
+        "build-start-of-item", old="place = first.view(-1, 1, 1, 1)", new="place = first[:1].view(-1, 1, 1, 1)",
+        wrong="all items begin where the first one does", tests=f"{TESTS}/test_layout.py -k each_item",
+    ),
+    layout(
+        "layout-not-copied", old="value.detach().clone())", new="value.detach())",
+        wrong="changing what a layout was made of changes the layout", tests=f"{TESTS}/test_op_state.py -k 'made_of'",
+    ),
+    layout(
+        "layout-kv-rows", old=".clamp(max=self.block_k)", new=".clamp(max=self.block_k - 0 if False else 1 << 30)",
+        wrong="rows of ragged and whole blocks are counted alike", tests=f"{TESTS}/test_layout.py -k kv_rows",
+    ),
+    layout(
+        "layout-to-origin", old="origin = None if self.origin is None else self.origin.to(device)", new="origin = None",
+        wrong="moving a layout loses its origins", tests=f"{TESTS}/test_layout.py {TESTS}/test_layout_moves.py -k 'origin or moves'",
+    ),
+    layout(
+        "layout-and-is-or", old="self._combine(other, torch.logical_and)", new="self._combine(other, torch.logical_or)",
+        wrong="& reads what either reads", tests=f"{TESTS}/test_layout.py -k or_and",
+    ),
+    layout(
+        "layout-density-full", old="layout_density(self.lists, (self.block_q, self.block_k, self.seq_q, self.seq_k), causal=causal)",
+        new="layout_density(self.lists, (self.block_q, self.block_k, self.seq_q, self.seq_k), causal=True)",
+        wrong="density is always that of the causal rule", tests=f"{TESTS}/test_layout.py -k density",
+    ),
+    layout(
+        "layout-pytree-sizes", old="sizes = (layout.block_q, layout.block_k, layout.seq_q, layout.seq_k)",
+        new="sizes = (layout.block_k, layout.block_q, layout.seq_q, layout.seq_k)", wrong="a layout comes out of a pytree with its blocks swapped",
+        tests=f"{TESTS}/test_layout_moves.py",
+    ),
+    flex(
+        "flex-full-blocks", old="full = keep & (first + block_k - 1 <= row) & (first + block_k <= seq_k)",
+        new="full = keep & (first + block_k - 1 <= row + block_q) & (first + block_k <= seq_k)",
+        wrong="blocks on the diagonal go to FlexAttention as full",
+    ),
+    flex(
+        "flex-shift", old="return listed & (s <= t + shift) if causal else listed", new="return listed & (s <= t) if causal else listed",
+        wrong="causality of the exported mask is aligned at the first key",
+    ),
+    flex(
+        "flex-shared-heads", old="keep[b if blocks[0] else 0, h if blocks[1] else 0,", new="keep[0, h if blocks[1] else 0,",
+        wrong="all items get the first one's blocks inside FlexAttention's rule",
+    ),
+    picture(
+        "picture-more-heads", old="keep.shape[0] - MOST_HEADS} more heads", new="keep.shape[0]} more heads",
+        wrong="the number of heads that are not drawn is that of all", tests=f"{TESTS}/test_layout_moves.py",
+    ),
+    picture(
+        "picture-density", old="density {layout.density(causal=True):.3f}", new="density {layout.density(causal=False):.3f}",
+        wrong="the printed density is not the causal one that it says", tests=f"{TESTS}/test_layout_moves.py",
+    ),
+    checks(
+        "checks-heads-multiple", old="heads % groups != 0", new="groups % heads != 0", wrong="heads that do not fit KV heads are taken",
+    ),
+    checks(
+        "checks-widest", old="MAX_WIDTH = 256", new="MAX_WIDTH = 512", wrong="heads wider than the kernels hold are taken",
+    ),
+    checks(
+        "checks-aux-widths", old='expect("k_aux", k_aux, ((batch, 1), (k.shape[1], 1), (k.shape[2],), widths)',
+        new='expect("k_aux", k_aux, ((batch, 1), (k.shape[1], 1), (k.shape[2],), tuple(k_aux.shape[3:]))',
+        wrong="auxiliary queries and keys of different widths are taken",
+    ),
+    checks(
+        "checks-origin-table", old="int(listed.max()) < positions", new="int(listed.max()) <= positions",
+        wrong="an origin behind the table is taken", tests=f"{TESTS}/test_op_switches_torch.py -k origin",
+    ),
+    checks(
+        "checks-rope-gradient", old="if table.requires_grad:", new="if table.requires_grad and name == 'rope cos':",
+        wrong="a rope table that wants a gradient gets none, silently", tests=f"{TESTS}/test_op_regressions.py -k rope",
+    ),
+)  # fmt: skip

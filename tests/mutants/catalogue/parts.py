@@ -1,0 +1,276 @@
+"""Of what layers are made of: rotation, choice, routing, rows that are left out, landmarks, distances, convolutions."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from tests.mutants.record import Mutant
+
+TESTS, VARIANTS = "tests/attnzoo", "tests/attnzoo/variants"
+rope = partial(Mutant, file="attnzoo/rope.py", tests=f"{TESTS}/test_rope.py")
+select = partial(Mutant, file="attnzoo/select.py", tests=f"{TESTS}/test_select.py")
+routing = partial(
+    Mutant,
+    file="attnzoo/routing.py",
+    tests=f"{VARIANTS}/test_moh.py -k 'oracle or ties or shares or balance or straight or gates'",
+)
+compaction = partial(
+    Mutant,
+    file="attnzoo/compaction.py",
+    tests=f"{VARIANTS}/test_moh.py -k 'both_ways or gathered or oracle or density'",
+)
+landmarks = partial(Mutant, file="attnzoo/landmarks.py", tests=f"{TESTS}/test_landmarks.py")
+retrieval = partial(
+    Mutant,
+    file="attnzoo/retrieval.py",
+    tests=f"{VARIANTS}/test_landmark.py -k 'its_oracle or any_blocks or front or parts'",
+)
+relative = partial(
+    Mutant,
+    file="attnzoo/relative.py",
+    tests=f"{TESTS}/test_relative.py {VARIANTS}/test_rcmha.py -k 'channels or its_oracle or definition'",
+)
+convolution = partial(Mutant, file="attnzoo/convolution.py", tests=f"{TESTS}/test_convolution.py")
+align = partial(Mutant, file="attnzoo/align.py", tests=f"{TESTS}/test_align.py")
+offload = partial(
+    Mutant, file="attnzoo/offload.py", tests=f"{TESTS}/test_offload.py -k 'whole_call or order or refused'"
+)
+layouts = partial(Mutant, file="attnzoo/layouts.py", tests=f"{TESTS}/test_shared_layouts.py")
+
+MUTANTS = (
+    rope(
+        "rope-second-half", old="torch.cat((a * cos - b * sin, b * cos + a * sin), -1)", new="torch.cat((a * cos - b * sin, b * cos - a * sin), -1)",
+        wrong="the second half of each plane turns the other way",
+    ),
+    rope(
+        "rope-interleaved-order", old="a, b = turned[..., 0::2], turned[..., 1::2]", new="a, b = turned[..., 1::2], turned[..., 0::2]",
+        wrong="neighbours of a plane are swapped",
+    ),
+    rope(
+        "rope-dynamic-stretch", old="length, original) / original - (factor - 1)", new="length, original) / original - factor",
+        wrong="dynamic NTK stretches too little, and the original length too",
+    ),
+    rope(
+        "rope-longrope-threshold", old="scaling.long_factor if length > original", new="scaling.long_factor if length >= original",
+        wrong="the original length already takes the long factors",
+    ),
+    rope(
+        "rope-yarn-ends", old="low, high = math.floor(low), math.ceil(high)", new="low, high = math.ceil(low), math.floor(high)",
+        wrong="YaRN's ramp is rounded inwards",
+    ),
+    rope(
+        "rope-llama3-shares", old="plain * keep + plain / factor * (1 - keep)", new="plain * (1 - keep) + plain / factor * keep",
+        wrong="fast planes are interpolated and slow ones kept",
+    ),
+    rope(
+        "rope-attention-factor", old="cos * config.scaling.table_factor, sin * config.scaling.table_factor", new="cos * config.scaling.table_factor, sin",
+        wrong="the attention factor is on the cosines alone",
+    ),
+    rope(
+        "rope-angles-in-table-dtype", old="positions.to(torch.float64).unsqueeze(-1) * frequencies", new="positions.to(dtype).unsqueeze(-1) * frequencies.to(dtype)",
+        wrong="angles are rounded before their cosine is taken",
+    ),
+    rope(
+        "rope-yarn-factor-of-positions", old='if kind in ("yarn", "longrope"):', new='if kind == "yarn":',
+        wrong="longrope without a factor has none instead of that of its lengths",
+    ),
+    select(
+        "select-unstable", old="descending=True, stable=True)", new="descending=True)", wrong="ties go anywhere",
+        survives="torch's sort of these sizes is stable on CPUs without being asked; the promise is the argument.",
+    ),
+    select(
+        "select-nan-wins", old="nan=-largest", new="nan=largest", wrong="NaN is taken for the largest score",
+    ),
+    select(
+        "select-forced-not-allowed", old="    if allowed is not None:\n        key = key.masked_fill(~allowed, -torch.inf)\n    if forced is not None:\n        key = key.masked_fill(forced, torch.inf)",
+        new="    if forced is not None:\n        key = key.masked_fill(forced, torch.inf)\n    if allowed is not None:\n        key = key.masked_fill(~allowed, -torch.inf)",
+        wrong="forced blocks that are not allowed are left out",
+    ),
+    select(
+        "select-infinite-scores", old="neginf=-largest", new="neginf=-torch.inf", wrong="blocks whose score is -inf count as not allowed",
+    ),
+    select(
+        "select-unsorted", old="masked_fill(value == -torch.inf, blocks).sort(-1).values", new="masked_fill(value == -torch.inf, blocks)",
+        wrong="blocks come in the order of their scores",
+    ),
+    routing(
+        "routing-ties-highest", old="units.argsort(dim=-1, descending=True, stable=True)", new="units.flip(-1).argsort(dim=-1, descending=True, stable=True).neg().add(units.shape[-1] - 1)",
+        wrong="among equal heads the highest is taken",
+    ),
+    routing(
+        "routing-unit-size", old="counts.active // counts.unit", new="counts.active", wrong="as many units as heads are active",
+    ),
+    routing(
+        "routing-types-swapped", old="shared * types[..., :1], routed * types[..., 1:]", new="shared * types[..., 1:], routed * types[..., :1]",
+        wrong="the weights of shared and routed heads are swapped",
+    ),
+    routing(
+        "routing-loss-both-gradients", old="used = routing.active[..., counts.shared :]", new="used = routing.active[..., : counts.routed]",
+        wrong="the loss counts the use of shared heads as that of routed ones",
+    ),
+    routing(
+        "routing-loss-padding", old="(probs * weight).sum((0, 1)) / count, (used * weight)", new="(probs * weight).sum((0, 1)) / count, used",
+        wrong="padding counts as use of heads", tests=f"{VARIANTS}/test_moh.py -k 'oracle or balance' {TESTS}/test_oracles.py",
+    ),
+    routing(
+        "routing-straight-through", old="opinion = coefficient * (probs - probs.detach())", new="opinion = coefficient * (probs.detach() - probs)",
+        wrong="the straight-through gradient has the wrong sign",
+    ),
+    routing(
+        "routing-paper-total", old="shares(of_types, 2 if code else 1)", new="shares(of_types, 2)",
+        wrong="the paper's form weighs kinds of heads twice as high",
+    ),
+    compaction(
+        "compaction-scatter-order", old="self._flat(heads_first=False), places)", new="self._flat(heads_first=True), places)",
+        wrong="rows are written back as if heads came first",
+    ),
+    compaction(
+        "compaction-absent-position", old="return torch.where(self.present, of_item, -1)", new="return of_item",
+        wrong="absent rows stand where a head's first token stands",
+    ),
+    compaction(
+        "compaction-first-slot", old="torch.where(self.present, self.token + first, -1)", new="torch.where(self.present, self.token, -1)",
+        wrong="rows of a chunk stand at the beginning of the memory", tests=f"{VARIANTS}/test_moh.py -k 'decoding or prefill' {VARIANTS}/test_moh_mutants.py -k 'right_one'",
+    ),
+    compaction(
+        "compaction-earliest", old="earliest = torch.where(tile < 0, slots, tile).amin(-1)", new="earliest = tile.clamp(min=0).amin(-1)",
+        wrong="a tile with absent rows reads from the first slot on",
+        survives="more blocks are listed than rows can see; the token rule hides them, so that results are the same and only time is lost.",
+    ),
+    compaction(
+        "compaction-window-low", old="earliest - window + 1", new="earliest - window + block_k + 1",
+        wrong="the windowed layout begins a block too late",
+    ),
+    compaction(
+        "compaction-product-weights", old="of_head.flatten(0, 1) @ weight.t()", new="of_head.flatten(0, 1) @ weight.t() * (place.flatten() > 0).unsqueeze(1)",
+        wrong="the first token of a batch gets no product", tests=f"{VARIANTS}/test_moh_projection.py -k 'alone'",
+    ),
+    landmarks(
+        "landmarks-block-count", old="closes = real & (count % fill == 0)", new="closes = real & (count % block_size == 0)",
+        wrong="a landmark comes after w ordinary tokens instead of w - 1",
+    ),
+    landmarks(
+        "landmarks-offset", old="start = offset.to(device).view(-1, 1) if isinstance(offset, Tensor) else offset", new="start = 0",
+        wrong="later calls count their blocks from the beginning",
+    ),
+    landmarks(
+        "landmarks-padding-counts", old="torch.ones(batch, length, dtype=torch.bool, device=device) if key_padding is None else ~key_padding",
+        new="torch.ones(batch, length, dtype=torch.bool, device=device)", wrong="padding counts for blocks",
+    ),
+    landmarks(
+        "landmarks-labels", old="put(labels, landmark_label, -100)", new="put(labels, landmark_label, 0)",
+        wrong="padding is trained to say token 0",
+    ),
+    landmarks(
+        "landmarks-shared-position", old="(source + torch.roll(source, 1, 1) * ends)", new="(source + torch.roll(source, -1, 1) * ends)",
+        wrong="a landmark has the position of the token behind it",
+    ),
+    landmarks(
+        "landmarks-mean-in-half", old="torch.promote_types(weight.dtype, torch.float32)", new="weight.dtype",
+        wrong="the mean of half-precision embeddings is added up in half precision",
+        survives="torch adds up means of half-precision tensors in fp32 by itself.",
+    ),
+    landmarks(
+        "landmarks-grid-holes", old="slot = number * block + torch.where(ends, block - 1, within)", new="slot = number * block + within",
+        wrong="a short block's landmark does not lie in the last slot",
+    ),
+    retrieval(
+        "retrieval-shift-of-new", old="+ (taken >= older).long() - taken", new="- taken", wrong="recent blocks are moved by one place",
+    ),
+    retrieval(
+        "retrieval-older", old="older = (complete - top_k).clamp(min=0)  # [B|1, T]", new="older = (complete - top_k + 1).clamp(min=0)  # [B|1, T]",
+        wrong="one recent block is scored as if it were packed",
+    ),
+    retrieval(
+        "retrieval-group", old="q.to(acc).unflatten(1, (keys.shape[1], -1))", new="q.to(acc).unflatten(1, (-1, keys.shape[1])).transpose(1, 2)",
+        wrong="query heads score the landmarks of the wrong KV heads",
+    ),
+    retrieval(
+        "retrieval-turn-sign", old="-self.sin[blocks])", new="self.sin[blocks])", wrong="blocks are rotated forth instead of back",
+    ),
+    retrieval(
+        "retrieval-shared-max", old="share.amax(2, keepdim=True)", new="share.mean(2, keepdim=True)", wrong="the shared choice goes by the mean and not the largest share",
+    ),
+    retrieval(
+        "retrieval-ties", old="slack = _rounding(q, keys, complete, scale)", new="slack = 0 * _rounding(q, keys, complete, scale)",
+        wrong="equal landmarks are told apart by rounding", tests=f"{VARIANTS}/test_landmark.py -k 'front or order'",
+    ),
+    relative(
+        "relative-signs", old="torch.cat((a * sin + c * cos, c * sin - a * cos), -1)", new="torch.cat((a * sin + c * cos, a * cos - c * sin), -1)",
+        wrong="half of the addition theorem has the wrong sign",
+    ),
+    relative(
+        "relative-rows", old="table[slots - gamma.shape[2] :] if q_pos is None", new="table[: gamma.shape[2]] if q_pos is None",
+        wrong="rows stand at the first slots instead of the last",
+    ),
+    relative(
+        "relative-far-shift", old="return out, lse + call.scale * shift.to(lse.dtype)", new="return out, lse + shift.to(lse.dtype)",
+        wrong="what all far keys share is added behind the scale",
+    ),
+    relative(
+        "relative-near-window", old="extras=replace(call.extras, q_pos=q_pos, window=reach,", new="extras=replace(call.extras, q_pos=q_pos, window=reach + 1,",
+        wrong="the key at the clipping distance is read twice",
+    ),
+    relative(
+        "relative-absent-last", old="torch.where(present, rows, least)", new="rows", wrong="positions of padding count as the last",
+        survives="places are counted from some number: which one changes rounding at most, as only differences matter.",
+    ),
+    convolution(
+        "convolution-centre", old="self.centre = 0 if causal else (size - 1) // 2", new="self.centre = 0 if causal else size // 2",
+        wrong="even kernels are centred one token late",
+    ),
+    convolution(
+        "convolution-taps-reversed", old="wide[:, :, size - 1 - r :][:, :, :tokens] * taps[r]", new="wide[:, :, size - 1 - r :][:, :, :tokens] * taps[-r]",
+        wrong="taps meet the tokens in the opposite order",
+    ),
+    convolution(
+        "convolution-history", old="wide = torch.cat((history.to(acc), wide), 2)", new="wide = torch.cat((torch.zeros_like(history).to(acc), wide), 2)",
+        wrong="earlier tokens are taken for zeros", tests=f"{VARIANTS}/test_rcmha.py -k 'its_oracle or split or segments'",
+    ),
+    align(
+        "align-order", old="torch.argsort(padding.to(torch.uint8), dim=1, stable=True)", new="torch.argsort(padding.to(torch.uint8), dim=1, stable=True, descending=True)",
+        wrong="padding comes first",
+    ),
+    align(
+        "align-front-absent", old="return torch.where(present.unsqueeze(1), moved, -1)", new="return moved",
+        wrong="rows in front of an item stand where its first token stands",
+    ),
+    align(
+        "align-drop", old="index = torch.arange(tokens, device=out.device) + front.unsqueeze(1)", new="index = torch.arange(tokens, device=out.device) + 0 * front.unsqueeze(1)",
+        wrong="rows in front of an item are given out for its tokens",
+    ),
+    align(
+        "align-pad-behind", old="pad(q_pos, (front, rows - front - tokens), value=-1)", new="pad(q_pos, (front, rows - front - tokens), value=0)",
+        wrong="absent rows stand at slot 0",
+    ),
+    offload(
+        "offload-any-head", old="used = used.unflatten(1, (groups, -1)).any(2)", new="used = used.unflatten(1, (groups, -1))[:, :, 0]",
+        wrong="blocks that only a later head of a group lists are not fetched",
+    ),
+    offload(
+        "offload-own-block", old="torch.where(here, (before - 1) * block + pos % block, before * block - 1)", new="(before - 1) * block + pos % block",
+        wrong="a row whose own block is not fetched sees too little of those before it",
+    ),
+    offload(
+        "offload-bias", old="(extras.window, extras.key_bias, extras.aux,", new="(extras.window, None, extras.aux,",
+        wrong="a bias by slot goes to the wrong fetched keys",
+    ),
+    offload(
+        "offload-origins", old="layout.count, col, layout.origin)", new="layout.count, col, None)",
+        wrong="fetched blocks lose their origins", tests=f"{TESTS}/test_offload.py {VARIANTS}/test_landmark_offload.py -k 'whole_call or any_calls or prefill'",
+    ),
+    layouts(
+        "layouts-first-slot", old="q_start=cover.first,", new="q_start=None,", wrong="every window is aligned at the last key",
+    ),
+    layouts(
+        "layouts-full-window-causal", old="causal=cover.causal,", new="causal=True,", wrong="windows without causality list blocks of the past alone",
+    ),
+    layouts(
+        "layouts-made-in-inference", old="with torch.inference_mode(False):\n        return BlockLayout.dense(", new="if True:\n        return BlockLayout.dense(",
+        wrong="a layout first used in inference mode serves training",
+    ),
+    layouts(
+        "layouts-fresh-each-time", old="    if may_share(like):\n        return _shared_dense(", new="    if not may_share(like):\n        return _shared_dense(",
+        wrong="layers share no layout, and every call plans anew",
+    ),
+)  # fmt: skip
