@@ -37,11 +37,11 @@ class Mutant:
     survives: str = ""
     at_import: bool = False
 
-    def applied_to(self, root: Path) -> str:
-        """The mutated text of the file under ``root``.
+    def find_place(self, root: Path) -> tuple[str, int]:
+        """The text of the file under ``root``, and where in it the piece begins.
 
         Raises:
-            NeedsNewPlaceError: If the text is not there exactly once, or the result is no Python.
+            NeedsNewPlaceError: If the piece is not there exactly once.
         """
         path = root / self.file
         if not path.is_file():
@@ -50,11 +50,20 @@ class Mutant:
         first, last = _extent(text, self.within)
         if self.within and first == last:
             raise NeedsNewPlaceError(f"{self.name}: {self.file} has no {self.within}")
-        times = text[first:last].count(self.old)
+        times = text.count(self.old, first, last)
         if times != 1:
             where = f"{self.file}, {self.within}" if self.within else self.file
             raise NeedsNewPlaceError(f"{self.name}: {where} holds {self.old!r} {times} times, expected once")
-        mutated = text[:first] + text[first:last].replace(self.old, self.new) + text[last:]
+        return text, text.index(self.old, first, last)
+
+    def applied_to(self, root: Path) -> str:
+        """The mutated text of the file under ``root``.
+
+        Raises:
+            NeedsNewPlaceError: If the piece is not there exactly once, or the result is no other program.
+        """
+        text, place = self.find_place(root)
+        mutated = text[:place] + self.new + text[place + len(self.old) :]
         try:
             same = ast.dump(ast.parse(mutated)) == ast.dump(ast.parse(text))
         except SyntaxError as error:

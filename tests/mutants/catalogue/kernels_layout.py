@@ -98,7 +98,7 @@ MUTANTS = (
         wrong="all items get the first one's blocks inside FlexAttention's rule",
     ),
     picture(
-        "picture-more-heads", old="keep.shape[0] - MOST_HEADS} more heads", new="keep.shape[0]} more heads",
+        "picture-more-heads", old="heads - MOST_HEADS} more heads", new="heads} more heads",
         wrong="the number of heads that are not drawn is that of all", tests=f"{TESTS}/test_layout_moves.py",
     ),
     picture(

@@ -195,29 +195,31 @@ MUTANTS = (
         wrong="a counter that runs already counts nothing of the first call",
     ),
     density(
-        "density-sink-twice", old="beside = torch.minimum(end, torch.where(lo < hi, lo, end))", new="beside = end",
+        "density-sink-twice", old="joined = (lo >= hi) | (sink >= lo)", new="joined = lo >= hi",
         wrong="sink keys inside the window are counted twice",
     ),
     density(
-        "density-tail-rows", old="torch.where(row_index < call.q.shape[2], seen, 0)", new="seen",
-        wrong="rows behind an item's last are counted",
+        "density-heads-that-differ", old="heads if call.rule.is_per_head or len(sizes) > 2 else max(sizes)",
+        new="max(sizes)", wrong="heads that differ in windows are counted as one",
     ),
     density(
-        "density-bias-of-first-head", old="start, count = (x.repeat_interleave(heads // x.shape[1], 1) for x in (start, count))",
-        new="pass", wrong="keys hidden in one head count as hidden in the wrong ones",
-    ),
-    density(
-        "density-dense-with-window", old="_, end = rule.span(pos, None, seq_k)", new="_, end = rule.span(pos, rule.window, seq_k)",
-        wrong="the dense call it is compared with has a window too", within="_dense_pairs",
-    ),
-    density(
-        "density-heads-of-positions", old="heads if pos.shape[1] > 1 else bias_heads", new="bias_heads",
-        wrong="positions by head are counted for the first head alone",
-    ),
-    density(
-        "density-landmark-counts", old="torch.where(own | (between(landmark, last) > 0), between(first, landmark), 0)",
-        new="torch.where(own | (between(landmark, last) > 0), between(first, last), 0)",
+        "density-landmark-counts", old="alive & (slot % call.block_k != call.block_k - 1)", new="alive",
         wrong="landmarks count as pairs",
+    ),
+    density(
+        "density-own-twice", old="is_listed & ~is_counted & (pos >= 0)", new="is_listed & (pos >= 0)",
+        wrong="a row's own block is counted twice where its landmark is seen",
+    ),
+    density(
+        "density-bias-by-remainder", old=".long()).repeat_interleave(src_heads // bias.shape[1], 1)",
+        new=".long()).repeat(1, src_heads // bias.shape[1], 1)",
+        wrong="a bias by group goes to heads by remainder in the dense call",
+        tests=f"{TESTS}/test_density.py {TESTS}/test_op_surface.py",
+    ),
+    density(
+        "density-dense-with-window", old="_, end = rule.span(pos, None, seq_k)",
+        new="_, end = rule.span(pos, rule.window, seq_k)", within="_dense_pairs",
+        wrong="the dense call it is compared with has a window too",
     ),
     memo(
         "memo-without-sink", old="        rule.sink,\n", new="", wrong="calls that differ in the sink share a plan",

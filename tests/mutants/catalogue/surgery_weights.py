@@ -101,7 +101,7 @@ MUTANTS = (
         "factor-refit-start", old="cross - gram @ start)\n    return start + step", new="cross)\n    return step", wrong="the ridge pulls to zero instead of the start",
     ),
     factor(
-        "factor-rest-columns", old="query[head][torch.tensor(rest).unsqueeze(1), torch.tensor(rest)] = up.T", new="query[head][torch.tensor(rest).unsqueeze(1), torch.tensor(rest)] = up",
+        "factor-rest-columns", old="query[head][at.unsqueeze(1), at] = up.T", new="query[head][at.unsqueeze(1), at] = up",
         wrong="unrotated parts of queries are transposed",
     ),
     factor(
