@@ -14,23 +14,25 @@ from torch import Tensor, nn
 from attnzoo.align import add_front, drop_front, front_positions, take_rows
 from attnzoo.cache import KVCache, Stream
 from attnzoo.config import AttentionConfig, build_config
-from attnzoo.inputs import check_dtype, check_inputs, cross_step, self_step
+from attnzoo.inputs import check_dtype, check_inputs, cross_step, is_all_padding, self_step
 from attnzoo.layouts import dense_layout
+from attnzoo.projections import COMPUTED, check_slice, takes_its_own_dtype
 from attnzoo.record import Recording
 from attnzoo.records import AttentionOutput, Heads, Memory, Plan, Step
 from attnzoo.registry import register
 from attnzoo.rope import apply_rotary, rotary_tables
+from attnzoo.weights import WeightedModule
 from attnzoo_kernels import Extras, block_sparse_attention
 from attnzoo_kernels.errors import ConfigError, UnsupportedError
 
 __all__ = ["AttentionConfig", "AttentionLayer", "AttentionOutput", "Heads", "Memory", "Plan", "Step"]
 
 DENSE_BLOCK = 64
-CACHED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-"""What a cache's values may be kept in."""
+LONG_CALL = 512
+"""Tokens from which on a call says so where an option would make it much quicker."""
 
 
-class AttentionLayer(nn.Module):
+class AttentionLayer(WeightedModule):
     """An attention layer, ``[B, T, C]`` to ``[B, T, C]``, for training, prefill and decoding with a cache.
 
     A variant is a subclass ``class MyAttention(AttentionLayer, name="my")`` with a ``config_class`` of its own; the
@@ -43,6 +45,8 @@ class AttentionLayer(nn.Module):
             that, and ``causal=False`` works too; "selection-looks-ahead": only the values that are read are causal.
         trainable_selection: Whether what is read depends on parameters that training reaches.
         decode: Whether decoding token by token is the same function as one call: "exact", "approximate" or "none".
+        splits_heads: Whether a layer may hold some of the heads, as under tensor parallelism; sharded parameters (FSDP)
+            are no matter.
         dense_limit: Options at which the variant is plain attention, exactly.
     """
 
@@ -51,6 +55,7 @@ class AttentionLayer(nn.Module):
     causal_promise: ClassVar[Literal["strict", "selection-looks-ahead", "bidirectional-capable"]] = "strict"
     trainable_selection: ClassVar[bool] = False
     decode: ClassVar[Literal["exact", "approximate", "none"]] = "exact"
+    splits_heads: ClassVar[bool] = True
     dense_limit: ClassVar[dict[str, Any]] = {}
 
     config: AttentionConfig
@@ -81,6 +86,8 @@ class AttentionLayer(nn.Module):
         self.recordings: tuple[Recording, ...] = ()
         self._identity = object()
         self.build_projections(device=device, dtype=dtype)
+        for message in config.cautions:
+            self.caution(message)
 
     def build_projections(self, *, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
         """Makes the layer's weights."""
@@ -155,7 +162,12 @@ class AttentionLayer(nn.Module):
     ) -> Step:
         """Checks the arguments and moves each item's real tokens to the left."""
         check_inputs(x, self.config.dim, positions, key_padding, context)
-        if type(self.q_proj) is nn.Linear:
+        if key_padding is not None and is_all_padding(key_padding):
+            self.caution(
+                "key_padding: all tokens are padding, so that all outputs are 0; it is true at padding, the inverse of "
+                "a Hugging Face attention_mask: pass ~mask.bool()"
+            )
+        if takes_its_own_dtype(self.q_proj):
             for name, tokens in (("x", x), ("context", context)):
                 if tokens is not None:
                     check_dtype(name, tokens, self.q_proj.weight)
@@ -194,7 +206,26 @@ class AttentionLayer(nn.Module):
         q = self.q_proj(step.x).unflatten(-1, (-1, width)).transpose(1, 2)  # [B, H, T, D]
         k = self.k_proj(source).unflatten(-1, (-1, width)).transpose(1, 2)  # [B, G, T, D]
         v = self.v_proj(source).unflatten(-1, (-1, width)).transpose(1, 2)  # [B, G, T, Dv]
+        self.check_slice(q, k, v)
         return Heads(q, k, v)
+
+    def check_slice(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Raises unless the heads that are here, of ``[B, h, T, D]``, are all of them or a slice that fits together.
+
+        Raises:
+            UnsupportedError: If the variant cannot hold some of its heads only.
+            ShapeError: If keys, values or the output's projection are sliced otherwise than queries.
+        """
+        held = (q.shape[1], k.shape[1], v.shape[1])
+        if held == (self.config.num_heads, self.config.kv_heads, self.config.kv_heads):
+            return
+        if not self.splits_heads:
+            whole = (self.config.num_heads, self.config.kv_heads)
+            raise UnsupportedError(
+                f"q_proj, k_proj, v_proj: expected all heads, {whole}, got {held}: {self.config.kind} does not run "
+                "under tensor parallelism, since weights of its own belong to all heads; shard its parameters (FSDP)"
+            )
+        check_slice(self.config, held, self.o_proj, held[0] * v.shape[3])
 
     def remember(self, step: Step, heads: Heads) -> Memory:
         """Rotates, writes the cache's streams, and gives what the operation sees."""
@@ -284,9 +315,8 @@ class AttentionLayer(nn.Module):
 
     def streams(self) -> dict[str, Stream]:
         """What a cache holds for each token."""
-        width = self.config.head_width
-        groups = local_rows(self.k_proj) // width
-        return {"k": Stream(groups, width), "v": Stream(groups, local_rows(self.v_proj) // groups)}
+        width, groups = self.config.head_width, self.config.kv_heads
+        return {name: Stream(self.heads_held(f"{name}_proj", groups), width) for name in ("k", "v")}
 
     def new_cache(
         self,
@@ -322,14 +352,16 @@ class AttentionLayer(nn.Module):
         """An empty cache of given streams that this layer takes for its own; see :meth:`new_cache`."""
         if not self.config.causal:
             raise UnsupportedError("cache: expected a causal layer, got causal=False")
-        if dtype is not None and dtype not in CACHED:
-            raise ConfigError(f"dtype: expected one of {', '.join(map(str, CACHED))}, got {dtype}")
+        if dtype is not None and not isinstance(dtype, torch.dtype):
+            raise TypeError(f"dtype: expected a torch.dtype or None, got {type(dtype).__name__}")
+        if dtype is not None and dtype not in COMPUTED:
+            raise ConfigError(f"dtype: expected one of {', '.join(map(str, COMPUTED))}, got {dtype}")
         return self.cache_class(
             streams,
             batch=batch,
             max_length=max_length,
-            device=device or self.q_proj.weight.device,
-            dtype=dtype or self.q_proj.weight.dtype,
+            device=self.compute_device if device is None else device,
+            dtype=dtype or self.compute_dtype,
             owner=(self._identity, self.config),
             rounds=dtype is not None,
         )
@@ -352,12 +384,3 @@ def _hide(hidden: Tensor, dtype: torch.dtype) -> Tensor:
 
 def is_training(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-
-
-def local_rows(linear: nn.Linear) -> int:
-    """Output features held here: a slice of them under tensor parallelism."""
-    weight = getattr(linear, "weight", None)
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"projection: expected a module with a weight, got {type(linear).__name__}")
-    local = weight.to_local() if hasattr(weight, "to_local") else weight
-    return int(local.shape[0])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from attnzoo.cache_streams import CROP_MARGIN, Groups, Ring, Stream
+from attnzoo.cache_streams import CROP_MARGIN, Groups, Ring, Stream, check_count
 from attnzoo_kernels.errors import ConfigError, ShapeError, UnsupportedError
 
 __all__ = ["KVCache", "Stream"]
@@ -50,8 +50,7 @@ class KVCache:
         rounds: bool = False,
     ) -> None:
         for name, value, least in (("batch", batch, 0), ("max_length", max_length, 1)):
-            if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
-                raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+            check_count(name, value)
             if value < least:
                 raise ShapeError(f"{name}: expected at least {least}, got {value}")
         self.max_length = max_length
@@ -229,6 +228,7 @@ class KVCache:
         ring = self._rings.get(name)
         if ring is None:
             raise ShapeError(f"name: expected a ring, one of {sorted(self._rings)}, got {name!r}")
+        check_count("count", count)
         if not 0 <= count <= ring.history:
             raise ShapeError(f"count: expected 0 to {ring.history} tokens, which {name} keeps, got {count}")
         return ring.last(count, self.offset)
@@ -272,8 +272,10 @@ class KVCache:
         """Makes room for more tokens of each item; what is held stays.
 
         Raises:
+            TypeError: If ``max_length`` is no int.
             ShapeError: If that would be less room than there is.
         """
+        check_count("max_length", max_length)
         if max_length < self.max_length:
             raise ShapeError(f"max_length: expected at least {self.max_length}, got {max_length}")
         with torch.inference_mode(False), torch.no_grad():
@@ -325,9 +327,8 @@ class KVCache:
             if list(length.shape) != [self.batch] or length.dtype != torch.int64:
                 raise ShapeError(f"length: expected int64 [{self.batch}], got {length.dtype} {list(length.shape)}")
             least, most = (int(x) for x in length.aminmax()) if self.batch else (0, 0)
-        elif isinstance(length, bool) or not isinstance(length, int):
-            raise TypeError(f"length: expected an int, got {type(length).__name__}")
         else:
+            check_count("length", length)
             least = most = length
         if least < 0:
             raise ShapeError(f"length: expected at least 0, got {least}")
@@ -344,8 +345,10 @@ class KVCache:
 
     def reorder(self, index: Tensor) -> None:
         """Takes the items ``index``, int ``[B']``, in their order: beams are chosen, repeated or dropped."""
-        if not isinstance(index, Tensor) or index.dim() != 1 or index.dtype not in (torch.int64, torch.int32):
-            raise ShapeError(f"index: expected an int64 Tensor [B], got {getattr(index, 'shape', index)}")
+        if not isinstance(index, Tensor):
+            raise TypeError(f"index: expected an int64 Tensor [B], got {type(index).__name__}")
+        if index.dim() != 1 or index.dtype not in (torch.int64, torch.int32):
+            raise ShapeError(f"index: expected an int64 Tensor [B], got {index.dtype} {list(index.shape)}")
         if index.device.type == "cpu" and not torch.compiler.is_compiling():
             outside = (index < 0) | (index >= self.batch)
             if bool(outside.any()):

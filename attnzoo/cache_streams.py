@@ -51,6 +51,16 @@ class Stream:
             raise ConfigError("host: expected False for a ring or a grouped stream, got True")
 
 
+def check_count(name: str, value: object) -> None:
+    """Raises unless an argument of a call is an int.
+
+    Raises:
+        TypeError: Naming the argument.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+
+
 class Ring:
     """The values of each item's last tokens: token s lies at row ``s % R``.
 

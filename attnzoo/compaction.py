@@ -11,12 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from attnzoo.align import is_readable as is_readable
 from attnzoo_kernels import BlockLayout
-
-
-def is_readable(x: Tensor) -> bool:
-    """Whether values may be read at no cost: on the CPU, and not while tracing."""
-    return type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,14 +6,11 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from attnzoo.compare import Comparison, Row
 from attnzoo.compare_picture import picture
 from attnzoo.outputs import write_together
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 COLUMNS = (
     "variant",
@@ -43,7 +40,7 @@ def cells(row: Row) -> list[str]:
     ]
 
 
-def table(comparison: Comparison) -> Table:
+def table(comparison: Comparison) -> Any:
     """The comparison as a rich table, narrow enough for a terminal."""
     from rich import box
     from rich.table import Table

@@ -79,6 +79,11 @@ class AttentionConfig:
         """Width of a head D."""
         return self.dim // self.num_heads if self.head_dim is None else self.head_dim
 
+    @property
+    def cautions(self) -> tuple[str, ...]:
+        """What a caller must know about these options, such as that they do nothing; a layer built with them warns."""
+        return ()
+
     @classmethod
     def small(cls) -> Self:
         """The same variant at sizes where it shows its nature within about 100 tokens."""
@@ -147,6 +152,16 @@ def check_bool(name: str, value: object) -> None:
     """
     if not isinstance(value, bool):
         raise ConfigError(f"{name}: expected a bool, got {value!r}")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raises unless an argument of a call is a bool.
+
+    Raises:
+        TypeError: Naming the argument.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
 
 
 def build_config(config_class: type[Config], options: Mapping[str, Any]) -> Config:

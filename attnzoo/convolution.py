@@ -35,17 +35,22 @@ class DepthwiseConvolution(nn.Module):
     ) -> None:
         super().__init__()
         self.centre = 0 if causal else (size - 1) // 2
+        self.delta = delta
         self.weight = nn.Parameter(torch.empty(heads, width, size, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(heads, width, device=device, dtype=dtype)) if bias else None
-        bound = size**-0.5
-        with torch.no_grad():
-            if delta:
-                self.weight.zero_()
-                self.weight[..., self.centre] = 1.0
-            else:
-                self.weight.uniform_(-bound, bound)
-            if self.bias is not None:
-                self.bias.zero_() if delta else self.bias.uniform_(-bound, bound)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Starts kernels and biases anew."""
+        bound = self.weight.shape[-1] ** -0.5
+        if self.delta:
+            self.weight.zero_()
+            self.weight[..., self.centre] = 1.0
+        else:
+            self.weight.uniform_(-bound, bound)
+        if self.bias is not None:
+            self.bias.zero_() if self.delta else self.bias.uniform_(-bound, bound)
 
     def forward(self, x: Tensor, history: Tensor | None = None) -> Tensor:
         """Convolves.

@@ -19,6 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from attnzoo import timing
 from attnzoo.base import AttentionLayer, Memory, Plan
 from attnzoo.choices import check_choice
+from attnzoo.notices import silent
 from attnzoo.registry import create, read_spec
 from attnzoo.variants.mha import MHAAttention
 from attnzoo_kernels.errors import ConfigError, UnsupportedError
@@ -185,6 +186,7 @@ def by_wall(device: torch.device) -> bool:
     return device.type != "cpu" or torch.get_num_threads() > 1
 
 
+@silent()
 def measure(setting: Setting, specs: list[str], progress: Progress) -> list[Cost]:
     """What each layer costs; plain attention comes first.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnzoo.align import Alignment, take_rows
+from attnzoo.align import Alignment, is_readable, take_rows
 from attnzoo.cache import KVCache
 from attnzoo.records import Step
 from attnzoo_kernels.errors import ShapeError
@@ -42,6 +42,11 @@ def check_inputs(
         wanted = [batch, tokens if context is None else context.shape[1]]
         if list(key_padding.shape) != wanted:
             raise ShapeError(f"key_padding: expected {wanted}, got {list(key_padding.shape)}")
+
+
+def is_all_padding(key_padding: Tensor) -> bool:
+    """Whether a call has tokens, and all are padding; False where looking would synchronise."""
+    return key_padding.numel() > 0 and is_readable(key_padding) and bool(key_padding.all())
 
 
 def check_dtype(name: str, x: Tensor, weight: Tensor) -> None:
@@ -103,8 +108,24 @@ def _check_tokens(name: str, x: Tensor, dim: int, like: Tensor | None) -> None:
         raise ShapeError(f"{name}: expected [{batch}, {'T' if like is None else 'S'}, {dim}], got {list(x.shape)}")
 
 
+def check_layout(name: str, x: Tensor) -> None:
+    """Raises unless a tensor has a value at every place, one stride apart along each dimension.
+
+    Raises:
+        TypeError: If it is nested, sparse or of a library's own layout; the message says what to give instead.
+    """
+    if x.is_nested:
+        raise TypeError(
+            f"{name}: expected a plain Tensor, got a nested one; pad it (torch.nested.to_padded_tensor) and say in "
+            "key_padding, true at padding, where its items end"
+        )
+    if x.layout != torch.strided:
+        raise TypeError(f"{name}: expected a plain (strided) Tensor, got the layout {x.layout}; call to_dense() on it")
+
+
 def _check_tensor(name: str, x: Tensor, like: Tensor | None) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(x).__name__}")
+    check_layout(name, x)
     if like is not None and x.device != like.device:
         raise ShapeError(f"{name}: expected it on {like.device} as x is, got {x.device}")

@@ -14,6 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from attnzoo.inputs import check_layout
 from attnzoo_kernels.errors import ShapeError
 
 Length = TypeVar("Length", int, Tensor)
@@ -135,6 +136,23 @@ def insert_landmarks(
         labels=None if labels is None else put(labels, landmark_label, -100),
         place=place,
     )
+
+
+def check_landmarks(is_landmark: Tensor, x: Tensor) -> None:
+    """Raises unless a mask says of each token of ``x [B, T, C]`` whether it is a landmark.
+
+    Raises:
+        TypeError: If it is no bool tensor.
+        ShapeError: If its shape or device does not fit.
+    """
+    if not isinstance(is_landmark, Tensor) or is_landmark.dtype != torch.bool:
+        raise TypeError(f"is_landmark: expected a bool Tensor, got {getattr(is_landmark, 'dtype', is_landmark)}")
+    check_layout("is_landmark", is_landmark)
+    if is_landmark.shape != x.shape[:2] or is_landmark.device != x.device:
+        raise ShapeError(
+            f"is_landmark: expected {list(x.shape[:2])} on {x.device}, got {list(is_landmark.shape)} on "
+            f"{is_landmark.device}"
+        )
 
 
 def _check_insertion(tokens: Tensor, landmark: int | Tensor, block_size: int) -> None:

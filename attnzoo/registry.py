@@ -4,22 +4,21 @@ from __future__ import annotations
 
 from dataclasses import fields, replace
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any
+from typing import Any, overload
 
 import torch
 
+# The base imports this module; its names are looked up when annotations are read, never while it loads.
+import attnzoo.base
 from attnzoo.choices import check_known
 from attnzoo.config import AttentionConfig, build_config
 from attnzoo_kernels.errors import ConfigError
 
-if TYPE_CHECKING:
-    from attnzoo.base import AttentionLayer
-
-variants: dict[str, type[AttentionLayer]] = {}
+variants: dict[str, type[Any]] = {}
 """Every registered layer class by name."""
 
 
-def register(name: str, layer: type[AttentionLayer]) -> None:
+def register(name: str, layer: type[attnzoo.base.AttentionLayer]) -> None:
     """Enters a layer class and gives its configuration class the name as ``kind``.
 
     A class of the same module and qualified name replaces its predecessor, so that a notebook cell may run twice.
@@ -48,7 +47,7 @@ def create(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     **options: Any,
-) -> AttentionLayer:
+) -> attnzoo.base.AttentionLayer:
     """Builds a layer.
 
     Args:
@@ -73,7 +72,8 @@ def create(
     layer = variants.get(config.kind)
     if layer is None or layer.config_class is not type(config):
         raise ConfigError(f"variant: expected the configuration of a registered variant, got {type(config).__name__}")
-    return layer(config, device=device, dtype=dtype)
+    built: attnzoo.base.AttentionLayer = layer(config, device=device, dtype=dtype)
+    return built
 
 
 def list_variants(pattern: str = "*") -> list[str]:
@@ -86,17 +86,32 @@ def list_variants(pattern: str = "*") -> list[str]:
     return sorted(name for name in variants if fnmatchcase(name, pattern))
 
 
-def get_config(name: str) -> type[AttentionConfig]:
-    """The configuration class of a variant.
+@overload
+def get_config(name: str) -> type[AttentionConfig]: ...
+@overload
+def get_config(name: str, **options: Any) -> AttentionConfig: ...
+def get_config(name: str, **options: Any) -> type[AttentionConfig] | AttentionConfig:
+    """The configuration class of a variant, or with options a configuration.
+
+    Args:
+        name: The variant's name.
+        **options: Fields of its configuration.
 
     Raises:
         TypeError: If the name is no string.
-        ConfigError: If no variant has this name; the message lists near ones.
+        ConfigError: If no variant has this name, with near ones, or an option is unknown, missing, or does not fit.
+
+    Example:
+        >>> get_config("moh").__name__
+        'MoHConfig'
+        >>> get_config("moh", dim=64, num_heads=8).active_heads is None
+        True
     """
     if not isinstance(name, str):
         raise TypeError(f"variant: expected a name or a configuration, got {type(name).__name__}")
     check_known(name, sorted(variants), "variants", class_names())
-    return variants[name].config_class
+    config_class: type[AttentionConfig] = variants[name].config_class
+    return build_config(config_class, options) if options else config_class
 
 
 def class_names() -> dict[str, str]:

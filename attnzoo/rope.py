@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from attnzoo.choices import check_choice, hint
+from attnzoo_kernels import remembers
 from attnzoo_kernels.errors import ConfigError
 
 ScalingKind = Literal["linear", "dynamic", "yarn", "longrope", "llama3"]
@@ -259,6 +260,23 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False)
         turned = torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
     turned = turned.to(x.dtype)
     return turned if rest.shape[-1] == 0 else torch.cat((turned, rest), -1)
+
+
+def turns_of_places(
+    rotary: RotaryConfig, width: int, places: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of places, as turns alone: a form's attention factor is in queries and keys already."""
+    plain = rotary if rotary.scaling is None else replace(rotary, scaling=replace(rotary.scaling, attention_factor=1.0))
+    return rotary_tables(plain, width, torch.arange(places, device=device), dtype)
+
+
+@remembers(32)
+def shared_turns(
+    rotary: RotaryConfig, width: int, places: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """As :func:`turns_of_places`, kept for all layers of a model; not to be written to."""
+    with torch.inference_mode(False):
+        return turns_of_places(rotary, width, places, dtype, device)
 
 
 def _scaling(kind: str, given: Mapping[str, Any], max_positions: int | None) -> RotaryScaling:

@@ -5,7 +5,6 @@ Letters: C model width, H query heads, G KV heads, D head width.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -16,6 +15,7 @@ from torch import nn
 from attnzoo.base import AttentionLayer
 from attnzoo.choices import check_known
 from attnzoo.config import AttentionConfig
+from attnzoo.notices import warn_caller
 from attnzoo.registry import create, get_config
 from attnzoo.surgery import lowrank
 from attnzoo.surgery.hosts import interface, llama, weights
@@ -200,7 +200,7 @@ def _request(options: dict[str, Any]) -> lowrank.Request:
     if "method" not in options:
         raise ConfigError(f"method: expected one of {', '.join(lowrank.METHODS)}, got none")
     if options["method"] == "mean":
-        warnings.warn("method 'mean' is a baseline that ruins most models; 'commuting' is the conversion", stacklevel=4)
+        warn_caller("method 'mean' is a baseline that ruins most models; 'commuting' is the conversion")
     return lowrank.Request(**options)
 
 
@@ -211,9 +211,7 @@ def _reading_cuts(model: nn.Module, sites: list[Site], variant: str, options: di
     if (variant == "mha" and options.get("window") and not options.get("sink")) or (
         variant == "s2" and options["sink_blocks"] == 0
     ):
-        warnings.warn(
-            f"{variant} without a sink: models that were trained without it lose the token they lean on", stacklevel=4
-        )
+        warn_caller(f"{variant} without a sink: models that were trained without it lose the token they lean on")
     cuts = []
     for site in sites:
         layer = reading_layer(model.get_submodule(site.path), site, variant, options)

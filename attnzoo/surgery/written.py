@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attnzoo.notices import warn_caller
 from attnzoo.surgery.convert import apply_recipe, find
 from attnzoo.surgery.hosts import checkpoint
 from attnzoo.surgery.hosts.weights import FLOATING, why_not_plain
@@ -85,9 +86,7 @@ def _refuse_class(model: Any, expected: Any) -> None:
             f"model: expected a {type(expected).__name__}, which loading makes, got a {_class_name(model)}, which "
             f"differs in {odd[0]!r}{_advice(odd)}"
         )
-    warnings.warn(
-        f"model: a {_class_name(model)} is saved; loading will make a {type(expected).__name__} of it", stacklevel=4
-    )
+    warn_caller(f"model: a {_class_name(model)} is saved; loading will make a {type(expected).__name__} of it")
 
 
 def adapter_tensors(model: Any, recipe: Recipe, changed: tuple[str, ...]) -> dict[str, Tensor]:

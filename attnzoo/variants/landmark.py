@@ -31,19 +31,25 @@ import torch
 from torch import Tensor
 
 from attnzoo.align import Alignment
-from attnzoo.base import DENSE_BLOCK, AttentionLayer, AttentionOutput, Heads, Memory, Plan, Step
+from attnzoo.base import DENSE_BLOCK, LONG_CALL, AttentionLayer, AttentionOutput, Heads, Memory, Plan, Step
 from attnzoo.cache import KVCache, Stream
 from attnzoo.choices import hint
-from attnzoo.config import AttentionConfig, check_bool, check_int
-from attnzoo.landmarks import LandmarkGrid
+from attnzoo.config import AttentionConfig, check_bool, check_flag, check_int
+from attnzoo.landmarks import LandmarkGrid, check_landmarks
 from attnzoo.layouts import dense_layout
 from attnzoo.offload import fetch_blocks
 from attnzoo.retrieval import BlockTurns, retrieve
+from attnzoo.rope import RotaryConfig as RotaryConfig
 from attnzoo.rope import apply_rotary, rotary_tables
 from attnzoo_kernels import BlockLayout, Extras
-from attnzoo_kernels.errors import ConfigError, ShapeError, UnsupportedError
+from attnzoo_kernels.errors import ConfigError, UnsupportedError
 
 Mode = Literal["soft", "topk"]
+_SLOW = (
+    "landmark: in mode 'topk', which evaluation uses unless mode is set, every token chooses blocks for itself: at 1k "
+    "tokens about ten times the time of plain attention; mode='soft' takes about twice that, and reads all blocks "
+    "through their landmarks, as training does"
+)
 _MODES = ("soft", "topk")
 
 
@@ -111,22 +117,6 @@ def check_mix(mix: object) -> None:
         raise ConfigError(f"gate_mix: expected a number from 0 to 1, got {mix!r}")
 
 
-def check_landmarks(is_landmark: Tensor, x: Tensor) -> None:
-    """Raises unless a mask says of each token of ``x [B, T, C]`` whether it is a landmark.
-
-    Raises:
-        TypeError: If it is no bool tensor.
-        ShapeError: If its shape or device does not fit.
-    """
-    if not isinstance(is_landmark, Tensor) or is_landmark.dtype != torch.bool:
-        raise TypeError(f"is_landmark: expected a bool Tensor, got {getattr(is_landmark, 'dtype', is_landmark)}")
-    if is_landmark.shape != x.shape[:2] or is_landmark.device != x.device:
-        raise ShapeError(
-            f"is_landmark: expected {list(x.shape[:2])} on {x.device}, got {list(is_landmark.shape)} on "
-            f"{is_landmark.device}"
-        )
-
-
 @dataclass(frozen=True, eq=False, kw_only=True)
 class _IrregularStep(Step):
     """A call whose blocks have unequal lengths."""
@@ -170,6 +160,19 @@ class LandmarkAttention(AttentionLayer, name="landmark"):
         """What a call reads now, by ``mode`` and whether the layer is training."""
         check_mode(self.mode)
         return self.mode or ("soft" if self.training else "topk")
+
+    def forward(
+        self,
+        x: Tensor,
+        positions: Tensor | None = None,
+        key_padding: Tensor | None = None,
+        cache: KVCache | None = None,
+        context: Tensor | None = None,
+        *,
+        is_landmark: Tensor | None = None,
+    ) -> Tensor:
+        """The output of :meth:`attend` alone."""
+        return self.attend(x, positions, key_padding, cache, context, is_landmark=is_landmark).out
 
     def attend(
         self,
@@ -301,8 +304,11 @@ class LandmarkAttention(AttentionLayer, name="landmark"):
             dtype: Of its values; ``None`` means the weights'.
             offload: Whether keys and values stay in the host's memory. The keys of landmarks lie on the device too; a
                 call in mode "topk" fetches the blocks that its queries read, one in mode "soft" all. Not for training.
+
+        Raises:
+            TypeError: If ``offload`` is no bool.
         """
-        check_bool("offload", offload)
+        check_flag("offload", offload)
         streams = self.streams()
         if offload:
             streams |= {name: replace(streams[name], host=True) for name in ("k", "v")}
@@ -311,6 +317,8 @@ class LandmarkAttention(AttentionLayer, name="landmark"):
 
     def _choose(self, step: Step, memory: Memory, extras: Extras) -> Plan:
         config, q, slots, size = self.config, memory.q, memory.k.shape[2], self.config.block_size
+        if q.shape[2] >= LONG_CALL:
+            self.caution(_SLOW)
         offloaded = isinstance(memory, OffloadedMemory)
         own = torch.div(_slots(step, memory), size, rounding_mode="floor")  # [B|1, T]
         turns = None

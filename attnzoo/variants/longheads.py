@@ -33,17 +33,23 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from attnzoo.base import AttentionLayer, Heads, Memory, Plan, Step, is_training, local_rows
+from attnzoo.base import LONG_CALL, AttentionLayer, Heads, Memory, Plan, Step, is_training
 from attnzoo.cache import KVCache, Stream
 from attnzoo.choices import check_choice
-from attnzoo.config import AttentionConfig, check_bool, check_int
+from attnzoo.config import AttentionConfig, check_bool, check_flag, check_int
 from attnzoo.layouts import dense_layout, may_share
 from attnzoo.offload import fetch_blocks
-from attnzoo.rope import RotaryConfig, apply_rotary, rotary_tables
+from attnzoo.rope import RotaryConfig as RotaryConfig
+from attnzoo.rope import apply_rotary, rotary_tables, shared_turns, turns_of_places
 from attnzoo.select import top_blocks
 from attnzoo_kernels import BlockLayout, Extras, remembers
 from attnzoo_kernels.errors import ConfigError, UnsupportedError
 
+_SLOW = (
+    "longheads: with select='token' every token chooses chunks for itself: at 1k tokens about five times the time of "
+    "plain attention; select='block', without official_quirks, takes about as long as that: the first token of each "
+    "query_block chooses for all of it"
+)
 ROWS_AT_ONCE = 4096
 """Query blocks whose chunks are chosen together: bounds the scores held."""
 
@@ -308,6 +314,8 @@ class LongHeadsAttention(AttentionLayer, name="longheads"):
             return super().plan(step, heads, memory)
         if slots <= config.first:
             return Plan(_plain_layout(config, tokens, slots, memory.q), self._extras(memory.q, slots), True)
+        if config.select == "token" and tokens >= LONG_CALL:
+            self.caution(_SLOW)
         offset = step.offset
         block_q = config.block_q if tokens >= config.block_q else 1
         front = offset % block_q if block_q > 1 else 0
@@ -326,7 +334,7 @@ class LongHeadsAttention(AttentionLayer, name="longheads"):
         if rotary is None:
             return Extras()
         dtype = torch.promote_types(q.dtype, torch.float32)
-        make = _shared_turns if may_share(q) else _turns
+        make = shared_turns if may_share(q) else turns_of_places
         length = config.chunk_size
         while length < places:
             length *= 2
@@ -383,7 +391,7 @@ class LongHeadsAttention(AttentionLayer, name="longheads"):
 
     @property
     def _local_heads(self) -> int:
-        return local_rows(self.q_proj) // self.config.head_width
+        return self.heads_held("q_proj", self.config.num_heads)
 
     def streams(self) -> dict[str, Stream]:
         """Keys and values of each token, a key of each chunk, and the last tokens as they were before rotation."""
@@ -414,8 +422,11 @@ class LongHeadsAttention(AttentionLayer, name="longheads"):
             offload: Whether keys and values stay in the host's memory. Chunk keys and the last tokens lie on the
                 device; a call fetches the chunks that its rows read, which for one token are at most
                 ``attention_length`` tokens for each query head. Not for training.
+
+        Raises:
+            TypeError: If ``offload`` is no bool.
         """
-        check_bool("offload", offload)
+        check_flag("offload", offload)
         streams = self.streams()
         if offload:
             streams |= {name: replace(streams[name], host=True) for name in ("k", "v")}
@@ -475,19 +486,3 @@ def _plain(size: int, block: int, tokens: int, slots: int, device: torch.device)
 def _shared_plain(size: int, block: int, tokens: int, slots: int, device: torch.device) -> BlockLayout:
     with torch.inference_mode(False):
         return _plain(size, block, tokens, slots, device)
-
-
-def _turns(
-    rotary: RotaryConfig, width: int, places: int, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of places, as turns alone: a form's attention factor is in queries and keys already."""
-    plain = rotary if rotary.scaling is None else replace(rotary, scaling=replace(rotary.scaling, attention_factor=1.0))
-    return rotary_tables(plain, width, torch.arange(places, device=device), dtype)
-
-
-@remembers(32)
-def _shared_turns(
-    rotary: RotaryConfig, width: int, places: int, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    with torch.inference_mode(False):
-        return _turns(rotary, width, places, dtype, device)

@@ -21,9 +21,11 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from attnzoo.base import AttentionLayer, Heads, Memory, Step, is_training, local_rows
+from attnzoo.base import AttentionLayer, Heads, Memory, Step, is_training
 from attnzoo.cache import Stream
 from attnzoo.config import AttentionConfig, check_int
+from attnzoo.rope import RotaryConfig as RotaryConfig
+from attnzoo_kernels.errors import UnsupportedError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +54,22 @@ class LowRankGQAConfig(AttentionConfig):
         if self.latent_dim is not None:
             return self.num_heads
         return next(n for n in range(max(1, self.num_heads // 2), 0, -1) if self.num_heads % n == 0)
+
+    @property
+    def cautions(self) -> tuple[str, ...]:
+        """That nothing is saved."""
+        plain = 2 * self.num_heads * self.head_width
+        if self.latent_dim is not None and self.latent_dim >= plain:
+            return (
+                f"lowrank_gqa: a latent of {self.latent_dim} values is no less than the {plain} keys and values of "
+                "plain attention, so that nothing is saved; choose a smaller latent_dim",
+            )
+        if self.latent_dim is None and self.kv_heads == self.num_heads:
+            return (
+                f"lowrank_gqa: num_kv_heads is num_heads, {self.num_heads}, and there is no latent: this is plain "
+                "attention; choose fewer num_kv_heads, or a latent_dim",
+            )
+        return ()
 
     @classmethod
     def small(cls) -> Self:
@@ -90,6 +108,12 @@ class LowRankGQAAttention(AttentionLayer, name="lowrank_gqa"):
         source = step.x if step.context is None else step.context
         q = self.q_proj(step.x).unflatten(-1, (-1, self.config.head_width)).transpose(1, 2)  # [B, H, T, D]
         latent = self.kv_down(source).unsqueeze(1)  # [B, 1, T, r]
+        if q.shape[1] != self.config.num_heads or latent.shape[-1] != self.config.latent_dim:
+            raise UnsupportedError(
+                f"q_proj, kv_down: expected {self.config.num_heads} heads and {self.config.latent_dim} values of a "
+                f"latent, got {q.shape[1]} and {latent.shape[-1]}: with a latent lowrank_gqa does not run under tensor "
+                "parallelism; shard its parameters (FSDP) instead"
+            )
         return Heads(q, latent, latent[..., :0])
 
     def remember(self, step: Step, heads: Heads) -> Memory:
@@ -111,6 +135,11 @@ class LowRankGQAAttention(AttentionLayer, name="lowrank_gqa"):
     def expand(self, latent: Tensor) -> tuple[Tensor, Tensor]:
         """Keys ``[B, G, S, D]``, not rotated, and values ``[B, G, S, Dv]`` from latents ``[B, 1, S, r]``."""
         heads = self.kv_up(latent.squeeze(1)).unflatten(-1, (-1, self.config.head_width)).transpose(1, 2)
+        if heads.shape[1] != 2 * self.config.kv_heads:
+            raise UnsupportedError(
+                f"kv_up: expected keys and values of {self.config.kv_heads} KV heads, got {heads.shape[1]} heads in "
+                "all: they cannot be divided among processes"
+            )
         keys, values = heads.chunk(2, dim=1)  # [B, G, S, D] each
         return keys, values
 
@@ -118,4 +147,4 @@ class LowRankGQAAttention(AttentionLayer, name="lowrank_gqa"):
         """The latent, and the position that its key will be rotated by."""
         if self.config.latent_dim is None:
             return super().streams()
-        return {"latent": Stream(1, local_rows(self.kv_down)), "position": Stream(1, 1, torch.int32)}
+        return {"latent": Stream(1, self.config.latent_dim), "position": Stream(1, 1, torch.int32)}

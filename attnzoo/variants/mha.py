@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Self
 from attnzoo.base import AttentionLayer, Heads, Memory, Plan, Step
 from attnzoo.config import AttentionConfig, check_int
 from attnzoo.layouts import Cover, dense_layout, sink_window_layout
+from attnzoo.rope import RotaryConfig as RotaryConfig
 from attnzoo_kernels import Extras
 from attnzoo_kernels.errors import ConfigError, UnsupportedError
 

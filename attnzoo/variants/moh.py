@@ -33,6 +33,8 @@ from attnzoo.choices import check_choice
 from attnzoo.compaction import Rows, is_readable, windowed_layout
 from attnzoo.config import AttentionConfig, check_bool, check_int
 from attnzoo.layouts import Cover, dense_layout, sink_window_layout
+from attnzoo.projections import is_plain, is_untouched
+from attnzoo.rope import RotaryConfig as RotaryConfig
 from attnzoo.routing import Counts, Routing, balance_loss, by_norm, learned
 from attnzoo_kernels import BlockLayout, Extras, block_sparse_attention, no_autocast, visible_pairs
 from attnzoo_kernels.errors import ConfigError, UnsupportedError
@@ -140,6 +142,18 @@ class MoHConfig(AttentionConfig):
         """The share of (token, head) pairs that are computed."""
         return (self.counts.shared + self.counts.active) / self.num_heads
 
+    @property
+    def cautions(self) -> tuple[str, ...]:
+        """That no head is ever left out, unless "all" asks for it."""
+        counts = self.counts
+        if counts.active < counts.routed or self.active_heads == "all":
+            return ()
+        return (
+            f"moh: all {self.num_heads} heads are active (shared_heads={counts.shared}, active_heads={counts.active}), "
+            "so that no head is left out and the balance loss has no gradient; choose fewer active_heads, or more "
+            'num_heads (active_heads="all" says that it is wanted)',
+        )
+
     @classmethod
     def small(cls) -> Self:
         """Four heads of 8, two of them active, computed alone."""
@@ -212,6 +226,7 @@ class MoHAttention(AttentionLayer, name="moh"):
     config: MoHConfig
     causal_promise = "bidirectional-capable"
     trainable_selection = True
+    splits_heads = False
     dense_limit: ClassVar[dict[str, Any]] = {"active_heads": "all"}
 
     router: nn.Linear | None
@@ -222,18 +237,28 @@ class MoHAttention(AttentionLayer, name="moh"):
         """As the base; with a learned router ``router``, ``shared_router`` and ``type_router`` where they decide."""
         super().build_projections(device=device, dtype=dtype)
         counts, has = self.config.counts, self.config.router == "learned"
-        std = ROUTER_STD if counts.active < counts.routed else 0.0
 
         def build(needed: bool, outputs: int) -> nn.Linear | None:
             if not (has and needed):
                 return None
             router = nn.Linear(self.config.dim, outputs, bias=False, device=device, dtype=dtype)
-            nn.init.normal_(router.weight, std=std)
+            self._start_router(router)
             return router
 
         self.router = build(counts.routed > 0, counts.routed)
         self.shared_router = build(counts.shared > 1, counts.shared)
         self.type_router = build(counts.shared > 0 and counts.active > 0, 2)
+
+    def restart(self, child: nn.Module) -> None:
+        """As the base; routers start small."""
+        super().restart(child)
+        if child in (self.router, self.shared_router, self.type_router):
+            self._start_router(child)
+
+    def _start_router(self, router: nn.Module) -> None:
+        counts = self.config.counts
+        for weight in router.parameters():
+            nn.init.normal_(weight, std=ROUTER_STD if counts.active < counts.routed else 0.0)
 
     def project(self, step: Step) -> Heads:
         """Queries, keys, values, and what the router says about each token."""
@@ -377,7 +402,9 @@ class MoHAttention(AttentionLayer, name="moh"):
     def conclude(self, step: Step, memory: Memory, plan: Plan) -> Tensor:
         """As the base; heads computed apart are projected apart too, of the routed ones the routed rows alone."""
         rows = memory.kept.routed if isinstance(memory, MoHMemory) and memory.kept is not None else None
-        if rows is None or plan.head_weight is None or not is_plain(self.o_proj, memory.v):
+        # Steps that somebody has replaced are run.
+        own = self.runs_own("operate", MoHAttention) and self.runs_own("combine", MoHAttention)
+        if rows is None or plan.head_weight is None or not own or not is_plain(self.o_proj, memory.v):
             return super().conclude(step, memory, plan)
         return self._project_apart(*self._apart(memory, plan, rows), plan.head_weight, rows)
 
@@ -444,32 +471,6 @@ CROSSINGS = ((4096, 0.75, 0.75), (2048, 0.55, 0.65), (1024, 0.3, 0.5))
 TALL_ROWS = 1024
 LEAST_SLOTS = 2048
 """Slots from which a decoding step on a CPU does better to leave KV heads out."""
-
-
-def is_plain(projection: nn.Module, x: Tensor) -> bool:
-    """Whether a projection is nothing but the product with its weight, in the precision of x, single or double."""
-    return (
-        is_untouched(projection, x)
-        and projection.weight.dtype == x.dtype
-        and x.dtype in (torch.float32, torch.float64)
-        and not torch.is_autocast_enabled(x.device.type)
-    )
-
-
-def is_untouched(projection: nn.Module, x: Tensor) -> bool:
-    """Whether its weight may be read instead of calling it: an ``nn.Linear`` that nobody wrapped, hooked or moved."""
-    hooks = [getattr(projection, name) for name in _HOOKS] + [getattr(nn.modules.module, name) for name in _ALL_HOOKS]
-    return (
-        type(projection) is nn.Linear
-        and not any(hooks)
-        and "forward" not in vars(projection)
-        and type(projection.weight) is nn.Parameter
-        and projection.weight.device == x.device
-    )
-
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_ALL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
 
 
 def _real_or_none(step: Step, active: Tensor) -> Tensor | None:

@@ -107,6 +107,16 @@ class RCMHAConfig(AttentionConfig):
         """Width of a distance's vector of sinusoids; even."""
         return self.head_width + self.head_width % 2 if self.rel_dim is None else self.rel_dim
 
+    @property
+    def cautions(self) -> tuple[str, ...]:
+        """That nothing is convolved, and no distance scored."""
+        if self.conv_on or self.rel is not None:
+            return ()
+        return (
+            "rcmha: with conv_on=() and rel=None nothing is convolved and no distance is scored: this is plain "
+            "attention, which 'mha' computes",
+        )
+
     @classmethod
     def small(cls) -> Self:
         """Four heads of 8 on two KV heads, kernels of five tokens for all heads, few channels."""
@@ -176,6 +186,7 @@ class RCMHAAttention(AttentionLayer, name="rcmha"):
     rel_proj: nn.Parameter
     rel_table: nn.Parameter
     cache_class = PlacedCache
+    splits_heads = False
     causal_promise = "bidirectional-capable"
     dense_limit: ClassVar[dict[str, Any]] = {"conv_on": (), "rel": None, "rotary": RotaryConfig()}
 
@@ -229,6 +240,11 @@ class RCMHAAttention(AttentionLayer, name="rcmha"):
             bound = math.sqrt(6 / (config.rel_width + config.num_heads * config.head_width))
             nn.init.uniform_(vectors, -bound, bound)
 
+    def reset_parameters(self) -> None:
+        """As the base; then distances."""
+        super().reset_parameters()
+        self._start_relative()
+
     def check_context(self, cache: KVCache | None, positions: Tensor | None) -> None:
         """Refuses: distances and convolutions are those of one sequence."""
         raise UnsupportedError("context: rcmha knows distances within its own sequence, it cannot read another")
@@ -260,6 +276,7 @@ class RCMHAAttention(AttentionLayer, name="rcmha"):
         for name, project in (("q", self.q_proj), ("k", self.k_proj), ("v", self.v_proj)):
             source = self._convolve(name, x, "conv_x", step).squeeze(1)
             made[name] = project(source).unflatten(-1, (-1, config.head_width)).transpose(1, 2)  # [B, h, T, D]
+        self.check_slice(**made)
         return _Heads(**made, before={"conv_x": x} if self._convolved() else {})
 
     def _convolved(self) -> tuple[str, ...]:

@@ -26,10 +26,11 @@ from torch import Tensor
 
 from attnzoo.base import AttentionLayer, Heads, Memory, Plan, Step
 from attnzoo.cache import KVCache
-from attnzoo.config import AttentionConfig, check_bool, check_int
+from attnzoo.config import AttentionConfig, check_bool, check_flag, check_int
 from attnzoo.layouts import may_share
-from attnzoo.notices import warn_caller
 from attnzoo.pool import Pattern, PoolCache, PoolMemory, attend_pool
+from attnzoo.projections import slice_index
+from attnzoo.rope import RotaryConfig as RotaryConfig
 from attnzoo_kernels import BlockLayout, Extras, remembers
 from attnzoo_kernels.errors import ConfigError, UnsupportedError
 
@@ -93,6 +94,21 @@ class S2Config(AttentionConfig):
         heads = 1 if self.homogeneous else self.kv_heads
         return len({n * self.head_step % self.vert_stride for n in range(heads)}) / self.vert_stride
 
+    @property
+    def cautions(self) -> tuple[str, ...]:
+        """That blocks are read by no head, or all by all."""
+        if self.vert_stride == 1 or self.num_dense_heads == self.kv_heads:
+            return (
+                f"s2: with vert_stride {self.vert_stride} and {self.num_dense_heads} of {self.kv_heads} KV heads dense "
+                "every head reads everything: this is plain attention, which 'mha' computes",
+            )
+        if self.causal and self.coverage < 1:
+            return (
+                f"s2: with {self.kv_heads} KV heads and vert_stride {self.vert_stride}, {1 - self.coverage:.0%} of the "
+                "far blocks are read by no head",
+            )
+        return ()
+
     @classmethod
     def small(cls) -> Self:
         """Four heads of 8 over blocks of 8."""
@@ -108,7 +124,8 @@ class S2Attention(AttentionLayer, name="s2"):
     """Attention over a static shard of the context for each KV head.
 
     Attributes:
-        first_kv_head: Under tensor parallelism, the index of this slice's first KV head among all.
+        first_kv_head: Under tensor parallelism, the index of this slice's first KV head among all; ``None`` where all
+            are here, or where the weight of ``k_proj`` is a distributed tensor, which says it.
     """
 
     config_class = S2Config
@@ -120,11 +137,6 @@ class S2Attention(AttentionLayer, name="s2"):
     def __init__(self, config: S2Config | None = None, **options: Any) -> None:
         super().__init__(config, **options)
         self.first_kv_head = None
-        if self.config.causal and self.config.coverage < 1:
-            warn_caller(
-                f"s2: with {self.config.kv_heads} KV heads and vert_stride {self.config.vert_stride}, "
-                f"{1 - self.config.coverage:.0%} of the far blocks are read by no head"
-            )
 
     def check_context(self, cache: KVCache | None, positions: Tensor | None) -> None:
         """Refuses: the shards are blocks of the layer's own sequence."""
@@ -194,8 +206,7 @@ class S2Attention(AttentionLayer, name="s2"):
             TypeError: If a number is no int, or ``evict`` no bool.
             ShapeError: If a number is out of range.
         """
-        if not isinstance(evict, bool):
-            raise TypeError(f"evict: expected a bool, got {type(evict).__name__}")
+        check_flag("evict", evict)
         plain = super().new_cache(batch, max_length, device="meta" if evict else device, dtype=dtype)
         if not evict:
             return plain
@@ -204,8 +215,8 @@ class S2Attention(AttentionLayer, name="s2"):
             pattern=self._pattern(max_length),
             max_length=max_length,
             batch=batch,
-            device=device or self.q_proj.weight.device,
-            dtype=dtype or self.q_proj.weight.dtype,
+            device=self.compute_device if device is None else device,
+            dtype=dtype or self.compute_dtype,
             owner=(self._identity, self.config),
             rounds=dtype is not None,
         )
@@ -224,11 +235,15 @@ class S2Attention(AttentionLayer, name="s2"):
 
     def _groups(self, held: int) -> tuple[int, int]:
         """Index of the first KV head held here, and their number."""
-        if held != self.config.kv_heads and self.first_kv_head is None and not self.config.homogeneous:
-            raise UnsupportedError(
-                f"first_kv_head: expected to be set on a layer that holds {held} of {self.config.kv_heads} KV heads"
-            )
-        return self.first_kv_head or 0, held
+        first = self.first_kv_head
+        if held != self.config.kv_heads and first is None:
+            slice_here = slice_index(self.k_proj)
+            if slice_here is None and not self.config.homogeneous:
+                raise UnsupportedError(
+                    f"first_kv_head: expected to be set on a layer that holds {held} of {self.config.kv_heads} KV heads"
+                )
+            first = (slice_here or 0) * held
+        return first or 0, held
 
 
 @dataclass(frozen=True)

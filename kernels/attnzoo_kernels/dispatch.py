@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
@@ -15,6 +14,7 @@ from torch import Tensor
 from attnzoo_kernels import blocked, fused
 from attnzoo_kernels.call import Call
 from attnzoo_kernels.errors import KernelError
+from attnzoo_kernels.notices import warn_caller
 
 TALLEST_GATED = 256
 """Slots of a gated block: the kernels hold it in one tile."""
@@ -158,4 +158,4 @@ def _give_up(impl: str, call: Call, error: KernelError) -> None:
 def _warn_once(reason: str) -> None:
     if reason not in _warned:
         _warned.add(reason)
-        warnings.warn(reason, RuntimeWarning, stacklevel=2)
+        warn_caller(reason, RuntimeWarning)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -18,10 +18,6 @@ from attnzoo_kernels import layout_flex, layout_picture
 from attnzoo_kernels.density import layout_density
 from attnzoo_kernels.errors import ShapeError, UnsupportedError
 from attnzoo_kernels.rule import bounded
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from torch.nn.attention.flex_attention import BlockMask
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -256,7 +252,7 @@ class BlockLayout:
         return cls._trusted(sizes, build.lists_of_mask(keep))
 
     @classmethod
-    def from_block_mask(cls, block_mask: BlockMask) -> Self:
+    def from_block_mask(cls, block_mask: Any) -> Self:
         """The layout of a FlexAttention ``BlockMask`` whose partial blocks are causal or see everything.
 
         Raises:
@@ -265,7 +261,7 @@ class BlockLayout:
         keep, sizes = layout_flex.read_block_mask(block_mask)
         return cls.from_mask(keep, *sizes)
 
-    def to_block_mask(self, *, causal: bool = True) -> BlockMask:
+    def to_block_mask(self, *, causal: bool = True) -> Any:
         """This layout as a FlexAttention ``BlockMask``, causal with bottom-right alignment or seeing everything.
 
         Raises:
@@ -357,7 +353,7 @@ class BlockLayout:
     def __str__(self) -> str:
         return layout_picture.draw(self)
 
-    def plot(self, ax: Axes | None = None) -> Axes:
+    def plot(self, ax: Any = None) -> Any:
         """Draws the layout with matplotlib, heads side by side, and returns the axes.
 
         Raises:

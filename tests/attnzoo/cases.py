@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 import attnzoo
+from attnzoo.notices import silent
 from attnzoo.oracles.mha import Recipe
 
 LIMIT = {torch.float32: 1e-5, torch.float64: 1e-10, torch.bfloat16: 2.0**-6}
@@ -43,9 +43,8 @@ CASES = tuple(Case(name, size) for name in attnzoo.list_variants() for size in (
 
 def build(config: attnzoo.AttentionConfig, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
     """A layer whose weights are twice the usual, so that the softmax is far from uniform, in evaluation mode."""
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        # Patterns that leave blocks unread are wanted here.
-        warnings.filterwarnings("ignore", message=".*of the far blocks are read by no head")
+    # Patterns that leave blocks unread, and options that leave nothing out, are wanted here.
+    with torch.random.fork_rng(devices=[]), silent():
         torch.manual_seed(seed)
         layer = attnzoo.create(config)
     with torch.no_grad():

@@ -11,7 +11,6 @@ import os
 import re
 import shutil
 import tempfile
-import warnings
 from collections.abc import Iterable
 from functools import reduce
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnzoo.notices import warn_caller
 from attnzoo.surgery.hosts import folders
 from attnzoo.surgery.hosts.folders import read_json as read_json
 from attnzoo.surgery.hosts.folders import refuse_pickle as refuse_pickle
@@ -170,10 +170,9 @@ def model_for(config: dict[str, Any], tensors: dict[str, Tensor], *, dtype: torc
     if pair is None:
         return model
     # What transformers does: the file is believed, and the flag is not.
-    warnings.warn(
+    warn_caller(
         f"weights: {pair[0]!r} and {pair[1]!r} differ, though the configuration ties them (tie_word_embeddings); both "
-        "are kept as they are stored",
-        stacklevel=4,
+        "are kept as they are stored"
     )
     model = model_of({**config, "tie_word_embeddings": False}, dtype=dtype)
     pair = _differing_pair(model, tensors)
@@ -245,7 +244,7 @@ def read_tensors(folder: Path, files: list[Path] | None = None) -> dict[str, Ten
         tensors |= found
     bad = sorted(name for name, x in tensors.items() if x.dtype in FLOATING and not bool(x.isfinite().all()))
     if bad:
-        warnings.warn(f"{folder}: {bad[0]} and {len(bad) - 1} more tensors hold NaN or infinity", stacklevel=3)
+        warn_caller(f"{folder}: {bad[0]} and {len(bad) - 1} more tensors hold NaN or infinity")
     return tensors
 
 

@@ -8,13 +8,13 @@ Letters: B batch, T query tokens, S slots, C model width, H query heads, G KV he
 from __future__ import annotations
 
 import copy
-import warnings
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from attnzoo.notices import warn_caller
 from attnzoo.rope import RotaryConfig, apply_rotary, rotary_tables
 from attnzoo.surgery.hosts import interface
 from attnzoo.surgery.hosts.seat import LayerSeat
@@ -242,11 +242,9 @@ def warn_of_lengths(module: nn.Module) -> None:
     """Warns where a host's frequencies follow the length of a call: those of a seat do not."""
     kind = _rope_parameters(module).get("rope_type")
     if kind in LENGTH_DEPENDENT:
-        warnings.warn(
+        warn_caller(
             f"rope_type {kind!r}: the model changes its frequencies with the length of a call; converted blocks keep "
-            "those of the length that it was trained at",
-            UserWarning,
-            stacklevel=2,
+            "those of the length that it was trained at"
         )
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from attnzoo.base import AttentionLayer
 from attnzoo.choices import check_known
 from attnzoo.config import AttentionConfig
-from attnzoo.notices import warn_caller
+from attnzoo.notices import silent, warn_caller
 from attnzoo.registry import create, get_config
 from attnzoo.surgery.hosts import llama
 from attnzoo.surgery.hosts.seat import LayerSeat
@@ -94,7 +94,9 @@ def build_seat(module: nn.Module, config: AttentionConfig, spec: SeatSpec) -> La
     """A seat for a block, on its device, in its dtype and mode; the block is untouched."""
     like = llama.read(module)
     llama.warn_of_lengths(module)
-    layer = create(config, device=like.q.device, dtype=like.q.dtype)
+    # What a variant deserves to have said about it in a converted model, its spec says.
+    with silent():
+        layer = create(config, device=like.q.device, dtype=like.q.dtype)
     seat = LayerSeat(layer, module, by_slot=spec.by_slot, slots_per_token=spec.slots_per_token(config))
     spec.start(layer)
     trainable = any(x.requires_grad for x in (like.q, like.k, like.v, like.o))
