@@ -121,7 +121,7 @@ def inspect(model: Model, as_json: JsonFlag = False) -> None:
 
 
 @app.command()
-def convert(
+def convert(  # noqa: PLR0913  (a command line has one parameter for each option)
     model: Model,
     to: Annotated[str, typer.Option(help="variant:option=value,...")],
     out: Annotated[Path, typer.Option(help="The folder to write; it appears whole or not at all.")],
@@ -130,30 +130,48 @@ def convert(
     ] = "devil",
     length: Annotated[int, typer.Option(help="Tokens in a calibration window.")] = 512,
     windows: Annotated[int, typer.Option(help="Calibration windows.")] = 16,
+    where: Annotated[str | None, typer.Option(help="Layers, such as 8- or 0,2,5-9; all if not given.")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Of the weights: float32, bfloat16, float16 or float64; as they are stored if not given."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, or cuda with or without a number.")] = "cpu",
     overwrite: Annotated[bool, typer.Option(help="Replace a folder that is not empty.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Converts a model and saves it."""
+    """Converts a model and saves it, with the files that lie beside its weights."""
     from attnzoo import surgery
+    from attnzoo.cli.layers import check_layers, read_layers
+    from attnzoo.surgery.hosts.folders import check_writable
 
     spec = VariantSpec.parse(to)
     if not spec.conversions:
         raise ConfigError("to: expected a variant, got 'dense', which changes nothing")
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]) and not overwrite:
         raise ConfigError(f"out: {out} exists and is not empty; --overwrite replaces it")
-    found, tokenizer = load_model(model)
+    if where is not None:
+        check_layers(where)
+    check_writable(out)
+    found, tokenizer = load_model(model, dtype=dtype, device=device)
     calibration = None
     if spec.needs_calibration:
         tokens = cut_windows(text_tokens(tokenizer, calibrate), length=length, offset=0, count=windows)
-        calibration = [row.unsqueeze(0) for row in tokens]
+        calibration = [row.unsqueeze(0).to(found.device) for row in tokens]
     with Bar() as progress:
         conversion = spec.conversions[0]
         report = surgery.convert(
-            found, conversion.variant, calibration=calibration, progress=progress, **conversion.options
+            found,
+            conversion.variant,
+            where=None if where is None else read_layers(where, len(surgery.find(found))),
+            calibration=calibration,
+            progress=progress,
+            **conversion.options,
         )
-    surgery.save(found, out, tokenizer=tokenizer, overwrite=overwrite)
+    # The tokenizer's own files are carried along with the others, as they are.
+    surgery.save(found, out, overwrite=overwrite)
     if as_json:
-        typer.echo(json.dumps({**report.to_dict(), "folder": str(out)}, indent=2, default=str))
+        kind = str(found.dtype).removeprefix("torch.")
+        typer.echo(json.dumps({**report.to_dict(), "dtype": kind, "folder": str(out)}, indent=2, default=str))
         return
     _console().print(str(report), markup=False, highlight=False)
     _console().print(f"saved to {out}", markup=False)
@@ -184,7 +202,8 @@ def compare(  # noqa: PLR0913  (a command line has one parameter for each option
     needed = any(spec.needs_calibration for spec in specs)
     if needed and text == calibrate:
         raise ConfigError(f"calibrate: expected another text than the one scored, got {text!r} for both")
-    found, tokenizer = load_model(model)
+    # Certificates and small losses drown in the rounding of narrower weights.
+    found, tokenizer = load_model(model, dtype="float32")
     scored = cut_windows(text_tokens(tokenizer, text), length=length, offset=offset, count=windows)
     about = {"model": model, "text": text, "offset": offset}
     calibration = None

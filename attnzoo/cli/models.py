@@ -18,8 +18,21 @@ SMOLLM2 = "smollm2"
 TEXT_BYTES = 64 << 20
 
 
-def load_model(name: str) -> tuple[Any, Any]:
-    """A model and its tokenizer from a folder, a ``.gguf`` file, or the word ``smollm2``; converted folders too."""
+def load_model(name: str, *, dtype: str | None = None, device: str = "cpu") -> tuple[Any, Any]:
+    """A model and its tokenizer from a folder, a ``.gguf`` file, or the word ``smollm2``; converted folders too.
+
+    Args:
+        name: Of the model.
+        dtype: Of its weights; as they are stored if not given.
+        device: Where to.
+
+    Raises:
+        ConfigError: If the dtype or the device is none.
+        ConversionError: If there is no such model, or it is not to be trusted.
+    """
+    from attnzoo.costs import read_device, read_dtype
+
+    kind, place = None if dtype is None else read_dtype(dtype), read_device(device)
     # Nothing here may reach for a hub.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -31,8 +44,10 @@ def load_model(name: str) -> tuple[Any, Any]:
     if not path.exists() and (near := hint(name, [SMOLLM2])):
         raise ConfigError(f"model: expected a folder, a .gguf file or {SMOLLM2}, got {name!r}{near}")
     if (path / RECIPE).is_file():
-        return surgery.load(path)
-    return checkpoint.load_checkpoint(path)
+        model, tokenizer = surgery.load(path, dtype=kind)
+    else:
+        model, tokenizer = checkpoint.load_checkpoint(path, dtype=kind)
+    return model.to(place), tokenizer
 
 
 def text_tokens(tokenizer: Any, name: str) -> Tensor:

@@ -82,7 +82,7 @@ def finished(model: Any, folder: Path) -> Any:
         except (TypeError, ValueError, AttributeError, KeyError) as error:
             raise ConversionError(f"{file}: {error}") from error
     # Where files that lie beside the weights are found when the model is saved.
-    model.config.name_or_path = str(folder)
+    model.config.name_or_path = model.name_or_path = str(folder.absolute())
     return model.eval()
 
 
