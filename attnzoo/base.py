@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from attnzoo.align import add_front, drop_front, front_positions, take_rows
 from attnzoo.cache import KVCache, Stream
+from attnzoo.cache_owner import Identity
 from attnzoo.config import AttentionConfig, build_config
 from attnzoo.inputs import check_dtype, check_inputs, cross_step, is_all_padding, self_step
 from attnzoo.layouts import dense_layout
@@ -84,7 +85,8 @@ class AttentionLayer(WeightedModule):
         self.config = config
         self.impl = "auto"
         self.recordings: tuple[Recording, ...] = ()
-        self._identity = object()
+        self._identity = Identity()
+        self._identity.taken = True
         self.build_projections(device=device, dtype=dtype)
         for message in config.cautions:
             self.caution(message)
@@ -97,6 +99,10 @@ class AttentionLayer(WeightedModule):
         self.k_proj = nn.Linear(config.dim, groups * width, bias=config.bias, device=device, dtype=dtype)
         self.v_proj = nn.Linear(config.dim, groups * width, bias=config.bias, device=device, dtype=dtype)
         self.o_proj = nn.Linear(heads * width, config.dim, bias=config.bias, device=device, dtype=dtype)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._identity.taken = True
 
     def extra_repr(self) -> str:
         """The configuration, for ``print(layer)``."""
@@ -140,7 +146,7 @@ class AttentionLayer(WeightedModule):
             TypeError: If an argument has the wrong type.
             ShapeError: If shapes, dtypes or devices disagree, or the cache is full.
             ConfigError: If the cache belongs to another layer.
-            UnsupportedError: If this variant cannot do what is asked.
+            UnsupportedError: If this variant cannot do it, or a backward makes a call with a cache once more.
         """
         step = self.begin(x, positions, key_padding, cache, context)
         if cache is None or torch.compiler.is_compiling():

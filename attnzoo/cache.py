@@ -8,20 +8,23 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from itertools import chain
 from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from attnzoo.cache_streams import CROP_MARGIN, Groups, Ring, Stream, check_count
+from attnzoo.cache_owner import Identity
+from attnzoo.cache_state import CarriedCache
+from attnzoo.cache_streams import CROP_MARGIN, Groups, Ring, Stream, check_count, row_bytes, with_rows, zeros_on_host
+from attnzoo.replay import current_backward, refuse_replay, refuse_transforms
 from attnzoo_kernels.errors import ConfigError, ShapeError, UnsupportedError
 
 __all__ = ["KVCache", "Stream"]
 
 
-class KVCache:
+class KVCache(CarriedCache):
     """Fixed buffers for the tokens that a layer has seen; made by ``layer.new_cache``.
 
     Slot s of an item holds its s-th real token. The buffers start as zeros and hold detached values: training through
@@ -46,7 +49,7 @@ class KVCache:
         max_length: int,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        owner: tuple[object, object] = (None, None),
+        owner: tuple[Identity | None, Any] = (None, None),
         rounds: bool = False,
     ) -> None:
         for name, value, least in (("batch", batch, 0), ("max_length", max_length, 1)):
@@ -58,6 +61,8 @@ class KVCache:
         self.bound = 0
         self._lengths: Tensor | None = None
         self._owner, self._config = owner
+        self._heir: Identity | None = None
+        self._born = current_backward()
         self._rounds = rounds
         self._buffers: dict[str, Tensor] = {}
         self._rings: dict[str, Ring] = {}
@@ -70,7 +75,7 @@ class KVCache:
             # One row more than fits: rows without a token are written there.
             shape = (batch, stream.heads, rows + 1, stream.width)
             with torch.inference_mode(False):
-                make = _zeros_on_host if stream.host else torch.zeros
+                make = zeros_on_host if stream.host else torch.zeros
                 values = make(shape, device=device, dtype=stream.dtype or dtype)
             if stream.ring is not None:
                 self._rings[name] = Ring(stream.ring, values)
@@ -87,7 +92,11 @@ class KVCache:
         return f"{type(self).__name__}({held} of {self.max_length} tokens: {streams})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        return self.fork()
+        copy = self.fork()
+        copy._owner = self._belongs_to
+        # The layer's copy has it, if the layer is copied by the same call, before this or after.
+        copy._heir = deepcopy(copy._owner, memo)
+        return copy
 
     @property
     def streams(self) -> dict[str, Tensor]:
@@ -123,8 +132,8 @@ class KVCache:
     @property
     def bytes_per_token(self) -> int:
         """Bytes held for each token of an item, rounded up; what rings hold does not grow with the tokens."""
-        size = sum(_row_bytes(x) for x in self._buffers.values())
-        return size + math.ceil(sum(_row_bytes(x.values) / x.every for x in self._groups.values()))
+        size = sum(row_bytes(x) for x in self._buffers.values())
+        return size + math.ceil(sum(row_bytes(x.values) / x.every for x in self._groups.values()))
 
     @property
     def nbytes(self) -> int:
@@ -136,16 +145,25 @@ class KVCache:
         """Bytes of the buffers that are kept in the host's memory."""
         return sum(x.numel() * x.element_size() for name, x in self.streams.items() if name in self._host)
 
-    def check(self, owner: tuple[object, object], batch: int, device: torch.device) -> None:
+    @property
+    def _belongs_to(self) -> Identity | None:
+        return self._heir if self._heir is not None and self._heir.taken else self._owner
+
+    def check(self, owner: tuple[Identity | None, Any], batch: int, device: torch.device) -> None:
         """Raises unless the cache belongs to this layer and fits its input.
 
         Raises:
             ConfigError: If another layer, or one of another configuration, made it.
             ShapeError: If batch or device differ.
+            UnsupportedError: If a backward makes the call once more.
         """
+        refuse_replay("cache", self._born)
         # A compiler that takes numbers for variables cannot compare configurations that hold floats.
-        if self._owner is not owner[0] or not (self._config is owner[1] or self._config == owner[1]):
-            raise ConfigError("cache: expected one that this layer's new_cache made, got the cache of another layer")
+        if self._belongs_to is not owner[0] or not (self._config is owner[1] or self._config == owner[1]):
+            raise ConfigError(
+                "cache: expected one that this layer's new_cache made, got the cache of another layer; state_dict() "
+                "and load_state_dict() carry what a cache holds to another layer of the same weights"
+            )
         if self.batch != batch:
             raise ShapeError(f"cache: expected batch {batch} as x has it, got {self.batch}")
         if self.device != device:
@@ -196,6 +214,7 @@ class KVCache:
             ShapeError: If shapes, dtypes or the room do not fit.
             UnsupportedError: If a stream that is kept in the host's memory would have to be differentiable.
         """
+        refuse_transforms(values)
         if differentiable and self._host:
             raise UnsupportedError("cache: expected no gradients where keys and values are offloaded, got some")
         tokens = self._check_values(values)
@@ -279,13 +298,13 @@ class KVCache:
         if max_length < self.max_length:
             raise ShapeError(f"max_length: expected at least {self.max_length}, got {max_length}")
         with torch.inference_mode(False), torch.no_grad():
-            self._buffers = self._as_placed({name: _with_rows(x, max_length) for name, x in self._buffers.items()})
+            self._buffers = self._as_placed({name: with_rows(x, max_length) for name, x in self._buffers.items()})
             for ring in self._rings.values():
                 # A ring that is shorter than its margin has never come round: its rows are tokens.
                 ring.rows = Ring.length_for(ring.history, max_length)
-                ring.values = _with_rows(ring.values, ring.rows)
+                ring.values = with_rows(ring.values, ring.rows)
             for groups in self._groups.values():
-                groups.values = _with_rows(groups.values, max_length // groups.every)
+                groups.values = with_rows(groups.values, max_length // groups.every)
         self.max_length = max_length
 
     def crop(self, length: int | Tensor) -> None:
@@ -366,6 +385,7 @@ class KVCache:
         """A copy of its own, for the same layer."""
         copy = object.__new__(type(self))
         copy.__dict__.update(self.__dict__)
+        copy._born = current_backward()
         with torch.inference_mode(False), torch.no_grad():
             copy._buffers = self._as_placed({name: x.clone() for name, x in self._buffers.items()})
             copy._rings = {name: x.clone() for name, x in self._rings.items()}
@@ -383,10 +403,11 @@ class KVCache:
         if self._rings:
             held = held | {name: ring.values for name, ring in self._rings.items()}
         self._check_shapes(values, held)
-        tokens = {value.shape[2] for value in values.values()}
-        if len(tokens) > 1:
+        # No set: a compiler's sizes have no hash, and would become numbers, each a program of its own.
+        tokens = [value.shape[2] for value in values.values()]
+        if any(count != tokens[0] for count in tokens):
             raise ShapeError(f"cache: expected equally many tokens in all streams, got {sorted(tokens)}")
-        return next(iter(tokens))
+        return tokens[0]
 
     def _check_shapes(self, values: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
         if set(values) != set(buffers):
@@ -431,20 +452,3 @@ class KVCache:
             if not differentiable:
                 seen[name] = held[:, :, : self.bound].to(value.dtype)
         return seen
-
-
-def _zeros_on_host(shape: tuple[int, ...], *, device: torch.device | str | None, dtype: torch.dtype | None) -> Tensor:
-    """Zeros in the host's memory for a cache on a device; on no memory at all where the device has none."""
-    near = torch.empty(0, device=device).device
-    if near.type == "meta":
-        return torch.zeros(shape, device=near, dtype=dtype)
-    return torch.zeros(shape, device="cpu", dtype=dtype, pin_memory=near.type == "cuda")
-
-
-def _row_bytes(x: Tensor) -> int:
-    return x.shape[1] * x.shape[3] * x.element_size()
-
-
-def _with_rows(x: Tensor, rows: int) -> Tensor:
-    """A buffer ``[B, h, n + 1, D]`` with so many rows; the last one, beside them, takes rows without a token."""
-    return pad(x[:, :, :-1], (0, 0, 0, rows + 2 - x.shape[2]))

@@ -10,6 +10,7 @@ from typing import Self
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from attnzoo_kernels.errors import ConfigError
 
@@ -153,6 +154,16 @@ class Ring:
         if values is not self.values:
             self.values, self.oldest = values, oldest
 
+    def load(self, value: Tensor, length: int | Tensor, oldest: int | Tensor) -> None:
+        """Holds ``value [B, h, n, D]`` as the last n of ``length`` tokens; those from ``oldest`` on are known."""
+        token = torch.arange(-value.shape[2], 0, device=self.values.device)
+        token = token + (length.unsqueeze(1) if isinstance(length, Tensor) else length)
+        row = torch.where(token < 0, self.rows, token % self.rows).expand(value.shape[0], -1)  # [B, n]
+        item = torch.arange(value.shape[0], device=self.values.device).unsqueeze(1)
+        self.values.zero_()
+        self.values.transpose(1, 2).index_put_((item, row), value.transpose(1, 2).to(self.values))
+        self.oldest = oldest
+
     def select(self, index: Tensor) -> Self:
         """The items ``index``, in a ring of their own."""
         return self._with(
@@ -202,3 +213,21 @@ class Groups:
         """Zeroes the groups that ``lengths [B]`` tokens do not complete."""
         group = torch.arange(self.values.shape[2], device=self.values.device)
         self.values.masked_fill_((group >= (lengths // self.every).unsqueeze(1))[:, None, :, None], 0)
+
+
+def zeros_on_host(shape: tuple[int, ...], *, device: torch.device | str | None, dtype: torch.dtype | None) -> Tensor:
+    """Zeros in the host's memory for a cache on a device; on no memory at all where the device has none."""
+    near = torch.empty(0, device=device).device
+    if near.type == "meta":
+        return torch.zeros(shape, device=near, dtype=dtype)
+    return torch.zeros(shape, device="cpu", dtype=dtype, pin_memory=near.type == "cuda")
+
+
+def row_bytes(x: Tensor) -> int:
+    """Bytes of one token's values in a buffer ``[B, h, n, D]``."""
+    return x.shape[1] * x.shape[3] * x.element_size()
+
+
+def with_rows(x: Tensor, rows: int) -> Tensor:
+    """A buffer ``[B, h, n + 1, D]`` with so many rows; the last one, beside them, takes rows without a token."""
+    return pad(x[:, :, :-1], (0, 0, 0, rows + 2 - x.shape[2]))

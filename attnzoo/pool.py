@@ -22,8 +22,9 @@ from attnzoo.base import is_training
 from attnzoo.cache import KVCache, Stream
 from attnzoo.layouts import dense_layout
 from attnzoo.records import Memory
+from attnzoo.replay import refuse_transforms
 from attnzoo_kernels import BlockLayout, Extras, block_sparse_attention_with_lse, merge_states
-from attnzoo_kernels.errors import UnsupportedError
+from attnzoo_kernels.errors import ShapeError, UnsupportedError
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,11 +97,21 @@ class PoolCache(KVCache):
         """
         raise UnsupportedError("append: a cache that frees blocks holds no sequence; its layer stages and commits")
 
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """As ever; a pool has places for one ``max_length``."""
+        if isinstance(state, Mapping) and state.get("max_length") != self.max_length:
+            raise ShapeError(f"max_length: expected the cache's {self.max_length}, got {state.get('max_length')}")
+        super().load_state_dict(state)
+
+    def _held(self, buffers: Mapping[str, Tensor], bound: int) -> dict[str, Tensor]:
+        return dict(buffers)
+
     def _clear_behind(self) -> None:
         """Nothing: what lies behind the tokens is hidden, whatever it is."""
 
     def stage(self, values: Mapping[str, Tensor], lengths: int | Tensor) -> None:
         """Takes note of a call's tokens ``[B, G, T, D]``, left-aligned, for :meth:`commit`."""
+        refuse_transforms(values)
         self._staged = {name: value.detach() for name, value in values.items()}, lengths
 
     def commit(self) -> None:

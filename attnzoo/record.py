@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from attnzoo.records import Plan
+from attnzoo.replay import is_replay
 from attnzoo_kernels.errors import ConfigError
 
 RULE = "attnzoo_rule"
@@ -42,7 +43,7 @@ class Recording:
 
     def add(self, layer: Recorded, plan: Plan) -> None:
         """Notes a layer's plan, unless this is a recomputation inside a backward (activation checkpointing)."""
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        if is_replay():
             return
         self.plans[self._paths[layer]].append(plan)
 

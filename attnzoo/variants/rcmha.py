@@ -19,6 +19,7 @@ Letters: B batch, T query tokens, C model width, H query heads, G KV heads, D he
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self
 
@@ -163,9 +164,17 @@ class PlacedCache(KVCache):
     def place(self) -> None:
         """Holds positions from now on; those of the tokens held so far are their slots."""
         if not self.placed:
-            with torch.inference_mode(False):
-                slot = torch.arange(self.max_length + 1, dtype=torch.int32, device=self.device)
-                self._buffers["position"] = slot.view(1, 1, -1, 1).repeat(self.batch, 1, 1, 1)
+            self._buffers["position"] = self._slots()
+
+    def _slots(self) -> Tensor:
+        with torch.inference_mode(False):
+            slot = torch.arange(self.max_length + 1, dtype=torch.int32, device=self.device)
+            return slot.view(1, 1, -1, 1).repeat(self.batch, 1, 1, 1)
+
+    def _buffers_for(self, state: Mapping[str, Any]) -> dict[str, Tensor]:
+        """With positions where the state has some."""
+        buffers = {name: x for name, x in self._buffers.items() if name != "position"}
+        return {**buffers, "position": self._slots()} if "stream.position" in state else buffers
 
 
 class RCMHAAttention(AttentionLayer, name="rcmha"):
@@ -313,7 +322,9 @@ class RCMHAAttention(AttentionLayer, name="rcmha"):
             placed = isinstance(cache, PlacedCache) and cache.placed
             if placed:
                 values["position"] = step.positions.to(torch.int32).expand(step.x.shape[0], -1)[:, None, :, None]
-            seen = cache.append(values, step.lengths, differentiable=is_training(q, k, v))
+            # Distances may be all that is trained.
+            training = is_training(q, k, v, *self.parameters(recurse=False))
+            seen = cache.append(values, step.lengths, differentiable=training)
             k, v = seen["k"], seen["v"]
             places = seen["position"].flatten(1) if placed else None  # [B, S]
         return _Memory(**vars(self.memory(step, q, k, v)), places=places)

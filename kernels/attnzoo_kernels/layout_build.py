@@ -165,9 +165,11 @@ def lists_of_indices(index: Tensor, origin: Tensor | None) -> Lists:
 
 def dense_lists(blocks_q: int, blocks_k: int, device: torch.device | str | None) -> Lists:
     """One list of all blocks, which every row shares."""
-    start = torch.zeros(1, 1, blocks_q, dtype=torch.int32, device=device)
-    col = torch.arange(blocks_k, dtype=torch.int32, device=device)
-    return Lists(start, torch.full_like(start, blocks_k), col)
+    shape = (1, 1, blocks_q)
+    start = torch.zeros(shape, dtype=torch.int32, device=device)
+    # Not full_like: traced, it asks whether there is one block, and a program for several lengths would serve one side.
+    count = torch.full(shape, blocks_k, dtype=torch.int32, device=device)
+    return Lists(start, count, torch.arange(blocks_k, dtype=torch.int32, device=device))
 
 
 def first_slots(q_start: int | Tensor | None, seq_q: int, seq_k: int, device: torch.device | str | None) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from attnzoo.notices import warn_caller
+from attnzoo.replay import is_replay, refuse_replay
 from attnzoo.rope import RotaryConfig, apply_rotary, rotary_tables
 from attnzoo.surgery.hosts import interface
 from attnzoo.surgery.hosts.seat import LayerSeat
@@ -148,8 +149,12 @@ class LatentSeat(nn.Module):
         """As the host calls it: ``[B, T, C]`` to ``([B, T, C], None)``.
 
         Raises:
-            UnsupportedError: If positions are not those of the slots, or an argument cannot be honoured.
+            UnsupportedError: If positions are not those of the slots, an argument cannot be honoured, or a backward
+                makes a call with a cache once more.
         """
+        # One that is empty was made inside the checkpointed part.
+        if past_key_values is not None and is_replay() and past_key_values.get_seq_length(self.layer_idx):
+            refuse_replay("past_key_values")
         q = self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H, T, D]
         latent = self.kv_down(hidden_states).unsqueeze(1)  # [B, 1, T, r]
         first = interface.first_slot(attention_mask, past_key_values, self.layer_idx)

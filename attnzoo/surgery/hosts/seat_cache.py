@@ -16,6 +16,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from attnzoo.base import AttentionLayer
 from attnzoo.cache import KVCache
+from attnzoo.replay import current_backward, refuse_replay
 from attnzoo_kernels.errors import ShapeError, UnsupportedError
 
 _LEAST_ROOM = 64
@@ -28,6 +29,7 @@ class SeatCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         seen: Slots that the host counts.
         real: Which of them hold tokens, bool ``[B, S]``; ``None`` where all do.
         memory: The layer's cache; ``None`` before the first call.
+        born: The backward that made it, see :mod:`attnzoo.replay`.
     """
 
     is_sliding = False
@@ -39,6 +41,7 @@ class SeatCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.seen = 0
         self.real: Tensor | None = None
         self.memory: KVCache | None = None
+        self.born = current_backward()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.memory!r})"
@@ -147,7 +150,8 @@ def seat_layer(cache: Any, index: int, make_seat: Callable[[], SeatCacheLayer] =
         make_seat: Makes what takes the place.
 
     Raises:
-        UnsupportedError: If the cache is none that grows, or moves its layers away.
+        UnsupportedError: If the cache is none that grows, or moves its layers away, or a backward makes a call once
+            more.
         ShapeError: If keys and values of another model lie there.
     """
     layers = getattr(cache, "layers", None)
@@ -160,6 +164,7 @@ def seat_layer(cache: Any, index: int, make_seat: Callable[[], SeatCacheLayer] =
         layers.append(make())
     found = layers[index] if index < len(layers) else None
     if isinstance(found, SeatCacheLayer):
+        refuse_replay("past_key_values", found.born)
         return found
     if type(found) is not DynamicLayer:
         raise UnsupportedError(
