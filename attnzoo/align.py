@@ -12,13 +12,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 
-def is_readable(x: Tensor) -> bool:
-    """Whether values may be read at no cost: on the CPU, and neither while tracing nor under ``vmap``."""
-    if torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type != "cpu":
-        return False
-    return not torch._C._functorch.is_functorch_wrapped_tensor(x)
-
-
 @dataclass(frozen=True, eq=False)
 class Alignment:
     """Where the tokens of a padded batch go, so that each item's real tokens come first, in their order.

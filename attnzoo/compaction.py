@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attnzoo.align import is_readable as is_readable
 from attnzoo_kernels import BlockLayout
+from attnzoo_kernels.plain import is_readable
 
 
 @dataclass(frozen=True, eq=False)

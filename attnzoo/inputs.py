@@ -8,10 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnzoo.align import Alignment, is_readable, take_rows
+from attnzoo.align import Alignment, take_rows
 from attnzoo.cache import KVCache
 from attnzoo.records import Step
 from attnzoo_kernels.errors import ShapeError
+from attnzoo_kernels.plain import is_readable
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 

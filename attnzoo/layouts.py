@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from attnzoo_kernels import BlockLayout, remembers
+from attnzoo_kernels.plain import is_plain
 
 
 class Cover(NamedTuple):
@@ -23,8 +24,8 @@ class Cover(NamedTuple):
 
 
 def may_share(x: Tensor) -> bool:
-    """Whether a layout made for this tensor may outlive the call: not while tracing, nor on fake tensors."""
-    return type(x) is Tensor and not torch.compiler.is_compiling()
+    """Whether a layout made for this tensor may outlive the call: not while tracing, nor on tensors that are none."""
+    return is_plain(x)
 
 
 def dense_layout(block: int, tokens: int, slots: int, like: Tensor) -> BlockLayout:

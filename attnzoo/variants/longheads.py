@@ -44,6 +44,7 @@ from attnzoo.rope import apply_rotary, rotary_tables, shared_turns, turns_of_pla
 from attnzoo.select import top_blocks
 from attnzoo_kernels import BlockLayout, Extras, remembers
 from attnzoo_kernels.errors import ConfigError, UnsupportedError
+from attnzoo_kernels.plain import is_plain
 
 _SLOW = (
     "longheads: with select='token' every token chooses chunks for itself: at 1k tokens about five times the time of "
@@ -249,7 +250,7 @@ class LongHeadsAttention(AttentionLayer, name="longheads"):
         size = self.config.chunk_size
         if not isinstance(step.offset, Tensor) and not isinstance(step.lengths, Tensor):
             return (step.offset + tokens) // size > step.offset // size
-        if torch.compiler.is_compiling() or cache.device.type != "cpu" or type(step.x) is not Tensor:
+        if cache.device.type != "cpu" or not is_plain(step.x):
             return True
         before = torch.as_tensor(step.offset, device=cache.device)
         return bool(((before + step.lengths) // size > before // size).any())

@@ -30,7 +30,7 @@ from torch.nn.functional import linear
 
 from attnzoo.base import AttentionLayer, Heads, Memory, Plan, Step
 from attnzoo.choices import check_choice
-from attnzoo.compaction import Rows, is_readable, windowed_layout
+from attnzoo.compaction import Rows, windowed_layout
 from attnzoo.config import AttentionConfig, check_bool, check_int
 from attnzoo.layouts import Cover, dense_layout, sink_window_layout
 from attnzoo.projections import is_plain, is_untouched
@@ -38,6 +38,7 @@ from attnzoo.rope import RotaryConfig as RotaryConfig
 from attnzoo.routing import Counts, Routing, balance_loss, by_norm, learned
 from attnzoo_kernels import BlockLayout, Extras, block_sparse_attention, no_autocast, visible_pairs
 from attnzoo_kernels.errors import ConfigError, UnsupportedError
+from attnzoo_kernels.plain import is_readable
 
 ROUTER_STD = 0.02
 """Standard deviation of a new router's weights."""

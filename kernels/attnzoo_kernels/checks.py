@@ -11,7 +11,8 @@ from torch import Tensor
 from attnzoo_kernels.errors import ShapeError
 from attnzoo_kernels.extras import Extras
 from attnzoo_kernels.layout import BlockLayout
-from attnzoo_kernels.layout_build import distinct_lists, is_readable, listed_places
+from attnzoo_kernels.layout_build import distinct_lists, listed_places
+from attnzoo_kernels.plain import is_readable
 
 IMPLEMENTATIONS = ("auto", "reference", "blocked", "triton")
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)

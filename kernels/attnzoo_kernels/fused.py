@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from attnzoo_kernels.call import Call
+from attnzoo_kernels.plain import is_plain
 from attnzoo_kernels.processor import cpu_class
 from attnzoo_kernels.store import remembers
 from attnzoo_kernels.strips import Part, Seat, Strip, Strips, lists_runs, strips_of
@@ -53,7 +54,7 @@ def keeps(call: Call) -> bool:
     """Whether the backward may want out and log-sum-exp; while tracing, of dense calls alone."""
     if not may_take(call) or not _is_quick_backward(call):
         return False
-    if type(call.col) is Tensor and not torch.compiler.is_compiling():
+    if is_plain(call.col):
         # What follows from positions is not remembered, and costs more than to keep what may not be needed.
         return plan(call) is not None if call.rule.is_static else lists_runs(call)
     return call.col.shape[0] == call.grid[1] and call.rule.is_static and call.rule.window is None

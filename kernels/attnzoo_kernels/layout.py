@@ -17,6 +17,7 @@ from attnzoo_kernels import layout_build as build
 from attnzoo_kernels import layout_flex, layout_picture
 from attnzoo_kernels.density import layout_density
 from attnzoo_kernels.errors import ShapeError, UnsupportedError
+from attnzoo_kernels.plain import is_readable
 from attnzoo_kernels.rule import bounded
 
 
@@ -60,7 +61,7 @@ class BlockLayout:
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, value.detach().clone())
-        if build.is_readable(self.col):
+        if is_readable(self.col):
             self.validate()
 
     @classmethod
@@ -126,12 +127,12 @@ class BlockLayout:
                 raise ShapeError(f"origin: expected {list(index.shape)} as index has it, got {list(origin.shape)}")
         # Before the narrowing to int32, which would make other blocks of values beyond it.
         index, origin = index.long(), None if origin is None else origin.long()
-        if validate or build.is_readable(index):
+        if validate or is_readable(index):
             build.check_range("index", index, -1, -(-seq_k // block_k) - 1)
             if origin is not None:
                 build.check_range("origin", origin, -(1 << 31), (1 << 31) - 1)
         layout = cls._trusted((block_q, block_k, seq_q, seq_k), build.lists_of_indices(index, origin))
-        if validate or build.is_readable(index):
+        if validate or is_readable(index):
             layout.validate()
         return layout
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from attnzoo_kernels.errors import ShapeError
+from attnzoo_kernels.plain import is_readable
 
 Sizes = tuple[int, int, int, int]
 """``block_q, block_k, seq_q, seq_k``."""
@@ -26,11 +27,6 @@ class Lists:
     count: Tensor
     col: Tensor
     origin: Tensor | None = None
-
-
-def is_readable(x: Tensor) -> bool:
-    """Whether values can be read without synchronising: real CPU memory, and no tracing."""
-    return not torch.compiler.is_compiling() and type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu"
 
 
 def check_at_least(name: str, value: Any, least: int) -> None:

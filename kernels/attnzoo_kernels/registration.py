@@ -31,9 +31,8 @@ _PLACES = {text.rpartition(" ")[2]: place for place, text in enumerate(_TENSORS)
 _COUNT = len(_TENSORS)
 WITH_GRADIENT = tuple(_PLACES[name] for name in ("q", "k", "v", "key_bias", "q_aux", "k_aux", "gate"))
 """Places of the inputs that have gradients, in the order of the backward's results."""
-_SHARED = tuple(
-    _PLACES[name] for name in ("start", "count", "col", "window", "sink", "gate_mix", "origin", "cos", "sin")
-)
+_LISTS = tuple(_PLACES[name] for name in ("start", "count", "col", "origin"))
+_SHARED = tuple(_PLACES[name] for name in ("window", "sink", "gate_mix", "cos", "sin"))
 _INPUTS = ", ".join((*_TENSORS, *_SCALARS))
 _GRADIENTS = ", ".join(["Tensor"] * len(WITH_GRADIENT))
 
@@ -189,7 +188,8 @@ def _batch(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tupl
             name = _TENSORS[place].rpartition(" ")[2]
             raise UnsupportedError(f"vmap: {name} may not be mapped over; impl='reference' with a loop does it")
     moved = list(args)
-    folded = [place for place in range(_COUNT) if place not in _SHARED and args[place] is not None]
+    apart = {*_SHARED, *_LISTS}
+    folded = [place for place in range(_COUNT) if place not in apart and args[place] is not None]
     for i in folded:
         x = args[i].movedim(in_dims[i], 0) if in_dims[i] is not None else args[i].unsqueeze(0)
         shared = i > 2 and in_dims[i] is None and x.shape[1] == 1
@@ -198,11 +198,30 @@ def _batch(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tupl
     for i in folded:
         if moved[i].shape[0] not in (1, size * batch):
             moved[i] = moved[i].repeat_interleave(batch, 0)
-    for i in (_PLACES["start"], _PLACES["count"]):
-        moved[i] = args[i] if args[i].shape[0] == 1 else args[i].repeat(size, 1, 1)
+    for i, x in zip(_LISTS, _batch_lists(size, batch, [(args[i], in_dims[i]) for i in _LISTS]), strict=True):
+        moved[i] = x
     out, lse = torch.ops.attnzoo.bsa_fwd(*moved)
     lse = lse.unflatten(0, (size, batch)) if args[-1] else lse.expand(size, 0)
     return (out.unflatten(0, (size, batch)), lse), (0, 0)
+
+
+def _batch_lists(size: int, batch: int, lists: list[tuple[Tensor | None, int | None]]) -> list[Tensor | None]:
+    """A layout's start, count, col and origin for ``size * batch`` items, from those of each call."""
+    if all(dim is None for _, dim in lists):
+        (start, _), (count, _), (col, _), (origin, _) = lists
+        repeated = [x if x is None or x.shape[0] == 1 else x.repeat(size, 1, 1) for x in (start, count)]
+        return [*repeated, col, origin]
+    each = [
+        None if x is None else x.unsqueeze(0).expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+        for x, dim in lists
+    ]
+    start, count, col, origin = each
+    if start is None or count is None or col is None:
+        raise TypeError("layout: expected start, count and col, got None")
+    # The calls' entries lie one after the other.
+    first = torch.arange(size, dtype=start.dtype, device=start.device).view(-1, 1, 1, 1) * col.shape[1]
+    wide = [x.expand(-1, batch, -1, -1).flatten(0, 1) for x in (start + first, count)]
+    return [*wide, col.flatten(), None if origin is None else origin.flatten()]
 
 
 for _name, _function, _autograd in (

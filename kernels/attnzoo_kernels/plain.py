@@ -1,0 +1,24 @@
+"""Whether a tensor is what it seems: values that can be looked at, and that what is made of them may outlive the call.
+
+Fake tensors and subclasses are of another type. The wrappers of torch.func (vmap, grad) are not: each stands for many
+tensors, or for a level of differentiation, and ``type(x) is Tensor`` is true of them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether a tensor is no one else's: not traced, not fake, no subclass, no wrapper of torch.func."""
+    if torch.compiler.is_compiling() or type(x) not in _PLAIN:
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def is_readable(x: Tensor) -> bool:
+    """Whether values can be read without synchronising: a plain tensor in CPU memory."""
+    return is_plain(x) and x.device.type == "cpu"
