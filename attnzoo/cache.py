@@ -17,7 +17,18 @@ from torch import Tensor
 
 from attnzoo.cache_owner import Identity
 from attnzoo.cache_state import CarriedCache
-from attnzoo.cache_streams import CROP_MARGIN, Groups, Ring, Stream, check_count, row_bytes, with_rows, zeros_on_host
+from attnzoo.cache_streams import (
+    CROP_MARGIN,
+    Groups,
+    Ring,
+    Stream,
+    check_count,
+    fits,
+    row_bytes,
+    widened,
+    with_rows,
+    zeros_on_host,
+)
 from attnzoo.replay import current_backward, refuse_replay, refuse_transforms
 from attnzoo_kernels.errors import ConfigError, ShapeError, UnsupportedError
 
@@ -219,6 +230,7 @@ class KVCache(CarriedCache):
             raise UnsupportedError("cache: expected no gradients where keys and values are offloaded, got some")
         tokens = self._check_values(values)
         self.check_room(tokens, lengths)
+        self._widen(values)
         if self._rings:
             with torch.no_grad():
                 for name, ring in self._rings.items():
@@ -265,6 +277,7 @@ class KVCache(CarriedCache):
                 host knows their number.
         """
         self._check_shapes(values, {name: x.values for name, x in self._groups.items()})
+        self._widen(values)
         for name, value in values.items():
             groups, given = self._groups[name], value.shape[2]
             if self.length is not None and not isinstance(before, Tensor):
@@ -398,6 +411,18 @@ class KVCache(CarriedCache):
             return buffers
         return {name: x.pin_memory() if self._buffers[name].is_pinned() else x for name, x in buffers.items()}
 
+    def _widen(self, values: Mapping[str, Tensor]) -> None:
+        """Takes up a wider dtype than the weights': what a layer computes in cannot always be told before a call."""
+        if self._rounds:
+            return
+        with torch.inference_mode(False), torch.no_grad():
+            for name, value in values.items():
+                held = (self._rings | self._groups).get(name)
+                if held is not None:
+                    held.values = widened(held.values, value.dtype)
+                elif (wide := widened(self._buffers[name], value.dtype)) is not self._buffers[name]:
+                    self._buffers |= self._as_placed({name: wide})
+
     def _check_values(self, values: Mapping[str, Tensor]) -> int:
         held = self._buffers
         if self._rings:
@@ -417,7 +442,7 @@ class KVCache(CarriedCache):
             if value.shape[:2] != held.shape[:2] or value.shape[3:] != held.shape[3:]:
                 shape = [*held.shape[:2], "T", *held.shape[3:]]
                 raise ShapeError(f"cache: expected {name} {shape}, got {list(value.shape)}")
-            if not self._rounds and torch.promote_types(value.dtype, held.dtype) != held.dtype:
+            if not self._rounds and not fits(value.dtype, held.dtype):
                 raise ShapeError(f"cache: expected {name} in {held.dtype} or narrower, got {value.dtype}")
 
     def _append_common(self, values: Mapping[str, Tensor], start: int, differentiable: bool) -> dict[str, Tensor]:

@@ -62,6 +62,17 @@ def check_count(name: str, value: object) -> None:
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
 
 
+def fits(value: torch.dtype, held: torch.dtype) -> bool:
+    """Whether a buffer can hold values without rounding them: as it is, or by taking up their dtype."""
+    return torch.promote_types(value, held) == held or (value.is_floating_point and held.is_floating_point)
+
+
+def widened(held: Tensor, dtype: torch.dtype) -> Tensor:
+    """A buffer whose dtype loses nothing of either; the buffer itself where it is wide enough."""
+    wide = torch.promote_types(held.dtype, dtype)
+    return held if wide == held.dtype else held.to(wide)
+
+
 class Ring:
     """The values of each item's last tokens: token s lies at row ``s % R``.
 

@@ -112,6 +112,7 @@ class PoolCache(KVCache):
     def stage(self, values: Mapping[str, Tensor], lengths: int | Tensor) -> None:
         """Takes note of a call's tokens ``[B, G, T, D]``, left-aligned, for :meth:`commit`."""
         refuse_transforms(values)
+        self._widen(values)
         self._staged = {name: value.detach() for name, value in values.items()}, lengths
 
     def commit(self) -> None:
