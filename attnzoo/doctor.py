@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import re
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -21,16 +20,12 @@ from typing import Any, cast
 import torch
 
 from attnzoo import selftest
+from attnzoo.tested import FLOORS, TESTED, TRANSFORMERS, release, untested_transformers
 from attnzoo_kernels import processor, why_not
 from attnzoo_kernels._triton import config
 
-FLOORS = {"torch": "2.11", "triton": "3.6", "transformers": "5.10", "numpy": "1.26", "einops": "0.8"}
-"""The oldest that is supported."""
-
-TESTED = {"torch": "2.13.0", "triton": "3.9.0", "transformers": "5.23.0", "numpy": "2.4.6", "einops": "0.8.2"}
-"""What the test suite runs with."""
-
 PEERS = ("xformers", "flash-attn")
+LEVELS = ("problem", "untested", "note")
 IMPLEMENTATIONS = ("reference", "blocked", "triton")
 
 
@@ -63,10 +58,11 @@ class Environment:
 
 @dataclass(frozen=True)
 class Finding:
-    """Something known not to go together.
+    """Something known not to go together, or not known to.
 
     Attributes:
-        level: "problem": wrong or no results, or something that will not run; "note": worth knowing.
+        level: "problem": wrong or no results, or something that will not run; "untested": nobody has looked whether it
+            runs; "note": worth knowing.
         what: What was found.
         remedy: What helps.
     """
@@ -113,8 +109,20 @@ class Report:
 
     @property
     def healthy(self) -> bool:
-        """Whether every implementation that runs here computes what it should."""
-        return all(check.holds for check in self.checks)
+        """Whether every implementation that runs here computes what it should, with versions that were tested."""
+        return not self.wrong and not any(finding.level == "untested" for finding in self.findings)
+
+    @property
+    def wrong(self) -> bool:
+        """Whether an implementation computes what it should not."""
+        return not all(check.holds for check in self.checks)
+
+    @property
+    def verdict(self) -> str:
+        """The report in two words."""
+        if self.wrong:
+            return "not healthy"
+        return "healthy" if self.healthy else "untested versions"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data; infinite errors are ``None``, which JSON has a word for."""
@@ -169,15 +177,10 @@ def _xformers_build() -> str | None:
     return f"{built // 100}.{built % 100}" if isinstance(built, int) else None
 
 
-def release(text: str) -> tuple[int, ...]:
-    """The numbers of a version: "2.13.0+cpu" is (2, 13, 0)."""
-    return tuple(int(x) for x in re.findall(r"\d+", text.partition("+")[0])[:3])
-
-
 def findings(env: Environment) -> list[Finding]:
     """What is known not to go together, problems first."""
-    found = [*_old(env), *_interpreter(env), *_precision(env), *_builds(env)]
-    return sorted(found, key=lambda finding: finding.level != "problem")
+    found = [*_old(env), *_new(env), *_interpreter(env), *_precision(env), *_builds(env)]
+    return sorted(found, key=lambda finding: LEVELS.index(finding.level))
 
 
 def _old(env: Environment) -> list[Finding]:
@@ -190,12 +193,23 @@ def _old(env: Environment) -> list[Finding]:
             continue
         if release(have) < release(floor):
             found.append(Finding("problem", f"{name} {have} is older than {floor}", f"pip install '{name}>={floor}'"))
-        elif release(have)[:2] < release(TESTED[name])[:2]:
+        elif release(have)[:2] != release(TESTED[name])[:2] and not (name == "transformers" and _new(env)):
             tested = TESTED[name]
+            word = "older" if release(have) < release(tested) else "newer"
             found.append(
-                Finding("note", f"{name} {have} is older than {tested}, which the tests run with", "none needed")
+                Finding("note", f"{name} {have} is {word} than {tested}, which the tests run with", "none needed")
             )
     return found
+
+
+def _new(env: Environment) -> list[Finding]:
+    """Versions that came after the tests; of other packages than transformers no call of theirs is taken over."""
+    have = env.versions.get("transformers")
+    news = untested_transformers(have)
+    if have is None or news is None or release(have) < release(FLOORS["transformers"]):
+        return []
+    tested = f"{TRANSFORMERS[0]},<={TRANSFORMERS[-1]}"
+    return [Finding("untested", news, f"pip install 'transformers>={tested}', or compare a converted model's logits")]
 
 
 def _interpreter(env: Environment) -> list[Finding]:

@@ -107,6 +107,11 @@ def _watched(model: Any, ids: Tensor) -> tuple[Tensor, float]:
     return logits, _mean_of_plans(seen, lambda plan: plan.density)
 
 
+def cache_of(output: Any) -> dict[str, Any]:
+    """The cache in a model's output, as an argument of its next call: versions of transformers name it differently."""
+    return {name: value for name, value in output.items() if hasattr(value, "get_seq_length")}
+
+
 def _mean_of_plans(seen: Recording, measure: Callable[[Plan], float]) -> float:
     """The mean over all recorded calls; layers that share a layout, and rows, are measured once."""
     plans = [plan for layer in seen.plans.values() for plan in layer]
@@ -145,7 +150,7 @@ def decode(model: Any, prompt: Tensor, *, steps: int = 12, warm_up: int = 2) -> 
     """Decodes behind a prompt, greedily.
 
     Args:
-        model: A model with ``generate``'s kind of cache (``past_key_values``).
+        model: A model with ``generate``'s kind of cache.
         prompt: int64 ``[L]``.
         steps: Steps timed.
         warm_up: Steps before, at least one, not timed.
@@ -156,7 +161,7 @@ def decode(model: Any, prompt: Tensor, *, steps: int = 12, warm_up: int = 2) -> 
 
         def step() -> Any:
             token = out.logits[:, -1:].argmax(-1)
-            return model(token, past_key_values=out.past_key_values, use_cache=True)
+            return model(token, **cache_of(out), use_cache=True)
 
         share = 1.0
         with record(model) if has_layers(model) else nullcontext() as seen:

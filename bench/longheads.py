@@ -26,7 +26,7 @@ from torch.nn.functional import cross_entropy
 from attnzoo import surgery
 from attnzoo.cli.models import load_model, text_tokens
 from attnzoo.cli.progress import Bar
-from attnzoo.evaluate import Progress, cut_windows
+from attnzoo.evaluate import Progress, cache_of, cut_windows
 from attnzoo.outputs import write_together
 from attnzoo.record import has_layers, record
 from bench.cpu import about
@@ -96,10 +96,10 @@ def losses(model: Any, window: Tensor) -> tuple[Tensor, int]:
     ids, keys = window.unsqueeze(0), len(window)
     with torch.no_grad():
         out = model.model(ids[:, :-STEPS], use_cache=True)
-        hidden, cache = [out.last_hidden_state[0]], out.past_key_values
+        hidden, cache = [out.last_hidden_state[0]], cache_of(out)
         with record(model) if has_layers(model) else nullcontext() as seen:
             for t in range(len(window) - STEPS, len(window)):
-                out = model.model(ids[:, t : t + 1], past_key_values=cache, use_cache=True)
+                out = model.model(ids[:, t : t + 1], **cache, use_cache=True)
                 hidden.append(out.last_hidden_state[0])
         if seen is not None:
             keys = max(int(plan.layout.kv_rows().max()) for plans in seen.plans.values() for plan in plans)

@@ -295,7 +295,7 @@ def doctor(
         typer.echo(json.dumps(report.to_dict(), indent=2))
     else:
         show_report(report, _console())
-    if not report.healthy:
+    if report.wrong:
         raise typer.Exit(1)
 
 

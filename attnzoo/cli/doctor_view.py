@@ -34,7 +34,7 @@ def show(report: Report, console: Console) -> None:
         if not check.holds:
             console.print(f"[bold red]wrong[/]: {escape(explain(check))}", highlight=False)
     spent = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in report.seconds.items())
-    console.print(f"{'healthy' if report.healthy else 'not healthy'}; {spent}", highlight=False)
+    console.print(f"{report.verdict}; {spent}", highlight=False)
 
 
 def _checks(checks: list[Check]) -> Table:

@@ -30,6 +30,7 @@ from attnzoo.surgery.seats import spec as seats
 from attnzoo.surgery.seats.spec import ModelChange
 from attnzoo.surgery.site import Site
 from attnzoo.surgery.statistics import Progress, Statistics
+from attnzoo.tested import check_transformers
 from attnzoo_kernels.errors import ConfigError, ConversionError, UnsupportedError
 
 
@@ -90,9 +91,10 @@ def convert(
 
     Raises:
         ConfigError: If no site matches, or an option is unknown or does not fit. The model is unchanged.
-        UnsupportedError: If a site cannot be converted so. The model is unchanged.
+        UnsupportedError: If a site cannot be converted so, or transformers is too old. The model is unchanged.
     """
     # Weights made in inference mode could never be trained.
+    check_transformers()
     with torch.inference_mode(False):
         return _convert(model, variant, where, calibration, progress, options)
 
@@ -287,6 +289,7 @@ def apply_recipe(model: nn.Module, recipe: list[dict[str, Any]]) -> Callable[[],
     Raises:
         ConversionError: If the recipe does not fit the model, which is left as it was.
     """
+    check_transformers()
     done: list[ConversionReport] = []
 
     def undo() -> None:

@@ -41,8 +41,14 @@ def with_versions(**changed: str | None) -> dict[str, str | None]:
 
 BAD: dict[str, tuple[dict[str, Any], str, str]] = {
     "old torch": ({"versions": with_versions(torch="2.10.1+cpu")}, "problem", "torch 2.10.1+cpu is older than 2.11"),
-    "old transformers": ({"versions": with_versions(transformers="5.9.0")}, "problem", "transformers 5.9.0"),
-    "transformers older than tested": ({"versions": with_versions(transformers="5.17.0")}, "note", "5.23.0"),
+    "old transformers": ({"versions": with_versions(transformers="5.3.0")}, "problem", "transformers 5.3.0"),
+    "transformers older than tested": ({"versions": with_versions(transformers="5.17.0")}, "note", "5.24.0"),
+    "transformers newer than tested": (
+        {"versions": with_versions(transformers="5.25.0")},
+        "untested",
+        "transformers 5.25.0 is outside what was tested, 5.4.0 to 5.24.0",
+    ),
+    "torch newer than tested": ({"versions": with_versions(torch="2.14.0+cpu")}, "note", "newer than 2.13.0"),
     "no numpy": ({"versions": with_versions(numpy=None)}, "problem", "numpy is not installed"),
     "interpreter and numpy": (
         {"interpret": True, "versions": with_versions(triton="3.6.0", numpy="2.4.0")},
@@ -268,6 +274,18 @@ def test_a_failure_is_exit_code_one_in_both_forms(
     assert code == 1
     assert "wrong: blocked on cpu, float64, plain: RuntimeError: no such thing" in out
     assert "not healthy" in out
+
+
+def test_a_version_that_nobody_has_tested_is_not_called_healthy(
+    monkeypatch: pytest.MonkeyPatch, command: Callable[..., tuple[int, str]]
+) -> None:
+    newer = replace(GOOD, versions=with_versions(transformers="5.25.0"))
+    monkeypatch.setattr(doctor, "environment", lambda: newer)
+    code, out = command("--no-test")
+    assert code == 0
+    assert "transformers 5.25.0 is outside what was tested" in out
+    assert "healthy" not in out
+    assert json.loads(command("--no-test", "--json")[1])["healthy"] is False
 
 
 def test_without_the_self_test_it_only_looks(command: Callable[..., tuple[int, str]]) -> None:

@@ -9,7 +9,7 @@ Letters: B batch, T query tokens, S slots of the host's cache, H query heads, G 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -21,13 +21,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from attnzoo.align import Alignment
 from attnzoo.base import AttentionLayer, Memory
 from attnzoo.record import RULE
+from attnzoo.surgery.hosts.calls import read_call
+from attnzoo.surgery.naming import type_name
 from attnzoo.variants.mha import MHAAttention, MHAConfig
 from attnzoo_kernels.errors import ShapeError, UnsupportedError
 
 NAME = "attnzoo"
-_IGNORED = frozenset(
-    {"position_ids", "use_cache", "cache_position", "is_causal", "num_items_in_batch", "output_hidden_states"}
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,7 +161,10 @@ def attend(
     """
     if dropout:
         raise UnsupportedError(f"dropout: expected 0, got {dropout}; attention dropout is not offered")
-    refuse_unknown(kwargs)
+    if read_call(kwargs).cache is not None:
+        raise UnsupportedError("cache: expected one that the block has read, got one that it hands on")
+    if getattr(module, "is_causal", True) is False:
+        raise UnsupportedError(f"is_causal: expected True, got False on a {type_name(module)}")
     geometry = geometry_of(attention_mask, query.shape[2], key.shape[2])
     rule = rule_of(module)
     layer = _dense_layer(query.shape[1], key.shape[1], query.shape[3], scaling) if rule is None else rule.layer
@@ -171,17 +173,6 @@ def attend(
     else:
         out = _attend_plain(layer, query, key, value, geometry.first)
     return out.transpose(1, 2).contiguous(), None
-
-
-def refuse_unknown(arguments: Mapping[str, Any]) -> None:
-    """Raises if a host's call asks for something that is not known here.
-
-    Raises:
-        UnsupportedError: Naming the argument.
-    """
-    for name, given in arguments.items():
-        if name not in _IGNORED and given is not None and given is not False:
-            raise UnsupportedError(f"{name}: expected None, got {given!r}, which attnzoo cannot honour")
 
 
 def check_consecutive(

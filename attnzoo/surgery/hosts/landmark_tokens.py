@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from attnzoo.landmarks import WithLandmarks, insert_landmarks, mean_embedding
 from attnzoo.surgery.hosts import interface
+from attnzoo.surgery.hosts.calls import cache_name, take_cache
 from attnzoo.surgery.hosts.seat import LayerSeat
 from attnzoo.variants.landmark import LandmarkAttention, LandmarkConfig, check_mix
 from attnzoo_kernels.errors import ConversionError, ShapeError, UnsupportedError
@@ -73,7 +74,8 @@ class LandmarkTokens(nn.Module):
             UnsupportedError: If a mask or a cache cannot be honoured.
             ShapeError: If mask and cache disagree about earlier tokens.
         """
-        given = inspect.signature(type(decoder).forward).bind_partial(decoder, *args)
+        forward = type(decoder).forward
+        given = inspect.signature(forward).bind_partial(decoder, *args)
         call = {**{name: value for name, value in given.arguments.items() if value is not decoder}, **kwargs}
         ids, x = call.pop("input_ids", None), call.pop("inputs_embeds", None)
         if (ids is None) == (x is None):
@@ -105,7 +107,7 @@ class LandmarkTokens(nn.Module):
             before_now = torch.ones(batch, first, dtype=torch.bool, device=x.device) if past is None else past
             real = torch.cat([before_now, now], 1)
         call["attention_mask"] = _WithLandmarks(first, real, inserted=inserted, given_real=given_real, held=held)
-        call |= {"inputs_embeds": inserted.tokens, "position_ids": inserted.positions, "past_key_values": cache}
+        call |= {"inputs_embeds": inserted.tokens, "position_ids": inserted.positions, cache_name(forward): cache}
         return (), call
 
     def drop(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -119,7 +121,7 @@ class LandmarkTokens(nn.Module):
 
     def _cache(self, decoder: Any, call: dict[str, Any]) -> tuple[Any, tuple[LandmarkCacheLayer, ...]]:
         """The host's cache, made here where the decoder would, and the seats' places in it."""
-        cache, use = call.get("past_key_values"), call.get("use_cache")
+        cache, use = take_cache(call), call.get("use_cache")
         if cache is None and not (decoder.config.use_cache if use is None else use):
             return None, ()
         # Importing the host's library is for callers who want one of its caches.

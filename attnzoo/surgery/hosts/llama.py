@@ -18,6 +18,7 @@ from attnzoo.notices import warn_caller
 from attnzoo.replay import is_replay, refuse_replay
 from attnzoo.rope import RotaryConfig, apply_rotary, rotary_tables
 from attnzoo.surgery.hosts import interface
+from attnzoo.surgery.hosts.calls import read_call
 from attnzoo.surgery.hosts.seat import LayerSeat
 from attnzoo.surgery.hosts.weights import type_name
 from attnzoo.surgery.projections import LatentProjections, Projections
@@ -143,7 +144,7 @@ class LatentSeat(nn.Module):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Any = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """As the host calls it: ``[B, T, C]`` to ``([B, T, C], None)``.
@@ -152,21 +153,22 @@ class LatentSeat(nn.Module):
             UnsupportedError: If positions are not those of the slots, an argument cannot be honoured, or a backward
                 makes a call with a cache once more.
         """
+        call = read_call(kwargs, cache)
         # One that is empty was made inside the checkpointed part.
-        if past_key_values is not None and is_replay() and past_key_values.get_seq_length(self.layer_idx):
+        if call.cache is not None and is_replay() and call.cache.get_seq_length(self.layer_idx):
             refuse_replay("past_key_values")
         q = self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H, T, D]
         latent = self.kv_down(hidden_states).unsqueeze(1)  # [B, 1, T, r]
-        first = interface.first_slot(attention_mask, past_key_values, self.layer_idx)
+        first = interface.first_slot(attention_mask, call.cache, self.layer_idx)
         real = getattr(attention_mask, "real", None)
-        interface.check_consecutive(kwargs.get("position_ids"), first, real, "a latent seat", padding_counts=True)
-        if past_key_values is not None:
-            latent, _ = past_key_values.update(latent, latent[..., :0], self.layer_idx)
+        interface.check_consecutive(call.position_ids, first, real, "a latent seat", padding_counts=True)
+        if call.cache is not None:
+            latent, _ = call.cache.update(latent, latent[..., :0], self.layer_idx)
         heads = self.kv_up(latent.squeeze(1)).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         k, v = heads.chunk(2, dim=1)  # [B, G, S, D] each
         slots = torch.arange(k.shape[2], device=k.device)
         q, k = self._rotate(q, slots[: q.shape[2]] + first), self._rotate(k, slots)
-        out, _ = interface.attend(self, q, k, v, attention_mask, scaling=self.scaling, **kwargs)
+        out, _ = interface.attend(self, q, k, v, attention_mask, scaling=self.scaling)
         return self.o_proj(out.flatten(-2)), None
 
     def _rotate(self, x: Tensor, slots: Tensor) -> Tensor:

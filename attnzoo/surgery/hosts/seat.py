@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from attnzoo.base import AttentionConfig, AttentionLayer
 from attnzoo.surgery.hosts import interface
+from attnzoo.surgery.hosts.calls import read_call
 from attnzoo_kernels.errors import ConversionError, ShapeError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ class LayerSeat(nn.Module):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Any = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """As the host calls it: ``[B, T, C]`` to ``([B, T, C], None)``.
@@ -106,22 +107,21 @@ class LayerSeat(nn.Module):
             UnsupportedError: If an argument, a mask or a cache cannot be honoured.
             ShapeError: If mask and cache disagree about earlier tokens.
         """
-        position_ids = kwargs.pop("position_ids", None)
-        interface.refuse_unknown(kwargs)
+        call = read_call(kwargs, cache)
         if self.training and self.attention_dropout:
             raise UnsupportedError(
                 f"dropout: expected 0, got {self.attention_dropout}; attention dropout is not offered"
             )
-        held = None if past_key_values is None else self._held(past_key_values)
+        held = None if call.cache is None else self._held(call.cache)
         first, tokens = 0 if held is None else held.seen, hidden_states.shape[1]
         geometry = interface.geometry_of(attention_mask, tokens, first + tokens)
         real = _real_slots(geometry, held, first, tokens)
         padding = None if real is None else ~real[:, first:]
-        positions = self._positions(position_ids, position_embeddings, first, real)
+        positions = self._positions(call.position_ids, position_embeddings, first, real)
         if held is None:
             return self.layer(hidden_states, positions, padding), None
-        cache = held.room(self.layer, hidden_states)
-        out = self.layer(hidden_states, positions, padding, cache)
+        memory = held.room(self.layer, hidden_states)
+        out = self.layer(hidden_states, positions, padding, memory)
         held.note(tokens, real)
         return out, None
 

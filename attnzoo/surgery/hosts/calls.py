@@ -1,0 +1,82 @@
+"""How hosts call an attention block: what they hand over besides hidden states, by the names of every version.
+
+Every module that takes a block's place reads its call here, and the attention function what the host's own blocks pass
+on.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from attnzoo_kernels.errors import UnsupportedError
+
+CACHE_NAMES = ("past_key_values", "cache")
+"""What hosts call their cache: transformers up to 5.23, and from 5.24."""
+
+_IGNORED = frozenset({"use_cache", "cache_position", "is_causal", "num_items_in_batch", "output_hidden_states"})
+
+
+@dataclass(frozen=True, eq=False)
+class HostCall:
+    """What a host's call says besides hidden states, rotation and mask.
+
+    Attributes:
+        cache: The host's cache, or ``None``.
+        position_ids: ``[B|1, T]``, or ``None``.
+    """
+
+    cache: Any
+    position_ids: Tensor | None
+
+
+def read_call(arguments: Mapping[str, Any], cache: Any = None) -> HostCall:
+    """Reads the arguments of a host's call.
+
+    Args:
+        arguments: Those that came by name.
+        cache: The cache, where it came by place.
+
+    Raises:
+        UnsupportedError: Naming the argument, if one is not known here, or if the cache came twice.
+    """
+    rest = dict(arguments)
+    cache = take_cache(rest, cache)
+    position_ids = rest.pop("position_ids", None)
+    for name, given in rest.items():
+        if name not in _IGNORED and given is not None and given is not False:
+            raise UnsupportedError(f"{name}: expected None, got {given!r}, which attnzoo cannot honour")
+    if rest.get("is_causal") is False:
+        raise UnsupportedError("is_causal: expected True, got False; converted models read what came before alone")
+    return HostCall(cache, position_ids)
+
+
+def take_cache(arguments: dict[str, Any], cache: Any = None) -> Any:
+    """Takes the host's cache out of a call's arguments, whichever of its names it has.
+
+    Raises:
+        UnsupportedError: If it came twice.
+    """
+    for name in CACHE_NAMES:
+        given = arguments.pop(name, None)
+        if given is not None and cache is not None:
+            raise UnsupportedError(f"{name}: expected the cache by one name, got it by {' and '.join(CACHE_NAMES)}")
+        cache = given if cache is None else cache
+    return cache
+
+
+def cache_name(forward: Callable[..., Any]) -> str:
+    """What a host's function calls its cache.
+
+    Raises:
+        UnsupportedError: If it takes none.
+    """
+    parameters = inspect.signature(forward).parameters
+    for name in CACHE_NAMES:
+        if name in parameters:
+            return name
+    raise UnsupportedError(f"forward: expected an argument {' or '.join(CACHE_NAMES)}, got {', '.join(parameters)}")
