@@ -3,8 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 WORKERS ?= 2
 SOURCES := attnzoo kernels tests docs bench
+TRANSFORMERS_TESTS := $(addprefix tests/attnzoo/surgery/test_,transformers.py seats.py files.py)
 
-.PHONY: help setup setup-demo demo test test-oldest test-slow test-gpu check mutants bench-cpu bench-gpu fix docs clean
+.PHONY: help setup setup-demo demo test test-oldest test-transformers test-slow test-gpu check mutants bench-cpu bench-gpu fix docs clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -24,6 +25,14 @@ test: setup  ## The test suite; under 12 minutes on two cores
 test-oldest: setup  ## The kernels' tests with the oldest supported triton
 	.venv-oldest/bin/python -m pytest -q -n $(WORKERS) -m "not slow and not gpu" \
 		tests/attnzoo_kernels/test_triton_switches.py tests/attnzoo_kernels/test_triton_torture.py
+
+test-transformers: setup  ## Surgery with the older versions of transformers that attnzoo/tested.py names
+	@set -e; for version in $$(PYTHONPATH=.:kernels $(BIN)/python -c "from attnzoo.tested import TRANSFORMERS; print(*TRANSFORMERS[:-1])"); do \
+		python=.venv-transformers-$$version/bin/python; \
+		$$python -c "import transformers; assert transformers.__version__ == '$$version', transformers"; \
+		echo "transformers $$version"; \
+		$$python -m pytest -q -n $(WORKERS) -m "not slow and not gpu" $(TRANSFORMERS_TESTS); \
+	done
 
 test-slow: setup  ## The tests that take minutes
 	$(BIN)/python -m pytest -n $(WORKERS) -m slow tests
@@ -55,4 +64,4 @@ docs: setup  ## The pages, in docs/_build
 	$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build
 
 clean:  ## Remove what was built
-	rm -rf .venv .venv-oldest out docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .benchmarks
+	rm -rf .venv .venv-* out docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .benchmarks

