@@ -22,7 +22,7 @@ from attnzoo.align import Alignment
 from attnzoo.base import AttentionLayer, Memory
 from attnzoo.record import RULE
 from attnzoo.surgery.hosts.calls import read_call
-from attnzoo.surgery.naming import type_name
+from attnzoo.surgery.hosts.weights import type_name
 from attnzoo.variants.mha import MHAAttention, MHAConfig
 from attnzoo_kernels.errors import ShapeError, UnsupportedError
 
