@@ -50,3 +50,11 @@ def test_print_says_how_dense_and_how_many_heads() -> None:
     assert "density 1.000 of causal" in text
     assert "... and 2 more heads" in text
     assert text.count("head ") == 4
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("sink", [0, 1, 16, 17, 40, 70])
+@pytest.mark.parametrize("window", [1, 16, 17, 50])
+def test_no_block_is_listed_twice_where_a_sink_meets_a_window(window: int, sink: int, causal: bool) -> None:
+    for first in (None, 0, 5, torch.tensor([0, 30])):
+        BlockLayout.sink_window(*SIZES, window=window, sink=sink, causal=causal, q_start=first).validate()

@@ -136,7 +136,7 @@ MUTANTS = (
     ),
     gating(
         "gating-empty-blocks", old="mixed.masked_fill_(empty, -torch.inf)", new="pass",
-        wrong="a block without an ordinary key takes weight from the others",
+        wrong="a block without an ordinary key takes weight from the others", tests=f"{TESTS}/test_op_switches.py -k gates_of_every",
     ),
     gating(
         "gating-own-through-gate", old="torch.where(gated.own, 0.0, change * gated.mix)", new="change * gated.mix",
@@ -184,7 +184,7 @@ MUTANTS = (
     ),
     rule(
         "rule-per-head-positions", old="(self.q_pos is not None and self.q_pos.shape[1] > 1)", new="False",
-        wrong="positions by head count as shared",
+        wrong="positions by head count as shared", tests=f"{TESTS}/test_op_unseen.py",
     ),
     rule(
         "rule-fold-tail", old=".clamp_(max=tokens - 1)", new=".clamp_(max=tokens)",

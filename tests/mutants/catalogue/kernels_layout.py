@@ -26,7 +26,7 @@ MUTANTS = (
     ),
     build(
         "build-sink-twice", old="beside = (sinks < low) & (high >= 0) if causal", new="beside = (sinks <= low) & (high >= 0) if causal",
-        wrong="a sink block at the window's edge is listed twice",
+        wrong="a sink block at the window's edge is listed twice", tests=f"{TESTS}/test_layout_moves.py",
     ),
     build(
         "build-stride-shift", old="(block + moved) % stride == 0", new="(block - moved) % stride == 0",

@@ -176,7 +176,8 @@ MUTANTS = (
         "workspace-kept-off-cpu", old='device.type != "cpu" or ', new="", wrong="other devices get CPU memory",
     ),
     workspace(
-        "workspace-not-freed", old="    _shelf.kept.clear()", new="    _shelf.kept.copy()", wrong="clearing frees nothing",
+        "workspace-not-freed", old="_shelf.kept.clear()", new="_shelf.kept.copy()", wrong="clearing frees nothing",
+        within="clear_scratch",
     ),
     flops(
         "flops-one-product", old="return 2 * (q.shape[3] + v.shape[3])", new="return 2 * v.shape[3]",
@@ -232,7 +233,7 @@ MUTANTS = (
         "memo-without-window", old="        rule.window,\n", new="", wrong="calls that differ in the window share a plan",
     ),
     memo(
-        "memo-stale-lists", old="return same and self.versions == _versions(call)", new="return same",
+        "memo-stale-lists", old="origin is wanted and self.versions == _versions(call)", new="origin is wanted",
         wrong="lists that were written to keep their old plan",
     ),
     memo(

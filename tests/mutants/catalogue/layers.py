@@ -1,0 +1,269 @@
+"""Of layers: the base, caches and pools, configurations and their registry, records, and what each variant plans."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from tests.mutants.record import Mutant
+
+TESTS, VARIANTS = "tests/attnzoo", "tests/attnzoo/variants"
+MHA = "mha and not rcmha"
+base = partial(Mutant, file="attnzoo/base.py", tests=f"{TESTS}/test_contract.py -k '{MHA}'")
+cache = partial(
+    Mutant,
+    file="attnzoo/cache.py",
+    tests=f"{TESTS}/test_contract_memory.py {TESTS}/test_cache.py -k '({MHA}) or test_cache'",
+)
+streams = partial(
+    Mutant,
+    file="attnzoo/cache_streams.py",
+    tests=f"{TESTS}/test_cache_streams.py {TESTS}/test_contract_memory.py -k 'rcmha or longheads or test_cache'",
+)
+pool = partial(
+    Mutant,
+    file="attnzoo/pool.py",
+    tests=f"{VARIANTS}/test_s2_evict.py -k 'right_one or every_pattern or largest or fall or refused'",
+)
+inputs = partial(Mutant, file="attnzoo/inputs.py", tests=f"{TESTS}/test_contract.py -k '{MHA}'")
+records = partial(Mutant, file="attnzoo/records.py", tests=f"{TESTS}/test_contract.py -k 'density or sparse'")
+record = partial(
+    Mutant, file="attnzoo/record.py", tests=f"{TESTS}/test_contract_module.py -k 'record and ({MHA} or moh or record_)'"
+)
+config = partial(Mutant, file="attnzoo/config.py", tests=f"{TESTS}/test_contract_module.py -k 'refused or json'")
+registry = partial(
+    Mutant,
+    file="attnzoo/registry.py",
+    tests=f"{TESTS}/test_contract_module.py -k 'zoo or unknown or refused or class_statement'",
+)
+mha = partial(Mutant, file="attnzoo/variants/mha.py", tests=f"{VARIANTS}/test_mha.py")
+s2 = partial(Mutant, file="attnzoo/variants/s2.py", tests=f"{VARIANTS}/test_s2.py")
+lowrank = partial(Mutant, file="attnzoo/variants/lowrank_gqa.py", tests=f"{VARIANTS}/test_lowrank_gqa.py")
+rcmha = partial(
+    Mutant,
+    file="attnzoo/variants/rcmha.py",
+    tests=f"{VARIANTS}/test_rcmha.py -k 'oracle or definition or padding or host or offset or table'",
+)
+longheads = partial(
+    Mutant,
+    file="attnzoo/variants/longheads.py",
+    tests=f"{VARIANTS}/test_longheads.py -k 'oracle or threshold or edge or earliest or quirks'",
+)
+landmark = partial(
+    Mutant,
+    file="attnzoo/variants/landmark.py",
+    tests=f"{VARIANTS}/test_landmark.py -k 'oracle or front or modes or irregular'",
+)
+
+MUTANTS = (
+    base(
+        "base-values-from-queries-side", old="v = self.v_proj(source)", new="v = self.v_proj(step.x)", wrong="values of a context come from the own tokens",
+        tests=f"{VARIANTS}/test_mha.py -k context",
+    ),
+    base(
+        "base-ragged-first", old="torch.where(token < count, token + first, -1)", new="torch.where(token < count, token, -1)",
+        wrong="rows of later calls stand at the beginning", tests=f"{TESTS}/test_contract_memory.py -k '({MHA}) and different_lengths'",
+    ),
+    base(
+        "base-padding-comes-out", old="return result.masked_fill(step.padding.unsqueeze(-1), 0)", new="return result", wrong="padding comes out as whatever lies in its row",
+    ),
+    base(
+        "base-rotate-in-half", old="dtype = torch.promote_types(heads[0].dtype, torch.float32)", new="dtype = heads[0].dtype", within="AttentionLayer.rotate",
+        wrong="half-precision layers rotate by half-precision tables", tests=f"{TESTS}/test_layer_parts.py",
+    ),
+    base(
+        "base-full-reads-padding", old="bias = None if self.config.causal else _hide(slot >= count + first, q.dtype)", new="bias = None",
+        wrong="layers without causality read the rows behind an item's last token", tests=f"{VARIANTS}/test_mha.py {TESTS}/test_contract.py -k '{MHA}'",
+    ),
+    base(
+        "base-not-all-or-nothing", old="with cache.all_or_nothing():", new="if True:", wrong="a call that fails leaves its tokens in the cache",
+        tests=f"{TESTS}/test_layer_parts.py",
+    ),
+    base(
+        "base-head-weight-of-tokens", old="out = out * plan.head_weight", new="out = out * plan.head_weight.mean(1, keepdim=True)",
+        wrong="all heads get the mean of their weights", tests=f"{VARIANTS}/test_moh.py -k oracle",
+    ),
+    base(
+        "base-owner-not-checked", old="cache.check((self._identity, self.config), x.shape[0], x.device)", new="cache.check((cache._owner, self.config), x.shape[0], x.device)",
+        wrong="a cache of another layer is taken", tests=f"{TESTS}/test_contract_memory.py -k '({MHA}) and another_layer'",
+    ),
+    cache(
+        "cache-ragged-slot", old="slot = torch.where(token < last, before.unsqueeze(1) + token, self.bound)", new="slot = torch.where(token < last, before.unsqueeze(1) + token, 0)",
+        wrong="rows without a token overwrite an item's first token",
+    ),
+    cache(
+        "cache-crop-not-cleared", old="        self.bound = min(self.bound, most)\n        self._clear_behind()", new="        self.bound = min(self.bound, most)",
+        wrong="what was cropped is handed on where lengths differ",
+    ),
+    cache(
+        "cache-reorder-lengths", old="self._lengths = self._lengths.index_select(0, index)", new="pass", wrong="chosen items keep the lengths of those before",
+    ),
+    cache(
+        "cache-fork-shares", old="copy._buffers = self._as_placed({name: x.clone() for name, x in self._buffers.items()})", new="copy._buffers = self._as_placed(dict(self._buffers))",
+        wrong="a fork writes into its original",
+    ),
+    cache(
+        "cache-in-graph", old="held[:, :, start:end].copy_(value)", new="held[:, :, start:end].copy_(value.detach() if differentiable else value * 1)",
+        wrong="the buffers are written in another way", survives="a copy under no_grad of the same numbers: detaching changes nothing.",
+    ),
+    cache(
+        "cache-views-in-training", old="torch.cat((past, value), 2) if differentiable else held[:, :, :end].to(value.dtype)", new="torch.cat((past, value), 2) if False else held[:, :, :end].to(value.dtype)",
+        wrong="the current tokens are not in the graph, and later writes break earlier backwards",
+    ),
+    cache(
+        "cache-full-by-one", old="if longest > self.max_length:", new="if longest > self.max_length + 1:", wrong="one token too many is taken",
+    ),
+    cache(
+        "cache-ragged-bound", old="self.bound = min(self.bound + tokens, self.max_length)", new="self.bound = min(self.bound + tokens, self.max_length - 1)",
+        wrong="the last slot of a ragged cache is never read", tests=f"{TESTS}/test_stream_parts.py",
+    ),
+    streams(
+        "ring-row", old="begin = (before + first) % self.rows", new="begin = before % self.rows", wrong="a call longer than a ring is written from the wrong row",
+    ),
+    streams(
+        "ring-oldest", old="self.oldest = self._later(before + tokens - self.rows)", new="self.oldest = self._later(before - self.rows)", wrong="a ring promises tokens that it has overwritten",
+    ),
+    streams(
+        "ring-zeros-before", old="return seen if length >= count else seen.masked_fill((back + length < 0).view(1, 1, -1, 1), 0)", new="return seen",
+        wrong="before the first token there is what the ring held", tests=f"{TESTS}/test_stream_parts.py",
+    ),
+    streams(
+        "ring-select-oldest", old="self.oldest.index_select(0, index) if isinstance(self.oldest, Tensor) else self.oldest", new="self.oldest",
+        wrong="chosen items keep the margins of those before", tests=f"{TESTS}/test_stream_parts.py",
+    ),
+    streams(
+        "groups-incomplete", old="torch.where(first + rows < behind, first + rows, last)", new="torch.where(first + rows <= behind, first + rows, last)",
+        wrong="a group that is not complete is written",
+    ),
+    streams(
+        "ring-restore", old="        if values is not self.values:\n            self.values, self.oldest = values, oldest", new="        self.oldest = oldest",
+        wrong="a long call that fails leaves its tokens in a ring",
+    ),
+    pool(
+        "pool-place-of-groups", old="return place + sizes.cumsum(0) - sizes, int(sizes.sum())", new="return place + sizes.cumsum(0), int(sizes.sum() + sizes[-1])",
+        wrong="regions begin one head late", survives="regions are disjoint all the same and lie one region further on: more memory, the same numbers.",
+    ),
+    pool(
+        "pool-near-by-one", old="near, real = block > last - self.pattern.local, token < count", new="near, real = block >= last - self.pattern.local, token < count",
+        wrong="a block that nobody will read overwrites one that somebody will",
+    ),
+    pool(
+        "pool-free-ring", old="held + (free - 1) % ring.clamp(min=1)", new="held + free % ring.clamp(min=1)", wrong="near blocks lie one place further in their ring",
+        survives="the places of a ring are all shifted alike: each block still has one of its own.",
+    ),
+    pool(
+        "pool-crop", old='raise UnsupportedError("crop: a cache', new='return  # type: ignore[misc]\n        raise UnsupportedError("crop: a cache', wrong="a crop is ignored silently",
+    ),
+    inputs(
+        "inputs-positions-not-moved", old="places = positions.expand(x.shape[0], -1).gather(1, moved.order)", new="places = positions.expand(x.shape[0], -1)",
+        wrong="positions stay where padding was while tokens move",
+    ),
+    inputs(
+        "inputs-offset-of-positions", old="return token + (offset.unsqueeze(1) if isinstance(offset, Tensor) else offset)", new="return token",
+        wrong="later calls count positions from the beginning", tests=f"{TESTS}/test_contract_memory.py -k '({MHA}) and (token_by_token or chunks)'",
+    ),
+    inputs(
+        "inputs-padded-rows-kept", old="take_rows(x.masked_fill(key_padding.unsqueeze(-1), 0), moved.order)", new="take_rows(x, moved.order)",
+        wrong="padded rows may hold NaN and are computed with",
+    ),
+    inputs(
+        "inputs-context-padding", old="context = context.masked_fill(key_padding.unsqueeze(-1), 0)", new="pass", wrong="NaN in a context's padding spoils everything",
+        tests=f"{VARIANTS}/test_mha.py -k context", survives="hidden keys are never read, whatever they hold: the operation promises it, and this only saves it the trouble.",
+    ),
+    records(
+        "records-front-rows", old="q_pos = torch.where(rows < self.front, -1, rows", new="q_pos = torch.where(rows < 0, -1, rows", wrong="density counts the rows in front",
+        tests=f"{VARIANTS}/test_s2.py {TESTS}/test_contract.py -k 'density'",
+    ),
+    record(
+        "record-losses-of-last", old="for plans in self.plans.values() for plan in plans if plan.aux_loss is not None]", new="for plans in self.plans.values() for plan in plans[-1:] if plan.aux_loss is not None]",
+        wrong="auxiliary losses of earlier calls are lost", tests=f"{TESTS}/test_layer_parts.py",
+    ),
+    record(
+        "record-recomputed", old="if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:", new="if False:", wrong="recomputed calls are recorded twice",
+        tests=f"{TESTS}/test_contract_module.py -k 'checkpointing and ({MHA})'",
+    ),
+    record(
+        "record-outer-ends", old="tuple(other for other in layer.recordings if other is not recording)", new="()", wrong="an inner record ends the outer one",
+        tests=f"{TESTS}/test_contract_module.py -k 'nest'",
+    ),
+    config(
+        "config-bool-is-int", old="value not in words and (type(value) is not int or value < least)", new="value not in words and (not isinstance(value, int) or value < least)",
+        wrong="True is taken for 1",
+    ),
+    config(
+        "config-scaling-lost", old='values["scaling"] = RotaryScaling(**scaling)', new='values["scaling"] = None', wrong="a configuration that was saved loses its scaling",
+        tests=f"{TESTS}/test_layer_parts.py",
+    ),
+    config(
+        "config-head-width", old="return self.dim // self.num_heads if self.head_dim is None else self.head_dim", new="return self.dim // self.kv_heads if self.head_dim is None else self.head_dim",
+        wrong="heads are as wide as KV heads would be", tests=f"{VARIANTS}/test_mha.py",
+    ),
+    registry(
+        "registry-options-beside-config", old="config = replace(variant, **options) if options else variant", new="config = variant", wrong="options beside a configuration are dropped",
+        tests=f"{TESTS}/test_layer_parts.py",
+    ),
+    registry(
+        "registry-values", old='named = {"true": True, "false": False, "none": None}', new='named = {"true": True, "false": False}', wrong="none is read as text",
+        tests=f"{TESTS}/test_layer_parts.py",
+    ),
+    mha(
+        "mha-sink", old="extras = Extras(window=config.window, sink=config.sink)", new="extras = Extras(window=config.window)", wrong="the sink is listed and not seen",
+    ),
+    mha(
+        "mha-offset", old="cover = Cover(config.window, config.sink, config.causal, step.offset)", new="cover = Cover(config.window, config.sink, config.causal, 0)",
+        wrong="chunks and steps list the window of the first tokens", tests=f"{TESTS}/test_layer_parts.py",
+    ),
+    s2(
+        "s2-dense-heads", old="dense = [n >= config.kv_heads - config.num_dense_heads for n in heads]", new="dense = [n >= config.num_dense_heads for n in heads]", wrong="the wrong heads are dense",
+    ),
+    s2(
+        "s2-front", old="return Plan(build(config, place, memory.q.device), Extras(), config.causal, front=front)", new="return Plan(build(config, place, memory.q.device), Extras(), config.causal, front=0)",
+        wrong="query blocks of a chunk lie off the sequence's grid", tests=f"{TESTS}/test_contract_memory.py -k 's2 and (chunks or token)'",
+    ),
+    s2(
+        "s2-head-offset", old="shift=[n * step + config.head_offset for n in", new="shift=[n * step for n in", wrong="the heads' offset is lost",
+    ),
+    s2(
+        "s2-commit-late", old="            step.cache.commit()", new="            pass", wrong="an evicting cache remembers nothing", tests=f"{VARIANTS}/test_s2_evict.py -k right_one",
+    ),
+    lowrank(
+        "lowrank-halves-swapped", old="keys, values = heads.chunk(2, dim=1)", new="values, keys = heads.chunk(2, dim=1)", wrong="keys and values of the latent are swapped",
+    ),
+    lowrank(
+        "lowrank-keys-by-own-positions", old="self.rotate(step.positions, q), self.rotate(positions, k)", new="self.rotate(step.positions, q), self.rotate(positions - positions[:, :1], k)",
+        wrong="keys are rotated from the first one on",
+    ),
+    rcmha(
+        "rcmha-content-bias", old="q = q + self.rel_u.unsqueeze(1).to(q.dtype)", new="q = q - self.rel_u.unsqueeze(1).to(q.dtype)", wrong="the content's bias has the wrong sign",
+    ),
+    rcmha(
+        "rcmha-distance-bias", old="q = heads.q + self.rel_v.unsqueeze(1)", new="q = heads.q + self.rel_u.unsqueeze(1)", wrong="distances are scored with the content's bias",
+    ),
+    rcmha(
+        "rcmha-padding-convolved", old="x = x.masked_fill(absent[:, None, :, None], 0)", new="pass", wrong="without causality the rows behind an item's last token are convolved",
+    ),
+    rcmha(
+        "rcmha-history-of-one", old="history = step.cache.history(stream, self.config.conv_size - 1)", new="history = None", wrong="convolutions forget earlier calls",
+        tests=f"{TESTS}/test_contract_memory.py -k 'rcmha and (token_by_token or chunks)'",
+    ),
+    longheads(
+        "longheads-first-chunk", old="allowed = (chunk >= 1) & (chunk < last[:, None, :, None])", new="allowed = (chunk >= 0) & (chunk < last[:, None, :, None])", wrong="the first chunk is chosen a second time",
+    ),
+    longheads(
+        "longheads-moved", old="moved = own - (config.slots - 1)", new="moved = own - config.slots", wrong="queries stand one slot too far from what they read",
+    ),
+    longheads(
+        "longheads-group-select", old="scores = scores.unflatten(1, (memory.k.shape[1], -1)).sum(2)", new="scores = scores.unflatten(1, (memory.k.shape[1], -1))[:, :, 0]",
+        wrong="a group's first head chooses for all",
+    ),
+    landmark(
+        "landmark-positions", old="replace(step, positions=slot - torch.div(slot + 1, self.config.block_size, rounding_mode=\"floor\"))", new="replace(step, positions=slot - torch.div(slot, self.config.block_size, rounding_mode=\"floor\"))",
+        wrong="a landmark takes a position of its own after all",
+    ),
+    landmark(
+        "landmark-training-retrieves", old='return self.mode or ("soft" if self.training else "topk")', new='return self.mode or ("topk" if self.training else "soft")', wrong="training retrieves and evaluation reads everything",
+        tests=f"{VARIANTS}/test_landmark.py -k 'unless_told'",
+    ),
+    landmark(
+        "landmark-few-blocks", old="slots <= (self.config.top_k + 1) * self.config.block_size", new="slots <= (self.config.top_k + 2) * self.config.block_size", wrong="one block more is read softly than are chosen",
+    ),
+)  # fmt: skip
