@@ -78,3 +78,18 @@ def test_keys_hidden_in_some_heads_are_not_counted_there(layout_heads: int, bias
         BlockLayout.from_mask(keep, *SIZES), causal=True, extras=Extras(key_bias=bias), batch=2, heads=4
     )
     assert found == (int(seen.sum()), int((alive & lower).sum()))
+
+
+@pytest.mark.parametrize("impl", ["reference", "blocked"])
+@pytest.mark.parametrize(("queries", "block"), [(1, 4), (3, 4), (24, 4), (24, 24), (24, 7)])
+def test_slices_of_larger_memory_are_read_where_they_lie(queries: int, block: int, impl: str) -> None:
+    n = Numbers.of(5)
+    # As a layer cuts them out of one product, or a cache out of its buffer.
+    fused, cache = n.normal(2, 24, 3, 4, 4), n.normal(2, 2, 40, 8)
+    q, k, v = fused[:, 24 - queries :, 1].transpose(1, 2), cache[:, :, 9:33, :4], cache[:, :, 9:33, 4:]
+    assert all(x.storage_offset() > 0 for x in (q, k, v))
+    layout = BlockLayout.dense(block, block, queries, 24)
+    found = block_sparse_attention_with_lse(q, k, v, layout, impl=impl)
+    wanted = block_sparse_attention_with_lse(q.clone(), k.clone(), v.clone(), layout, impl="reference")
+    for mine, true in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine, true, rtol=1e-10, atol=1e-10)

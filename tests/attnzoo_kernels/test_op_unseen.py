@@ -33,6 +33,7 @@ def scoring(kind: str) -> dict[str, Any]:
         "landmarks": {"gate": "last", "gate_mix": 0.6},
         "gates": {"gate": n.normal(B, G, 3, D), "gate_mix": 0.6},
         "bias": {"key_bias": n.normal(B, G, S)},
+        "bias of all items": {"key_bias": n.normal(1, G, S)},
     }[kind]
 
 
@@ -45,7 +46,7 @@ def results(impl: str, layout: BlockLayout, extras: Extras, seed: tuple[Tensor, 
     return [out.detach(), lse.detach().nan_to_num(neginf=0.0), *grads]
 
 
-@pytest.mark.parametrize("score", ["plain", "window", "aux", "landmarks", "gates", "bias"])
+@pytest.mark.parametrize("score", ["plain", "window", "aux", "landmarks", "gates", "bias", "bias of all items"])
 @pytest.mark.parametrize("kind", ["by item", "by head", "by both"])
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
 def test_positions_of_items_and_heads_are_their_own(kind: str, score: str, causal: bool) -> None:
@@ -55,5 +56,20 @@ def test_positions_of_items_and_heads_are_their_own(kind: str, score: str, causa
     # Seeds at rows that see nothing too: what they receive must reach nobody.
     seed = (n.normal(B, H, T, D), n.normal(B, H, T))
     found, wanted = (results(impl, layout, extras, seed, causal) for impl in ("blocked", "reference"))
+    for mine, true in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine, true, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("score", ["plain", "window", "landmarks", "gates", "bias"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_a_row_that_sees_nothing_is_told_reaches_nobody(bad: float, score: str) -> None:
+    """The square of a log-sum-exp of -inf sends an infinite gradient back."""
+    extras = Extras(q_pos=positions("by both"), **scoring(score))
+    n, layout = Numbers.of(6), BlockLayout.dense(*SIZES)
+    seed = (n.normal(B, H, T, D), n.normal(B, H, T))
+    dead = positions("by both") < 0
+    assert bool(dead.any())
+    spoilt = (seed[0].masked_fill(dead.unsqueeze(-1), bad), seed[1].masked_fill(dead, bad))
+    found, wanted = results("blocked", layout, extras, spoilt, True), results("reference", layout, extras, seed, True)
     for mine, true in zip(found, wanted, strict=True):
         torch.testing.assert_close(mine, true, rtol=1e-9, atol=1e-9)

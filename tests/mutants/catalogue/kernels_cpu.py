@@ -120,7 +120,7 @@ MUTANTS = (
     ),
     tiles(
         "tiles-view-offset", old="x.storage_offset() + places[0]", new="places[0]",
-        wrong="views of slices begin at the start of the memory", tests=f"{TESTS}/test_op_in_place.py",
+        wrong="views of slices begin at the start of the memory", tests=f"{TESTS}/test_op_surface.py",
     ),
     tiles(
         "tiles-view-converts", old="if x.dtype != self.dtype or x.numel() == 0", new="if x.numel() == 0",
@@ -148,7 +148,7 @@ MUTANTS = (
     ),
     scores(
         "scores-blocks-of-shared-heads", old="(head % heads) * source.heads // heads", new="(head % heads) % source.heads",
-        wrong="a bias by group goes to heads by remainder", tests=f"{TESTS}/test_op_agreement.py -k 'definition_in_double'",
+        wrong="a bias by group goes to heads by remainder", tests=f"{TESTS}/test_op_unseen.py",
     ),
     scores(
         "scores-pairs-of-odd-widths", old="self.padded = self.full + self.full % 2", new="self.padded = self.full",

@@ -1,0 +1,165 @@
+"""Of models: conversion and its undo, hosts, seats and their caches, files; and what the command line is a skin over."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from tests.mutants.record import Mutant
+
+FOLDER, TESTS = "attnzoo/surgery", "tests/attnzoo/surgery"
+convert = partial(Mutant, file=f"{FOLDER}/convert.py", tests=f"{TESTS}/test_convert.py")
+files = partial(
+    Mutant,
+    file=f"{FOLDER}/files.py",
+    tests=f"{TESTS}/test_files.py -k 'midway or hash or another_base or in_use or never_converted'",
+)
+written = partial(Mutant, file=f"{FOLDER}/written.py", tests=f"{TESTS}/test_written.py")
+interface = partial(Mutant, file=f"{FOLDER}/hosts/interface.py", tests=f"{TESTS}/test_generate.py -k 'window or mha'")
+seat = partial(Mutant, file=f"{FOLDER}/hosts/seat.py", tests=f"{TESTS}/test_seats.py")
+seat_cache = partial(Mutant, file=f"{FOLDER}/hosts/seat_cache.py", tests=f"{TESTS}/test_seats.py -k 'cache or refused'")
+tokens = partial(Mutant, file=f"{FOLDER}/hosts/landmark_tokens.py", tests=f"{TESTS}/test_landmark.py -k 'not heal'")
+landmark_cache = partial(
+    Mutant, file=f"{FOLDER}/hosts/landmark_cache.py", tests=f"{TESTS}/test_landmark.py -k 'cut_back'"
+)
+llama = partial(Mutant, file=f"{FOLDER}/hosts/llama.py", tests=f"{TESTS}/test_lowrank.py")
+checkpoint = partial(Mutant, file=f"{FOLDER}/hosts/checkpoint.py", tests=f"{TESTS}/test_checkpoint.py")
+folders = partial(Mutant, file=f"{FOLDER}/hosts/folders.py", tests=f"{TESTS}/test_folders.py")
+weights = partial(Mutant, file=f"{FOLDER}/hosts/weights.py", tests=f"{TESTS}/test_weights_not_here.py")
+doctor = partial(Mutant, file="attnzoo/doctor.py", tests="tests/attnzoo/test_doctor.py -k 'not every_case'")
+models = partial(Mutant, file="attnzoo/cli/models.py", tests="tests/attnzoo/test_cli_models.py")
+bench = partial(Mutant, file="attnzoo/cli/bench_view.py", tests="tests/attnzoo/test_costs.py -k 'shape or wrong'")
+
+MUTANTS = (
+    convert(
+        "convert-undo-order", old='        if model.__dict__.get("attnzoo_recipe") is not recipe:', new='        if model.__dict__.get("attnzoo_recipe") != recipe:', wrong="an undo goes by equal recipes, not by this one",
+        tests=f"{TESTS}/test_convert.py -k undo",
+    ),
+    convert(
+        "convert-undo-heads", old="model.config.num_key_value_heads = old_heads", new="model.config.num_key_value_heads = model.config.num_key_value_heads", wrong="undo leaves the new number of KV heads in the configuration",
+        tests=f"{TESTS}/test_convert.py -k undo",
+    ),
+    convert(
+        "convert-undo-rules", old="interface.set_rule(module, old_rules[path])", new="interface.set_rule(module, None)", wrong="undo of a second reading conversion takes the first away too",
+        tests=f"{TESTS}/test_convert.py -k 'undo or second_reading'",
+    ),
+    Mutant(
+        "convert-s2-sink", file=f"{FOLDER}/options.py", old='"s2": {"sink_blocks": 1}', new='"s2": {"sink_blocks": 0}', wrong="s2 drops the sink by default", tests=f"{TESTS}/test_convert.py -k 's2 or warns'",
+    ),
+    convert(
+        "convert-bytes-of-latent", old="return module.kv_down.out_features", new="return 2 * site.kv_heads * site.head_dim", within="_values", wrong="a latent seat is said to hold what its host held",
+        tests=f"{TESTS}/test_convert.py -k 'cache or bytes'",
+    ),
+    convert(
+        "convert-heads-of-some", old='if len(counts) == 1 and all(cut.recipe["kind"] == "weights" for cut in cuts):', new="if True:", wrong="a conversion of some layers changes the number of heads of all",
+        tests=f"{TESTS}/test_lowrank.py -k chosen_layers",
+    ),
+    convert(
+        "convert-scale-of-reading", old="scale=llama.scale_of(module),", new="scale=None,", wrong="a reading rule ignores the host's own scale", tests=f"{TESTS}/test_own_memory.py",
+    ),
+    files(
+        "files-hash-without-shape", old='f"{name}|{x.dtype}|{list(x.shape)}|"', new='f"{name}|"', wrong="a base with other shapes or dtypes and equal bytes is taken", tests=f"{TESTS}/test_written.py -k hash",
+    ),
+    files(
+        "files-hash-without-changed", old="kept = {name: x for name, x in written.once(model).items() if not name.startswith(changed)}", new="kept = {name: x for name, x in written.once(model).items() if name.startswith(changed)}",
+        wrong="an adapter knows the blocks that it replaces and not those that stay", tests=f"{TESTS}/test_files.py -k 'another_base or adapter_on_its_base'",
+    ),
+    files(
+        "files-old-folder-lost", old="        (old / folder.name).rename(folder)\n        old.rmdir()\n", new="", wrong="a swap that fails loses what was there", tests=f"{TESTS}/test_files.py -k midway {TESTS}/test_swap.py",
+    ),
+    files(
+        "files-stranger-replaced", old="    if occupied and not (folder / RECIPE).is_file():", new="    if False:", wrong="overwrite replaces a folder that holds something else", tests=f"{TESTS}/test_files.py -k in_use",
+    ),
+    written(
+        "written-ordinary-by-kind", old="heads == {model.config.num_key_value_heads}", new="True", wrong="a model of unequal heads passes for an ordinary checkpoint", tests=f"{TESTS}/test_written.py -k unequal",
+    ),
+    written(
+        "written-shared-memory", old="found[name] = own.clone() if place in seen else own", new="found[name] = own", wrong="two tensors in one memory cannot be written", tests=f"{TESTS}/test_written.py -k one_memory",
+    ),
+    interface(
+        "interface-padded-offset", old="real[:, :first].sum(1), rows.lengths)", new="real[:, :first].sum(1) * 0, rows.lengths)", wrong="padded items decode as if nothing came before",
+    ),
+    interface(
+        "interface-static-cache", old="Memory(q, k[:, :, :held], v[:, :, :held])", new="Memory(q, k, v)", wrong="a static cache is read beyond what it holds", tests=f"{TESTS}/test_generate.py -k static",
+    ),
+    interface(
+        "interface-mask-function", old='getattr(mask_function, "__name__", "") != "causal_mask_function"', new='getattr(mask_function, "__name__", "") == ""', wrong="a further rule of the host's is dropped silently",
+        tests=f"{TESTS}/test_refusals.py -k 'packed or mask' {TESTS}/test_hosts.py -k 'packed or mask or window'",
+    ),
+    interface(
+        "interface-groups-of-rule", old="if layer.config.kv_heads == groups:", new="if True:", wrong="a rule for other KV heads is kept as it is", tests=f"{TESTS}/test_convert.py -k compose {TESTS}/test_positions.py -k another_number",
+    ),
+    seat(
+        "seat-padding-of-now", old="padding = None if real is None else ~real[:, first:]", new="padding = None if real is None else ~real[:, :tokens]", wrong="later calls are padded as the first was",
+    ),
+    seat(
+        "seat-dropout", old="if self.training and self.attention_dropout:", new="if False:", wrong="attention dropout is dropped silently", tests=f"{TESTS}/test_seats.py -k honour",
+    ),
+    seat(
+        "seat-padding-forgotten", old='            raise ShapeError("attention_mask: expected the padding of earlier calls again, got none")', new="            pass", wrong="padding that is forgotten in a later call goes unnoticed",
+        tests=f"{TESTS}/test_seats.py -k forgotten",
+    ),
+    seat_cache(
+        "seat-cache-crop-padding", old="memory.crop(left if real is None else real.sum(1))", new="memory.crop(left)", wrong="padding takes room in a cache that is cut back",
+    ),
+    seat_cache(
+        "seat-cache-beams", old="self.memory.reorder(beam_idx)", new="self.memory.reorder(beam_idx.sort().values)", wrong="beams take each other's caches", tests=f"{TESTS}/test_seats.py -k cut_back {TESTS}/test_generate.py -k 'beams and seat'",
+    ),
+    seat_cache(
+        "seat-cache-real-of-beams", old="self.real = self.real.index_select(0, beam_idx.to(self.real.device))", new="pass", wrong="beams keep each other's padding",
+    ),
+    seat_cache(
+        "seat-cache-of-another-model", old='        raise ShapeError("past_key_values: expected an empty cache, or one that this model has filled")\n    layers', new="        pass\n    layers", wrong="a cache that another model filled is thrown away silently",
+        tests=f"{TESTS}/test_seats.py -k 'cache' {TESTS}/test_generate.py -k cut_back",
+    ),
+    tokens(
+        "landmark-input-offset", old="offset=held[0].given_tokens if held else 0,", new="offset=0,", wrong="landmarks of later calls count from the beginning",
+    ),
+    tokens(
+        "landmark-input-mean", old="nn.Parameter(mean_embedding(embeddings), requires_grad=embeddings.requires_grad)", new="nn.Parameter(mean_embedding(embeddings))", wrong="the landmark's embedding trains in a frozen model",
+    ),
+    tokens(
+        "landmark-input-drop", old="return inserted.drop(output) if output.shape[:2] == inserted.is_landmark.shape else output", new="return output", wrong="outputs of landmarks come out",
+    ),
+    landmark_cache(
+        "landmark-cache-crop", old="self.seen, self.real = length_with_landmarks(tokens, self.block_size), None", new="self.seen, self.real = tokens, None", wrong="a cache that is cut back loses tokens for its landmarks",
+    ),
+    llama(
+        "llama-positions-limit", old='max_positions=getattr(config, "max_position_embeddings", None)', new="max_positions=None", wrong="scalings that count from the host's length do not find it",
+        tests=f"{TESTS}/test_hosts.py {TESTS}/test_positions.py",
+    ),
+    llama(
+        "llama-trainable", old="trainable = like.weight.requires_grad", new="trainable = True", wrong="new weights of frozen blocks train", tests=f"{TESTS}/test_training.py -k frozen {TESTS}/test_convert.py -k frozen",
+    ),
+    llama(
+        "llama-same-memory", old=".clone(memory_format=torch.contiguous_format)", new="", within="_fill", wrong="a converted block shares memory with the one before", tests=f"{TESTS}/test_own_memory.py",
+    ),
+    checkpoint(
+        "checkpoint-code", old='for key in ("auto_map", "custom_pipelines"):', new='for key in ("custom_pipelines",):', wrong="a checkpoint that brings code is read", tests=f"{TESTS}/test_checkpoint.py -k hostile",
+    ),
+    checkpoint(
+        "checkpoint-two-files", old="if found[name].dtype != tensors[name].dtype or not torch.equal(found[name], tensors[name]):", new="if found[name].dtype != tensors[name].dtype:", wrong="of two values of one tensor the last wins",
+        tests=f"{TESTS}/test_checkpoint.py -k 'two_files'",
+    ),
+    folders(
+        "folders-link", old="if not target.is_relative_to(folder) and not _is_blob(target, folder):", new="if not target.is_relative_to(folder.parent) and not _is_blob(target, folder):", wrong="a link may lead to a neighbouring folder",
+        tests=f"{TESTS}/test_folders.py -k link {TESTS}/test_checkpoint.py -k link",
+    ),
+    folders(
+        "folders-pickle-by-name", old='tensors = head[8:] == b"{" and', new='tensors = head[8:] == b"{" or', wrong="a pickle whose first bytes are no header passes", tests=f"{TESTS}/test_checkpoint.py -k 'hostile or pickle'",
+    ),
+    weights(
+        "weights-meta", old="    if x.is_meta:\n        return", new="    if False:\n        return", wrong="offloaded weights convert to garbage",
+    ),
+    doctor(
+        "doctor-healthy", old="return all(check.holds for check in self.checks)", new="return any(check.holds for check in self.checks)", wrong="one case that holds makes a machine healthy", tests="tests/attnzoo/test_doctor.py -k 'exit_code'",
+    ),
+    models(
+        "models-text-limit", old="if path.stat().st_size > TEXT_BYTES:", new="if path.stat().st_size < 0:", wrong="a text of any size is read",
+    ),
+    models(
+        "models-special-tokens", old="tokenizer(text, add_special_tokens=False, verbose=False)", new="tokenizer(text, verbose=False)", wrong="a text begins with special tokens",
+    ),
+    bench(
+        "bench-ratio-column", old='f"{cost.times_plain[kind]:.2f}"] if known', new='f"{cost.milliseconds[kind]:.2f}"] if known', wrong="the ratio's column shows milliseconds", tests="tests/attnzoo/test_cli_models.py",
+    ),
+)  # fmt: skip
