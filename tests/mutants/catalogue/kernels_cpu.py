@@ -205,13 +205,13 @@ MUTANTS = (
         wrong="NaN values that a row reads do not show", tests=f"{TESTS}/test_op_hidden.py {TESTS}/test_op_regressions.py {TESTS}/test_op_visibility.py",
     ),
     strips(
-        "strips-window-begins", old="begin = highest + 1 if first < highest else first", new="begin = highest if first < highest else first",
-        wrong="the unmasked part begins where some row does not see yet", tests=f"{TESTS}/test_op_fused.py -k 'runs or cut'",
-        survives="the slot at ``highest`` is seen by every row: it may stand in either part, and the parts stay disjoint.",
+        "strips-window-begins", old="begin = highest + 1 if first < highest else first",
+        new="begin = highest if first < highest else first",
+        wrong="a part holds no slot of the row that begins last", tests=f"{TESTS}/test_strip_parts.py",
     ),
     strips(
         "strips-window-ends", old="end = least - 1 if least < last else last", new="end = least + 1 if least < last else last",
-        wrong="the unmasked part ends behind what all rows see", tests=f"{TESTS}/test_op_fused.py -k 'runs or cut'",
+        wrong="the unmasked part ends behind what all rows see", tests=f"{TESTS}/test_strip_parts.py",
     ),
     strips(
         "strips-heads-of-a-group", old="x.unflatten(1, (-1, self.ratio))[:, self.groups, self.head]", new="x.unflatten(1, (self.ratio, -1))[:, self.head, self.groups]",

@@ -246,7 +246,8 @@ MUTANTS = (
         tests=f"{TESTS}/test_op_state.py -k inference",
     ),
     registration(
-        "registration-batched-lists", old="args[i].repeat(size, 1, 1)", new="args[i].repeat_interleave(size, 0)",
+        "registration-batched-lists", old="x.repeat(size, 1, 1) for x in (start, count)",
+        new="x.repeat_interleave(size, 0) for x in (start, count)",
         wrong="vmap gives items each other's layouts",
     ),
     registration(

@@ -178,7 +178,7 @@ MUTANTS = (
         wrong="auxiliary losses of earlier calls are lost", tests=f"{TESTS}/test_layer_parts.py",
     ),
     record(
-        "record-recomputed", old="if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:", new="if False:", wrong="recomputed calls are recorded twice",
+        "record-recomputed", old="if is_replay():", new="if False:", wrong="recomputed calls are recorded twice",
         tests=f"{TESTS}/test_contract_module.py -k 'checkpointing and ({MHA})'",
     ),
     record(
