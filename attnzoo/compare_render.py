@@ -11,6 +11,7 @@ from typing import Any
 from attnzoo.compare import Comparison, Row
 from attnzoo.compare_picture import picture
 from attnzoo.outputs import write_together
+from attnzoo.tables import Grid
 
 COLUMNS = (
     "variant",
@@ -40,24 +41,23 @@ def cells(row: Row) -> list[str]:
     ]
 
 
-def table(comparison: Comparison) -> Any:
-    """The comparison as a rich table, narrow enough for a terminal."""
-    from rich import box
-    from rich.table import Table
-
-    found = Table(title=_title(comparison.about), box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    found.add_column("variant", min_width=12)
-    for name in ("ppl", "x dense", "ΔNLL", "density", "held", "read", "tok/s"):
-        found.add_column(name, justify="right", no_wrap=True)
-    found.add_column("", no_wrap=True)
+def grid(comparison: Comparison) -> Grid:
+    """The comparison as a table for a terminal."""
+    rows = []
     for row in comparison.rows:
-        bad = any(flag in ("NO-OP", "CERTIFICATE FAILS") for flag in row.flags)
         held, read = (f"{value / 1024:.1f}" for value in (row.kv_bytes_held, row.kv_bytes_read))
         remarks = ", ".join(flag.removeprefix("negative ").removeprefix("certificate ") for flag in row.flags)
         values = cells(row)
-        found.add_row(*values[:5], held, read, values[7], remarks, style="bold red" if bad else None)
-    found.caption = "KiB of KV cache for each token, held, and read by a decode step; tok/s when decoding"
-    return found
+        rows.append((*values[:5], held, read, values[7], remarks))
+    bad = {i for i, row in enumerate(comparison.rows) if {"NO-OP", "CERTIFICATE FAILS"} & set(row.flags)}
+    return Grid(
+        ("variant", "ppl", "x dense", "ΔNLL", "density", "held", "read", "tok/s", "remarks"),
+        rows,
+        title=_title(comparison.about),
+        caption="KiB of KV cache for each token, held, and read by a decode step; tok/s when decoding",
+        numbers=frozenset(range(1, 8)),
+        bad=frozenset(bad),
+    )
 
 
 def markdown(comparison: Comparison) -> str:

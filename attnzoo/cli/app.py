@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import json
-from dataclasses import MISSING, asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 import attnzoo
 from attnzoo.choices import check_choice
+from attnzoo.cli import screen, show_view
 from attnzoo.cli.models import load_model, text_tokens
 from attnzoo.cli.notices import Commands
 from attnzoo.cli.progress import Bar
 from attnzoo.compare import PRESETS, Comparer, VariantSpec
 from attnzoo.evaluate import cut_windows
 from attnzoo.outputs import check_writable
-from attnzoo.registry import variants
+from attnzoo.tables import Grid
 from attnzoo_kernels.errors import ConfigError
 
 app = typer.Typer(
@@ -30,12 +29,6 @@ app = typer.Typer(
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Model = Annotated[str, typer.Argument(help="A folder with safetensors, a .gguf file, or smollm2.")]
-
-
-def _console() -> Console:
-    # Piped output has no width of its own; 80 columns would cut tables that nobody sees on a terminal.
-    console = Console()
-    return console if console.is_terminal else Console(width=120)
 
 
 @app.callback(invoke_without_command=True)
@@ -54,57 +47,37 @@ def list_command(
     pattern: Annotated[str, typer.Argument(help="A shell pattern.")] = "*", as_json: JsonFlag = False
 ) -> None:
     """Lists the variants."""
-    names = attnzoo.list_variants(pattern)
-    about = {name: (variants[name].__doc__ or "").strip().splitlines()[0] for name in names}
+    about = show_view.summaries(pattern)
     if as_json:
         typer.echo(json.dumps(about, indent=2))
-        return
-    table = Table("variant", "what it is")
-    for name, what in about.items():
-        table.add_row(name, what)
-    _console().print(table)
+    else:
+        screen.table(Grid(("variant", "what it is"), list(about.items())))
 
 
 @app.command()
 def show(variant: Annotated[str, typer.Argument(help="A variant's name.")], as_json: JsonFlag = False) -> None:
-    """Shows a variant: its options, its source, where it is plain attention, and what it reads."""
-    import sys
-
-    config = attnzoo.get_config(variant)
-    layer_class = variants[variant]
-    document = sys.modules[layer_class.__module__].__doc__ or ""
-    options = {
-        field.name: field.default_factory() if field.default_factory is not MISSING else field.default
-        for field in fields(config)
-        if field.name not in ("dim", "num_heads")
-    }
-    layer = attnzoo.create(config.small())
-    plan = layer.attend(layer.q_proj.weight.new_zeros(1, 96, layer.config.dim)).plan
+    """Shows a variant: its source, its options, what a conversion to it takes, and what it reads."""
+    found = show_view.about(variant)
     if as_json:
-        data = {
-            "variant": variant,
-            "options": options,
-            "dense_limit": layer_class.dense_limit,
-            "causal": layer_class.causal_promise,
-            "about": document.strip(),
-            "small": {"config": json.loads(layer.config.to_json()), "density": plan.density},
-        }
-        typer.echo(json.dumps(data, indent=2, default=str))
+        typer.echo(json.dumps(found, indent=2, default=str))
         return
-    console = _console()
-    console.print(document.strip(), markup=False, highlight=False)
-    table = Table("option", "default", title="Options beside dim and num_heads")
-    for name, default in options.items():
-        table.add_row(name, str(default))
-    console.print(table)
-    console.print(f"plain attention at: {layer_class.dense_limit}", markup=False)
-    console.print(f"what {variant} reads at small sizes, 96 tokens:\n{plan.layout}", markup=False, highlight=False)
+    for paragraph in found["about"].split("\n\n"):
+        screen.text(f"{paragraph}\n")
+    for grid in show_view.grids(found):
+        screen.table(grid)
+        screen.text("")
+    if found["conversion"] is None:
+        screen.text("no conversion of a pretrained model")
+    screen.text(show_view.limit(found))
+    screen.text(f"what {variant} reads at small sizes, 96 tokens:")
+    screen.picture(found["picture"])
 
 
 @app.command()
 def inspect(model: Model, as_json: JsonFlag = False) -> None:
     """Lists the attention blocks of a model."""
     from attnzoo import surgery
+    from attnzoo.surgery.lookalikes import lookalikes
 
     found, _ = load_model(model)
     sites = surgery.find(found)
@@ -112,12 +85,19 @@ def inspect(model: Model, as_json: JsonFlag = False) -> None:
     if as_json:
         typer.echo(json.dumps({"sites": [asdict(site) for site in sites], "kv_bytes_per_token": held}, indent=2))
         return
-    table = Table(
-        "path", "host", "heads", "KV heads", "head width", "width", title=f"{model}: {held:,} KV bytes per token"
+    screen.table(
+        Grid(
+            ("path", "host", "heads", "KV heads", "head width", "width"),
+            [
+                (site.path, site.host, *(str(x) for x in (site.heads, site.kv_heads, site.head_dim, site.width)))
+                for site in sites
+            ],
+            title=f"{model}: {held:,} KV bytes per token",
+            numbers=frozenset({2, 3, 4, 5}),
+        )
     )
-    for site in sites:
-        table.add_row(site.path, site.host, *(str(x) for x in (site.heads, site.kv_heads, site.head_dim, site.width)))
-    _console().print(table)
+    for (name, place), count in lookalikes(found).items():
+        screen.text(f"not counted, and not convertible: {count} {name} at {place}")
 
 
 @app.command()
@@ -173,8 +153,8 @@ def convert(  # noqa: PLR0913  (a command line has one parameter for each option
         kind = str(found.dtype).removeprefix("torch.")
         typer.echo(json.dumps({**report.to_dict(), "dtype": kind, "folder": str(out)}, indent=2, default=str))
         return
-    _console().print(str(report), markup=False, highlight=False)
-    _console().print(f"saved to {out}", markup=False)
+    screen.table(report.grid())
+    screen.text(f"saved to {out}")
 
 
 @app.command()
@@ -217,9 +197,9 @@ def compare(  # noqa: PLR0913  (a command line has one parameter for each option
     if as_json:
         typer.echo(render.to_json(comparison), nl=False)
     else:
-        _console().print(render.table(comparison))
+        screen.table(render.grid(comparison))
         if out is not None:
-            _console().print(f"written: {out}.json, .md, .png", markup=False)
+            screen.text(f"written: {out}.json, .md, .png")
     failed = [row.name for row in comparison.rows if "CERTIFICATE FAILS" in row.flags]
     if failed:
         raise typer.Exit(1)
@@ -268,12 +248,12 @@ def bench(  # noqa: PLR0913  (a command line has one parameter for each option)
     if as_json:
         typer.echo(view.to_json(found, where), nl=False)
     else:
-        _console().print(view.table(found, where))
+        screen.table(view.grid(found, where))
         for cost in found:
             if cost.problem is not None:
-                _console().print(f"{cost.name}: {cost.problem}", markup=False, highlight=False)
+                screen.text(f"{cost.name}: {cost.problem}")
         if out is not None:
-            _console().print(f"written: {out}.json, .md, .png", markup=False)
+            screen.text(f"written: {out}.json, .md, .png")
     if any(cost.problem is not None for cost in found):
         raise typer.Exit(1)
 
@@ -294,7 +274,7 @@ def doctor(
     if as_json:
         typer.echo(json.dumps(report.to_dict(), indent=2))
     else:
-        show_report(report, _console())
+        show_report(report)
     if report.wrong:
         raise typer.Exit(1)
 

@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich import box
-from rich.markup import escape
-from rich.table import Table
 
 from attnzoo.costs import KINDS, Cost, Setting, by_wall
 from attnzoo.doctor import cpu_model
 from attnzoo.outputs import write_together
+from attnzoo.tables import Grid
 from attnzoo_kernels.processor import cpu_class
 
 if TYPE_CHECKING:
@@ -54,15 +52,16 @@ def cells(cost: Cost) -> list[str]:
     return [cost.name, density, *figures, "" if cost.error is None else f"{cost.error:.0e}"]
 
 
-def table(costs: list[Cost], where: dict[str, Any]) -> Table:
-    """The costs as a rich table."""
-    found = Table(title=title(where), box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title_justify="left")
-    for name in HEADS:
-        found.add_column(name, justify="left" if name == "layer" else "right", overflow="fold")
-    for cost in costs:
-        found.add_row(*map(escape, cells(cost)), style=None if cost.problem is None else "bold red")
-    found.caption = CAPTION
-    return found
+def grid(costs: list[Cost], where: dict[str, Any]) -> Grid:
+    """The costs as a table for a terminal."""
+    return Grid(
+        HEADS,
+        [cells(cost) for cost in costs],
+        title=title(where),
+        caption=CAPTION,
+        numbers=frozenset(range(1, len(HEADS))),
+        bad=frozenset(i for i, cost in enumerate(costs) if cost.problem is not None),
+    )
 
 
 def markdown(costs: list[Cost], where: dict[str, Any]) -> str:

@@ -4,51 +4,52 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-
+from attnzoo.cli import screen
 from attnzoo.doctor import IMPLEMENTATIONS, Report
 from attnzoo.selftest import Check
+from attnzoo.tables import Grid
 
 
-def show(report: Report, console: Console) -> None:
+def show(report: Report) -> None:
     """Prints a report."""
-    console.print("  ".join(f"{name} {have or 'missing'}" for name, have in report.versions.items()), highlight=False)
+    screen.text("  ".join(f"{name} {have or 'missing'}" for name, have in report.versions.items()))
     for device in report.devices:
-        table = Table(title=f"{device.name}: {device.runs} runs", title_justify="left", show_header=False)
-        for name, value in device.facts.items():
-            table.add_row(name, escape(", ".join(value) if isinstance(value, list) else str(value)))
-        for impl in IMPLEMENTATIONS:
-            table.add_row(impl, escape("; ".join(device.refused.get(impl, ("can run",)))))
-        console.print(table)
+        rows = [
+            (name, ", ".join(value) if isinstance(value, list) else str(value)) for name, value in device.facts.items()
+        ]
+        rows += [(impl, "; ".join(device.refused.get(impl, ("can run",)))) for impl in IMPLEMENTATIONS]
+        screen.table(Grid(("device", device.name), rows, f"{device.name}: {device.runs} runs"))
     for finding in report.findings:
         style = "bold red" if finding.level == "problem" else "yellow"
-        text = f"{finding.what} (remedy: {finding.remedy})"
-        console.print(f"[{style}]{finding.level}[/]: {escape(text)}", highlight=False)
+        screen.text(f"{finding.level}: {finding.what} (remedy: {finding.remedy})", style)
     if not report.findings:
-        console.print("no combination that is known to be bad")
+        screen.text("no combination that is known to be bad")
     if report.checks:
-        console.print(_checks(report.checks))
+        screen.table(_checks(report.checks))
     for check in report.checks:
         if not check.holds:
-            console.print(f"[bold red]wrong[/]: {escape(explain(check))}", highlight=False)
+            screen.text(f"wrong: {explain(check)}", "bold red")
     spent = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in report.seconds.items())
-    console.print(f"{report.verdict}; {spent}", highlight=False)
+    screen.text(f"{report.verdict}; {spent}")
 
 
-def _checks(checks: list[Check]) -> Table:
-    table = Table(title="self-test against the reference in fp64, forward and gradients", title_justify="left")
-    for name in ("device", "implementation", "dtype", "cases", "worst", "error", "bound"):
-        table.add_column(name, justify="right" if name in ("error", "bound") else "left")
-    for group in _groups(checks):
+def _checks(checks: list[Check]) -> Grid:
+    rows, bad = [], set()
+    for i, group in enumerate(_groups(checks)):
         worst = max(group, key=lambda check: check.error / check.limit if check.limit else float("inf"))
         good = sum(check.holds for check in group)
-        style = None if good == len(group) else "bold red"
+        if good < len(group):
+            bad.add(i)
         first = (worst.device, worst.impl, worst.dtype, f"{good} of {len(group)} right")
         figures = (f"{worst.error:.1e}", f"{worst.limit:.1e}") if worst.problem is None else ("", "")
-        table.add_row(*first, f"{worst.case}: {worst.quantity or 'nothing'}", *figures, style=style)
-    return table
+        rows.append((*first, f"{worst.case}: {worst.quantity or 'nothing'}", *figures))
+    return Grid(
+        ("device", "implementation", "dtype", "cases", "worst", "error", "bound"),
+        rows,
+        title="self-test against the reference in fp64, forward and gradients",
+        numbers=frozenset({5, 6}),
+        bad=frozenset(bad),
+    )
 
 
 def _groups(checks: list[Check]) -> Iterator[list[Check]]:

@@ -7,7 +7,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from attnzoo.surgery.site import Site
+from attnzoo.tables import Grid, lines
 from attnzoo_kernels.errors import ConversionError
+
+WIDTH = 120
+"""Columns of a printed report."""
 
 
 @dataclass(frozen=True)
@@ -73,17 +77,22 @@ class ConversionReport:
             "sites": [asdict(site) for site in self.sites],
         }
 
-    def __str__(self) -> str:
+    def grid(self) -> Grid:
+        """The report as a table."""
+
         def share(value: float | None) -> str:
             return "-" if value is None else f"{value:.4f}"
 
-        rows = [("site", "values/token", "energy kept", "output error")]
-        rows += [
-            (s.site.path, f"{s.values_before} -> {s.values_after}", share(s.kept), share(s.error)) for s in self.sites
-        ]
-        widths = [max(len(row[i]) for row in rows) for i in range(4)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         options = ", ".join(f"{name}={value}" for name, value in self.options.items())
         before, after = self.cache_bytes
-        head = f"{self.variant}({options}): {len(self.sites)} sites, cache {before} -> {after} bytes per token"
-        return "\n".join([head, *lines])
+        return Grid(
+            ("site", "values/token", "energy kept", "output error"),
+            [
+                (s.site.path, f"{s.values_before} -> {s.values_after}", share(s.kept), share(s.error))
+                for s in self.sites
+            ],
+            title=f"{self.variant}({options}): {len(self.sites)} sites, cache {before} -> {after} bytes per token",
+        )
+
+    def __str__(self) -> str:
+        return "\n".join(line for line, _ in lines(self.grid(), WIDTH))

@@ -7,55 +7,27 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from attnzoo import surgery
-from attnzoo.cli import main
-
-WORDS = ("the", "a", "cat", "dog", "sat", "ran", "on", "mat", "and", "slept")
+from tests.attnzoo.cli_support import call, write_model, write_text
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of 6 query and 2 KV heads, with a tokenizer of ten words."""
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    config = LlamaConfig(
-        vocab_size=len(WORDS) + 1,
-        hidden_size=48,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=256,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        LlamaForCausalLM(config).save_pretrained(path)
-    tokenizer = Tokenizer(models.WordLevel({"?": 0, **{word: i + 1 for i, word in enumerate(WORDS)}}, unk_token="?"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?").save_pretrained(path)
-    return path
+    return write_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     """A text to score and one to calibrate on."""
-    found = []
-    for seed in range(2):
-        order = torch.randint(0, len(WORDS), (4000,), generator=torch.Generator().manual_seed(seed))
-        path = tmp_path_factory.mktemp("texts") / f"{seed}.txt"
-        path.write_text(" ".join(WORDS[i] for i in order.tolist()), encoding="utf-8")
-        found.append(str(path))
-    return found[0], found[1]
+    path = tmp_path_factory.mktemp("texts")
+    return write_text(path / "0.txt", 0), write_text(path / "1.txt", 1)
 
 
 Run = Callable[..., tuple[int, str, str]]
@@ -64,17 +36,7 @@ Run = Callable[..., tuple[int, str, str]]
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """Calls the command line: exit code, stdout, stderr."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["attnzoo", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            main()
-        out, err = capsys.readouterr()
-        code = end.value.code
-        return (code if isinstance(code, int) else int(code is not None)), out, err
-
-    return call
+    return partial(call, monkeypatch, capsys)
 
 
 def test_list_names_every_variant_and_speaks_json(run: Run) -> None:

@@ -1,0 +1,63 @@
+"""Docstrings as plain text for a terminal: no markup, no LaTeX."""
+
+from __future__ import annotations
+
+import inspect
+import re
+
+_SYMBOLS = {
+    **{"sum": "Σ", "in": "∈", "le": "≤", "ge": "≥", "ne": "≠", "cdot": "·", "odot": "⊙", "bmod": "mod"},
+    **{"wedge": "∧", "vee": "∨", "lfloor": "⌊", "rfloor": "⌋", "infty": "∞", "times": "×", "ell": "ℓ"},  # noqa: RUF001
+    **{"alpha": "α", "beta": "β", "lambda": "λ", "omega": "ω", "sigma": "σ", "to": "→"},  # noqa: RUF001
+    **{"quad": " ", "qquad": "  ", "left": "", "right": ""},
+}
+_ROLE = re.compile(r":[a-z:]+:`~?([^`]+)`")
+_EMPHASIS = re.compile(r"(?<![\w*])\*{1,2}([^*\s](?:[^*]*[^*\s])?)\*{1,2}(?![\w*])")
+_MATH = ".. math::"
+
+
+def plain(document: str) -> list[str]:
+    """The paragraphs of a docstring, each in one line, formulas in signs that a terminal has."""
+    paragraphs = []
+    for block in re.split(r"\n\s*\n", inspect.cleandoc(document)):
+        text = " ".join(block.split())
+        paragraphs.append(f"  {_formula(text.removeprefix(_MATH))}" if text.startswith(_MATH) else words(text))
+    return paragraphs
+
+
+def words(text: str) -> str:
+    """A piece of text without markup."""
+    text = re.sub(r":math:`([^`]+)`", lambda found: _formula(found[1]), text)
+    text = _ROLE.sub(lambda found: found[1].rpartition(".")[2] if "~" in found[0] else found[1], text)
+    text = re.sub(r"``([^`]+)``|`([^`]+)`_?", lambda found: found[1] or found[2], text)
+    return _EMPHASIS.sub(r"\1", text)
+
+
+def _formula(latex: str) -> str:
+    """A formula in one line of letters and signs."""
+    text = re.sub(r"\\text\{([^}]*)\}", r"\1", latex)
+    # A bar stands over its letter, which it follows here.
+    text = re.sub(r"\\bar\s*(\w)", "\\1\u0304", text)
+    text = re.sub(r"([_^])\{(\w)\}", r"\1\2", text)
+    text = re.sub(r"([_^])\{([^{}]*)\}", r"\1(\2)", text)
+    text = re.sub(r"\\([a-zA-Z]+)", lambda found: _SYMBOLS.get(found[1], found[1]), text)
+    text = text.replace("\\|", "‖").replace("\\,", " ").replace("\\", "")
+    return " ".join(text.split()).replace(" ,", ",")
+
+
+def notes(record: type) -> dict[str, str]:
+    """What the docstring of a class, or of one that it inherits from, says about each attribute."""
+    found: dict[str, str] = {}
+    for base in reversed(record.__mro__):
+        _, _, listed = inspect.cleandoc(base.__dict__.get("__doc__") or "").partition("Attributes:\n")
+        name = ""
+        for line in listed.splitlines():
+            start = re.match(r" {4}(\w+): (.*)", line)
+            if start is not None:
+                name = start[1]
+                found[name] = start[2]
+            elif name and line.startswith(" " * 8):
+                found[name] += f" {line.strip()}"
+            else:
+                name = ""
+    return {name: words(text) for name, text in found.items()}
