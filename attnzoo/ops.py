@@ -10,6 +10,7 @@ from attnzoo_kernels import clear_memory as clear_memory
 from attnzoo_kernels import memory_held as memory_held
 from attnzoo_kernels import memory_limit as memory_limit
 from attnzoo_kernels import merge_states as merge_states
+from attnzoo_kernels import read_block_mask as read_block_mask
 from attnzoo_kernels import remembers as remembers
 from attnzoo_kernels import set_memory_limit as set_memory_limit
 from attnzoo_kernels import visible_pairs as visible_pairs

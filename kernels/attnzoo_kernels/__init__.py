@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from attnzoo_kernels.errors import AttnzooError, ConfigError, ConversionError, ShapeError, UnsupportedError
 from attnzoo_kernels.extras import Extras
+from attnzoo_kernels.flex import MaskedCall, read_block_mask
 from attnzoo_kernels.layout import BlockLayout
 from attnzoo_kernels.merge import merge_states
 from attnzoo_kernels.op import block_sparse_attention, block_sparse_attention_with_lse, visible_pairs, why_not
@@ -17,6 +18,7 @@ __all__ = [
     "ConfigError",
     "ConversionError",
     "Extras",
+    "MaskedCall",
     "ShapeError",
     "UnsupportedError",
     "block_sparse_attention",
@@ -26,6 +28,7 @@ __all__ = [
     "memory_held",
     "memory_limit",
     "merge_states",
+    "read_block_mask",
     "remembers",
     "set_memory_limit",
     "visible_pairs",

@@ -17,6 +17,7 @@ from attnzoo_kernels import layout_build as build
 from attnzoo_kernels import layout_flex, layout_picture
 from attnzoo_kernels.density import layout_density
 from attnzoo_kernels.errors import ShapeError, UnsupportedError
+from attnzoo_kernels.extras import Extras
 from attnzoo_kernels.plain import is_readable
 from attnzoo_kernels.rule import bounded
 
@@ -65,7 +66,7 @@ class BlockLayout:
             self.validate()
 
     @classmethod
-    def _trusted(cls, sizes: tuple[int, int, int, int], lists: build.Lists) -> Self:
+    def _trusted(cls, sizes: build.Sizes, lists: build.Lists) -> Self:
         """A layout from parts that are fresh and known to be right."""
         layout = object.__new__(cls)
         names = ("block_q", "block_k", "seq_q", "seq_k", "start", "count", "col", "origin")
@@ -142,8 +143,8 @@ class BlockLayout:
     ) -> Self:
         """Every block."""
         build.check_sizes(block_q, block_k, seq_q, seq_k)
-        blocks_q, blocks_k = -(-seq_q // block_q), -(-seq_k // block_k)
-        return cls._trusted((block_q, block_k, seq_q, seq_k), build.dense_lists(blocks_q, blocks_k, device))
+        lists = build.dense_lists(-(-seq_q // block_q), -(-seq_k // block_k), device)
+        return cls._trusted((block_q, block_k, seq_q, seq_k), lists)
 
     @classmethod
     def window(
@@ -242,8 +243,8 @@ class BlockLayout:
             ValueError: If a size or value does not fit.
         """
         build.check_sizes(block_q, block_k, seq_q, seq_k)
-        for name, value, least in (("local_blocks", local_blocks, 1), ("vert_stride", vert_stride, 1)):
-            build.check_at_least(name, value, least)
+        build.check_at_least("local_blocks", local_blocks, 1)
+        build.check_at_least("vert_stride", vert_stride, 1)
         build.check_at_least("sink_blocks", sink_blocks, 0)
         if not isinstance(shift, Sequence):
             raise TypeError(f"shift: expected a sequence of ints, got {type(shift).__name__}")
@@ -253,30 +254,39 @@ class BlockLayout:
         return cls._trusted(sizes, build.lists_of_mask(keep))
 
     @classmethod
-    def from_block_mask(cls, block_mask: Any) -> Self:
+    def from_block_mask(cls, block_mask: Any, *, causal: bool | None = None) -> Self:
         """The layout of a FlexAttention ``BlockMask`` whose partial blocks are causal or see everything.
 
+        A layout does not hold the rule: :func:`attnzoo_kernels.read_block_mask` gives it too, and takes more of them.
+        ``causal`` is what the call will say; ``None`` takes either, and warns of a mask that needs ``causal=False``.
+
         Raises:
-            UnsupportedError: If a partial block follows another rule, which a layout cannot hold.
+            UnsupportedError: If a partial block follows another rule.
+            ValueError: If the mask is not of the causality that is asked for.
         """
-        keep, sizes = layout_flex.read_block_mask(block_mask)
-        return cls.from_mask(keep, *sizes)
+        return cls.from_mask(*layout_flex.read_bare(block_mask, causal))
 
-    def to_block_mask(self, *, causal: bool = True) -> Any:
-        """This layout as a FlexAttention ``BlockMask``, causal with bottom-right alignment or seeing everything.
+    def to_block_mask(self, *, causal: bool = True, extras: Extras | None = None, separate_full: bool = True) -> Any:
+        """This layout as a FlexAttention ``BlockMask`` that shows what a call sees with these extras.
+
+        Without ``separate_full``, blocks that are seen whole are not listed apart.
 
         Raises:
-            UnsupportedError: If query and key blocks or lengths are such that FlexAttention cannot hold the layout.
+            UnsupportedError: If FlexAttention cannot hold the layout (empty, origins) or the extras.
         """
         if self.origin is not None:
             raise UnsupportedError("origin: a BlockMask has no rotary origins")
-        sizes = (self.block_q, self.block_k, self.seq_q, self.seq_k)
-        return layout_flex.make_block_mask(self.to_mask(), sizes, causal=causal)
+        return layout_flex.make_block_mask(self.lists, self.sizes, layout_flex.Shown(causal, extras, separate_full))
 
     @property
     def grid(self) -> tuple[int, int]:
         """``M, N``: query blocks and key blocks."""
         return -(-self.seq_q // self.block_q), -(-self.seq_k // self.block_k)
+
+    @property
+    def sizes(self) -> build.Sizes:
+        """``block_q, block_k, seq_q, seq_k``."""
+        return self.block_q, self.block_k, self.seq_q, self.seq_k
 
     @property
     def lists(self) -> build.Lists:
@@ -305,7 +315,7 @@ class BlockLayout:
 
     def density(self, causal: bool = True) -> float:
         """Visible (query, key) pairs over those of a dense call under the same rule; 1 where there are none."""
-        return layout_density(self.lists, (self.block_q, self.block_k, self.seq_q, self.seq_k), causal=causal)
+        return layout_density(self.lists, self.sizes, causal=causal)
 
     def kv_rows(self) -> Tensor:
         """Key rows gathered for each query block, int64 ``[B|1, h, M]``."""
@@ -316,14 +326,13 @@ class BlockLayout:
 
     def compact(self) -> BlockLayout:
         """The same layout with exactly as many entries as are listed. Synchronises."""
-        sizes = (self.block_q, self.block_k, self.seq_q, self.seq_k)
-        return BlockLayout._trusted(sizes, build.compact_lists(self.lists))
+        return BlockLayout._trusted(self.sizes, build.compact_lists(self.lists))
 
     def to(self, device: torch.device | str) -> BlockLayout:
         """The layout on another device."""
         origin = None if self.origin is None else self.origin.to(device)
         lists = build.Lists(self.start.to(device), self.count.to(device), self.col.to(device), origin)
-        return BlockLayout._trusted((self.block_q, self.block_k, self.seq_q, self.seq_k), lists)
+        return BlockLayout._trusted(self.sizes, lists)
 
     def __or__(self, other: BlockLayout) -> BlockLayout:
         """What either layout reads; batch and heads broadcast."""
@@ -338,11 +347,9 @@ class BlockLayout:
             return NotImplemented
         if self.origin is not None or other.origin is not None:
             raise UnsupportedError("layout: | and & are not defined for layouts with rotary origins")
-        sizes = (self.block_q, self.block_k, self.seq_q, self.seq_k)
-        theirs = (other.block_q, other.block_k, other.seq_q, other.seq_k)
-        if sizes != theirs:
-            raise ShapeError(f"layout: expected block_q, block_k, seq_q, seq_k = {sizes}, got {theirs}")
-        return BlockLayout.from_mask(operator(*build.same_heads(self.to_mask(), other.to_mask())), *sizes)
+        if self.sizes != other.sizes:
+            raise ShapeError(f"layout: expected block_q, block_k, seq_q, seq_k = {self.sizes}, got {other.sizes}")
+        return BlockLayout.from_mask(operator(*build.same_heads(self.to_mask(), other.to_mask())), *self.sizes)
 
     def __repr__(self) -> str:
         batch, heads, blocks_q = self.start.shape
@@ -363,16 +370,15 @@ class BlockLayout:
         return layout_picture.plot(self, ax)
 
 
-def _flatten(layout: BlockLayout) -> tuple[list[Any], tuple[int, int, int, int]]:
-    sizes = (layout.block_q, layout.block_k, layout.seq_q, layout.seq_k)
-    return [layout.start, layout.count, layout.col, layout.origin], sizes
+def _flatten(layout: BlockLayout) -> tuple[list[Any], build.Sizes]:
+    return [layout.start, layout.count, layout.col, layout.origin], layout.sizes
 
 
-def _unflatten(leaves: Any, sizes: tuple[int, int, int, int]) -> BlockLayout:
+def _unflatten(leaves: Any, sizes: build.Sizes) -> BlockLayout:
     return BlockLayout._trusted(sizes, build.Lists(*leaves))
 
 
-def _flatten_with_keys(layout: BlockLayout) -> tuple[list[tuple[Any, Any]], tuple[int, int, int, int]]:
+def _flatten_with_keys(layout: BlockLayout) -> tuple[list[tuple[Any, Any]], build.Sizes]:
     leaves, sizes = _flatten(layout)
     names = ("start", "count", "col", "origin")
     return [(pytree.GetAttrKey(name), leaf) for name, leaf in zip(names, leaves, strict=True)], sizes
