@@ -63,16 +63,11 @@ def save(
     if occupied and not (folder / RECIPE).is_file():
         raise ConversionError(f"{folder}: refused to replace a folder that holds no converted model ({RECIPE})")
     write = _adapter_writer(model, recipe) if adapter_only else _whole_writer(model, recipe)
-    with folders.writing(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-        try:
-            if tokenizer is not None:
-                tokenizer.save_pretrained(temporary)
-            write(temporary)
-            _swap(temporary, folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    with folders.writing(folder), folders.temporary_folder(folder) as temporary:
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        write(temporary)
+        _swap(temporary, folder)
     return folder
 
 

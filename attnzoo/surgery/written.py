@@ -22,7 +22,7 @@ from attnzoo.surgery.convert import apply_recipe, find
 from attnzoo.surgery.hosts import checkpoint
 from attnzoo.surgery.hosts.weights import FLOATING, why_not_plain
 from attnzoo.surgery.places import share_blocks, shared_blocks
-from attnzoo_kernels.errors import ConversionError
+from attnzoo_kernels.errors import ConversionError, UnsupportedError
 
 Recipe = list[dict[str, Any]]
 
@@ -39,6 +39,9 @@ def settings_of(model: Any) -> Any:
     settings = copy.deepcopy(model.config)
     settings.architectures = [_class_name(model)]
     settings.dtype = str(_widest(model)).removeprefix("torch.")
+    if hasattr(settings, "quantization_config"):
+        # Nothing but plain weights is written.
+        del settings.quantization_config
     inner, outer = model.get_input_embeddings(), model.get_output_embeddings()
     if inner is not None and outer is not None:
         settings.tie_word_embeddings = getattr(outer, "weight", None) is getattr(inner, "weight", None)
@@ -66,8 +69,14 @@ def whole_tensors(model: Any, recipe: Recipe, settings: Any) -> dict[str, Tensor
         warnings.simplefilter("ignore")
         config = json.loads(settings.to_json_string(use_diff=True))
         expected = checkpoint.model_of(config, dtype=torch.float32)
-        share_blocks(expected, shared_blocks(model))
-        apply_recipe(expected, recipe)
+        try:
+            share_blocks(expected, shared_blocks(model))
+            apply_recipe(expected, recipe)
+        except (ConversionError, UnsupportedError) as error:
+            made = type(expected).__name__
+            raise ConversionError(
+                f"model: expected a {made}, which loading makes, got a {_class_name(model)}: {error}"
+            ) from error
     if type(expected).__name__ != _class_name(model):
         _refuse_class(model, expected)
     own, wanted = model.state_dict(keep_vars=True), expected.state_dict()
@@ -129,9 +138,12 @@ def _check(own: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
     for name, x in own.items():
         reason = why_not_plain(x, floating=wanted[name].is_floating_point())
         if reason is not None:
-            raise ConversionError(f"model: {name}: expected a plain tensor to write, got one that is {reason}")
+            raise ConversionError(f"model: {name}: expected a plain tensor to write, got one that is {reason}; {_HERE}")
         if x.shape != wanted[name].shape:
             raise ConversionError(f"model: {name}: expected {list(wanted[name].shape)}, got {list(x.shape)}")
+
+
+_HERE = "load, gather or dequantise it first"
 
 
 def _advice(names: Iterable[str]) -> str:

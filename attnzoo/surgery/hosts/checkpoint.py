@@ -9,8 +9,6 @@ import hashlib
 import importlib.util
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Iterable
 from functools import reduce
 from pathlib import Path
@@ -80,7 +78,7 @@ def finished(model: Any, folder: Path) -> Any:
         try:
             model.generation_config = GenerationConfig.from_dict(read_json(file, CONFIG_BYTES))
         except (TypeError, ValueError, AttributeError, KeyError) as error:
-            raise ConversionError(f"{file}: {error}") from error
+            raise ConversionError(f"{file}: {' '.join(str(error).split())}") from error
     # Where files that lie beside the weights are found when the model is saved.
     model.config.name_or_path = model.name_or_path = str(folder.absolute())
     return model.eval()
@@ -333,15 +331,10 @@ def _converted(gguf: Path) -> Path:
     target = cache / f"{gguf.stem}-{file_hash(gguf)[:16]}"
     if (target / "model.safetensors").is_file():
         return target
-    with folders.writing(target):
-        cache.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=cache))
-        try:
-            _convert_gguf(gguf, temporary)
-            if not target.exists():
-                temporary.rename(target)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    with folders.writing(target), folders.temporary_folder(target) as temporary:
+        _convert_gguf(gguf, temporary)
+        if not target.exists():
+            temporary.rename(target)
     return target
 
 

@@ -10,12 +10,13 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from attnzoo_kernels.errors import ConversionError
+from attnzoo_kernels.errors import AttnzooError, ConversionError
 
 INDEX_BYTES = 64 << 20
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -228,6 +229,23 @@ def check_writable(folder: Path) -> None:
 
 
 @contextmanager
+def temporary_folder(beside: Path) -> Iterator[Path]:
+    """A folder beside a path, and the parents that the path lacks; gone afterwards, with parents of nothing."""
+    made = [path for path in beside.absolute().parents if not path.exists()]
+    beside.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        temporary = Path(tempfile.mkdtemp(dir=beside.parent, prefix=f".{beside.name}-"))
+        try:
+            yield temporary
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    finally:
+        if not beside.exists():
+            for path in made:
+                path.rmdir()
+
+
+@contextmanager
 def writing(target: Path) -> Iterator[None]:
     """Names what was to be written in errors of the disk, which some libraries raise as errors of their own.
 
@@ -238,6 +256,8 @@ def writing(target: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise _not_written(target, error, error.strerror or str(error)) from error
+    except AttnzooError:
+        raise
     except Exception as error:
         # Libraries in Rust give the system's number in their text.
         code = re.search(r"os error (\d+)|code: (\d+)", str(error))

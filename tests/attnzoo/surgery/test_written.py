@@ -231,6 +231,18 @@ def test_a_model_of_another_class_is_named_and_its_adapter_is_not_refused(tmp_pa
         surgery.save(models[0], tmp_path / "model")
     folder = surgery.save(models[0], tmp_path / "adapter", adapter_only=True)
     assert_same_state(surgery.load(folder, base=models[1])[0], models[0])
+    decoder = tiny().model
+    convert(decoder, "moh")
+    with pytest.raises(attnzoo.ConversionError, match=r"^model: expected a LlamaForCausalLM.* got a LlamaModel"):
+        surgery.save(decoder, tmp_path / "decoder")
+
+
+def test_a_configuration_that_speaks_of_codes_is_not_written_with_plain_weights(tmp_path: Path) -> None:
+    model = converted("mean", dtype=torch.float32)
+    model.config.quantization_config = {"quant_method": "awq"}
+    folder = surgery.save(model, tmp_path / "model")
+    assert "quantization_config" not in json.loads((folder / "config.json").read_text())
+    assert model.config.quantization_config == {"quant_method": "awq"}
 
 
 class OfTheirOwn(LlamaForCausalLM):
@@ -324,7 +336,7 @@ def test_a_disk_that_refuses_is_one_line_and_leaves_nothing(
     monkeypatch.setattr(safetensors.torch, "save_file", refuse)
     model = converted("mean", dtype=torch.float32)
     with pytest.raises(OSError, match=r"out: not written, and nothing is left of it: ") as caught:
-        surgery.save(model, tmp_path / "out", adapter_only=adapter)
+        surgery.save(model, tmp_path / "deep" / "er" / "out", adapter_only=adapter)
     assert "\n" not in str(caught.value)
     expected = ERRORS[what]
     assert caught.value.errno == (expected.errno if isinstance(expected, OSError) else errno.ENOSPC)
