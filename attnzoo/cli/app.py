@@ -112,9 +112,8 @@ def convert(  # noqa: PLR0913  (a command line has one parameter for each option
     windows: Annotated[int, typer.Option(help="Calibration windows.")] = 16,
     where: Annotated[str | None, typer.Option(help="Layers, such as 8- or 0,2,5-9; all if not given.")] = None,
     dtype: Annotated[
-        str | None,
-        typer.Option(help="Of the weights: float32, bfloat16, float16 or float64; as they are stored if not given."),
-    ] = None,
+        str, typer.Option(help="Of the weights: float32, bfloat16, float16, float64, or auto, as they are stored.")
+    ] = "auto",
     device: Annotated[str, typer.Option(help="cpu, or cuda with or without a number.")] = "cpu",
     overwrite: Annotated[bool, typer.Option(help="Replace a folder that is not empty.")] = False,
     as_json: JsonFlag = False,

@@ -15,15 +15,17 @@ from attnzoo.surgery.hosts import checkpoint
 from attnzoo_kernels.errors import ConfigError
 
 SMOLLM2 = "smollm2"
+AS_STORED = "auto"
+SHORT = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 TEXT_BYTES = 64 << 20
 
 
-def load_model(name: str, *, dtype: str | None = None, device: str = "cpu") -> tuple[Any, Any]:
+def load_model(name: str, *, dtype: str = AS_STORED, device: str = "cpu") -> tuple[Any, Any]:
     """A model and its tokenizer from a folder, a ``.gguf`` file, or the word ``smollm2``; converted folders too.
 
     Args:
         name: Of the model.
-        dtype: Of its weights; as they are stored if not given.
+        dtype: Of its weights, by its name in torch or a short one; "auto" leaves each as it is stored.
         device: Where to.
 
     Raises:
@@ -32,7 +34,8 @@ def load_model(name: str, *, dtype: str | None = None, device: str = "cpu") -> t
     """
     from attnzoo.costs import read_device, read_dtype
 
-    kind, place = None if dtype is None else read_dtype(dtype), read_device(device)
+    kind = None if dtype == AS_STORED else read_dtype(SHORT.get(dtype, dtype))
+    place = read_device(device)
     # Nothing here may reach for a hub.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

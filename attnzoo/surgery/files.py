@@ -109,6 +109,9 @@ def _adapter_writer(model: Any, recipe: list[dict[str, Any]]) -> Callable[[Path]
 
     def write(folder: Path) -> None:
         save_file(mine, folder / ADAPTER, metadata={"format": "pt"})
+        # For readers that ask for a configuration, so that they say what this is.
+        kind = {"model_type": checkpoint.type_of_adapter(model.config.model_type)}
+        (folder / "config.json").write_text(json.dumps(kind, indent=2) + "\n", encoding="utf-8")
         _write_about(about, folder)
 
     return write

@@ -145,9 +145,10 @@ def test_files_beside_the_weights_are_carried_by_whoever_loaded_them(
     assert surgery.load(tmp_path / "adapter", base=base)[1]("mouse").input_ids == [1]
 
 
-def test_another_dtype_is_taken_on_request(run: Run, folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["float32", "fp32"])
+def test_another_dtype_is_taken_on_request(name: str, run: Run, folder: Path, tmp_path: Path) -> None:
     code, printed, err = run(
-        "convert", folder, "--to", EXPAND, "--out", tmp_path / "out", "--dtype", "float32", "--device", "cpu", "--json"
+        "convert", folder, "--to", EXPAND, "--out", tmp_path / "out", "--dtype", name, "--device", "cpu", "--json"
     )
     assert code == 0, err
     assert json.loads(printed)["dtype"] == "float32"

@@ -137,6 +137,11 @@ def type_of_converted(host: str) -> str:
     return f"attnzoo-{host} (a converted model: attnzoo.surgery.load reads it)"
 
 
+def type_of_adapter(host: str) -> str:
+    """The model type of an adapter, which transformers refuses by saying it."""
+    return f"attnzoo-{host} (an adapter: attnzoo.surgery.load reads it, with base=)"
+
+
 def model_of(config: dict[str, Any], *, dtype: torch.dtype) -> Any:
     """A model with the structure of a configuration and empty weights."""
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM

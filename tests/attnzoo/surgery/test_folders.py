@@ -92,7 +92,7 @@ TARGETS = {
     "above the blobs": "../../{hash}",
     "below the blobs": "../../blobs/deep/{hash}",
     "another snapshot": "../other/{name}",
-    "shared, but no hash": "../../../blobs/ab/secret",
+    "shared, but no hash": "../../../blobs/ab/absecret",
     "a blob that is a link": "../../blobs/link",
 }
 
