@@ -158,6 +158,7 @@ def check_landmarks(is_landmark: Tensor, x: Tensor) -> None:
 def _check_insertion(tokens: Tensor, landmark: int | Tensor, block_size: int) -> None:
     if not isinstance(tokens, Tensor):
         raise TypeError(f"tokens: expected a Tensor, got {type(tokens).__name__}")
+    check_layout("tokens", tokens)
     if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 2:
         raise ShapeError(f"block_size: expected an int >= 2, got {block_size!r}")
     if tokens.dim() not in (2, 3) or tokens.is_floating_point() != (tokens.dim() == 3):

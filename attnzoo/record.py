@@ -73,6 +73,7 @@ def record(model: nn.Module) -> Iterator[Recording]:
         model: A module with attnzoo layers somewhere, or a layer.
 
     Raises:
+        TypeError: If it is no module.
         ConfigError: If the model has no attnzoo layer.
 
     Example:
@@ -83,6 +84,8 @@ def record(model: nn.Module) -> Iterator[Recording]:
         >>> rec.plans[""][0].density
         1.0
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a Module, got {type(model).__name__}")
     layers = dict(_recorded(model))
     if not layers:
         raise ConfigError(f"model: expected a module with attnzoo layers, got {type(model).__name__} without any")

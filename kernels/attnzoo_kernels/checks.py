@@ -60,6 +60,9 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name}: expected a Tensor, got {type(x).__name__}")
+        if x.is_nested or x.layout is not torch.strided:
+            kind = "a nested one; pad it, and hide padding with q_pos or key_bias" if x.is_nested else f"{x.layout}"
+            raise TypeError(f"{name}: expected a plain (strided) Tensor, got {kind}")
         if x.dim() != 4:
             raise ShapeError(f"{name}: expected four dimensions [batch, heads, length, width], got {list(x.shape)}")
         if x.dtype not in FLOATS:
