@@ -20,7 +20,6 @@ from attnzoo.layouts import dense_layout
 from attnzoo.projections import COMPUTED, check_slice, takes_its_own_dtype
 from attnzoo.record import Recording
 from attnzoo.records import AttentionOutput, Heads, Memory, Plan, Step
-from attnzoo.registry import register
 from attnzoo.rope import apply_rotary, rotary_tables
 from attnzoo.weights import WeightedModule
 from attnzoo_kernels import Extras, block_sparse_attention
@@ -65,6 +64,9 @@ class AttentionLayer(WeightedModule):
     def __init_subclass__(cls, *, name: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if name is not None:
+            # The registry knows this class by name; it loads with the first variant.
+            from attnzoo.registry import register
+
             register(name, cls)
 
     def __init__(

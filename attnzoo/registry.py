@@ -8,17 +8,16 @@ from typing import Any, overload
 
 import torch
 
-# The base imports this module; its names are looked up when annotations are read, never while it loads.
-import attnzoo.base
+from attnzoo.base import AttentionLayer
 from attnzoo.choices import check_known
 from attnzoo.config import AttentionConfig, build_config
 from attnzoo_kernels.errors import ConfigError
 
-variants: dict[str, type[Any]] = {}
+variants: dict[str, type[AttentionLayer]] = {}
 """Every registered layer class by name."""
 
 
-def register(name: str, layer: type[attnzoo.base.AttentionLayer]) -> None:
+def register(name: str, layer: type[AttentionLayer]) -> None:
     """Enters a layer class and gives its configuration class the name as ``kind``.
 
     A class of the same module and qualified name replaces its predecessor, so that a notebook cell may run twice.
@@ -47,7 +46,7 @@ def create(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     **options: Any,
-) -> attnzoo.base.AttentionLayer:
+) -> AttentionLayer:
     """Builds a layer.
 
     Args:
@@ -72,8 +71,7 @@ def create(
     layer = variants.get(config.kind)
     if layer is None or layer.config_class is not type(config):
         raise ConfigError(f"variant: expected the configuration of a registered variant, got {type(config).__name__}")
-    built: attnzoo.base.AttentionLayer = layer(config, device=device, dtype=dtype)
-    return built
+    return layer(config, device=device, dtype=dtype)
 
 
 def list_variants(pattern: str = "*") -> list[str]:
@@ -110,7 +108,7 @@ def get_config(name: str, **options: Any) -> type[AttentionConfig] | AttentionCo
     if not isinstance(name, str):
         raise TypeError(f"variant: expected a name or a configuration, got {type(name).__name__}")
     check_known(name, sorted(variants), "variants", class_names())
-    config_class: type[AttentionConfig] = variants[name].config_class
+    config_class = variants[name].config_class
     return build_config(config_class, options) if options else config_class
 
 

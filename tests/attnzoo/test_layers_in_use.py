@@ -295,3 +295,11 @@ def test_annotations_can_be_evaluated() -> None:
     assert len(found) > 300
     for one in found:
         typing.get_type_hints(one)
+
+
+def test_protocols_can_be_checked() -> None:
+    """What checks types at run time asks ``isinstance`` of everything that an annotation names."""
+    protocols = [one for one in public() if inspect.isclass(one) and getattr(one, "_is_protocol", False)]
+    assert protocols
+    for protocol in protocols:
+        assert not isinstance(None, protocol)

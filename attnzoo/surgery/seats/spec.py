@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -24,6 +24,7 @@ OF_THE_SITE = frozenset(field.name for field in fields(AttentionConfig))
 """Fields of a configuration that the site decides: sizes, rotation, scale, causality."""
 
 
+@runtime_checkable
 class ModelChange(Protocol):
     """A change to a whole model that seats of one variant need, such as tokens inserted at its input."""
 
