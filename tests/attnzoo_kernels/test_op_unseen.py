@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attnzoo_kernels import BlockLayout, Extras, block_sparse_attention_with_lse
+from attnzoo_kernels import BlockLayout, Extras, block_sparse_attention_with_lse, blocked
 from tests.strategies import Numbers
 
 B, H, G, T, S, D = 3, 4, 2, 20, 24, 4
@@ -71,5 +71,40 @@ def test_what_a_row_that_sees_nothing_is_told_reaches_nobody(bad: float, score: 
     assert bool(dead.any())
     spoilt = (seed[0].masked_fill(dead.unsqueeze(-1), bad), seed[1].masked_fill(dead, bad))
     found, wanted = results("blocked", layout, extras, spoilt, True), results("reference", layout, extras, seed, True)
+    for mine, true in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine, true, rtol=1e-9, atol=1e-9)
+
+
+def test_rows_that_fill_a_block_see_nothing() -> None:
+    """A key that no row sees may be no number, at the first slot too; query blocks of 8 do not divide 20 rows."""
+    n, layout = Numbers.of(7), BlockLayout.dense(*SIZES)
+    extras = Extras(q_pos=(torch.arange(T) + 8).clamp(max=S - 1).int().view(1, 1, T), window=6)
+    q, k, v = n.normal(B, H, T, D), n.normal(B, G, S, D), n.normal(B, G, S, D)
+    seed = n.normal(B, H, T, D)
+    grads = []
+    for unseen in (0.0, float("nan")):
+        leaves = [q.clone(), k.clone(), v.clone()]
+        leaves[1][:, :, :3] = unseen
+        leaves = [x.requires_grad_() for x in leaves]
+        out = block_sparse_attention_with_lse(*leaves, layout, extras=extras, impl="blocked")[0]
+        grads.append((out.detach(), *torch.autograd.grad(out, leaves, seed)))
+    for spoilt, clean in zip(grads[1], grads[0], strict=True):
+        torch.testing.assert_close(spoilt, clean, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("score", ["plain", "window", "aux", "landmarks", "gates", "bias", "origins"])
+def test_chunks_of_one_row_each_are_the_call(score: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    n = Numbers.of(8)
+    keep = n.chance(0.8, B, G, 3, 3)
+    layout, extras = BlockLayout.from_mask(keep, *SIZES), None
+    if score == "origins":
+        index = torch.where(keep, torch.arange(3), -1)
+        layout = BlockLayout.from_indices(index, *SIZES, origin=n.integers(0, 15, *index.shape))
+        angle = n.normal(16, D // 2)
+        extras = Extras(rope=(angle.cos(), angle.sin()))
+    extras = extras or Extras(**scoring(score))
+    seed = (n.normal(B, H, T, D), n.normal(B, H, T))
+    monkeypatch.setattr(blocked, "CHUNK_SCORES", 1)
+    found, wanted = (results(impl, layout, extras, seed, True) for impl in ("blocked", "reference"))
     for mine, true in zip(found, wanted, strict=True):
         torch.testing.assert_close(mine, true, rtol=1e-9, atol=1e-9)

@@ -151,7 +151,7 @@ MUTANTS = (
         "weights-meta", old="    if x.is_meta:\n        return", new="    if False:\n        return", wrong="offloaded weights convert to garbage",
     ),
     doctor(
-        "doctor-healthy", old="return all(check.holds for check in self.checks)", new="return any(check.holds for check in self.checks)", wrong="one case that holds makes a machine healthy", tests="tests/attnzoo/test_doctor.py -k 'exit_code'",
+        "doctor-healthy", old="not all(check.holds for check in self.checks)", new="not any(check.holds for check in self.checks)", wrong="one case that holds makes a machine healthy", tests="tests/attnzoo/test_doctor.py -k 'exit_code'",
     ),
     models(
         "models-text-limit", old="if path.stat().st_size > TEXT_BYTES:", new="if path.stat().st_size < 0:", wrong="a text of any size is read",

@@ -60,7 +60,7 @@ MUTANTS = (
     ),
     schedule(
         "schedule-chunk-origins", old="None if origin is None else origin[i], self.partial", new="None if origin is None else origin[0], self.partial",
-        wrong="later chunks turn by the first chunk's origins", tests=f"{TESTS}/test_op_switches.py -k 'turn or mixture'",
+        wrong="later chunks turn by the first chunk's origins", tests=f"{TESTS}/test_op_unseen.py",
     ),
     schedule(
         "schedule-chunk-limits", old="None if limits is None else limits[i]", new="None if limits is None else limits[0]",
@@ -85,7 +85,7 @@ MUTANTS = (
     fold(
         "fold-absent", old="fold, 1, absent=-1)", new="fold, 1, absent=0)",
         wrong="rows that fill a folded block stand at slot 0 instead of nowhere",
-        tests=f"{TESTS}/test_op_agreement.py -k 'definition_in_double or lengths_off'",
+        tests=f"{TESTS}/test_op_unseen.py",
     ),
     fold(
         "fold-lists-by-head", old="call.start.shape[1] in (1, groups)", new="call.start.shape[1] >= 1",
