@@ -93,3 +93,15 @@ def test_slices_of_larger_memory_are_read_where_they_lie(queries: int, block: in
     wanted = block_sparse_attention_with_lse(q.clone(), k.clone(), v.clone(), layout, impl="reference")
     for mine, true in zip(found, wanted, strict=True):
         torch.testing.assert_close(mine, true, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_value_that_is_no_number_shows_in_the_rows_that_read_it_and_no_others(bad: float) -> None:
+    n = Numbers.of(6)
+    q, k, v = (n.normal(1, 2, 10, 4) for _ in range(3))
+    v[0, 1, 6, 2] = bad
+    out = block_sparse_attention(q, k, v, BlockLayout.dense(*SIZES), extras=Extras(window=3), impl="reference")
+    spoilt = torch.zeros(1, 2, 10, 4, dtype=torch.bool)
+    spoilt[0, 1, 6:9, 2] = True
+    assert torch.equal(~out.isfinite() & (torch.arange(4) == 2), spoilt)
+    assert bool(out[0, 0].isfinite().all()) and bool(out[0, 1, :6].isfinite().all() & out[0, 1, 9:].isfinite().all())

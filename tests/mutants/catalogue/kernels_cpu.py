@@ -202,7 +202,7 @@ MUTANTS = (
     ),
     reference(
         "reference-spoilt-everywhere", old="torch.where(touched, clean + (spoilt - clean).detach(), clean)", new="clean",
-        wrong="NaN values that a row reads do not show", tests=f"{TESTS}/test_op_hidden.py {TESTS}/test_op_regressions.py {TESTS}/test_op_visibility.py",
+        wrong="NaN values that a row reads do not show", tests=f"{TESTS}/test_op_surface.py",
     ),
     strips(
         "strips-window-begins", old="begin = highest + 1 if first < highest else first",

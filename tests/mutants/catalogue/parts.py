@@ -78,7 +78,7 @@ MUTANTS = (
         "select-unstable", old="descending=True, stable=True)", new="descending=True)", wrong="ties go anywhere",
     ),
     select(
-        "select-nan-wins", old="nan=-largest", new="nan=largest", wrong="NaN is taken for the largest score",
+        "select-nan-wins", old="nan=-largest", new="nan=largest", wrong="NaN is taken for the largest score", tests=f"{TESTS}/test_select_nan.py",
     ),
     select(
         "select-forced-not-allowed", old="    if allowed is not None:\n        key = key.masked_fill(~allowed, -torch.inf)\n    if forced is not None:\n        key = key.masked_fill(forced, torch.inf)",
