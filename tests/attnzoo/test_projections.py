@@ -195,11 +195,15 @@ def test_a_dynamically_quantized_layer_serves_every_variant(name: str, options: 
 
 
 def test_what_is_stored_says_nothing_of_width_or_dtype() -> None:
-    plain = nn.Linear(32, 64, dtype=torch.bfloat16)
-    for kind in (Packed, lambda p: Packed(p, torch.float16), Rounded, Flat, lambda p: Adapted(Packed(p))):
-        projection = kind(plain)
+    plain, biased = (nn.Linear(32, 64, bias=bias, dtype=torch.bfloat16) for bias in (False, True))
+    kinds = (Packed(plain), Packed(plain, torch.float16), Rounded(biased), Flat(plain), Adapted(Packed(plain)))
+    for projection in kinds:
         assert rows_held(projection, 64, 32) == 64
         assert computing_dtype([projection], 32) == torch.bfloat16
+    # Of several, those that say something decide; weights that are not here say nothing of where.
+    assert computing_dtype([Rounded(plain), plain], 32) == torch.bfloat16
+    assert computing_device([nn.Linear(2, 2, device="meta"), plain]) == torch.device("cpu")
+    assert computing_device([nn.Linear(2, 2, device="meta")]) == torch.device("meta")
     nothing = nn.Identity()
     assert rows_held(nothing, 64, 32) == 64
     assert computing_dtype([nothing], 32) == torch.float32
