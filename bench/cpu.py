@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from attnzoo.choices import hint
 from attnzoo.cli.progress import Bar
 from attnzoo.doctor import cpu_model
 from attnzoo_kernels.processor import cpu_class
@@ -101,7 +102,9 @@ def choose(parts: Iterable[str], only: list[str] | None) -> list[str]:
     known = list(parts)
     unknown = sorted(set(only or []) - set(known))
     if unknown:
-        raise typer.BadParameter(f"expected one of {', '.join(known)}, got {unknown[0]!r}", param_hint="--only")
+        raise typer.BadParameter(
+            f"expected one of {', '.join(known)}, got {unknown[0]!r}{hint(unknown[0], known)}", param_hint="--only"
+        )
     return [name for name in known if not only or name in only]
 
 

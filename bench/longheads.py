@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from attnzoo import surgery
+from attnzoo.choices import hint
 from attnzoo.cli.models import load_model, text_tokens
 from attnzoo.cli.progress import Bar
 from attnzoo.evaluate import Progress, cache_of, cut_windows
@@ -227,7 +228,9 @@ def main(
     """Measures LongHeads on SmolLM2 beyond its length; minutes for each row."""
     unknown = sorted(set(only or []) - set(ROWS))
     if unknown:
-        raise typer.BadParameter(f"expected one of {', '.join(ROWS)}, got {unknown[0]!r}", param_hint="--only")
+        raise typer.BadParameter(
+            f"expected one of {', '.join(ROWS)}, got {unknown[0]!r}{hint(unknown[0], ROWS)}", param_hint="--only"
+        )
     model, tokenizer = load_model("smollm2")
     window = cut_windows(text_tokens(tokenizer, text), length=length, offset=offset, count=1)[0]
     where = {"model": "SmolLM2-135M", "text": Path(text).stem, "tokens": length, "offset": offset, **about()}

@@ -183,7 +183,12 @@ def collect(
         calibration: Ids, see :func:`as_batches`.
         gradients: Also run backward, for Fisher matrices and gradient-weighted moments.
         progress: Told of each batch.
+
+    Raises:
+        ConfigError: If there are no sites, of which nothing could be learned.
     """
+    if not sites:
+        raise ConfigError("sites: expected at least one attention block, got none")
     with torch.inference_mode(False):
         return _collect(model, sites, as_batches(calibration), gradients=gradients, progress=progress)
 

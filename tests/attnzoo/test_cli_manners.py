@@ -170,6 +170,8 @@ def test_a_place_that_cannot_be_written_to_is_said_before_the_work(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
+    # A file may be run, as a folder may be entered.
+    (tmp_path / "file").chmod(0o755)
     monkeypatch.setattr(attnzoo.cli.app, "load_model", None)
     monkeypatch.setattr(costs, "measure", None)
     code, _, err = call(monkeypatch, capsys, *arguments(name, places, tmp_path / "file"))

@@ -90,6 +90,12 @@ def test_no_door_says_zero_or_points_in_a_circle(name: str) -> None:
             assert f"{type(model).__name__} has no module that says attention" in said
 
 
+def test_nothing_is_calibrated_where_there_is_no_site() -> None:
+    model = MODELS["gpt2"][0]()
+    with pytest.raises(ConfigError, match="sites: expected at least one"):
+        surgery.collect(model, surgery.find(model), [torch.zeros(1, 4, dtype=torch.int64)])
+
+
 def test_known_blocks_are_no_lookalikes() -> None:
     sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 8}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=7, num_hidden_layers=2, **sizes))

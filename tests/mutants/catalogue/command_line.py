@@ -1,0 +1,149 @@
+"""Of the command line: suggestions, what is said of unknown models, tables, plain text, warnings, files and pictures."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from tests.mutants.record import Mutant
+
+TESTS = "tests/attnzoo"
+choices = partial(
+    Mutant, file="attnzoo/choices.py", tests=f"{TESTS}/test_choices.py -k 'variant or word or option_of_a_layer'"
+)
+lookalikes = partial(
+    Mutant, file="attnzoo/surgery/lookalikes.py", tests=f"{TESTS}/surgery/test_lookalikes.py -k 'door or known'"
+)
+options = partial(Mutant, file="attnzoo/surgery/options.py", tests=f"{TESTS}/test_choices.py -k conversion")
+tables = partial(Mutant, file="attnzoo/tables.py", tests=f"{TESTS}/test_cli_widths.py -k 'table'")
+prose = partial(Mutant, file="attnzoo/cli/prose.py", tests=f"{TESTS}/test_cli_widths.py -k 'markup'")
+notices = partial(Mutant, file="attnzoo/cli/notices.py", tests=f"{TESTS}/test_cli_manners.py -k 'warning'")
+entry = partial(Mutant, file="attnzoo/cli/entry.py", tests=f"{TESTS}/test_cli_manners.py -k 'list or show or wrong'")
+outputs = partial(Mutant, file="attnzoo/outputs.py", tests=f"{TESTS}/test_cli_manners.py -k 'together or place'")
+picture = partial(Mutant, file="attnzoo/compare_picture.py", tests=f"{TESTS}/test_compare_picture.py")
+
+MUTANTS = (
+    choices(
+        "choices-case",
+        old="    folded = name.casefold()",
+        new="    folded = name",
+        wrong="a name in another case is not understood",
+    ),
+    choices(
+        "choices-aliases",
+        old="        meant.setdefault(alias.casefold(), right)",
+        new="        meant.setdefault(alias.casefold(), alias)",
+        wrong="the name of a class is suggested in place of its variant's",
+    ),
+    choices(
+        "choices-quiet",
+        old='    return f"; did you mean {\' or \'.join(map(repr, near))}?" if near else ""',
+        new='    return ""',
+        wrong="nothing is suggested",
+    ),
+    lookalikes(
+        "lookalikes-nested",
+        old='path.startswith(f"{outer}.")',
+        new="path == outer",
+        wrong="attention inside attention is counted too",
+    ),
+    lookalikes(
+        "lookalikes-known",
+        old="        if not known:",
+        new="        if name:",
+        wrong="known blocks are said to be unknown",
+    ),
+    lookalikes(
+        "lookalikes-pattern",
+        old='"*" if part.isdecimal() else part',
+        new="part",
+        wrong="each layer is a line of its own",
+    ),
+    Mutant(
+        "cache-bytes-zero",
+        file="attnzoo/surgery/convert.py",
+        within="cache_bytes",
+        old="        refuse_unknown(model)",
+        new="        return 0",
+        wrong="a model without known blocks is said to hold nothing",
+        tests=f"{TESTS}/surgery/test_lookalikes.py -k door",
+    ),
+    options(
+        "options-refused",
+        old="if name not in spec.refused}",
+        new="if name}",
+        wrong="options that surgery refuses are shown as its own",
+    ),
+    tables(
+        "tables-fold-numbers",
+        old="        wide if i in grid.numbers else max",
+        new="        max",
+        wrong="numbers are folded, and cut where they have no blanks",
+    ),
+    tables(
+        "tables-last-pair",
+        old='        if line:\n            yield line, ""\n',
+        new="",
+        within="_listed",
+        wrong="a narrow list loses what is packed last",
+    ),
+    tables(
+        "tables-first-line",
+        old="for n in range(max(1, *(len(part) for part in parts))):",
+        new="for n in range(1):",
+        wrong="of folded text the first line alone is printed",
+    ),
+    prose(
+        "prose-roles",
+        old="    text = _ROLE.sub(",
+        new="    _ROLE.sub(",
+        wrong="roles leak into the terminal",
+    ),
+    prose(
+        "prose-formula",
+        old='    text = text.replace("\\\\|", "‖").replace("\\\\,", " ").replace("\\\\", "")',
+        new='    text = text.replace("\\\\|", "‖")',
+        wrong="backslashes leak into the terminal",
+    ),
+    notices(
+        "warnings-twice",
+        old="        if text not in said:",
+        new="        if text:",
+        wrong="one warning is said again and again",
+    ),
+    notices(
+        "warnings-stdout",
+        old="Console(stderr=True)",
+        new="Console()",
+        wrong="warnings stand among the results",
+    ),
+    entry(
+        "ctrl-c-silent",
+        old="        if code == INTERRUPTED:",
+        new="        if code == 1:",
+        wrong="Ctrl-C says nothing",
+    ),
+    outputs(
+        "outputs-in-place",
+        old='Path(folder) / f"{out.name}.{suffix}"',
+        new='out.with_name(f"{out.name}.{suffix}")',
+        wrong="files are written where they will be, half of them if it fails",
+    ),
+    outputs(
+        "outputs-unchecked",
+        old="    if not folder.is_dir() or not os.access",
+        new="    if not os.access",
+        wrong="a path through a file is found after minutes of work",
+    ),
+    picture(
+        "picture-outlier",
+        old="longer > OUTLIER * shorter",
+        new="longer > 100 * shorter",
+        wrong="one outlier squeezes all other bars",
+    ),
+    picture(
+        "picture-most-broken",
+        old="broken <= MOST_BROKEN * len(lengths)",
+        new="broken < len(lengths)",
+        wrong="bars are broken that are no outliers",
+    ),
+)
