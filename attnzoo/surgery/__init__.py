@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from attnzoo.surgery.convert import cache_bytes, convert, find
+from attnzoo.surgery.convert import cache_bytes, convert
 from attnzoo.surgery.files import load, save
 from attnzoo.surgery.hosts.landmark_tokens import set_gate_mix
+from attnzoo.surgery.places import find
 from attnzoo.surgery.report import ConversionReport, SiteReport
 from attnzoo.surgery.site import Site
 from attnzoo.surgery.statistics import Statistics, collect

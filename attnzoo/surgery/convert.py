@@ -6,7 +6,7 @@ Letters: C model width, H query heads, G KV heads, D head width.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -18,11 +18,12 @@ from attnzoo.config import AttentionConfig
 from attnzoo.notices import warn_caller
 from attnzoo.registry import create, get_config
 from attnzoo.surgery import lowrank
+from attnzoo.surgery.cuts import Cut, make_cuts
 from attnzoo.surgery.hosts import interface, llama, weights
 from attnzoo.surgery.hosts.seat import LayerSeat
 from attnzoo.surgery.lookalikes import refuse_unknown
 from attnzoo.surgery.options import READ_DEFAULTS, READ_VARIANTS, options_of
-from attnzoo.surgery.places import place, places_of
+from attnzoo.surgery.places import find, places_of
 from attnzoo.surgery.projections import LatentProjections
 from attnzoo.surgery.report import ConversionReport, SiteReport
 from attnzoo.surgery.seats import SEATS
@@ -32,32 +33,6 @@ from attnzoo.surgery.site import Site
 from attnzoo.surgery.statistics import Progress, Statistics
 from attnzoo.tested import check_transformers
 from attnzoo_kernels.errors import ConfigError, ConversionError, UnsupportedError
-
-
-@dataclass(frozen=True, eq=False)
-class _Cut:
-    """One site's change, ready to be made."""
-
-    site: Site
-    report: SiteReport
-    recipe: dict[str, Any]
-    module: nn.Module | None = None
-    rule: interface.Rule | None = None
-    change: ModelChange | None = None
-
-
-def find(model: nn.Module) -> tuple[Site, ...]:
-    """The attention blocks of a model that can be converted, in order.
-
-    A block that the model applies several times is one site.
-    """
-    found: list[Site] = []
-    seen: set[int] = set()
-    for path, module in model.named_modules():
-        if llama.matches(module) and id(module) not in seen:
-            seen.add(id(module))
-            found.append(llama.site_of(path, len(found), module))
-    return tuple(found)
 
 
 def convert(
@@ -112,13 +87,13 @@ def _convert(
         _refuse(model, sites, "read")
         _no_calibration(variant, calibration)
         options = {**READ_DEFAULTS[variant], **options}
-        return _apply(model, _reading_cuts(model, sites, variant, options), variant, options)
+        return make_cuts(model, _reading_cuts(model, sites, variant, options), variant, options)
     if variant != "lowrank_gqa":
         return convert_to_seats(model, sites, variant, calibration, options)
     _refuse(model, sites, "weights")
     request = _request(options)
     _refuse_shared(model, sites, request)
-    return _apply(model, _weight_cuts(model, sites, request, calibration, progress), variant, options)
+    return make_cuts(model, _weight_cuts(model, sites, request, calibration, progress), variant, options)
 
 
 def _refuse(
@@ -160,13 +135,13 @@ def convert_to_seats(
     with seats.own_random_numbers(model):
         cuts = [_seat_cut(site, modules[site.path], configs[site.path], spec) for site in sites]
     cuts[0] = replace(cuts[0], change=_model_change(model, configs[sites[0].path], spec))
-    return _apply(model, cuts, variant, options)
+    return make_cuts(model, cuts, variant, options)
 
 
-def _seat_cut(site: Site, module: nn.Module, config: AttentionConfig, spec: seats.SeatSpec) -> _Cut:
+def _seat_cut(site: Site, module: nn.Module, config: AttentionConfig, spec: seats.SeatSpec) -> Cut:
     new = seats.build_seat(module, config, spec)
     recipe = {"path": site.path, "kind": "seat", "variant": config.kind, "config": config.to_dict()}
-    return _Cut(site, SiteReport(site, _values(module, site), _values(new, site)), recipe, module=new)
+    return Cut(site, SiteReport(site, _values(module, site), _values(new, site)), recipe, module=new)
 
 
 def _model_change(model: nn.Module, config: AttentionConfig, spec: seats.SeatSpec) -> ModelChange | None:
@@ -206,7 +181,7 @@ def _request(options: dict[str, Any]) -> lowrank.Request:
     return lowrank.Request(**options)
 
 
-def _reading_cuts(model: nn.Module, sites: list[Site], variant: str, options: dict[str, Any]) -> list[_Cut]:
+def _reading_cuts(model: nn.Module, sites: list[Site], variant: str, options: dict[str, Any]) -> list[Cut]:
     """Rules for sites that keep their weights."""
     for name in options:
         check_known(name, options_of(variant), f"options for {variant!r}")
@@ -219,7 +194,7 @@ def _reading_cuts(model: nn.Module, sites: list[Site], variant: str, options: di
         layer = reading_layer(model.get_submodule(site.path), site, variant, options)
         values = _values(model.get_submodule(site.path), site)
         recipe = {"path": site.path, "kind": "read", "variant": variant, "options": options}
-        cuts.append(_Cut(site, SiteReport(site, values, values), recipe, rule=interface.Rule(layer)))
+        cuts.append(Cut(site, SiteReport(site, values, values), recipe, rule=interface.Rule(layer)))
     return cuts
 
 
@@ -252,7 +227,7 @@ def _weight_cuts(
     request: lowrank.Request,
     calibration: Iterable[Any] | Statistics | None,
     progress: Progress | None,
-) -> list[_Cut]:
+) -> list[Cut]:
     """New modules for sites that get other weights."""
 
     def build(site: Site, projections: Any) -> nn.Module:
@@ -276,7 +251,7 @@ def _weight_cuts(
             recipe |= {"kind": "weights", "num_kv_heads": found.num_kv_heads}
             after = 2 * found.num_kv_heads * site.head_dim
         report = SiteReport(site, _values(old, site), after, solution.kept, solution.error)
-        cuts.append(_Cut(site, report, recipe, module=module))
+        cuts.append(Cut(site, report, recipe, module=module))
     return cuts
 
 
@@ -299,7 +274,7 @@ def apply_recipe(model: nn.Module, recipe: list[dict[str, Any]]) -> Callable[[],
     try:
         # One after the other: an entry builds on the block that the one before it has left.
         for entry in recipe:
-            done.append(_apply(model, [_cut_again(model, entry)], "recipe", {}))
+            done.append(make_cuts(model, [_cut_again(model, entry)], "recipe", {}))
         _check_whole(model)
     except Exception:
         undo()
@@ -316,7 +291,7 @@ def _check_whole(model: nn.Module) -> None:
             raise ConversionError(f"recipe: expected seats of {variant!r} in all {len(blocks)} blocks, got {seated}")
 
 
-def _cut_again(model: nn.Module, entry: dict[str, Any]) -> _Cut:
+def _cut_again(model: nn.Module, entry: dict[str, Any]) -> Cut:
     """The change that an entry of a recipe describes, with weights still to come."""
     path, kind = entry.get("path"), entry.get("kind")
     site = next((site for site in find(model) if site.path == path), None)
@@ -326,21 +301,21 @@ def _cut_again(model: nn.Module, entry: dict[str, Any]) -> _Cut:
     values = _values(old, site)
     if kind == "read":
         rule = interface.Rule(reading_layer(old, site, entry["variant"], entry["options"]))
-        return _Cut(site, SiteReport(site, values, values), entry, rule=rule)
+        return Cut(site, SiteReport(site, values, values), entry, rule=rule)
     if kind == "latent":
         width = _whole(entry, "latent_dim", [n + 1 for n in range(values)])
         seat = llama.LatentSeat(old, llama.latent_like(old, width))
-        return _Cut(site, SiteReport(site, values, width), entry, module=seat)
+        return Cut(site, SiteReport(site, values, width), entry, module=seat)
     if kind == "weights":
         heads = _whole(entry, "num_kv_heads", [n for n in range(1, site.heads + 1) if site.heads % n == 0])
         module = llama.build(old, llama.with_kv_heads(llama.read(old), heads))
-        return _Cut(site, SiteReport(site, values, values), entry, module=module)
+        return Cut(site, SiteReport(site, values, values), entry, module=module)
     if kind == "seat":
         return _seat_again(model, site, entry)
     raise ConversionError(f"recipe: expected kind read, latent, weights or seat, got {kind!r}")
 
 
-def _seat_again(model: nn.Module, site: Site, entry: dict[str, Any]) -> _Cut:
+def _seat_again(model: nn.Module, site: Site, entry: dict[str, Any]) -> Cut:
     config = get_config(entry["variant"]).from_dict({**entry["config"], "kind": entry["variant"]})
     spec = seats.spec_of(config.kind, SEATS, (*READ_VARIANTS, "lowrank_gqa"))
     seats.check_fit(site, config)
@@ -376,46 +351,12 @@ def recipe_of(model: nn.Module) -> list[dict[str, Any]]:
     """What has been done to a model and stands, in order; of seats, as they are set now."""
     entries = []
     for entry in model.__dict__.get("attnzoo_recipe", []):
-        seat = model.get_submodule(entry["path"]) if entry["kind"] == "seat" else None
+        block = model.get_submodule(entry["path"])
+        if entry["kind"] == "read" and interface.rule_of(block) is None:
+            raise ConversionError(
+                f"model: {entry['path']}: expected the rule of {entry['variant']!r} that was put there, got a "
+                f"{weights.type_name(block)} without one"
+            )
+        seat = block if entry["kind"] == "seat" else None
         entries.append({**entry, "config": seat.current_config.to_dict()} if isinstance(seat, LayerSeat) else entry)
     return entries
-
-
-def _apply(model: Any, cuts: list[_Cut], variant: str, options: dict[str, Any]) -> ConversionReport:
-    """Makes all changes; nothing before this touches the model."""
-    old_modules = {cut.site.path: model.get_submodule(cut.site.path) for cut in cuts}
-    places = {path: places_of(model, module) for path, module in old_modules.items()}
-    old_rules = {path: interface.rule_of(module) for path, module in old_modules.items()}
-    old_recipe = model.__dict__.get("attnzoo_recipe", [])
-    old_heads = getattr(model.config, "num_key_value_heads", None)
-    needs_interface = any(cut.rule is not None or isinstance(cut.module, llama.LatentSeat | LayerSeat) for cut in cuts)
-    old_attention = interface.switch(model) if needs_interface else None
-    for cut in cuts:
-        if cut.module is not None:
-            place(model, places[cut.site.path], cut.module)
-        if cut.rule is not None:
-            interface.set_rule(model.get_submodule(cut.site.path), cut.rule)
-        if cut.change is not None:
-            cut.change.make()
-    model.__dict__["attnzoo_recipe"] = recipe = [*old_recipe, *(cut.recipe for cut in cuts)]
-    counts = {site.kv_heads for site in find(model)}
-    if len(counts) == 1 and all(cut.recipe["kind"] == "weights" for cut in cuts):
-        model.config.num_key_value_heads = counts.pop()
-
-    def undo() -> None:
-        if model.__dict__.get("attnzoo_recipe") is not recipe:
-            raise ConversionError("undo: a later conversion of this model still stands; undo that first")
-        for cut in reversed(cuts):
-            if cut.change is not None:
-                cut.change.undo()
-        for path, module in old_modules.items():
-            place(model, places[path], module)
-            interface.set_rule(module, old_rules[path])
-        model.__dict__["attnzoo_recipe"] = old_recipe
-        if old_heads is not None:
-            model.config.num_key_value_heads = old_heads
-        if old_attention is not None:
-            interface.switch_back(model, old_attention)
-
-    size = next(model.parameters()).element_size()
-    return ConversionReport(variant, options, [cut.report for cut in cuts], size, undo)

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from attnzoo.surgery import written
-from attnzoo.surgery.convert import apply_recipe, find, recipe_of
+from attnzoo.surgery.convert import apply_recipe, recipe_of
 from attnzoo.surgery.hosts import checkpoint, folders, weights
-from attnzoo.surgery.places import share_blocks, shared_blocks
+from attnzoo.surgery.places import find, share_blocks, shared_blocks
 from attnzoo.surgery.seats import SEATS
 from attnzoo_kernels.errors import ConversionError, UnsupportedError
 

@@ -1,4 +1,4 @@
-"""The places of a module in a model, which may apply one block several times."""
+"""Where attention blocks are in a model, which may apply one of them several times."""
 
 from __future__ import annotations
 
@@ -8,7 +8,22 @@ from typing import Any
 from torch import nn
 
 from attnzoo.surgery.hosts import llama
+from attnzoo.surgery.site import Site
 from attnzoo_kernels.errors import ConversionError
+
+
+def find(model: nn.Module) -> tuple[Site, ...]:
+    """The attention blocks of a model that can be converted, in order.
+
+    A block that the model applies several times is one site.
+    """
+    found: list[Site] = []
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        if llama.matches(module) and id(module) not in seen:
+            seen.add(id(module))
+            found.append(llama.site_of(path, len(found), module))
+    return tuple(found)
 
 
 def places_of(model: nn.Module, module: nn.Module) -> list[str]:

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from attnzoo.notices import warn_caller
-from attnzoo.surgery.convert import apply_recipe, find
+from attnzoo.surgery.convert import apply_recipe
 from attnzoo.surgery.hosts import checkpoint
 from attnzoo.surgery.hosts.weights import FLOATING, why_not_plain
-from attnzoo.surgery.places import share_blocks, shared_blocks
+from attnzoo.surgery.places import find, share_blocks, shared_blocks
 from attnzoo_kernels.errors import ConversionError, UnsupportedError
 
 Recipe = list[dict[str, Any]]

@@ -9,7 +9,7 @@ Letters: B batch, T query tokens, S slots of the host's cache, H query heads, G 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -35,6 +35,11 @@ class Rule:
 
     layer: AttentionLayer
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        # A process that only loads a pickle has registered nothing yet.
+        register()
+
 
 @dataclass(frozen=True, eq=False)
 class Geometry:
@@ -56,11 +61,15 @@ class Geometry:
 
 
 def set_rule(module: nn.Module, rule: Rule | None) -> None:
-    """Puts a rule on a module, or takes it off."""
+    """Puts a rule on a module, or takes it off; with it goes the check that the rule is followed."""
+    for key, hook in list(module._forward_pre_hooks.items()):
+        if hook is _check_block:
+            del module._forward_pre_hooks[key]
     if rule is None:
         module.__dict__.pop(RULE, None)
     else:
         module.__dict__[RULE] = rule
+        module.register_forward_pre_hook(_check_block)
 
 
 def rule_of(module: nn.Module) -> Rule | None:
@@ -88,19 +97,71 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, describe_mask)
 
 
-def switch(model: Any) -> str:
-    """Makes a model use the registered functions, and returns what it used before."""
+def check_implementation(config: Any) -> None:
+    """Raises unless a block of this configuration is called through the registered functions.
+
+    Raises:
+        UnsupportedError: If another implementation was set, or other functions were registered by the name.
+    """
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    found = config._attn_implementation
+    if found != NAME:
+        raise UnsupportedError(
+            f"attn_implementation: expected {NAME!r}, which a converted block needs, got {found!r}; go back with "
+            f"set_attn_implementation({NAME!r}), or take the conversion back with undo()"
+        )
+    for what, known, ours in (
+        ("attention", ALL_ATTENTION_FUNCTIONS, attend),
+        ("mask", ALL_MASK_ATTENTION_FUNCTIONS, describe_mask),
+    ):
+        if known.get(NAME) is not ours:
+            raise UnsupportedError(
+                f"attn_implementation: expected attnzoo's own {what} function by the name {NAME!r}, got "
+                f"{known.get(NAME)!r}; register that by another name, and attnzoo.surgery's again by convert()"
+            )
+
+
+def _check_block(module: nn.Module, args: Any) -> None:
+    check_implementation(module.config)
+
+
+@dataclass(frozen=True, eq=False)
+class Switched:
+    """What the configurations of a model and of its blocks, which may be others, said before."""
+
+    model: str
+    blocks: list[tuple[Any, str]]
+
+
+def switch(model: Any, blocks: Sequence[Any]) -> Switched:
+    """Makes a model and some of its blocks use the registered functions, and returns what they used before."""
     register()
     before: str = model.config._attn_implementation
     if before != NAME:
         model.set_attn_implementation(NAME)
-    return before
+    others = {id(block.config): block.config for block in blocks if block.config is not model.config}
+    changed = [(config, config._attn_implementation) for config in others.values()]
+    for config, _ in changed:
+        config._attn_implementation = NAME
+    return Switched(before, changed)
 
 
-def switch_back(model: Any, before: str) -> None:
+def switch_back(model: Any, switched: Switched) -> None:
     """Makes a model use what it used before."""
-    if model.config._attn_implementation != before:
-        model.set_attn_implementation(before)
+    for config, before in switched.blocks:
+        config._attn_implementation = before
+    # Where an earlier conversion, maybe of another model with this configuration, has switched, its undo switches back.
+    if switched.model == NAME and not any(needs_interface(module) for module in model.modules()):
+        return
+    if model.config._attn_implementation != switched.model:
+        model.set_attn_implementation(switched.model)
+
+
+def needs_interface(module: nn.Module) -> bool:
+    """Whether a module is called through the registered functions, and wrong through others."""
+    return rule_of(module) is not None or getattr(module, "needs_interface", False)
 
 
 def describe_mask(
@@ -165,6 +226,7 @@ def attend(
         raise UnsupportedError("cache: expected one that the block has read, got one that it hands on")
     if getattr(module, "is_causal", True) is False:
         raise UnsupportedError(f"is_causal: expected True, got False on a {type_name(module)}")
+    query, key, value = _as_autocast_does(query, key, value)
     geometry = geometry_of(attention_mask, query.shape[2], key.shape[2])
     rule = rule_of(module)
     layer = _dense_layer(query.shape[1], key.shape[1], query.shape[3], scaling) if rule is None else rule.layer
@@ -173,6 +235,18 @@ def attend(
     else:
         out = _attend_plain(layer, query, key, value, geometry.first)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _as_autocast_does(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Queries, keys and values in the dtype that autocast gives to torch's attention.
+
+    Hosts rotate queries and keys in fp32 under autocast, while values are as the projection has left them.
+    """
+    device = tensors[0].device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 
 def check_consecutive(

@@ -74,6 +74,8 @@ class LandmarkTokens(nn.Module):
             UnsupportedError: If a mask or a cache cannot be honoured.
             ShapeError: If mask and cache disagree about earlier tokens.
         """
+        # Before the host's own mask function meets the mask that is made here.
+        interface.check_implementation(decoder.config)
         forward = type(decoder).forward
         given = inspect.signature(forward).bind_partial(decoder, *args)
         call = {**{name: value for name, value in given.arguments.items() if value is not decoder}, **kwargs}

@@ -121,6 +121,8 @@ class LatentSeat(nn.Module):
     positions alone, so that padding on the left shifts nothing.
     """
 
+    needs_interface = True
+
     def __init__(self, module: nn.Module, projections: LatentProjections) -> None:
         super().__init__()
         p, old = projections, _linear(module, "q_proj")
@@ -154,6 +156,7 @@ class LatentSeat(nn.Module):
                 makes a call with a cache once more.
         """
         call = read_call(kwargs, cache)
+        interface.check_implementation(self.config)
         # One that is empty was made inside the checkpointed part.
         if call.cache is not None and is_replay() and call.cache.get_seq_length(self.layer_idx):
             refuse_replay("past_key_values")
@@ -170,6 +173,10 @@ class LatentSeat(nn.Module):
         q, k = self._rotate(q, slots[: q.shape[2]] + first), self._rotate(k, slots)
         out, _ = interface.attend(self, q, k, v, attention_mask, scaling=self.scaling)
         return self.o_proj(out.flatten(-2)), None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        interface.register()
 
     def _rotate(self, x: Tensor, slots: Tensor) -> Tensor:
         if self.rotary is None:

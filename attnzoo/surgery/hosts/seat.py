@@ -36,6 +36,8 @@ class LayerSeat(nn.Module):
         slots_per_token: Slots that the layer's cache has for each of the host's tokens.
     """
 
+    needs_interface = True
+
     def __init__(
         self, layer: AttentionLayer, host: nn.Module, *, by_slot: bool = False, slots_per_token: float = 1.0
     ) -> None:
@@ -56,6 +58,10 @@ class LayerSeat(nn.Module):
         for module in self.modules():
             if id(module) not in kept:
                 module.training = host.training
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        interface.register()
 
     @property
     def variant(self) -> str:
@@ -108,6 +114,7 @@ class LayerSeat(nn.Module):
             ShapeError: If mask and cache disagree about earlier tokens.
         """
         call = read_call(kwargs, cache)
+        interface.check_implementation(self.config)
         if self.training and self.attention_dropout:
             raise UnsupportedError(
                 f"dropout: expected 0, got {self.attention_dropout}; attention dropout is not offered"
