@@ -107,8 +107,12 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
     return found
 
 
-@pytest.mark.parametrize("file", [WEIGHTS, "config.json", INDEX, "generation_config.json", "attnzoo_config.json"])
-@pytest.mark.parametrize("target", TARGETS)
+READ = (WEIGHTS, "config.json", INDEX, "generation_config.json", "attnzoo_config.json")
+
+
+@pytest.mark.parametrize(
+    ("target", "file"), [*((target, WEIGHTS) for target in TARGETS), *(("elsewhere", file) for file in READ[1:])]
+)
 def test_other_links_out_of_a_snapshot_are_refused(
     target: str, file: str, tmp_path: Path, saved: dict[bool, Path]
 ) -> None:

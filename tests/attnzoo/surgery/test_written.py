@@ -136,8 +136,9 @@ def test_a_model_of_unequal_heads_is_no_ordinary_checkpoint(tmp_path: Path) -> N
     assert_same_state(surgery.load(whole)[0], model)
 
 
-@pytest.mark.parametrize("kind", ["window", "mean", "latent", "moh"])
-@pytest.mark.parametrize("whole_layer", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "whole_layer"), [("window", False), ("mean", False), ("latent", False), ("moh", False), ("moh", True)]
+)
 def test_a_block_that_is_applied_twice_is_one_again(kind: str, whole_layer: bool, tmp_path: Path) -> None:
     model = tiny(dtype=torch.float32, layers=3)
     if whole_layer:
@@ -325,8 +326,7 @@ ERRORS = {
 }
 
 
-@pytest.mark.parametrize("adapter", [False, True])
-@pytest.mark.parametrize("what", ERRORS)
+@pytest.mark.parametrize(("what", "adapter"), [*((what, False) for what in ERRORS), ("full", True)])
 def test_a_disk_that_refuses_is_one_line_and_leaves_nothing(
     what: str, adapter: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
