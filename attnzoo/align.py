@@ -39,6 +39,14 @@ def take_rows(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
+def leading_rows(x: Tensor, count: int) -> Tensor:
+    """The first rows of ``[B, h, T, D]``."""
+    if not torch.compiler.is_compiling():
+        return x[:, :, :count]
+    # Of a slice a compiler asks whether it is all there is.
+    return x.index_select(2, torch.arange(count, device=x.device))
+
+
 def add_front(q: Tensor, front: int | Tensor, rows: int) -> Tensor:
     """Puts ``front`` rows before each item's first; the result ``[B, H, rows, D]`` has absent rows in front and behind.
 

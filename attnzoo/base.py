@@ -22,8 +22,10 @@ from attnzoo.record import Recording
 from attnzoo.records import AttentionOutput, Heads, Memory, Plan, Step
 from attnzoo.rope import apply_rotary, rotary_tables
 from attnzoo.weights import WeightedModule
+from attnzoo.whole_blocks import Filled
 from attnzoo_kernels import Extras, block_sparse_attention
 from attnzoo_kernels.errors import ConfigError, UnsupportedError
+from attnzoo_kernels.plain import is_open
 
 __all__ = ["AttentionConfig", "AttentionLayer", "AttentionOutput", "Heads", "Memory", "Plan", "Step"]
 
@@ -150,6 +152,18 @@ class AttentionLayer(WeightedModule):
             ConfigError: If the cache belongs to another layer.
             UnsupportedError: If this variant cannot do it, or a backward makes a call with a cache once more.
         """
+        if cache is None and isinstance(x, Tensor) and x.dim() == 3 and is_open(x.shape[1]):
+            return self._attend_whole_blocks(x, positions, key_padding, context)
+        return self._attend(x, positions, key_padding, cache, context)
+
+    def _attend(
+        self,
+        x: Tensor,
+        positions: Tensor | None,
+        key_padding: Tensor | None,
+        cache: KVCache | None,
+        context: Tensor | None,
+    ) -> AttentionOutput:
         step = self.begin(x, positions, key_padding, cache, context)
         if cache is None or torch.compiler.is_compiling():
             result = self._run(step)
@@ -159,6 +173,37 @@ class AttentionLayer(WeightedModule):
         for recording in self.recordings:
             recording.add(self, result.plan)
         return result
+
+    @property
+    def needs_length(self) -> bool:
+        """Whether no export can leave the length open: what is chosen among depends on it."""
+        return False
+
+    @property
+    def whole_block(self) -> int:
+        """Tokens to multiples of which a call is filled up where an export leaves the length open."""
+        return int(getattr(self.config, "block_size", DENSE_BLOCK))
+
+    def _attend_whole_blocks(
+        self, x: Tensor, positions: Tensor | None, key_padding: Tensor | None, context: Tensor | None
+    ) -> AttentionOutput:
+        """The same for a length that is left open; the plan is that of the tokens with those that fill up."""
+        if self.needs_length:
+            raise UnsupportedError(
+                f"x: expected a length that is known, since {self.config.kind} chooses among as many blocks as there "
+                "are, got one that the export leaves open; export one program for each length"
+            )
+        check_inputs(x, self.config.dim, positions, key_padding, context)
+        batch, tokens, _ = x.shape
+        whole = Filled.of(tokens, self.whole_block, x.device)
+        if context is not None:
+            keys = Filled.of(context.shape[1], self.whole_block, x.device)
+            context, key_padding = keys.take(context), keys.take_padding(key_padding, batch)
+        elif key_padding is not None or not self.config.causal:
+            # Causal rows see nothing that comes behind them.
+            key_padding = whole.take_padding(key_padding, batch)
+        result = self._attend(whole.take(x), whole.take_positions(positions), key_padding, None, context)
+        return replace(result, out=result.out.index_select(1, torch.arange(tokens, device=x.device)))
 
     def begin(
         self,

@@ -96,6 +96,10 @@ class Ring:
 
     def write(self, value: Tensor, before: int | Tensor, lengths: int | Tensor) -> None:
         """Writes a call's tokens ``[B, h, T, D]`` behind the ``before`` tokens held."""
+        if torch.compiler.is_compiling():
+            # One program for all lengths: whether the ring comes round is not asked.
+            self._write_ragged(value, before, lengths)
+            return
         tokens = value.shape[2]
         if tokens > CROP_MARGIN and self.rows == self.history + CROP_MARGIN:
             # The history would be overwritten, and is needed again if the call fails: see restore.
@@ -127,7 +131,10 @@ class Ring:
     def _later(self, token: int | Tensor) -> int | Tensor:
         if isinstance(token, Tensor):
             return token.clamp(min=self.oldest)
-        return self.oldest.clamp(min=token) if isinstance(self.oldest, Tensor) else max(self.oldest, token)
+        if isinstance(self.oldest, Tensor):
+            return self.oldest.clamp(min=token)
+        # Not max: a compiler would ask which it is.
+        return max(self.oldest, token) if not torch.compiler.is_compiling() else torch.sym_max(self.oldest, token)
 
     def last(self, count: int, length: int | Tensor) -> Tensor:
         """The values of the ``count`` tokens before token ``length``, ``[B, h, count, D]``; zeros before the first."""

@@ -45,7 +45,7 @@ class Recording:
         """Notes a layer's plan, unless this is a recomputation inside a backward (activation checkpointing)."""
         if is_replay():
             return
-        self.plans[self._paths[layer]].append(plan)
+        self.plans[self._paths[layer]].append(plan.apart() if torch.compiler.is_compiling() else plan)
 
 
 def _recorded(model: nn.Module) -> Iterator[tuple[Recorded, str]]:

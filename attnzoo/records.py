@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -98,6 +98,15 @@ class Plan:
     info: dict[str, Any] = field(default_factory=dict)
     batch: int = 1
     heads: int = 1
+
+    def apart(self) -> Self:
+        """With copies of its weights and of what it shows, for a record of a compiled call.
+
+        Views of what a program computes would make that an output of it, whose gradient its backward then waits for.
+        """
+        weight = None if self.head_weight is None else self.head_weight.clone()
+        info = {name: x.clone() if isinstance(x, Tensor) else x for name, x in self.info.items()}
+        return replace(self, head_weight=weight, info=info)
 
     @cached_property
     def density(self) -> float:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from attnzoo.layouts import Cover, dense_layout, may_share, sink_window_layout
 from attnzoo_kernels import Extras, block_sparse_attention_with_lse, merge_states, remembers
+from attnzoo_kernels.plain import is_open
 
 BASE = 10000.0
 """The longest wavelength over 2 pi, as in the paper."""
@@ -148,7 +149,7 @@ def attend_clipped(call: Clipped, tau: Tensor, *, causal: bool, block: int) -> T
     # No distance is larger than the sequence: more channels would be zeros. Traced, each length would be another width.
     near = reach if torch.compiler.is_compiling() else max(1, min(reach, slots))
     states = [_near(call, tau, q_pos, near, causal=causal, block=block)]
-    if reach >= slots:
+    if not is_open(slots) and reach >= slots:
         return states[0][0]
     behind = torch.where(q_pos < 0, -1, q_pos - reach).clamp(min=-1)
     states.append(_far(call, tau[..., -1], behind, block))

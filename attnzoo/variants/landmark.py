@@ -156,6 +156,11 @@ class LandmarkAttention(AttentionLayer, name="landmark"):
         return replace(self.config, mode=self.mode, gate_mix=self.gate_mix)
 
     @property
+    def needs_length(self) -> bool:
+        """In mode "topk", which chooses blocks; "soft" reads all."""
+        return self.effective_mode == "topk"
+
+    @property
     def effective_mode(self) -> Mode:
         """What a call reads now, by ``mode`` and whether the layer is training."""
         check_mode(self.mode)

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from attnzoo.align import leading_rows
 from attnzoo.base import LONG_CALL, AttentionLayer, Heads, Memory, Plan, Step, is_training
 from attnzoo.cache import KVCache, Stream
 from attnzoo.choices import check_choice
@@ -194,7 +195,7 @@ class LongHeadsAttention(AttentionLayer, name="longheads"):
         k = self.rotate(step.positions - (slot - slot % size), heads.k)[0]
         if cache is None:
             whole = tokens // size * size
-            keys = self.chunk_keys(*(x[:, :, :whole].detach() for x in (heads.q, heads.k, heads.v)))
+            keys = self.chunk_keys(*(leading_rows(x.detach(), whole) for x in (heads.q, heads.k, heads.v)))
             return self._chunk_memory(step, (q, k, heads.v), keys, heads.q)
         return self._remember_in(cache, step, heads, (q, k))
 
@@ -215,6 +216,11 @@ class LongHeadsAttention(AttentionLayer, name="longheads"):
         keys = cache.groups("chunk_key").to(q.dtype)
         memory = self._chunk_memory(step, (q, seen["k"], seen["v"]), keys, recent.get("query", heads.q))
         return replace(memory, offloaded=cache.host_nbytes > 0)
+
+    @property
+    def needs_length(self) -> bool:
+        """Always: chunks are chosen."""
+        return True
 
     @property
     def _rings(self) -> tuple[str, ...]:

@@ -38,7 +38,7 @@ from attnzoo.rope import RotaryConfig as RotaryConfig
 from attnzoo.routing import Counts, Routing, balance_loss, by_norm, learned
 from attnzoo_kernels import BlockLayout, Extras, block_sparse_attention, no_autocast, visible_pairs
 from attnzoo_kernels.errors import ConfigError, UnsupportedError
-from attnzoo_kernels.plain import is_readable
+from attnzoo_kernels.plain import is_open, is_readable
 
 ROUTER_STD = 0.02
 """Standard deviation of a new router's weights."""
@@ -303,6 +303,9 @@ class MoHAttention(AttentionLayer, name="moh"):
         config = self.config
         training = torch.is_grad_enabled() and routing.gates.requires_grad
         if config.router == "norm" and config.ste_scope == "all" and training:
+            return False
+        if is_open(memory.q.shape[2]):
+            # How many rows a head computes would be asked.
             return False
         if config.compute != "auto":
             return config.compute == "routed"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from attnzoo_kernels.errors import ShapeError
-from attnzoo_kernels.plain import is_readable
+from attnzoo_kernels.plain import is_open, is_readable
 
 Sizes = tuple[int, int, int, int]
 """``block_q, block_k, seq_q, seq_k``."""
@@ -161,11 +161,9 @@ def lists_of_indices(index: Tensor, origin: Tensor | None) -> Lists:
 
 def dense_lists(blocks_q: int, blocks_k: int, device: torch.device | str | None) -> Lists:
     """One list of all blocks, which every row shares."""
-    shape = (1, 1, blocks_q)
-    start = torch.zeros(shape, dtype=torch.int32, device=device)
-    # Not full_like: traced, it asks whether there is one block, and a program for several lengths would serve one side.
-    count = torch.full(shape, blocks_k, dtype=torch.int32, device=device)
-    return Lists(start, count, torch.arange(blocks_k, dtype=torch.int32, device=device))
+    start = torch.zeros(1, 1, blocks_q, dtype=torch.int32, device=device)
+    col = torch.arange(blocks_k, dtype=torch.int32, device=device)
+    return Lists(start, torch.full_like(start, blocks_k), col)
 
 
 def first_slots(q_start: int | Tensor | None, seq_q: int, seq_k: int, device: torch.device | str | None) -> Tensor:
@@ -190,23 +188,32 @@ def _row_slots(sizes: Sizes, first: Tensor) -> tuple[Tensor, Tensor]:
     return place + begin.view(1, 1, -1, 1), place + end.view(1, 1, -1, 1)
 
 
+def _widest(sizes: Sizes, reach: int) -> int:
+    """Key blocks that the windows of a query block's rows meet at most, if they reach over so many slots in all."""
+    block_q, block_k, seq_q, seq_k = sizes
+    if is_open(seq_q) or is_open(seq_k):
+        return (reach + block_q - 1) // block_k + 2
+    return min(reach + min(block_q, max(seq_q, 1)) - 1, max(seq_k, 1) - 1) // block_k + 2
+
+
 def sink_window_indices(sizes: Sizes, first: Tensor, window: int, sink: int, *, causal: bool) -> Tensor:
     """Blocks that hold a slot of the window of some row, or one below ``sink``; -1 padded."""
-    block_q, block_k, seq_q, seq_k = sizes
+    _, block_k, _, seq_k = sizes
     blocks_k = -(-seq_k // block_k)
     back, ahead = window - 1, 0 if causal else window - 1
     low, high = _row_slots(sizes, first)
     # Division before the clamp: inductor cannot index by the other order.
     low = torch.div(low - back, block_k, rounding_mode="floor").clamp(min=0)
     high = torch.div(high + ahead, block_k, rounding_mode="floor").clamp(max=blocks_k - 1)
-    spread = min(back + ahead + min(block_q, max(seq_q, 1)) - 1, max(seq_k, 1) - 1)
-    width = min(spread // block_k + 2, blocks_k)
+    width, most_sinks = _widest(sizes, back + ahead), -(-sink // block_k)
+    if not is_open(seq_k):
+        width, most_sinks = min(width, blocks_k), min(most_sinks, blocks_k)
     near = low + torch.arange(width, device=first.device)
     near = torch.where(near <= high, near, -1)
-    sinks = torch.arange(min(-(-sink // block_k), blocks_k), device=first.device).view(1, 1, 1, -1)
+    sinks = torch.arange(most_sinks, device=first.device).view(1, 1, 1, -1)
     # A sink block inside the window is listed there already.
     beside = (sinks < low) & (high >= 0) if causal else (sinks < low) | (sinks > high)
-    sinks = torch.where(beside, sinks, -1)
+    sinks = torch.where(beside & (sinks < blocks_k), sinks, -1)
     shape = (*near.shape[:3], sinks.shape[3])
     return torch.cat([sinks.expand(shape), near], -1)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -172,6 +174,7 @@ def _attend(
     if impl == "reference":
         with no_autocast(device):
             return reference.attend(call)
+    _refuse_onnx()
     reasons = reasons_against(impl, call)
     if reasons:
         raise UnsupportedError(f"impl: {impl!r} cannot run this call: {'; '.join(reasons)}", reasons)
@@ -202,6 +205,15 @@ def make_call(
         q, k, v, layout.start, layout.count, layout.col, extras.key_bias, rule, layout.block_q, layout.block_k, scale,
         aux, gate, origins, extras.precision == "fast",
     )  # fmt: skip
+
+
+def _refuse_onnx() -> None:
+    """Raises where the call is being exported to ONNX, which has no such operation."""
+    if torch.compiler.is_exporting() and "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export():
+        raise UnsupportedError(
+            "impl: expected 'reference' in an export to ONNX, which has no block-sparse operation; set layer.impl = "
+            "'reference', which is plain PyTorch"
+        )
 
 
 def _refuse_transforms(tensors: tuple[object, ...]) -> None:

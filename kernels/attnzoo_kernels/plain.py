@@ -22,3 +22,11 @@ def is_plain(x: Tensor) -> bool:
 def is_readable(x: Tensor) -> bool:
     """Whether values can be read without synchronising: a plain tensor in CPU memory."""
     return is_plain(x) and x.device.type == "cpu"
+
+
+def is_open(size: int | torch.SymInt) -> bool:
+    """Whether a program that is being exported leaves a size open: what is asked of it would hold for one answer."""
+    if not torch.compiler.is_exporting():
+        return False
+    # Dynamo shows open sizes and known ones alike.
+    return torch.compiler.is_dynamo_compiling() or isinstance(size, torch.SymInt)
