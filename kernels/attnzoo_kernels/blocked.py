@@ -18,6 +18,7 @@ from attnzoo_kernels.gemm import product
 from attnzoo_kernels.processor import multiplies_bf16
 from attnzoo_kernels.schedule import Bucket, Schedule, schedule_for
 from attnzoo_kernels.scores import Chunk, Inputs, rows_of, weigh
+from attnzoo_kernels.sight import are_numbers, hides, product_by_sight
 from attnzoo_kernels.tiles import Source, tile, untile
 from attnzoo_kernels.workspace import scratch
 
@@ -42,16 +43,19 @@ def forward(call: Call, *, need_lse: bool) -> tuple[Tensor, Tensor]:
         if found is not None:
             return unfold_rows(found, folded).contiguous(), call.q.new_empty(0, dtype=call.acc_dtype)
     out, lse = _forward(folded, schedule, need_lse=need_lse)
+    if not are_numbers(out) and hides(folded, chunks(folded, schedule)):
+        out, lse = _forward(folded, schedule, need_lse=need_lse, careful=True)
     out = unfold_rows(out, folded).contiguous()
     lse = unfold_rows(lse.unsqueeze(-1), folded).squeeze(-1).contiguous() if need_lse else lse
     return out, lse
 
 
-def _forward(call: Call, schedule: Schedule, *, need_lse: bool) -> tuple[Tensor, Tensor]:
+def _forward(call: Call, schedule: Schedule, *, need_lse: bool, careful: bool = False) -> tuple[Tensor, Tensor]:
     batch, heads, _, _, _ = call.shape
     dtype = _value_dtype(call)
     low = call.fast and dtype != call.acc_dtype and call.origins is None
-    inputs = Inputs(call, schedule, dtype if low else None)
+    inputs = Inputs(call, schedule, dtype if low else None, careful=careful)
+    weighted = product_by_sight if careful else product
     values = Source(call.v, call.block_k, dtype, often=inputs.often)
     rows, block = batch * heads * call.grid[0], call.block_q
     parts = chunks(call, inputs.schedule)
@@ -65,9 +69,9 @@ def _forward(call: Call, schedule: Schedule, *, need_lse: bool) -> tuple[Tensor,
         if weights.dtype != v.dtype:
             weights = scratch("probs", tuple(weights.shape), v.dtype, v.device).copy_(weights)
         if part.span is not None and v.dtype == out.dtype:
-            product("out", weights, v, out=out[part.span])
+            weighted("out", weights, v, out=out[part.span])
         else:
-            out.index_copy_(0, part.rows, product("out", weights, v).to(out.dtype))
+            out.index_copy_(0, part.rows, weighted("out", weights, v).to(out.dtype))
         if lse is not None and chunk.lse is not None:
             lse.index_copy_(0, part.rows, chunk.lse)
     result = untile(out, call.q.shape)
@@ -86,22 +90,13 @@ def _value_dtype(call: Call) -> torch.dtype:
     return torch.bfloat16 if call.q.dtype == torch.bfloat16 and multiplies_bf16() else call.acc_dtype
 
 
-def silence(x: Tensor, hidden: Tensor) -> None:
-    """Zeroes hidden slots that may hold what is not finite; weights of zero silence all others."""
-    if not bool(x.sum().isfinite()):
-        x.masked_fill_(hidden, 0.0)
-
-
 def _values(values: Source, chunk: Chunk) -> Tensor:
     part, width = chunk.part, chunk.k.shape[1]
     found = values.view(part.firsts, part.kv.shape[1]) if chunk.in_place else None
     if found is not None:
         return found
     v = values.gather("v", part.kv.reshape(-1))
-    v = v.view(part.rows.shape[0], -1, v.shape[2])
-    if chunk.hidden is not None:
-        silence(v, chunk.hidden)
-    return v[:, :width]
+    return v.view(part.rows.shape[0], -1, v.shape[2])[:, :width]
 
 
 @dataclass
@@ -117,6 +112,11 @@ class Gradients:
     gate: Tensor | None = None
 
     @property
+    def every(self) -> tuple[Tensor | None, ...]:
+        """All of them."""
+        return self.q, self.k, self.v, self.bias, self.q_aux, self.k_aux, self.gate
+
+    @property
     def of_scores(self) -> bool:
         """Whether the gradient of the scores is needed."""
         return any(x is not None for x in (self.q, self.k, self.bias, self.q_aux, self.k_aux, self.gate))
@@ -129,12 +129,17 @@ def backward(call: Call, dout: Tensor | None, dlse: Tensor | None, need: list[bo
         dout = call.q.new_zeros(()).expand(*call.q.shape[:3], call.v.shape[3])
     dout = fold_rows(dout, folded)
     dlse = None if dlse is None else fold_rows(dlse.unsqueeze(-1), folded)
-    grads = _backward(folded, dout, dlse, need)
+    schedule = schedule_for(folded)
+    grads = _backward(folded, schedule, dout, dlse, need)
+    if not are_numbers(*grads.every) and hides(folded, chunks(folded, schedule)):
+        grads = _backward(folded, schedule, dout, dlse, need, careful=True)
     return _as_given(call, folded, grads)
 
 
-def _backward(call: Call, dout: Tensor, dlse: Tensor | None, need: list[bool]) -> Gradients:
-    inputs = Inputs(call, schedule_for(call))
+def _backward(
+    call: Call, schedule: Schedule, dout: Tensor, dlse: Tensor | None, need: list[bool], *, careful: bool = False
+) -> Gradients:
+    inputs = Inputs(call, schedule, careful=careful)
     acc, device = call.acc_dtype, call.q.device
     batch, heads, groups, _, _ = call.shape
     rows, keys = batch * heads * call.grid[0], batch * groups * call.grid[1]
@@ -184,7 +189,7 @@ def _accumulate(
     call, part = inputs.call, chunk.part
     kv = part.kv.reshape(-1)
     if grads.v is not None:
-        _add_product(grads.v, chunk, chunk.probs, dout)
+        _add_product(inputs, grads.v, chunk, chunk.probs, dout)
     if not grads.of_scores:
         return
     dscores = product("dscores", dout, _values(values, chunk).transpose(1, 2))
@@ -192,63 +197,67 @@ def _accumulate(
     if chunk.gated is not None:
         dscores, dgates = gating.unweigh(chunk.gated, dscores, dlse)
     else:
-        torch.ops.aten._softmax_backward_data.out(dscores, chunk.probs, -1, call.acc_dtype, grad_input=dscores)
-        if dlse is not None:
-            dscores.addcmul_(chunk.probs, dlse)
+        _through_softmax(inputs, chunk, dscores, dlse)
+    multiply = product_by_sight if inputs.careful else product
     if grads.q is not None:
         here = None if part.span is None else grads.q[part.span]
-        dq = _by_keys("dq", dscores, chunk.k, chunk, out=here, scale=call.scale)
+        dq = multiply("dq", dscores, chunk.k, out=here, scale=call.scale)
         if dgates is not None and chunk.gated is not None and chunk.gated.key is not None:
-            product("dq", dgates, chunk.gated.key, out=dq, scale=call.scale, add=True)
+            multiply("dq", dgates, chunk.gated.key, out=dq, scale=call.scale, add=True)
         if here is None:
             grads.q.index_copy_(0, part.rows, dq)
     if grads.k is not None and part.origin is None:
-        _add_product(grads.k, chunk, dscores, chunk.q, scale=call.scale)
+        _add_product(inputs, grads.k, chunk, dscores, chunk.q, scale=call.scale)
     elif grads.k is not None:
-        dk = product("dkv", dscores.transpose(1, 2), chunk.q, scale=call.scale).view(kv.shape[0], call.block_k, -1)
+        dk = multiply("dkv", dscores.transpose(1, 2), chunk.q, scale=call.scale).view(kv.shape[0], call.block_k, -1)
         _turn_back(inputs, part, dk)
         _add(grads.k, kv, dk)
     if grads.gate is not None and dgates is not None:
-        dkey = product("dgate", dgates.transpose(1, 2), chunk.q, scale=call.scale).view(kv.shape[0], 1, -1)
+        dkey = multiply("dgate", dgates.transpose(1, 2), chunk.q, scale=call.scale).view(kv.shape[0], 1, -1)
         _turn_back(inputs, part, dkey)
         grads.gate.index_add_(0, kv, dkey.squeeze(1))
     _accumulate_rest(inputs, chunk, dscores, grads)
 
 
+def _through_softmax(inputs: Inputs, chunk: Chunk, dscores: Tensor, dlse: Tensor | None) -> None:
+    """Gradients of weights to those of scores, in place."""
+    unseen = chunk.probs == 0 if inputs.careful else None
+    if unseen is not None:
+        # The sum over a row's slots must not meet what the row does not see.
+        dscores.masked_fill_(unseen, 0.0)
+    torch.ops.aten._softmax_backward_data.out(dscores, chunk.probs, -1, inputs.call.acc_dtype, grad_input=dscores)
+    if dlse is not None:
+        dscores.addcmul_(chunk.probs, dlse)
+    if unseen is not None:
+        dscores.masked_fill_(unseen, 0.0)
+
+
 def _accumulate_rest(inputs: Inputs, chunk: Chunk, dscores: Tensor, grads: Gradients) -> None:
     """Gradients of the bias and of the auxiliary channels."""
     call, part = inputs.call, chunk.part
+    multiply = product_by_sight if inputs.careful else product
     if grads.bias is not None and inputs.bias is not None:
         _add(grads.bias, inputs.blocks_in(inputs.bias, part), dscores.sum(1))
     if grads.q_aux is not None and chunk.k_aux is not None:
-        dq_aux = _by_keys("dq_aux", dscores, chunk.k_aux, chunk, scale=call.scale)
+        dq_aux = multiply("dq_aux", dscores, chunk.k_aux, scale=call.scale)
         grads.q_aux.index_copy_(0, part.rows, dq_aux)
     if grads.k_aux is not None and chunk.q_aux is not None and inputs.k_aux is not None:
-        dk_aux = product("dk_aux", dscores.transpose(1, 2), chunk.q_aux, scale=call.scale)
+        dk_aux = multiply("dk_aux", dscores.transpose(1, 2), chunk.q_aux, scale=call.scale)
         _add(grads.k_aux, inputs.blocks_in(inputs.k_aux, part), dk_aux)
 
 
-def _by_keys(
-    name: str, dscores: Tensor, keys: Tensor, chunk: Chunk, *, scale: float, out: Tensor | None = None
-) -> Tensor:
-    """Gradients of a chunk's queries. Keys that are not finite reach the rows that see them, through ``dscores``."""
-    found = product(name, dscores, keys, out=out, scale=scale)
-    hides = chunk.part.partial or chunk.hidden is not None
-    if hides and not bool(found.sum().isfinite()):
-        clean = keys.masked_fill(~keys.isfinite().all(-1, keepdim=True), 0.0)
-        found = product(name, dscores, clean, out=out, scale=scale)
-    return found
-
-
-def _add_product(total: Tensor, chunk: Chunk, weights: Tensor, rows: Tensor, scale: float = 1.0) -> None:
+def _add_product(
+    inputs: Inputs, total: Tensor, chunk: Chunk, weights: Tensor, rows: Tensor, *, scale: float = 1.0
+) -> None:
     """Adds ``weights^T rows``, gradients of a chunk's keys or values, to those of all."""
     weights, blocks = weights.transpose(1, 2), chunk.part.kv
+    multiply = product_by_sight if inputs.careful else product
     if chunk.in_place:
         first = chunk.part.firsts[0] * total.shape[1]
         here = total.view(1, -1, total.shape[2])[:, first : first + weights.shape[1]]
-        product("dkv", weights, rows, out=here, scale=scale, add=True)
+        multiply("dkv", weights, rows, out=here, scale=scale, add=True)
     else:
-        _add(total, blocks.reshape(-1), product("dkv", weights, rows, scale=scale))
+        _add(total, blocks.reshape(-1), multiply("dkv", weights, rows, scale=scale))
 
 
 def _add(total: Tensor, blocks: Tensor, x: Tensor) -> None:

@@ -6,6 +6,8 @@ Every other implementation must agree with this one. It is no registered op, so 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -53,33 +55,41 @@ def attend(call: Call) -> tuple[Tensor, Tensor]:
     acc, heads = call.acc_dtype, call.shape[1]
     mask, bias = visible_mask(call)
     # contiguous: products of other strides differ in their last bits.
-    q = _where_live(mask, call.q.to(acc).contiguous())
-    k = _where_read(mask, call.k.to(acc).contiguous(), call)
-    finite = k.isfinite().all(-1, keepdim=True)
-    scores = _products(call, q, torch.where(finite, k, 0.0), call.block_k)
-    # A key that is not finite must not reach the gradients of rows that do not see it: 0 * NaN is NaN.
-    scores = torch.where(finite.transpose(-1, -2), scores, _products(call, q, k, call.block_k).detach())
+    q = call.q.to(acc).contiguous()
+    k = _for_heads(call.k.to(acc).contiguous(), call)
+    scores = _by_sight(q, k, lambda q, k: _products(call, q, k, call.block_k))
     if call.aux is not None:
         q_aux, k_aux = call.aux
-        k_aux = k_aux.to(acc).expand(call.k.shape[0], call.k.shape[1], -1, -1)
-        scores = scores + torch.matmul(
-            _where_live(mask, q_aux.to(acc)), _where_read(mask, k_aux, call).transpose(-1, -2)
-        )
+        k_aux = _for_heads(k_aux.to(acc).expand(call.k.shape[0], call.k.shape[1], -1, -1), call)
+        scores = scores + _by_sight(q_aux.to(acc), k_aux, lambda q, k: torch.matmul(q, k.transpose(-1, -2)))
     scores = scores * call.scale
     if bias is not None:
         scores = scores + bias.to(acc)
     if call.gate is not None:
         scores, mask = _gated(call, call.gate, scores, mask, q)
-    v = _where_read(mask, call.v.to(acc).contiguous(), call)
+    v = _for_heads(call.v.to(acc).contiguous(), call)
     live = mask.any(-1, keepdim=True)
     scores = torch.where(mask, scores, -torch.inf)
     # detach: the shift cancels, and its gradient through amax would only add noise.
     peak = torch.where(live, scores.detach().amax(-1, keepdim=True), 0.0) if mask.shape[-1] else scores.sum(-1, True)
     weights = torch.exp(scores - peak)
     total = torch.where(live, weights.sum(-1, keepdim=True), 1.0)
-    out = _weighted(weights, mask, v) / total
+    # In a row with a NaN every difference is one, of hidden slots too.
+    weights = torch.where(mask, weights / total, 0.0)
+    # Rows that see nothing are 0 already; chosen here, their gradients are dropped whatever they hold.
+    out = torch.where(live, _weighted(weights, mask, v), 0.0)
     lse = torch.where(live, peak + torch.log(total), -torch.inf).squeeze(-1)
     return out.to(call.q.dtype).view(call.q.shape[0], heads, call.q.shape[2], v.shape[-1]), lse
+
+
+def _by_sight(q: Tensor, k: Tensor, products: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Scores in which a query or key that is not finite reaches no gradient of a row or slot that it has no part in.
+
+    The gradient of a pair that is hidden is 0, and 0 * NaN is NaN.
+    """
+    finite_q, finite_k = (x.isfinite().all(-1, keepdim=True) for x in (q, k))
+    clean = products(torch.where(finite_q, q, 0.0), torch.where(finite_k, k, 0.0))
+    return torch.where(finite_q & finite_k.transpose(-1, -2), clean, products(q, k).detach())
 
 
 def _weighted(weights: Tensor, mask: Tensor, v: Tensor) -> Tensor:
@@ -91,15 +101,10 @@ def _weighted(weights: Tensor, mask: Tensor, v: Tensor) -> Tensor:
     return torch.where(touched, clean + (spoilt - clean).detach(), clean)
 
 
-def _where_live(mask: Tensor, q: Tensor) -> Tensor:
-    """Queries, zero where nothing is seen: a hidden row may hold NaN, and 0 * NaN would spread."""
-    return torch.where(mask.any(-1, keepdim=True), q, 0.0)
-
-
-def _where_read(mask: Tensor, x: Tensor, call: Call) -> Tensor:
-    """Keys or values ``[B, G, S, D]`` for each query head, zero where that head reads nothing."""
+def _for_heads(x: Tensor, call: Call) -> Tensor:
+    """Keys, values or gates ``[B, G, S, D]`` for each query head."""
     heads, groups = call.shape[1:3]
-    return torch.where(mask.any(-2).unsqueeze(-1), x.repeat_interleave(heads // groups, 1), 0.0)
+    return x.repeat_interleave(heads // groups, 1)
 
 
 def _products(call: Call, q: Tensor, k: Tensor, block: int) -> Tensor:
@@ -111,7 +116,7 @@ def _products(call: Call, q: Tensor, k: Tensor, block: int) -> Tensor:
         k: ``[B, H, S, D]``.
         block: Keys that share an origin.
     """
-    if call.origins is None:
+    if call.origins is None or q.shape[2] == 0:
         return torch.matmul(q, k.transpose(-1, -2))
     table = _dense_origins(call, call.origins)
     tiles = []
@@ -140,7 +145,7 @@ def _dense_origins(call: Call, origins: Origins) -> Tensor:
 
 def _gated(call: Call, gate: Gate, scores: Tensor, mask: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     """Scores whose softmax over all keys is the gated one, and which keys count."""
-    _, heads, groups, seq_q, seq_k = call.shape
+    _, _, _, seq_q, seq_k = call.shape
     _, blocks_k = call.grid
     beyond = blocks_k * call.block_k - seq_k
     s = pad(scores, (0, beyond)).unflatten(-1, (blocks_k, call.block_k))
@@ -150,9 +155,9 @@ def _gated(call: Call, gate: Gate, scores: Tensor, mask: Tensor, q: Tensor) -> t
         logits, open_ = s[..., -1], seen[..., -1]
         seen = seen & ordinary
     else:
-        read = seen.any(-1).any(-2).unsqueeze(-1)
-        key = torch.where(read, gate.key.to(s.dtype).repeat_interleave(heads // groups, 1), 0.0)
-        logits, open_ = _products(call, q, key, 1) * call.scale, torch.ones_like(seen[..., 0])
+        key = _for_heads(gate.key.to(s.dtype), call)
+        logits = _by_sight(q, key, lambda q, k: _products(call, q, k, 1)) * call.scale
+        open_ = torch.ones_like(seen[..., 0])
     alive = seen.any(-1)
     inner = torch.where(seen, s, -torch.inf)
     peak = torch.where(alive, inner.detach().amax(-1), 0.0).unsqueeze(-1)

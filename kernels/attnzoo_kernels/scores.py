@@ -9,7 +9,6 @@ Letters: R rows of the chunk (query blocks), n key blocks of each row, D head wi
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -36,7 +35,6 @@ class Chunk:
         probs: Softmax weights ``[R, block_q, n * block_k]``.
         dead: Rows that see nothing, bool ``[R, block_q, 1]``, or ``None`` where there surely is none.
         lse: ``[R, block_q, 1]``, or ``None`` where nobody asked.
-        hidden: Slots that the bias hides, bool ``[R, n * block_k, 1]``, or ``None``.
         gated: What the gate left for the way back, or ``None``.
         in_place: Whether ``k`` is a view of the call's keys.
     """
@@ -49,7 +47,6 @@ class Chunk:
     probs: Tensor
     dead: Tensor | None = None
     lse: Tensor | None = None
-    hidden: Tensor | None = None
     gated: gating.Gated | None = None
     in_place: bool = False
 
@@ -61,10 +58,13 @@ class Inputs:
         call: The call.
         schedule: Its schedule.
         compute: What queries and keys are multiplied in; the accumulator's dtype by default.
+        careful: Whether something hidden may be no number.
     """
 
-    def __init__(self, call: Call, schedule: Schedule, compute: torch.dtype | None = None) -> None:
-        self.call, self.schedule = call, schedule
+    def __init__(
+        self, call: Call, schedule: Schedule, compute: torch.dtype | None = None, *, careful: bool = False
+    ) -> None:
+        self.call, self.schedule, self.careful = call, schedule, careful
         acc = self.compute = compute or call.acc_dtype
         q, k = call.q, call.k
         # A step that gathers few keys of a long memory must not copy all of it.
@@ -86,17 +86,6 @@ class Inputs:
         if call.gate is not None and call.gate.key is not None:
             key = call.gate.key if self.turns is None else self.turns.in_pairs(call.gate.key)
             self.gate_key = Source(key, 1, acc)
-
-    @cached_property
-    def tame(self) -> bool:
-        """Whether no score is NaN for sure, hidden ones included; looked up only where keys are read often."""
-        if not self.often or self.call.aux is not None or self.q.numel() == 0:
-            return False
-        largest = self.call.q.shape[3] * max(1.0, abs(self.call.scale))
-        for x in (self.q, self.k.x):
-            low, high = torch.aminmax(x)
-            largest *= max(-float(low), float(high))
-        return largest < 1e30
 
     def reads_in_place(self, part: Bucket, *, training: bool) -> bool:
         """Whether a chunk's keys and values may be used where they lie.
@@ -173,10 +162,6 @@ def weigh(inputs: Inputs, part: Bucket, *, need_lse: bool, training: bool = Fals
     q = rows_of(inputs.q, "q", part)
     wide = inputs.compute == call.acc_dtype
     scale = call.scale if wide else 1.0
-    hidden = bias = None
-    if inputs.bias is not None:
-        bias = inputs.bias.gather("bias", inputs.blocks_in(inputs.bias, part)).view(part.rows.shape[0], -1, 1)
-        hidden = bias == -torch.inf if inputs.bias_hides else None
     in_place = inputs.k.view(part.firsts, part.kv.shape[1]) if inputs.reads_in_place(part, training=training) else None
     k = _keys(inputs, part) if in_place is None else in_place
     q_aux, k_aux = _auxiliary(inputs, part)
@@ -185,18 +170,26 @@ def weigh(inputs: Inputs, part: Bucket, *, need_lse: bool, training: bool = Fals
         product("scores", q_aux, k_aux.transpose(1, 2), out=scores, scale=scale, add=True)
     if not wide:
         scores = _widen(scores, call)
-    if bias is not None:
-        scores += bias.transpose(1, 2)[..., : scores.shape[2]]
-        if hidden is not None:
-            # A query or key that is not finite, or an overflow, would outlive the addition.
-            scores.masked_fill_(hidden.transpose(1, 2)[..., : scores.shape[2]], -torch.inf)
-    if part.partial:
+    bias = None
+    if inputs.bias is not None:
+        bias = inputs.bias.gather("bias", inputs.blocks_in(inputs.bias, part)).view(part.rows.shape[0], 1, -1)
+        bias = bias[..., : scores.shape[2]]
+        scores += bias
+    unseen = None
+    if inputs.careful:
+        # NaN outlives an addition and a minimum, but no choice.
+        unseen = _unseen(inputs, part, bias, scores)
+        scores.masked_fill_(unseen, -torch.inf)
+    elif part.partial:
         _hide(inputs, part, scores)
-    chunk = Chunk(part, q, k, q_aux, k_aux, scores, hidden=hidden, in_place=in_place is not None)
+    chunk = Chunk(part, q, k, q_aux, k_aux, scores, in_place=in_place is not None)
     if call.gate is not None:
-        _gate(inputs, chunk, scores, need_lse=need_lse)
+        _gate(inputs, chunk, scores, unseen, need_lse=need_lse)
     else:
         _normalise(inputs, chunk, scores, need_lse=need_lse)
+        if unseen is not None:
+            # All weights of a row are NaN where one of its scores is.
+            scores.masked_fill_(unseen, 0.0)
     if training and chunk.dead is not None:
         # A dead query may hold NaN; its zero weight would not silence it in the gradients of keys.
         chunk.q = q.masked_fill(chunk.dead, 0.0)
@@ -250,7 +243,7 @@ def _any_of(dead: Tensor) -> Tensor | None:
     return dead if bool(dead.any()) else None
 
 
-def _gate(inputs: Inputs, chunk: Chunk, scores: Tensor, *, need_lse: bool) -> None:
+def _gate(inputs: Inputs, chunk: Chunk, scores: Tensor, unseen: Tensor | None, *, need_lse: bool) -> None:
     call, part = inputs.call, chunk.part
     gate = call.gate
     if gate is None:
@@ -270,20 +263,35 @@ def _gate(inputs: Inputs, chunk: Chunk, scores: Tensor, *, need_lse: bool) -> No
         logits = product("gate logits", chunk.q, key.transpose(1, 2), scale=call.scale if wide else 1.0)
         if not wide:
             logits = _widen(logits, call, "wide gate logits")
-    chunk.gated, chunk.probs, chunk.dead, lse = gating.weigh(scores, block_k, own=own, mix=mix, logits=logits)
+    chunk.gated, chunk.probs, chunk.dead, lse = gating.weigh(
+        scores, block_k, own=own, mix=mix, logits=logits, unseen=unseen
+    )
     chunk.gated.key = key
     chunk.lse = lse if need_lse else None
 
 
 def _hide(inputs: Inputs, part: Bucket, scores: Tensor) -> None:
-    """Hides what the rule hides in the partial blocks; adding -inf would keep a NaN."""
+    """Hides what the rule hides in the partial blocks; a hidden NaN stays, and shows in the results."""
+    tail, most = _partial(inputs, part, scores)
+    torch.minimum(tail, most, out=tail)
+
+
+def _partial(inputs: Inputs, part: Bucket, scores: Tensor) -> tuple[Tensor, Tensor]:
+    """The scores of the partial blocks, and what they must not exceed."""
     call = inputs.call
     limits = inputs.schedule.limits_in(call, part)
     tail = scores[..., (part.cols.shape[1] - part.partial) * call.block_k :]
-    most = ceiling(limits, call.block_k, scores.dtype).view(*scores.shape[:2], -1)[..., : tail.shape[2]]
-    if not inputs.tame:
-        tail.masked_fill_(most < 0, 0.0)
-    torch.minimum(tail, most, out=tail)
+    most = ceiling(limits, call.block_k, scores.dtype).view(*scores.shape[:2], -1)
+    return tail, most[..., : tail.shape[2]]
+
+
+def _unseen(inputs: Inputs, part: Bucket, bias: Tensor | None, scores: Tensor) -> Tensor:
+    """What rule and bias hide, bool, of the shape of the scores."""
+    unseen = torch.zeros_like(scores, dtype=torch.bool)
+    if part.partial:
+        tail, most = _partial(inputs, part, scores)
+        unseen[..., -tail.shape[2] :] = most < 0
+    return unseen if bias is None else unseen.logical_or_(bias == -torch.inf)
 
 
 @remembers(64)

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from attnzoo_kernels import blocked
+from attnzoo_kernels import Extras, blocked, schedule
+from attnzoo_kernels.op import make_call
 from tests.attnzoo_kernels.oracle import Answer, Problem, attend, solve, visible
 from tests.attnzoo_kernels.oracle_switches import Switched
 from tests.attnzoo_kernels.test_op_agreement import run, seeds_of
@@ -74,6 +76,28 @@ def check_nothing_leaks(impl: str) -> None:
         k, v = (x.masked_fill(silent.unsqueeze(-1), math.nan) for x in (p.k, p.v))
         got = run(p.change(q=q, k=k, v=v), layout_of(p), seeds_of(p), impl)
         assert_near(got, answer, p, seeds_of(p), mask)
+
+
+def check_what_is_seen_stays(impl: str) -> None:
+    """Values that are no numbers reach the rows that see them, and these alone."""
+    p = fixed_problems()["causal"]
+    mask, answer = truth("causal")
+    v = p.v.clone()
+    v[:, :, 20] = math.nan
+    out = run(p.change(v=v), layout_of(p), seeds_of(p), impl).out
+    seeing = mask[..., 20]
+    assert bool(out[seeing].isnan().all())
+    torch.testing.assert_close(out[~seeing], answer.out[~seeing], rtol=1e-10, atol=1e-10)
+
+
+def check_hidden_blocks_are_left_out(impl: str) -> None:
+    """What the rule hides wholly is not read, even where it is listed."""
+    if impl != "blocked":
+        return
+    p = fixed_problems()["window and sink"].change(keep=torch.ones(1, 1, 4, 5, dtype=torch.bool))
+    call = make_call((p.q, p.k, p.v), layout_of(p), causal=True, scale=1.0, extras=Extras(window=p.window, sink=p.sink))
+    seen = pad(visible(p), (0, 1, 0, 3)).unflatten(3, (5, 6)).unflatten(2, (4, 8)).any(5).any(3)
+    assert schedule.build_schedule(call).entries == int(seen.sum())
 
 
 def check_strides_and_halves(impl: str) -> None:
@@ -145,6 +169,8 @@ def check_steps(impl: str) -> None:
 CHECKS = (
     check_numbers,
     check_nothing_leaks,
+    check_what_is_seen_stays,
+    check_hidden_blocks_are_left_out,
     check_strides_and_halves,
     check_a_layout_serves_two_rules,
     check_switches,

@@ -194,7 +194,7 @@ BLOCKED: dict[str, Callable[[Patch], None]] = {
     "the gradient of the log-sum-exp negated": backward_with(lambda f, i, c, dout, dlse, *r: f(i, c, dout, -dlse, *r)),
     "output gradients taken as contiguous": lambda patch: wrap(patch, blocked, "backward", dout_by_memory),
     "dQ without the scale": text(
-        blocked, "_accumulate", "chunk, out=here, scale=call.scale", "chunk, out=here, scale=1.0"
+        blocked, "_accumulate", "chunk.k, out=here, scale=call.scale", "chunk.k, out=here, scale=1.0"
     ),
     "dK scaled twice": text(
         blocked, "_accumulate", "dscores, chunk.q, scale=call.scale", "dscores, chunk.q, scale=call.scale**2"
@@ -223,19 +223,28 @@ BLOCKED: dict[str, Callable[[Patch], None]] = {
         schedule.Bucket, "span", property(lambda part: slice(part.places[0], part.places[0] + len(part.rows)))
     ),
     "softmax backward without delta": text(
-        blocked, "_accumulate",
-        "torch.ops.aten._softmax_backward_data.out(dscores, chunk.probs, -1, call.acc_dtype, grad_input=dscores)",
+        blocked, "_through_softmax",
+        "torch.ops.aten._softmax_backward_data.out(dscores, chunk.probs, -1, inputs.call.acc_dtype, "
+        "grad_input=dscores)",
         "dscores.mul_(chunk.probs)",
     ),
-    "NaN of absent rows in dK": text(blocked, "weigh", "q.masked_fill(chunk.dead, 0.0)\n", "q\n"),
-    "NaN of hidden keys in scores": text(blocked, "weigh", "if hidden is not None:\n", "if False:\n"),
-    "NaN of hidden keys in dQ": text(blocked, "_by_keys", "if hides and", "if False and"),
-    "NaN of hidden values in the products": text(blocked, "_values", "silence(v, chunk.hidden)", "pass"),
+    "no second look at what comes out": text(blocked, "forward", "not are_numbers(out)", "False"),
+    "no second look on the way back": text(blocked, "backward", "not are_numbers(*grads.every)", "False"),
+    "NaN of hidden keys in scores": text(
+        blocked, "weigh", "scores.masked_fill_(unseen, -torch.inf)", "scores.sub_(torch.where(unseen, torch.inf, 0.0))"
+    ),
+    "NaN of hidden values in the products": text(blocked, "product_by_sight", "x.masked_fill(wrong, 0.0)", "x"),
+    "NaN of hidden values in gradients of weights": text(
+        blocked, "_through_softmax", "chunk.probs == 0 if inputs.careful else None", "None"
+    ),
+    "NaN that is seen, lost": text(
+        blocked, "product_by_sight", "found.add_(torch.where(touched, spoiled, 0.0))", "found"
+    ),
     "uniform weights in empty rows": text(
         scores, "_normalise", "out=scores)\n    if dead is not None:", "out=scores)\n    if False:"
     ),
     "the scale forgotten": text(blocked, "weigh", "call.scale if wide", "1.0 if wide"),
-    "the bias forgotten": text(blocked, "weigh", "scores += bias.transpose(1, 2)[..., : scores.shape[2]]", "pass"),
+    "the bias forgotten": text(blocked, "weigh", "scores += bias\n", "pass\n"),
     "auxiliary channels forgotten": text(
         blocked, "weigh", 'product("scores", q_aux, k_aux.transpose(1, 2), out=scores, scale=scale, add=True)', "pass"
     ),
@@ -254,7 +263,9 @@ REFERENCE: dict[str, Callable[[Patch], None]] = {
     "a window one key wider": BLOCKED["a window one key wider"],
     "the scale squared": text(reference, "attend", "scores * call.scale", "scores * call.scale**2"),
     "the bias forgotten": text(reference, "attend", "scores + bias.to(acc)", "scores + 0 * bias.to(acc)"),
-    "NaN of absent rows": text(reference, "_where_live", "torch.where(mask.any(-1, keepdim=True), q, 0.0)", "q"),
+    "NaN of absent rows": text(reference, "_by_sight", "torch.where(finite_q, q, 0.0)", "q"),
+    "NaN of hidden keys": text(reference, "_by_sight", "torch.where(finite_k, k, 0.0)", "k"),
+    "NaN of hidden values": text(reference, "_weighted", "torch.where(finite.transpose(-1, -2), v, 0.0)", "v"),
     "log-sum-exp without the shift": text(reference, "attend", "peak + torch.log(total)", "torch.log(total)"),
     "layout heads by remainder": text(
         reference, "layout_mask", "keep.repeat_interleave(heads // keep.shape[1], 1)",
