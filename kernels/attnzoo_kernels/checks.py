@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -51,9 +52,13 @@ def check_arguments(
         raise TypeError(f"extras: expected an Extras or None, got {type(extras).__name__}")
     q, k, v = tensors
     _check_tensors(q, k, v)
+    if scale is not None:
+        _check_finite("scale", scale, _wide(q.dtype))
     _check_layout(q, k, layout)
     if extras is not None or layout.origin is not None:
-        _check_extras(q, k, layout, extras or Extras())
+        batch, heads, seq_q, width = q.shape
+        room = _Room((batch, heads, seq_q, k.shape[2]), (k.shape[1],), width, q.dtype, _wide(q.dtype), q.device)
+        _check_extras(room, layout, extras or Extras())
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -126,35 +131,62 @@ def check_counting(layout: BlockLayout, *, causal: bool, extras: Extras | None, 
         raise ShapeError(f"heads: expected a multiple of the layout's {own_heads} heads, got {heads}")
     if extras is not None:
         divisors = tuple(n for n in range(1, heads + 1) if heads % n == 0)
-        bias = extras.key_bias
-        acc = bias.dtype if isinstance(bias, Tensor) and bias.is_floating_point() else torch.float32
-        _check_rule(extras, (batch, heads, layout.seq_q, layout.seq_k), divisors, acc, layout.col.device)
+        sizes = (batch, heads, layout.seq_q, layout.seq_k)
+        _check_extras(_Room(sizes, divisors, None, None, None, layout.col.device), layout, extras)
 
 
-def _check_rule(
-    extras: Extras, sizes: tuple[int, int, int, int], groups: Sequence[int], acc: torch.dtype, device: torch.device
-) -> None:
-    batch, heads, seq_q, seq_k = sizes
+@dataclass(frozen=True)
+class _Room:
+    """What the fields of an ``Extras`` have to fit; ``None`` where a count of pairs leaves it open.
+
+    Attributes:
+        sizes: ``B, H, T, S``.
+        groups: G, or all that it may be.
+        width: D.
+        dtype: That of q, k and v.
+        acc: That of scores.
+        device: Where all tensors are.
+    """
+
+    sizes: tuple[int, int, int, int]
+    groups: tuple[int, ...]
+    width: int | None
+    dtype: torch.dtype | None
+    acc: torch.dtype | None
+    device: torch.device
+
+    def widths(self, x: Any, at: int = 3) -> tuple[int, ...]:
+        """The widths that a tensor may have: D, or its own where that is open."""
+        return (self.width,) if self.width is not None else tuple(x.shape[at:]) if isinstance(x, Tensor) else ()
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of scores."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _check_rule(extras: Extras, room: _Room) -> None:
+    batch, heads, seq_q, seq_k = room.sizes
     if extras.q_pos is not None:
-        expect("q_pos", extras.q_pos, ((batch, 1), (heads, 1), (seq_q,)), torch.int32, device)
+        expect("q_pos", extras.q_pos, ((batch, 1), (heads, 1), (seq_q,)), torch.int32, room.device)
     if extras.key_bias is not None:
-        expect("key_bias", extras.key_bias, ((batch, 1), (*groups, heads, 1), (seq_k,)), acc, device)
-    _check_number("window", extras.window, 1, heads, device, optional=True)
-    _check_number("sink", extras.sink, 0, heads, device, optional=False)
+        sizes = ((batch, 1), (*room.groups, heads, 1), (seq_k,))
+        expect("key_bias", extras.key_bias, sizes, room.acc, room.device)
+        _check_floating("key_bias", extras.key_bias)
+    _check_number("window", extras.window, 1, heads, room.device, optional=True)
+    _check_number("sink", extras.sink, 0, heads, room.device, optional=False)
 
 
-def _check_extras(q: Tensor, k: Tensor, layout: BlockLayout, extras: Extras) -> None:
-    batch, heads, seq_q, width = q.shape
-    groups, seq_k = k.shape[1], k.shape[2]
-    device = q.device
-    acc = torch.float64 if q.dtype == torch.float64 else torch.float32
-    _check_rule(extras, (batch, heads, seq_q, seq_k), (groups,), acc, device)
+def _check_extras(room: _Room, layout: BlockLayout, extras: Extras) -> None:
+    _check_rule(extras, room)
     if extras.precision not in ("precise", "fast"):
         raise ValueError(f"precision: expected 'precise' or 'fast', got {extras.precision!r}")
     if extras.aux is not None:
-        _check_aux(extras.aux, q, k)
-    _check_gate(extras, q, k, layout)
-    if (extras.rope is None) != (layout.origin is None):
+        _check_aux(extras.aux, room)
+    _check_gate(extras, room, layout)
+    # Pairs are the same whatever turns them: a count may leave the tables out.
+    counts_alone = room.width is None and extras.rope is None
+    if (extras.rope is None) != (layout.origin is None) and not counts_alone:
         raise ValueError("rope: expected together with layout.origin, got one without the other")
     if extras.rope is not None:
         if not isinstance(extras.rope, tuple) or len(extras.rope) != 2:
@@ -165,7 +197,9 @@ def _check_extras(q: Tensor, k: Tensor, layout: BlockLayout, extras: Extras) -> 
                 raise TypeError(f"{name}: expected a Tensor, got {type(table).__name__}")
             if table.requires_grad:
                 raise ValueError(f"{name}: expected a table without gradient, got one that requires it")
-            expect(name, table, (tuple(table.shape[:1]), tuple(range(1, width // 2 + 1))), acc, device)
+            most = table.shape[-1] if room.width is None and table.dim() else (room.width or 0) // 2
+            expect(name, table, (tuple(table.shape[:1]), range(1, most + 1)), room.acc, room.device)
+            _check_floating(name, table)
         if cos.shape != sin.shape:
             raise ShapeError(f"rope: expected cos and sin of one shape, got {list(cos.shape)} and {list(sin.shape)}")
         _check_origins(layout, cos.shape[0])
@@ -176,6 +210,8 @@ def _check_origins(layout: BlockLayout, positions: int) -> None:
     if layout.origin is None or not is_readable(layout.origin):
         return
     listed = layout.origin[listed_places(distinct_lists(layout.lists)[1])[1]]
+    if listed.numel() and positions == 0:
+        raise ShapeError("rope: expected tables of at least one position for layout.origin to name, got none")
     if listed.numel() and not (int(listed.min()) >= 0 and int(listed.max()) < positions):
         raise ShapeError(
             f"origin: expected positions from 0 to {positions - 1}, which the rope tables have, "
@@ -183,28 +219,53 @@ def _check_origins(layout: BlockLayout, positions: int) -> None:
         )
 
 
-def _check_aux(aux: tuple[Tensor, Tensor], q: Tensor, k: Tensor) -> None:
+def _check_aux(aux: tuple[Tensor, Tensor], room: _Room) -> None:
     if not isinstance(aux, tuple) or len(aux) != 2:
         raise TypeError(f"aux: expected a pair (q_aux, k_aux), got {type(aux).__name__}")
-    batch, heads, seq_q, _ = q.shape
+    batch, heads, seq_q, seq_k = room.sizes
     q_aux, k_aux = aux
     widths = tuple(q_aux.shape[3:]) if isinstance(q_aux, Tensor) else ()
-    expect("q_aux", q_aux, ((batch,), (heads,), (seq_q,), widths), q.dtype, q.device)
-    expect("k_aux", k_aux, ((batch, 1), (k.shape[1], 1), (k.shape[2],), widths), q.dtype, q.device)
+    dtype = room.dtype or (q_aux.dtype if isinstance(q_aux, Tensor) else None)
+    expect("q_aux", q_aux, ((batch,), (heads,), (seq_q,), widths), dtype, room.device)
+    expect("k_aux", k_aux, ((batch, 1), (*room.groups, 1), (seq_k,), widths), dtype, room.device)
+    _check_floating("q_aux", q_aux)
 
 
-def _check_gate(extras: Extras, q: Tensor, k: Tensor, layout: BlockLayout) -> None:
-    batch, groups, seq_k, width = k.shape
+def _check_gate(extras: Extras, room: _Room, layout: BlockLayout) -> None:
+    batch, heads, _, seq_k = room.sizes
     if isinstance(extras.gate, Tensor):
-        blocks = -(-seq_k // layout.block_k)
-        expect("gate", extras.gate, ((batch,), (groups,), (blocks,), (width,)), q.dtype, q.device)
+        sizes = ((batch,), room.groups, (-(-seq_k // layout.block_k),), room.widths(extras.gate))
+        expect("gate", extras.gate, sizes, room.dtype, room.device)
+        _check_floating("gate", extras.gate)
     elif extras.gate not in (None, "last"):
         raise ValueError(f"gate: expected a Tensor, 'last' or None, got {extras.gate!r}")
     mix = extras.gate_mix
     if isinstance(mix, Tensor):
-        expect("gate_mix", mix, ((q.shape[1],),), None, q.device)
+        expect("gate_mix", mix, ((heads,),), None, room.device)
+        _check_floating("gate_mix", mix)
+        if mix.requires_grad:
+            raise ValueError("gate_mix: expected a tensor without gradient, got one that requires it; detach it")
+        # Reads values, where that costs no synchronisation.
+        if is_readable(mix):
+            for value in mix.tolist():
+                _check_finite("gate_mix", value, room.acc)
     elif isinstance(mix, bool) or not isinstance(mix, float | int):
         raise TypeError(f"gate_mix: expected a float or a Tensor, got {type(mix).__name__}")
+    else:
+        _check_finite("gate_mix", mix, room.acc)
+
+
+def _check_finite(name: str, value: float, acc: torch.dtype | None) -> None:
+    """Raises unless a number is finite in the dtype of scores."""
+    acc = acc or torch.float64
+    # Of NaN no comparison is true.
+    if not abs(value) <= torch.finfo(acc).max:
+        raise ValueError(f"{name}: expected a finite number, as {acc} holds it, got {value}")
+
+
+def _check_floating(name: str, x: Tensor) -> None:
+    if not x.is_floating_point():
+        raise TypeError(f"{name}: expected a floating dtype, got {x.dtype}")
 
 
 def _check_number(

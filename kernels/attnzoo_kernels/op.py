@@ -16,6 +16,7 @@ from attnzoo_kernels.dispatch import reasons_against
 from attnzoo_kernels.errors import UnsupportedError
 from attnzoo_kernels.extras import Extras
 from attnzoo_kernels.flops import register_when_counting
+from attnzoo_kernels.gemm import rounds_to_zero
 from attnzoo_kernels.layout import BlockLayout
 from attnzoo_kernels.registration import flatten, no_autocast
 from attnzoo_kernels.rule import Rule, bounded
@@ -196,6 +197,8 @@ def make_call(
     if extras.rope is not None and layout.origin is not None:
         origins = Origins(layout.origin, *extras.rope)
     q, k, v = tensors
+    # What rounds to 0 is 0 for everybody, and not too small a number here and -inf * 0 there.
+    scale = 0.0 if rounds_to_zero(scale, q.dtype) else scale
     aux = extras.aux
     if aux is not None and aux[0].dtype != q.dtype:
         aux = (aux[0].to(q.dtype), aux[1].to(q.dtype))

@@ -124,6 +124,12 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = {
         (TypeError, ValueError),
         ("rope:", "pair"),
     ),
+    "rope of no places": (
+        arguments(layout=with_origin(), extras=Extras(rope=(Z(0, 4), Z(0, 4)))),
+        ValueError,
+        ("rope:", "at least one position", "none"),
+    ),
+    "gate_mix is integer": (extras(gate="last", gate_mix=Z(4).int()), TypeError, ("gate_mix:", "floating", "int32")),
     "origin without rope": (arguments(layout=with_origin()), ValueError, ("rope", "origin")),
 }
 
@@ -210,14 +216,37 @@ def test_visible_pairs_refuses_heads_that_do_not_fit_the_layout() -> None:
         ({"extras": Extras(q_pos=Z(1, 1, 9, dtype=I32))}, "q_pos"),
         ({"extras": Extras(key_bias=Z(1, 1, 47))}, "key_bias"),
         ({"causal": 1}, "causal"),
+        ({"extras": Extras(gate=Z(2, 2, 4, 8))}, "gate: expected shape"),
+        ({"extras": Extras(gate=Z(2, 3, 3, 8))}, "gate: expected shape"),
+        ({"extras": Extras(gate="first")}, "gate: expected"),
+        ({"extras": Extras(gate_mix=Z(2))}, "gate_mix: expected shape"),
+        ({"extras": Extras(aux=(Z(2, 4, 40, 3), Z(2, 2, 47, 3)))}, "k_aux: expected shape"),
+        ({"extras": Extras(aux=(Z(2, 2, 40, 3), Z(2, 2, 48, 3)))}, "q_aux: expected shape"),
+        ({"extras": Extras(aux=(Z(2, 4, 40, 3), Z(2, 2, 48, 5)))}, "k_aux: expected shape"),
+        ({"extras": Extras(aux=Z(2, 4, 40, 3))}, "aux: expected a pair"),
+        ({"extras": Extras(rope=(Z(9, 4), Z(9, 4)))}, "rope: expected together"),
+        ({"layout": with_origin(), "extras": Extras(rope=(Z(9), Z(9)))}, "rope cos: expected shape"),
+        ({"layout": with_origin(), "extras": Extras(rope=(Z(9, 4), Z(9, 3)))}, "rope: expected cos and sin of one"),
+        ({"layout": with_origin(), "extras": Extras(rope=(Z(0, 4), Z(0, 4)))}, "rope: expected tables of at least"),
+        ({"extras": Extras(precision="exact")}, "precision"),
     ],
-    ids=["batch", "negative batch", "no heads", "heads as float", "window", "q_pos", "key_bias", "causal"],
 )
 def test_visible_pairs_refuses_what_the_call_refuses(change: dict[str, Any], name: str) -> None:
     two_items = BlockLayout.from_mask(torch.ones(2, 1, 5, 3).bool(), 8, 16, 40, 48)
     good = {"causal": True, "batch": 2, "heads": 4, "extras": None}
     with pytest.raises((ValueError, TypeError), match=name):
-        visible_pairs(two_items, **{**good, **change})
+        visible_pairs(**{"layout": two_items, **good, **change})
+
+
+def test_a_count_takes_what_a_call_takes_and_origins_without_their_tables() -> None:
+    aux = (Z(2, 4, 40, 3), Z(1, 1, 48, 3))
+    plain = visible_pairs(layout(), causal=True, batch=2, heads=4)
+    assert visible_pairs(layout(), causal=True, extras=Extras(aux=aux), batch=2, heads=4) == plain
+    turned = Extras(rope=(Z(9, 4), Z(9, 4)))
+    for extras_ in (None, Extras(), turned):
+        assert visible_pairs(with_origin(), causal=True, extras=extras_, batch=2, heads=4) == plain
+    gated = Extras(gate=Z(2, 2, 3, 8), gate_mix=torch.ones(4))
+    assert visible_pairs(layout(), causal=True, extras=gated, batch=2, heads=4) == plain
 
 
 @both

@@ -72,6 +72,23 @@ def test_four_python_threads_at_once_get_what_one_gets(impl: str) -> None:
                 assert_bitwise(mine, serial)
 
 
+def test_scratch_memory_belongs_to_a_thread() -> None:
+    """Threads at the same work with different windows: with shared memory, one would read what another wrote."""
+    n, tokens = Numbers.of(2), 1024
+    q, k, v = (n.normal(1, 2, tokens, 32).float() for _ in range(3))
+
+    def attend(window: int) -> Tensor:
+        # A sink keeps the call with the blocks, whose scratch memory is large.
+        layout = BlockLayout.sink_window(64, 64, tokens, tokens, window=window, sink=1)
+        return block_sparse_attention(q, k, v, layout, extras=Extras(window=window, sink=1), impl="blocked")
+
+    windows = (450, 520, 590, 675)
+    alone = [attend(window) for window in windows]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(attend, 12 * windows))
+    assert all(torch.equal(mine, true) for mine, true in zip(together, 12 * alone, strict=True))
+
+
 def _in_child(pipe: Any, p: Problem, impl: str) -> None:
     torch.set_num_threads(1)
     pipe.send([x.tolist() for x in answer(p, impl)[:2]])

@@ -217,3 +217,36 @@ def test_lower_precision_is_near_the_definition(gate: str | None, dtype: torch.d
         out, lse = call(low, impl)  # type: ignore[arg-type]
         assert float((out.double() - truth[0]).abs().max()) <= (2 if dtype == torch.bfloat16 else 64) * unit * 8
         assert float((lse.double() - truth[1]).nan_to_num(0.0).abs().max()) <= 64 * 2.0**-24 * 8
+
+
+EMPTY = [(2, 0, 5), (2, 5, 0), (0, 5, 5), (2, 0, 0), (0, 0, 0)]
+
+
+@pytest.mark.parametrize("impl", ["reference", "blocked", "triton"])
+@pytest.mark.parametrize(("batch", "queries", "keys"), EMPTY)
+@pytest.mark.parametrize("gate", [None, "last", "keys"])
+def test_every_switch_takes_nothing_and_gives_nothing(
+    gate: str | None, batch: int, queries: int, keys: int, impl: str
+) -> None:
+    n, grid = Numbers.of(3), (-(-queries // 4), -(-keys // 4))
+    q, k, v = (n.normal(batch, h, rows, 6).float() for h, rows in ((4, queries), (2, keys), (2, keys)))
+    index = torch.arange(grid[1]).expand(1, 1, *grid)
+    layout = BlockLayout.from_indices(index, 4, 4, queries, keys, origin=torch.zeros_like(index))
+    # Tables of no places serve where no entry names one.
+    for places in (3,) if queries and keys else (0, 3):
+        extras = Extras(
+            q_pos=torch.zeros(batch, 1, queries, dtype=torch.int32),
+            key_bias=torch.zeros(batch, 1, keys),
+            window=3,
+            sink=1,
+            aux=(torch.zeros(batch, 4, queries, 2), torch.zeros(batch, 1, keys, 2)),
+            gate=torch.zeros(batch, 2, grid[1], 6) if gate == "keys" else gate,  # type: ignore[arg-type]
+            rope=(torch.ones(places, 3), torch.zeros(places, 3)),
+        )
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        out, lse = block_sparse_attention_with_lse(*leaves, layout, extras=extras, impl=impl)
+        assert out.shape == (batch, 4, queries, 6)
+        assert torch.equal(lse, torch.full((batch, 4, queries), -math.inf))
+        assert not out.any()
+        for x, grad in zip(leaves, torch.autograd.grad(out.sum(), leaves, allow_unused=True), strict=True):
+            assert grad is None or (grad.shape == x.shape and not grad.any())

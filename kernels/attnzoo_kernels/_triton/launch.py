@@ -28,6 +28,8 @@ from attnzoo_kernels.errors import KernelError
 INTERPRETED: bool = triton.knobs.runtime.interpret
 LOG2E = math.log2(math.e)
 MOST_SPLITS = 64
+LEAST_RAISING = 1e-30
+"""Scales from which -inf times the scale stays -inf, on devices too that take the smallest numbers for 0."""
 STEP = 16
 """Channels that a product of the stepped form takes at a time."""
 MOST_INT32 = 2**31 - 1
@@ -212,7 +214,7 @@ def job(call: Call, of: Pass, lists: BlockLists | None) -> Job:
         "BIAS_BATCH": bias[0], "BIAS_HEADS": bias[1],
         "ACC": tl.float64 if call.acc_dtype == torch.float64 else tl.float32,
         "PRECISION": _precision(name),
-        "RAISING": call.scale > 0 and call.key_bias is None and gate == 0 and of in ("forward", "decode"),
+        "RAISING": call.scale > LEAST_RAISING and call.key_bias is None and gate == 0 and of in ("forward", "decode"),
         "TMA": described and tiles.form != "stepped", "SKEW": form == "skewed", "SPECIAL": special,
         "STEP": STEP if tiles.form == "stepped" else 0,
     }  # fmt: skip
