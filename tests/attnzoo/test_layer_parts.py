@@ -51,7 +51,8 @@ def test_half_precision_layers_rotate_by_precise_tables(name: str) -> None:
     (found,) = layer.rotate(positions, heads)
     (exact,) = layer.double().rotate(positions, heads.double())
     assert found.dtype == torch.bfloat16
-    torch.testing.assert_close(found, exact.bfloat16(), rtol=2**-7, atol=2**-7)
+    # Rounded once, at the end: but for a tie here and there, to the very number.
+    assert float((found != exact.bfloat16()).double().mean()) < 0.02
 
 
 @pytest.mark.parametrize("name", attnzoo.list_variants())

@@ -75,26 +75,24 @@ MUTANTS = (
         wrong="& reads what either reads", tests=f"{TESTS}/test_layout.py -k or_and",
     ),
     layout(
-        "layout-density-full", old="layout_density(self.lists, (self.block_q, self.block_k, self.seq_q, self.seq_k), causal=causal)",
-        new="layout_density(self.lists, (self.block_q, self.block_k, self.seq_q, self.seq_k), causal=True)",
+        "layout-density-full", old="layout_density(self.lists, self.sizes, causal=causal)",
+        new="layout_density(self.lists, self.sizes, causal=True)",
         wrong="density is always that of the causal rule", tests=f"{TESTS}/test_layout.py -k density",
     ),
     layout(
-        "layout-pytree-sizes", old="sizes = (layout.block_q, layout.block_k, layout.seq_q, layout.seq_k)",
-        new="sizes = (layout.block_k, layout.block_q, layout.seq_q, layout.seq_k)", wrong="a layout comes out of a pytree with its blocks swapped",
-        tests=f"{TESTS}/test_layout_moves.py",
+        "layout-pytree-names", old='names = ("start", "count", "col", "origin")', new='names = ("count", "start", "col", "origin")',
+        within="_flatten_with_keys", wrong="a pytree names the lists' tensors wrongly", tests=f"{TESTS}/test_layout_moves.py",
     ),
     flex(
-        "flex-full-blocks", old="full = keep & (first + block_k - 1 <= row) & (first + block_k <= seq_k)",
-        new="full = keep & (first + block_k - 1 <= row + block_q) & (first + block_k <= seq_k)",
-        wrong="blocks on the diagonal go to FlexAttention as full",
+        "flex-causality", old="listed = listed & (s <= place)", new="listed = listed & (s < place)",
+        wrong="FlexAttention is told to hide the own key",
     ),
     flex(
-        "flex-shift", old="return listed & (s <= t + shift) if causal else listed", new="return listed & (s <= t) if causal else listed",
-        wrong="causality of the exported mask is aligned at the first key",
+        "flex-positions-of-items", old="place = pos[b if at[2] else 0,", new="place = pos[0,",
+        wrong="all items get the first one's positions inside FlexAttention's rule",
     ),
     flex(
-        "flex-shared-heads", old="keep[b if blocks[0] else 0, h if blocks[1] else 0,", new="keep[0, h if blocks[1] else 0,",
+        "flex-blocks-of-items", old="listed = keep[b if at[0] else 0,", new="listed = keep[0,",
         wrong="all items get the first one's blocks inside FlexAttention's rule",
     ),
     picture(

@@ -188,7 +188,7 @@ MUTANTS = (
         "retrieval-turn-sign", old="-self.sin[blocks])", new="self.sin[blocks])", wrong="blocks are rotated forth instead of back",
     ),
     retrieval(
-        "retrieval-shared-max", old="share.amax(2, keepdim=True)", new="share.mean(2, keepdim=True)", wrong="the shared choice goes by the mean and not the largest share",
+        "retrieval-shared-max", old="share.amax(2, keepdim=True)", new="share.mean(2, keepdim=True)", wrong="the shared choice goes by the mean and not the largest share", tests=f"{VARIANTS}/test_landmark_published.py -k call_by_call",
     ),
     retrieval(
         "retrieval-ties", old="slack = _rounding(q, keys, complete, scale)", new="slack = 0 * _rounding(q, keys, complete, scale)",

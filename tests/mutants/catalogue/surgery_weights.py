@@ -204,7 +204,8 @@ MUTANTS = (
         "report-undo-twice", old="        self._undo()\n        self._undo = None", new="        self._undo()", wrong="a conversion is undone twice",
     ),
     report(
-        "report-columns", old='rows = [("site", "values/token", "energy kept", "output error")]', new='rows = [("site", "values/token", "output error", "energy kept")]',
+        "report-columns", old='("site", "values/token", "energy kept", "output error")',
+        new='("site", "values/token", "output error", "energy kept")',
         wrong="the table's figures stand under each other's names",
     ),
     seats(
