@@ -96,25 +96,36 @@ def main(
         show_list(chosen)
         return
     console, began = Console(), time.monotonic()
+    known: dict[str, Verdict] = {}
+
+    def by_area() -> dict[str, list[Verdict]]:
+        return {name: [known[m.name] for m in mutants if m.name in known] for name, mutants in chosen.items()}
+
     with Bar() as progress:
 
         def tell(verdict: Verdict, done: int, total: int) -> None:
-            color = COLORS.get(verdict.outcome, "yellow")
+            known[verdict.mutant.name] = verdict
             if verdict.outcome != "killed" or verdict.is_outdated:
-                outdated = " (it was said to live)" if verdict.is_outdated else ""
-                console.print(f"[{color}]{verdict.outcome}[/] {verdict.mutant.name}: {verdict.mutant.wrong}{outdated}")
-                if verdict.detail:
-                    console.print(verdict.detail, markup=False, highlight=False)
+                show(console, verdict)
+            if out is not None:
+                # What an interrupted run has found is there.
+                minutes = round((time.monotonic() - began) / 60, 1)
+                write(by_area(), out, {"torch": torch.__version__, "minutes": minutes})
             progress("mutants", done, total)
 
         found = runner.run([m for mutants in chosen.values() for m in mutants], jobs=jobs, tell=tell)
-    verdicts = {verdict.mutant.name: verdict for verdict in found}
-    by_area = {name: [verdicts[mutant.name] for mutant in mutants] for name, mutants in chosen.items()}
-    console.print(render(by_area))
-    if out is not None:
-        write(by_area, out, {"torch": torch.__version__, "minutes": round((time.monotonic() - began) / 60, 1)})
+    console.print(render(by_area()))
     if not holds(found):
         raise typer.Exit(1)
+
+
+def show(console: Console, verdict: Verdict) -> None:
+    """Prints what became of a mutant that did not simply die."""
+    outdated = " (it was said to live)" if verdict.is_outdated else ""
+    color = COLORS.get(verdict.outcome, "yellow")
+    console.print(f"[{color}]{verdict.outcome}[/] {verdict.mutant.name}: {verdict.mutant.wrong}{outdated}")
+    if verdict.detail:
+        console.print(verdict.detail, markup=False, highlight=False)
 
 
 def write(by_area: dict[str, list[Verdict]], out: Path, more: dict[str, Any]) -> None:

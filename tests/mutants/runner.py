@@ -11,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -176,6 +177,7 @@ def run(
     for group in sorted(groups.items(), key=lambda item: -len(item[1])):
         waiting.put(group)
     found: dict[str, Verdict] = {}
+    one_at_a_time = threading.Lock()
 
     def work(place: Path) -> None:
         with Worker(root, place, parts, warm) as worker:
@@ -185,8 +187,9 @@ def run(
                 except queue.Empty:
                     return
                 for verdict in judge_group(tests, group, worker):
-                    found[verdict.mutant.name] = verdict
-                    tell(verdict, len(found), len(mutants))
+                    with one_at_a_time:
+                        found[verdict.mutant.name] = verdict
+                        tell(verdict, len(found), len(mutants))
 
     with TemporaryDirectory(prefix="attnzoo-mutants-") as folder, ThreadPoolExecutor(jobs) as pool:
         places = [Path(folder) / str(number) for number in range(min(jobs, len(groups)))]
