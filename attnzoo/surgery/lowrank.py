@@ -15,10 +15,11 @@ from attnzoo.choices import check_choice
 from attnzoo.config import check_bool
 from attnzoo.surgery import merge_heads
 from attnzoo.surgery.grouping import consecutive
+from attnzoo.surgery.one_site import announce, collect_by_turns
 from attnzoo.surgery.projections import LatentProjections, Projections
 from attnzoo.surgery.refit import refit_sites
 from attnzoo.surgery.site import Site
-from attnzoo.surgery.statistics import Progress, Statistics, collect, has_biases
+from attnzoo.surgery.statistics import Progress, Statistics, as_batches, collect, has_biases
 from attnzoo_kernels.errors import ConfigError
 
 METHODS = ("commuting", "latent", "mean", "expand")
@@ -54,6 +55,8 @@ class Request:
         latent_dim: Values cached for each token; "latent" alone.
         refit: Whether "commuting" corrects each site for the errors of those before it.
         gradients: Whether calibration runs backward too, which weighs errors by their effect on the loss.
+        one_site_at_a_time: Whether calibration holds the statistics of one site at a time, and runs the text once for
+            each; see :func:`attnzoo.surgery.statistics_bytes`.
     """
 
     method: str
@@ -61,6 +64,7 @@ class Request:
     latent_dim: int | None = None
     refit: bool = True
     gradients: bool = True
+    one_site_at_a_time: bool = False
 
     def __post_init__(self) -> None:
         check_choice("method", self.method, METHODS)
@@ -68,8 +72,12 @@ class Request:
         value = getattr(self, wanted)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ConfigError(f"{wanted}: expected an int from 1 with method {self.method!r}, got {value!r}")
-        for name in ("refit", "gradients"):
+        for name in ("refit", "gradients", "one_site_at_a_time"):
             check_bool(name, getattr(self, name))
+        if self.one_site_at_a_time and not self.needs_calibration:
+            raise ConfigError(
+                f"one_site_at_a_time: expected False with method {self.method!r}, which has no calibration"
+            )
         if getattr(self, other) is not None:
             raise ConfigError(f"{other}: expected None with method {self.method!r}, got {getattr(self, other)!r}")
 
@@ -152,7 +160,12 @@ def _statistics(
     progress: Progress | None,
 ) -> Statistics:
     if not isinstance(calibration, Statistics):
-        return collect(model, sites, calibration, gradients=request.gradients, progress=progress)
+        batches, by_turns = as_batches(calibration), request.one_site_at_a_time
+        announce(model, sites, gradients=request.gradients, one_site_at_a_time=by_turns, progress=progress)
+        gather = collect_by_turns if by_turns else collect
+        return gather(model, sites, batches, gradients=request.gradients, progress=progress)
+    if request.one_site_at_a_time:
+        raise ConfigError("one_site_at_a_time: expected False with statistics, which hold all sites already")
     for site in sites:
         calibration.check(site, biases=has_biases(model.get_submodule(site.path)))
     return calibration if request.gradients else calibration.without_gradients()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from attnzoo.surgery import factor, merge_heads
+from attnzoo.surgery.one_site import Lazily
 from attnzoo.surgery.projections import Projections
 from attnzoo.surgery.site import Site
 from attnzoo.surgery.statistics import Batch, Progress, Statistics, evaluating, in_full, real_tokens, with_constant
@@ -64,7 +65,7 @@ def refit_sites(
     return student.found
 
 
-def join_batches(statistics: Statistics) -> tuple[Batch, dict[str, Tensor]]:
+def join_batches(statistics: Statistics) -> tuple[Batch, Mapping[str, Tensor]]:
     """All calibration batches as one, padded on the right, and each site's token weights ``[B, T]`` beside it."""
     batches = statistics.batches
     more = sorted(set().union(*batches) - {"input_ids", "attention_mask", "labels"})
@@ -79,6 +80,9 @@ def join_batches(statistics: Statistics) -> tuple[Batch, dict[str, Tensor]]:
     real = padded([real_tokens(batch) for batch in batches])
     if not bool(real.all()):
         joined["attention_mask"] = real.long()
+    if isinstance(statistics.sites, Lazily):
+        sites = statistics.sites
+        return joined, Lazily(list(sites), lambda path: padded(sites[path].token_weight or [torch.zeros(0, 0)]))
     return joined, {path: padded(site.token_weight) for path, site in statistics.sites.items() if site.token_weight}
 
 
@@ -124,12 +128,13 @@ class _Student:
         paths: dict[str, Site],
         num_kv_heads: int,
         statistics: Statistics,
-        weights: dict[str, Tensor],
+        weights: Mapping[str, Tensor],
         real: Tensor,
     ) -> None:
         self.paths, self.num_kv_heads, self.statistics = paths, num_kv_heads, statistics
         self.weights, self.real = weights, real
         self.hidden: Tensor | None = None
+        self.away = False
         self.found: dict[str, Result] = {}
 
     @contextmanager
@@ -140,16 +145,16 @@ class _Student:
         busy = False
 
         def see(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            if not busy:
+            if not busy and not self.away:
                 seen.append(args[0])
 
         def see_output(_: nn.Module, args: Any, y: Tensor) -> None:
-            if not busy:
+            if not busy and not self.away:
                 seen.append(y)
 
         def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
             nonlocal busy
-            if busy:
+            if busy or self.away:
                 return
             busy = True
             call = dict(kwargs)
@@ -198,7 +203,12 @@ class _SiteRefit:
 
     def __init__(self, student: _Student, site: Site, layer: nn.Module, hidden: Tensor, call: dict[str, Any]) -> None:
         self.student, self.site, self.layer, self.hidden, self.call = student, site, layer, hidden, call
-        self.known = student.statistics.sites[site.path]
+        # Collecting it may run the whole model, in the middle of the teacher's run, which must not follow itself.
+        student.away = True
+        try:
+            self.known = student.statistics.sites[site.path]
+        finally:
+            student.away = False
         self.name = site.path.rpartition(".")[2]
         self.attention = layer.get_submodule(self.name)
 

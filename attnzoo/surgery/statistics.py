@@ -72,7 +72,7 @@ class SiteStatistics:
 class Statistics:
     """Statistics of all sites, with the batches they come from."""
 
-    sites: dict[str, SiteStatistics]
+    sites: Mapping[str, SiteStatistics]
     batches: list[Batch]
     with_gradients: bool
 
@@ -284,8 +284,14 @@ def _add(site: SiteStatistics, x: Tensor, real: Tensor, outputs: list[Tensor], *
     weight = grads.square().sum(-1)
     weighted = (rows * weight.unsqueeze(1)).T @ rows
     fisher = grads.T @ grads
-    site.weighted = weighted.double().cpu() + (0 if site.weighted is None else site.weighted)
-    site.fisher = fisher.double().cpu() + (0 if site.fisher is None else site.fisher)
+    # In place: a sum made anew would hold each matrix twice.
+    site.weighted = _added(site.weighted, weighted)
+    site.fisher = _added(site.fisher, fisher)
     full = torch.zeros(real.shape, dtype=torch.float64, device="cpu")
     full[real.cpu()] = weight.double().cpu()
     site.token_weight.append(full)
+
+
+def _added(total: Tensor | None, part: Tensor) -> Tensor:
+    found = part.double().cpu()
+    return found if total is None else total.add_(found)
