@@ -110,8 +110,8 @@ MUTANTS = (
         "checks-widest", old="MAX_WIDTH = 256", new="MAX_WIDTH = 512", wrong="heads wider than the kernels hold are taken",
     ),
     checks(
-        "checks-aux-widths", old='expect("k_aux", k_aux, ((batch, 1), (k.shape[1], 1), (k.shape[2],), widths)',
-        new='expect("k_aux", k_aux, ((batch, 1), (k.shape[1], 1), (k.shape[2],), tuple(k_aux.shape[3:]))',
+        "checks-aux-widths", old='expect("k_aux", k_aux, ((batch, 1), (*room.groups, 1), (seq_k,), widths)',
+        new='expect("k_aux", k_aux, ((batch, 1), (*room.groups, 1), (seq_k,), tuple(k_aux.shape[3:]))',
         wrong="auxiliary queries and keys of different widths are taken",
     ),
     checks(

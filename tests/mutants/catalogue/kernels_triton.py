@@ -91,7 +91,7 @@ MUTANTS = (
         wrong="the gradient of what items share is that of the first", tests=f"{TESTS}/test_triton_agreement.py -k 'bias_alone'",
     ),
     launch(
-        "triton-launch-raising", old='"RAISING": call.scale > 0 and', new='"RAISING": call.scale != 0 and', wrong="with a negative scale the maximum is the minimum",
+        "triton-launch-raising", old='"RAISING": call.scale > LEAST_RAISING and', new='"RAISING": call.scale != 0 and', wrong="with a negative scale the maximum is the minimum",
         tests=f"{TESTS}/test_triton_switches.py -k any_sign",
     ),
     launch(
