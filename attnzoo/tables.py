@@ -26,7 +26,7 @@ class Grid:
         rows: Cells of text, as many in each row as there are heads.
         title: One line before it.
         caption: One line behind it.
-        numbers: Columns of numbers, by place: to the right, and never folded.
+        numbers: Columns of numbers, by place: to the right, and never folded but for their heads.
         bad: Rows that stand out, by place.
     """
 
@@ -52,8 +52,11 @@ def _widths(grid: Grid, width: int) -> list[int] | None:
     """The columns' widths, or ``None`` where not all of them fit."""
     columns = list(zip(grid.heads, *grid.rows, strict=True))
     found = [max(len(cell) for cell in column) for column in columns]
+    # The head of a column of numbers may be folded, its numbers may not.
     floors = [
-        wide if i in grid.numbers else max(min(wide, LEAST_TEXT), *(_longest_word(cell) for cell in column))
+        max(_longest_word(column[0]), *(len(cell) for cell in column[1:]), 0)
+        if i in grid.numbers
+        else max(min(wide, LEAST_TEXT), *(_longest_word(cell) for cell in column))
         for i, (wide, column) in enumerate(zip(found, columns, strict=True))
     ]
     room = width - GAP * (len(columns) - 1)

@@ -19,7 +19,7 @@ from attnzoo_kernels.processor import cpu_class
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-HEADS = ("layer", "density", *(name for kind in KINDS for name in (f"{kind} ms", "x plain")), "off by")
+HEADS = ("layer", "density", *(name for kind in KINDS for name in (f"{kind} ms", f"{kind} x plain")), "off by")
 
 CAPTION = "x plain: over the same layer on torch's scaled_dot_product_attention; medians of paired rounds"
 

@@ -75,8 +75,8 @@ MUTANTS = (
     ),
     tables(
         "tables-fold-numbers",
-        old="        wide if i in grid.numbers else max",
-        new="        max",
+        old="*(len(cell) for cell in column[1:]), 0)",
+        new="0)",
         wrong="numbers are folded, and cut where they have no blanks",
     ),
     tables(
