@@ -1,0 +1,123 @@
+"""Of caches that are carried, replayed and mapped over, and of what an export or a compiler leaves open."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from tests.mutants.record import Mutant
+
+TESTS = "tests/attnzoo"
+state = partial(
+    Mutant, file="attnzoo/cache_state.py", tests=f"{TESTS}/test_cache_state.py -k 's2 or rcmha or positions'"
+)
+cache = partial(Mutant, file="attnzoo/cache.py", tests=f"{TESTS}/test_cache_state.py -k 'copied_cache and mha'")
+ring = partial(Mutant, file="attnzoo/cache_streams.py", tests=f"{TESTS}/test_cache_state.py -k 'twin and rcmha'")
+replay = partial(Mutant, file="attnzoo/replay.py", tests=f"{TESTS}/test_replay.py -k 'mha or s2'")
+plain = partial(Mutant, file="kernels/attnzoo_kernels/plain.py", tests=f"{TESTS}/test_vmap.py -k 'moh and auto'")
+vmap = partial(
+    Mutant, file="kernels/attnzoo_kernels/registration.py", tests=f"{TESTS}/test_vmap.py -k 'landmark and auto'"
+)
+filled = partial(
+    Mutant, file="attnzoo/whole_blocks.py", tests=f"{TESTS}/test_export.py -m 'not slow' -k 'one_program or large'"
+)
+
+MUTANTS = (
+    state(
+        "state-shares",
+        old="return x.detach().clone(memory_format=torch.contiguous_format)",
+        new="return x.detach()",
+        wrong="what is saved changes as the cache goes on, and is no tensor of its own",
+    ),
+    state(
+        "state-any-config",
+        old="if own.get(name) != given.get(name):",
+        new="if False:",
+        wrong="the state of a layer of another configuration is taken",
+    ),
+    state(
+        "state-any-dtype",
+        old="value.shape != like.shape or value.dtype != like.dtype",
+        new="value.shape != like.shape",
+        wrong="values of another dtype are rounded without a word",
+    ),
+    state(
+        "state-keeps-old-positions",
+        file="attnzoo/variants/rcmha.py",
+        within="PlacedCache._buffers_for",
+        old='if name != "position"',
+        new="if True",
+        wrong="positions that an earlier state had stay",
+    ),
+    state(
+        "state-pool-any-length",
+        file="attnzoo/pool.py",
+        within="PoolCache.load_state_dict",
+        old='if isinstance(state, Mapping) and state.get("max_length") != self.max_length:',
+        new="if False:",
+        wrong="a pool with other places says so by a shape that nobody asked for",
+    ),
+    ring(
+        "ring-load-shifted",
+        within="Ring.load",
+        old="token = torch.arange(-value.shape[2], 0, device=self.values.device)",
+        new="token = torch.arange(-value.shape[2], 0, device=self.values.device) + 1",
+        wrong="carried values belong to the tokens behind them",
+    ),
+    cache(
+        "copy-stays",
+        within="KVCache._belongs_to",
+        old="return self._heir if self._heir is not None and self._heir.taken else self._owner",
+        new="return self._owner",
+        wrong="a cache that is copied with its layer belongs to the old one",
+    ),
+    cache(
+        "copy-always-leaves",
+        within="KVCache._belongs_to",
+        old="return self._heir if self._heir is not None and self._heir.taken else self._owner",
+        new="return self._heir if self._heir is not None else self._owner",
+        wrong="a cache that is copied alone belongs to nobody",
+    ),
+    replay(
+        "replay-silent",
+        within="refuse_replay",
+        old="if current_backward() not in (-1, born):",
+        new="if False:",
+        wrong="a replayed call appends its tokens once more",
+    ),
+    replay(
+        "replay-too-strict",
+        within="refuse_replay",
+        old="not in (-1, born)",
+        new="!= -1",
+        wrong="a cache that is made inside the checkpointed part is refused",
+    ),
+    plain(
+        "plain-wrappers",
+        within="is_plain",
+        old="return not torch._C._functorch.is_functorch_wrapped_tensor(x)",
+        new="return True",
+        wrong="vmap's wrappers are taken for tensors whose values can be read",
+    ),
+    vmap(
+        "vmap-one-list",
+        within="_batch_lists",
+        old=".view(-1, 1, 1, 1) * col.shape[1]",
+        new=".view(-1, 1, 1, 1) * 0",
+        wrong="all calls read the first one's blocks",
+    ),
+    filled(
+        "export-one-block",
+        within="Filled.of",
+        old="(tokens // block + 2) * block",
+        new="(tokens // block + 1) * block",
+        wrong="an exported program serves one side of a block",
+    ),
+    filled(
+        "export-filling-seen",
+        within="Filled.take_padding",
+        old="return padding.index_select(1, self.source) | ~self.is_real",
+        new="return padding.index_select(1, self.source)",
+        wrong="what fills a call up counts as tokens where the last one is real",
+        survives="causal rows see nothing behind them: only layers that are not causal, which the slow tests run",
+    ),
+)
