@@ -406,9 +406,10 @@ class MoHAttention(AttentionLayer, name="moh"):
     def conclude(self, step: Step, memory: Memory, plan: Plan) -> Tensor:
         """As the base; heads computed apart are projected apart too, of the routed ones the routed rows alone."""
         rows = memory.kept.routed if isinstance(memory, MoHMemory) and memory.kept is not None else None
-        # Steps that somebody has replaced are run.
-        own = self.runs_own("operate", MoHAttention) and self.runs_own("combine", MoHAttention)
-        if rows is None or plan.head_weight is None or not own or not is_plain(self.o_proj, memory.v):
+        if rows is None or plan.head_weight is None or not is_plain(self.o_proj, memory.v):
+            return super().conclude(step, memory, plan)
+        if not (self.runs_own("operate", MoHAttention) and self.runs_own("combine", MoHAttention)):
+            # Steps that somebody has replaced are run.
             return super().conclude(step, memory, plan)
         return self._project_apart(*self._apart(memory, plan, rows), plan.head_weight, rows)
 
