@@ -12,7 +12,7 @@ from attnzoo.align import Alignment, take_rows
 from attnzoo.cache import KVCache
 from attnzoo.records import Step
 from attnzoo_kernels.errors import ShapeError
-from attnzoo_kernels.plain import is_readable
+from attnzoo_kernels.plain import advice, is_readable
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -126,7 +126,7 @@ def check_layout(name: str, x: Tensor) -> None:
 
 def _check_tensor(name: str, x: Tensor, like: Tensor | None) -> None:
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a Tensor, got {type(x).__name__}")
+        raise TypeError(f"{name}: expected a Tensor, got {type(x).__name__}{advice(x)}")
     check_layout(name, x)
     if like is not None and x.device != like.device:
         raise ShapeError(f"{name}: expected it on {like.device} as x is, got {x.device}")

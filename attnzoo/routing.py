@@ -53,7 +53,7 @@ def best(scores: Tensor, counts: Counts) -> Tensor:
     units = scores.detach().unflatten(-1, (-1, counts.unit)).sum(-1)
     # Unlike topk, a stable sort says which of equals it takes.
     order = units.argsort(dim=-1, descending=True, stable=True)[..., : counts.active // counts.unit]
-    chosen = torch.zeros_like(units, dtype=torch.bool).scatter(-1, order, True)
+    chosen = torch.zeros_like(units, dtype=torch.bool).scatter(-1, order, 1)
     return chosen.repeat_interleave(counts.unit, -1) if counts.unit > 1 else chosen
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any, Self
+
 import torch
 from torch import nn
 
 from attnzoo.config import AttentionConfig
 from attnzoo.notices import warn_caller
 from attnzoo.projections import check_restart, computing_device, computing_dtype, heads_held
+from attnzoo_kernels import traceable
+from attnzoo_kernels.errors import UnsupportedError
 
 
 class WeightedModule(nn.Module):
@@ -22,6 +26,19 @@ class WeightedModule(nn.Module):
     k_proj: nn.Linear
     v_proj: nn.Linear
     o_proj: nn.Linear
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # Sizes are numbers inside a layer, also while torch.jit traces.
+        if "attend" in cls.__dict__:
+            cls.attend = traceable(cls.__name__)(cls.__dict__["attend"])  # type: ignore[attr-defined]
+
+    def __prepare_scriptable__(self) -> Self:
+        """What torch.jit.script asks for; there is nothing that it could compile."""
+        raise UnsupportedError(
+            f"torch.jit.script: {type(self).__name__} makes layouts, which are data, and is no TorchScript; "
+            "torch.export, torch.compile and torch.jit.trace take it"
+        )
 
     def __init__(self) -> None:
         super().__init__()

@@ -10,6 +10,7 @@ from attnzoo_kernels.merge import merge_states
 from attnzoo_kernels.op import block_sparse_attention, block_sparse_attention_with_lse, visible_pairs, why_not
 from attnzoo_kernels.registration import no_autocast as no_autocast
 from attnzoo_kernels.store import memory_held, memory_limit, remembers, set_memory_limit
+from attnzoo_kernels.tracing import traceable
 from attnzoo_kernels.workspace import clear_memory, clear_scratch
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "read_block_mask",
     "remembers",
     "set_memory_limit",
+    "traceable",
     "visible_pairs",
     "why_not",
 ]

@@ -13,7 +13,7 @@ from attnzoo_kernels.errors import ShapeError
 from attnzoo_kernels.extras import Extras
 from attnzoo_kernels.layout import BlockLayout
 from attnzoo_kernels.layout_build import distinct_lists, listed_places
-from attnzoo_kernels.plain import is_readable
+from attnzoo_kernels.plain import advice, is_readable
 
 IMPLEMENTATIONS = ("auto", "reference", "blocked", "triton")
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -64,7 +64,7 @@ def check_arguments(
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
-            raise TypeError(f"{name}: expected a Tensor, got {type(x).__name__}")
+            raise TypeError(f"{name}: expected a Tensor, got {type(x).__name__}{advice(x)}")
         if x.is_nested or x.layout is not torch.strided:
             kind = "a nested one; pad it, and hide padding with q_pos or key_bias" if x.is_nested else f"{x.layout}"
             raise TypeError(f"{name}: expected a plain (strided) Tensor, got {kind}")

@@ -20,6 +20,7 @@ from attnzoo_kernels.errors import ShapeError, UnsupportedError
 from attnzoo_kernels.extras import Extras
 from attnzoo_kernels.plain import is_readable
 from attnzoo_kernels.rule import bounded
+from attnzoo_kernels.tracing import traceable
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -55,7 +56,8 @@ class BlockLayout:
     origin: Tensor | None = None
 
     def __post_init__(self) -> None:
-        build.check_sizes(self.block_q, self.block_k, self.seq_q, self.seq_k)
+        sizes = build.check_sizes(*self.sizes)
+        self.__dict__.update(zip(("block_q", "block_k", "seq_q", "seq_k"), sizes, strict=True))
         lists = build.Lists(self.start, self.count, self.col, self.origin)
         build.check_lists(lists, -(-self.seq_q // self.block_q))
         for name in ("start", "count", "col", "origin"):
@@ -75,6 +77,7 @@ class BlockLayout:
         return layout
 
     @classmethod
+    @traceable("from_mask")
     def from_mask(cls, keep: Tensor, block_q: int, block_k: int, seq_q: int, seq_k: int) -> Self:
         """The layout that reads where a mask is true.
 
@@ -89,11 +92,12 @@ class BlockLayout:
             TypeError: If an argument has the wrong type.
             ValueError: If a size or value does not fit.
         """
-        build.check_sizes(block_q, block_k, seq_q, seq_k)
+        block_q, block_k, seq_q, seq_k = build.check_sizes(block_q, block_k, seq_q, seq_k)
         build.check_grid("keep", keep, (-(-seq_q // block_q), -(-seq_k // block_k)), torch.bool)
         return cls._trusted((block_q, block_k, seq_q, seq_k), build.lists_of_mask(keep))
 
     @classmethod
+    @traceable("from_indices")
     def from_indices(
         cls,
         index: Tensor,
@@ -120,7 +124,7 @@ class BlockLayout:
             TypeError: If an argument has the wrong type.
             ValueError: If a size or value does not fit.
         """
-        build.check_sizes(block_q, block_k, seq_q, seq_k)
+        block_q, block_k, seq_q, seq_k = build.check_sizes(block_q, block_k, seq_q, seq_k)
         build.check_grid("index", index, (-(-seq_q // block_q), None), None)
         if origin is not None:
             build.check_grid("origin", origin, (-(-seq_q // block_q), None), None)
@@ -142,7 +146,7 @@ class BlockLayout:
         cls, block_q: int, block_k: int, seq_q: int, seq_k: int, *, device: torch.device | str | None = None
     ) -> Self:
         """Every block."""
-        build.check_sizes(block_q, block_k, seq_q, seq_k)
+        block_q, block_k, seq_q, seq_k = build.check_sizes(block_q, block_k, seq_q, seq_k)
         lists = build.dense_lists(-(-seq_q // block_q), -(-seq_k // block_k), device)
         return cls._trusted((block_q, block_k, seq_q, seq_k), lists)
 
@@ -195,7 +199,7 @@ class BlockLayout:
             TypeError: If an argument has the wrong type.
             ValueError: If a size or value does not fit.
         """
-        build.check_sizes(block_q, block_k, seq_q, seq_k)
+        block_q, block_k, seq_q, seq_k = build.check_sizes(block_q, block_k, seq_q, seq_k)
         build.check_at_least("window", window, 1)
         build.check_at_least("sink", sink, 0)
         first = build.first_slots(q_start, seq_q, seq_k, device)
@@ -242,7 +246,7 @@ class BlockLayout:
             TypeError: If an argument has the wrong type.
             ValueError: If a size or value does not fit.
         """
-        build.check_sizes(block_q, block_k, seq_q, seq_k)
+        block_q, block_k, seq_q, seq_k = build.check_sizes(block_q, block_k, seq_q, seq_k)
         build.check_at_least("local_blocks", local_blocks, 1)
         build.check_at_least("vert_stride", vert_stride, 1)
         build.check_at_least("sink_blocks", sink_blocks, 0)

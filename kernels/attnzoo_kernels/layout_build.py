@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from attnzoo_kernels.errors import ShapeError
-from attnzoo_kernels.plain import is_open, is_readable
+from attnzoo_kernels.plain import advice, is_open, is_readable
+from attnzoo_kernels.tracing import number_of
 
 Sizes = tuple[int, int, int, int]
 """``block_q, block_k, seq_q, seq_k``."""
@@ -32,13 +33,14 @@ class Lists:
 def check_at_least(name: str, value: Any, least: int) -> None:
     """Raises unless a value is an int, no bool, and at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
-        raise TypeError(f"{name}: expected an int, got {type(value).__name__} {value!r}")
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__} {value!r}{advice(value)}")
     if value < least:
         raise ValueError(f"{name}: expected at least {least}, got {value}")
 
 
-def check_sizes(block_q: int, block_k: int, seq_q: int, seq_k: int) -> None:
-    """Raises unless blocks are ints from 1 and lengths ints from 0."""
+def check_sizes(block_q: int, block_k: int, seq_q: int, seq_k: int) -> Sizes:
+    """The sizes, as numbers while torch traces; raises unless blocks are ints from 1 and lengths ints from 0."""
+    block_q, block_k, seq_q, seq_k = (number_of(size) for size in (block_q, block_k, seq_q, seq_k))
     for name, value, least in (
         ("block_q", block_q, 1),
         ("block_k", block_k, 1),
@@ -46,6 +48,7 @@ def check_sizes(block_q: int, block_k: int, seq_q: int, seq_k: int) -> None:
         ("seq_k", seq_k, 0),
     ):
         check_at_least(name, value, least)
+    return block_q, block_k, seq_q, seq_k
 
 
 def check_range(name: str, x: Tensor, least: int, most: int) -> None:

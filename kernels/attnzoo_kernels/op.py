@@ -20,8 +20,10 @@ from attnzoo_kernels.gemm import rounds_to_zero
 from attnzoo_kernels.layout import BlockLayout
 from attnzoo_kernels.registration import flatten, no_autocast
 from attnzoo_kernels.rule import Rule, bounded
+from attnzoo_kernels.tracing import traceable
 
 
+@traceable("block_sparse_attention")
 def block_sparse_attention(
     q: Tensor,
     k: Tensor,
@@ -68,6 +70,7 @@ def block_sparse_attention(
     return _attend((q, k, v), layout, causal, scale, extras, impl, need_lse=False)[0]
 
 
+@traceable("block_sparse_attention_with_lse")
 def block_sparse_attention_with_lse(
     q: Tensor,
     k: Tensor,

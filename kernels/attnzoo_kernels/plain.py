@@ -6,17 +6,33 @@ tensors, or for a level of differentiation, and ``type(x) is Tensor`` is true of
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+_jit: Any = torch.jit
 _PLAIN = (Tensor, torch.nn.Parameter)
+_PROXY = torch._C._TorchDispatchModeKey.PROXY
 
 
 def is_plain(x: Tensor) -> bool:
     """Whether a tensor is no one else's: not traced, not fake, no subclass, no wrapper of torch.func."""
-    if torch.compiler.is_compiling() or type(x) not in _PLAIN:
+    if torch.compiler.is_compiling() or type(x) not in _PLAIN or is_tracing():
         return False
     return not torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def is_tracing() -> bool:
+    """Whether torch.jit.trace or make_fx notes down what is done to real tensors."""
+    return _jit.is_tracing() or torch._C._get_dispatch_mode(_PROXY) is not None
+
+
+def advice(x: object) -> str:
+    """What to do about something that is no tensor, where that is known."""
+    if isinstance(x, torch.fx.Proxy):
+        return "; torch.fx.symbolic_trace has no sizes: use torch.export, make_fx or torch.compile, or make it a leaf"
+    return ""
 
 
 def is_readable(x: Tensor) -> bool:
