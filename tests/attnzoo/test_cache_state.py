@@ -180,3 +180,9 @@ def test_a_copied_cache_belongs_to_the_layer_that_was_copied_with_it(kind: Cache
     expected = decode(layer, copy.deepcopy(cache))
     assert torch.equal(decode(layer, cache), expected)
     assert all(torch.equal(out, expected) for out in outs)
+
+
+def test_a_pool_has_places_for_one_length() -> None:
+    layer = Case("s2", "small").layer()
+    with pytest.raises(attnzoo.ShapeError, match=r"^max_length: expected the cache's 80, got 40"):
+        layer.new_cache(1, 80, evict=True).load_state_dict(layer.new_cache(1, 40, evict=True).state_dict())

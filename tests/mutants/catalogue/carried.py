@@ -8,7 +8,7 @@ from tests.mutants.record import Mutant
 
 TESTS = "tests/attnzoo"
 state = partial(
-    Mutant, file="attnzoo/cache_state.py", tests=f"{TESTS}/test_cache_state.py -k 's2 or rcmha or positions'"
+    Mutant, file="attnzoo/cache_state.py", tests=f"{TESTS}/test_cache_state.py -k 's2 or rcmha or positions or pool'"
 )
 cache = partial(Mutant, file="attnzoo/cache.py", tests=f"{TESTS}/test_cache_state.py -k 'copied_cache and mha'")
 ring = partial(Mutant, file="attnzoo/cache_streams.py", tests=f"{TESTS}/test_cache_state.py -k 'twin and rcmha'")
