@@ -1,18 +1,20 @@
-"""The command that makes mistakes on purpose: what it calls killed is killed, and its catalogue has its places."""
+"""The command that makes mistakes on purpose: what it calls killed is killed, and what it calls undecided is that."""
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import typer
 
+from tests.mutants import __main__ as command
 from tests.mutants.catalogue import areas
 from tests.mutants.record import Mutant, NeedsNewPlaceError
-from tests.mutants.runner import ROOT, run
+from tests.mutants.runner import run
 from tests.mutants.verdicts import Verdict, holds, share_killed
 
-AREAS = areas()
 CODE = "def half(n):\n    return n // 2\n\n\ndef third(n):\n    return n // 3\n"
 TESTS = (
     "import toy\n\ndef test_half():\n    assert toy.half(5) == 2\n"
@@ -93,15 +95,23 @@ def test_what_lives_without_a_reason_is_red() -> None:
     assert share_killed([dies, lives]) == 0.5
 
 
-@pytest.mark.parametrize("area", AREAS)
-def test_every_mutant_has_its_place_and_its_tests(area: str) -> None:
-    lost = []
-    for mutant in AREAS[area]:
-        try:
-            mutant.find_place(ROOT)
-        except NeedsNewPlaceError as error:
-            lost.append(str(error))
-        files = [part.partition("::")[0] for part in mutant.tests.split() if ".py" in part]
-        if not files or not all((ROOT / name).is_file() for name in files):
-            lost.append(f"{mutant.name}: expected files of tests, got {mutant.tests!r}")
-    assert not lost, "\n".join(lost)
+def test_the_catalogue_is_large_spread_and_says_what_is_wrong() -> None:
+    """Whether each has its place, ``--list`` says: a change of code must not have to ask the catalogue first."""
+    catalogue = [mutant for mutants in areas().values() for mutant in mutants]
+    assert len(catalogue) >= 150
+    assert all(mutant.wrong and mutant.tests and mutant.old != mutant.new for mutant in catalogue)
+    packages = Counter(mutant.file.partition("/")[0] for mutant in catalogue)
+    assert min(packages["attnzoo"], packages["kernels"]) >= 60
+    assert len({mutant.file for mutant in catalogue}) >= 60
+
+
+def test_a_list_with_a_lost_place_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    there = Mutant("there", "tests/child.py", old="timeout=120", new="timeout=1", wrong="too short", tests="t.py")
+    monkeypatch.setattr(command, "areas", lambda: {"a": (there,)})
+    command.main(as_list=True)
+    monkeypatch.setattr(command, "areas", lambda: {"a": (there, replace(there, name="lost", old="nowhere"))})
+    with pytest.raises(typer.Exit) as stop:
+        command.main(as_list=True)
+    assert stop.value.exit_code == 1
+    printed = capsys.readouterr().out
+    assert "there: too short" in printed and "NEEDS A NEW PLACE lost" in printed

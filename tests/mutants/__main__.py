@@ -52,17 +52,20 @@ def changed_files() -> set[str]:
     return set(found.stdout.split())
 
 
-def show_list(chosen: dict[str, list[Mutant]]) -> None:
-    """Prints the mutants and whether each has its place."""
+def show_list(chosen: dict[str, list[Mutant]]) -> bool:
+    """Prints the mutants; whether each has its place."""
+    complete = True
     for area, mutants in chosen.items():
         typer.echo(f"{area}: {len(mutants)}")
         for mutant in mutants:
             try:
-                mutant.applied_to(runner.ROOT)
+                mutant.find_place(runner.ROOT)
             except NeedsNewPlaceError as error:
                 typer.echo(f"  NEEDS A NEW PLACE {error}")
+                complete = False
             else:
                 typer.echo(f"  {mutant.name}: {mutant.wrong}")
+    return complete
 
 
 def render(by_area: dict[str, list[Verdict]]) -> Table:
@@ -85,7 +88,9 @@ def main(
     changed: Annotated[bool, typer.Option("--changed", help="Those of files that differ from main.")] = False,
     jobs: Annotated[int, typer.Option(min=1, help="Workers at once.")] = 2,
     out: Annotated[Path | None, typer.Option("--json", help="Write this file, and a page beside it.")] = None,
-    as_list: Annotated[bool, typer.Option("--list", help="List the mutants and run nothing.")] = False,
+    as_list: Annotated[
+        bool, typer.Option("--list", help="List the mutants, run nothing; fails where a place is lost.")
+    ] = False,
 ) -> None:
     """Makes mistakes on purpose, one at a time, and looks whether the tests notice.
 
@@ -93,7 +98,8 @@ def main(
     """
     chosen = choose(only or [], area or [], changed=changed)
     if as_list:
-        show_list(chosen)
+        if not show_list(chosen):
+            raise typer.Exit(1)
         return
     console, began = Console(), time.monotonic()
     known: dict[str, Verdict] = {}

@@ -13,6 +13,7 @@ files = partial(
     file=f"{FOLDER}/files.py",
     tests=f"{TESTS}/test_files.py -k 'midway or hash or another_base or in_use or never_converted'",
 )
+cuts = partial(Mutant, file=f"{FOLDER}/cuts.py", tests=f"{TESTS}/test_convert.py")
 written = partial(Mutant, file=f"{FOLDER}/written.py", tests=f"{TESTS}/test_written.py")
 interface = partial(Mutant, file=f"{FOLDER}/hosts/interface.py", tests=f"{TESTS}/test_generate.py -k 'window or mha'")
 seat = partial(Mutant, file=f"{FOLDER}/hosts/seat.py", tests=f"{TESTS}/test_seats.py")
@@ -30,16 +31,16 @@ models = partial(Mutant, file="attnzoo/cli/models.py", tests="tests/attnzoo/test
 bench = partial(Mutant, file="attnzoo/cli/bench_view.py", tests="tests/attnzoo/test_costs.py -k 'shape or wrong'")
 
 MUTANTS = (
-    convert(
+    cuts(
         "convert-undo-order", old='        if model.__dict__.get("attnzoo_recipe") is not recipe:', new='        if model.__dict__.get("attnzoo_recipe") != recipe:', wrong="an undo goes by equal recipes, not by this one",
         tests=f"{TESTS}/test_convert.py -k undo",
     ),
-    convert(
+    cuts(
         "convert-undo-heads", old="model.config.num_key_value_heads = old_heads", new="model.config.num_key_value_heads = model.config.num_key_value_heads", wrong="undo leaves the new number of KV heads in the configuration",
         tests=f"{TESTS}/test_convert.py -k undo",
     ),
-    convert(
-        "convert-undo-rules", old="interface.set_rule(module, old_rules[path])", new="interface.set_rule(module, None)", wrong="undo of a second reading conversion takes the first away too",
+    cuts(
+        "convert-undo-rules", old="interface.set_rule(block.old, rule)", new="interface.set_rule(block.old, None)", wrong="undo of a second reading conversion takes the first away too",
         tests=f"{TESTS}/test_convert.py -k 'undo or second_reading'",
     ),
     Mutant(
@@ -49,7 +50,7 @@ MUTANTS = (
         "convert-bytes-of-latent", old="return module.kv_down.out_features", new="return 2 * site.kv_heads * site.head_dim", within="_values", wrong="a latent seat is said to hold what its host held",
         tests=f"{TESTS}/test_convert.py -k 'cache or bytes'",
     ),
-    convert(
+    cuts(
         "convert-heads-of-some", old='if len(counts) == 1 and all(cut.recipe["kind"] == "weights" for cut in cuts):', new="if True:", wrong="a conversion of some layers changes the number of heads of all",
         tests=f"{TESTS}/test_lowrank.py -k chosen_layers",
     ),

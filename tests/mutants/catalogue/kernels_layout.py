@@ -21,7 +21,7 @@ MUTANTS = (
         wrong="a window reaches one slot too far back and lists a block too many",
     ),
     build(
-        "build-window-width", old="min(spread // block_k + 2, blocks_k)", new="min(spread // block_k + 1, blocks_k)",
+        "build-window-width", old="max(seq_k, 1) - 1) // block_k + 2", new="max(seq_k, 1) - 1) // block_k + 1",
         wrong="a window that begins inside a block misses its last block",
     ),
     build(

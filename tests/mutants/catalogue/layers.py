@@ -102,10 +102,6 @@ MUTANTS = (
         wrong="a fork writes into its original",
     ),
     cache(
-        "cache-in-graph", old="held[:, :, start:end].copy_(value)", new="held[:, :, start:end].copy_(value.detach() if differentiable else value * 1)",
-        wrong="the buffers are written in another way", survives="a copy under no_grad of the same numbers: detaching changes nothing.",
-    ),
-    cache(
         "cache-views-in-training", old="torch.cat((past, value), 2) if differentiable else held[:, :, :end].to(value.dtype)", new="torch.cat((past, value), 2) if False else held[:, :, :end].to(value.dtype)",
         wrong="the current tokens are not in the graph, and later writes break earlier backwards",
     ),
@@ -145,6 +141,7 @@ MUTANTS = (
     pool(
         "pool-near-by-one", old="near, real = block > last - self.pattern.local, token < count", new="near, real = block >= last - self.pattern.local, token < count",
         wrong="a block that nobody will read overwrites one that somebody will",
+        survives="the block that is one too many is written before the newer one that takes its place: only work is lost.",
     ),
     pool(
         "pool-free-ring", old="held + (free - 1) % ring.clamp(min=1)", new="held + free % ring.clamp(min=1)", wrong="near blocks lie one place further in their ring",

@@ -125,7 +125,7 @@ MUTANTS = (
     ),
     compaction(
         "compaction-absent-position", old="return torch.where(self.present, of_item, -1)", new="return of_item",
-        wrong="absent rows stand where a head's first token stands",
+        wrong="absent rows stand where a head's first token stands", tests=f"{TESTS}/test_contract.py -k 'density and moh'",
     ),
     compaction(
         "compaction-first-slot", old="torch.where(self.present, self.token + first, -1)", new="torch.where(self.present, self.token, -1)",
