@@ -112,3 +112,24 @@ def test_values_in_a_spec_are_read_as_what_they_look_like(text: str, value: Any)
     variant, options = read_spec(f"mha:window={text},sink=1")
     assert (variant, options) == ("mha", {"window": value, "sink": 1})
     assert type(options["window"]) is type(value)
+
+
+@pytest.mark.parametrize("conv_pos", ["pre_proj", "post_proj"])
+def test_padding_is_not_convolved_where_projections_have_biases(conv_pos: str) -> None:
+    """A projection's bias makes something of a row of zeros, which a convolution that looks ahead would meet."""
+    layer = attnzoo.create(
+        "rcmha", dim=16, num_heads=4, bias=True, causal=False, conv_size=3, conv_pos=conv_pos, dtype=torch.float64
+    )
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_(generator=torch.Generator().manual_seed(parameter.numel()))
+    x = tokens(layer, 2, 9)
+    padding = torch.zeros(2, 9, dtype=torch.bool)
+    padding[0, 6:] = True
+    padding[1, :2] = True
+    with torch.no_grad():
+        whole = layer(x, key_padding=padding)
+        for item in range(2):
+            real = ~padding[item]
+            alone = layer(x[item : item + 1, real])
+            torch.testing.assert_close(whole[item, real], alone[0], rtol=1e-10, atol=1e-10)

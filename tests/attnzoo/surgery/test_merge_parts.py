@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +11,11 @@ from torch import Tensor
 
 from attnzoo.rope import RotaryConfig, apply_rotary, rotary_tables
 from attnzoo.surgery import merge_heads
+from attnzoo.surgery.lowrank import Request
 from attnzoo.surgery.projections import Projections
+from attnzoo.surgery.site import Site
 from attnzoo.surgery.statistics import with_constant
+from attnzoo_kernels.errors import ConfigError
 
 C, H, G, D = 24, 8, 4, 6
 GROUPS = ((0, 2), (1, 3))
@@ -136,3 +140,18 @@ def test_a_correction_of_inputs_may_bring_biases_where_there_were_none(had: tupl
         old_bias, new_bias = getattr(p, f"{name}_bias"), getattr(found, f"{name}_bias")
         wanted = moved[:, :C] @ old.T + (0 if old_bias is None else moved[:, C:] * old_bias)
         torch.testing.assert_close(x @ new.T + (0 if new_bias is None else new_bias), wanted, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    ({"method": "mean", "num_kv_heads": 3}, "divisor of 4"),
+    ({"method": "commuting", "num_kv_heads": 8}, "divisor of 4"),
+    ({"method": "expand", "num_kv_heads": 6}, "multiple of 4 that divides 8"),
+    ({"method": "latent", "latent_dim": 2 * G * D + 1}, f"at most {2 * G * D}"),
+])  # fmt: skip
+def test_sizes_that_do_not_fit_a_site_are_refused_by_name(options: dict[str, Any], words: str) -> None:
+    block = Site("model.layers.0.self_attn", "llama", 0, H, G, D, C)
+    with pytest.raises(ConfigError, match=words):
+        Request(**options).check(block)
+    for fits in ({"method": "mean", "num_kv_heads": 2}, {"method": "expand", "num_kv_heads": 8}):
+        Request(**fits).check(block)
+    Request(method="latent", latent_dim=2 * G * D).check(block)

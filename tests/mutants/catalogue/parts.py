@@ -217,6 +217,7 @@ MUTANTS = (
     convolution(
         "convolution-centre", old="self.centre = 0 if causal else (size - 1) // 2", new="self.centre = 0 if causal else size // 2",
         wrong="even kernels are centred one token late",
+        survives="kernels that look both ways have an odd size: rcmha refuses others, and for odd ones the centre is the same.",
     ),
     convolution(
         "convolution-taps-reversed", old="wide[:, :, size - 1 - r :][:, :, :tokens] * taps[r]", new="wide[:, :, size - 1 - r :][:, :, :tokens] * taps[-r]",
