@@ -133,3 +133,23 @@ def test_padding_is_not_convolved_where_projections_have_biases(conv_pos: str) -
             real = ~padding[item]
             alone = layer(x[item : item + 1, real])
             torch.testing.assert_close(whole[item, real], alone[0], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("first", [1, 5, 16, 21])
+def test_density_of_a_chunk_is_that_of_its_own_rows(first: int) -> None:
+    """Query blocks of s2 begin on the sequence's grid: the rows in front of a chunk are no queries."""
+    layer = attnzoo.create(attnzoo.get_config("s2").small(), dtype=torch.float64)
+    x, block = tokens(layer, 1, 60), layer.config.block_size
+    with torch.no_grad():
+        cache = layer.new_cache(1, 60)
+        layer(x[:, :first], cache=cache)
+        plan = layer.attend(x[:, first:], cache=cache).plan
+    assert plan.front == first % block
+    listed = plan.layout.to_mask()[0]
+    seen = dense = 0
+    for head in range(listed.shape[0]):
+        for t in range(first, 60):
+            row = (plan.front + t - first) // plan.layout.block_q
+            seen += sum(bool(listed[head, row, slot // block]) for slot in range(t + 1))
+            dense += t + 1
+    assert plan.density == pytest.approx(seen / dense, abs=1e-12)

@@ -46,3 +46,31 @@ def test_a_hosts_own_scale_stays(kind: str) -> None:
         variant, options = wide[kind]
         convert(model, variant, **options)
     assert_close(logits(model, tokens), expected, 1e-9)
+
+
+def test_undoing_a_second_rule_brings_the_first_back() -> None:
+    model, tokens = tiny(), ids(2, 24)
+    dense = logits(model, tokens)
+    first = convert(model, *READING["window"][:1], **READING["window"][1])
+    windowed = logits(model, tokens)
+    second = convert(model, *READING["s2"][:1], **READING["s2"][1])
+    assert not torch.equal(logits(model, tokens), windowed)
+    second.undo()
+    assert torch.equal(logits(model, tokens), windowed)
+    first.undo()
+    assert torch.equal(logits(model, tokens), dense)
+
+
+def test_a_conversion_of_some_blocks_says_nothing_about_all() -> None:
+    model = tiny()
+    convert(model, "lowrank_gqa", method="mean", num_kv_heads=1, where=lambda site: site.layer == 0)
+    assert model.config.num_key_value_heads == 2
+    convert(model, "lowrank_gqa", method="mean", num_kv_heads=1, where=lambda site: site.layer == 1)
+    assert model.config.num_key_value_heads == 1
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+def test_new_landmarks_are_as_trainable_as_the_embeddings(trainable: bool) -> None:
+    model = tiny().requires_grad_(trainable)
+    convert(model, "landmark", block_size=8)
+    assert model.model.landmark_tokens.embedding.requires_grad == trainable

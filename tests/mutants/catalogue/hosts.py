@@ -34,6 +34,7 @@ MUTANTS = (
     cuts(
         "convert-undo-order", old='        if model.__dict__.get("attnzoo_recipe") is not recipe:', new='        if model.__dict__.get("attnzoo_recipe") != recipe:', wrong="an undo goes by equal recipes, not by this one",
         tests=f"{TESTS}/test_convert.py -k undo",
+        survives="a report is undone once, and each recipe that stands extends the one before: no two of them are equal.",
     ),
     cuts(
         "convert-undo-heads", old="model.config.num_key_value_heads = old_heads", new="model.config.num_key_value_heads = model.config.num_key_value_heads", wrong="undo leaves the new number of KV heads in the configuration",
@@ -41,7 +42,7 @@ MUTANTS = (
     ),
     cuts(
         "convert-undo-rules", old="interface.set_rule(block.old, rule)", new="interface.set_rule(block.old, None)", wrong="undo of a second reading conversion takes the first away too",
-        tests=f"{TESTS}/test_convert.py -k 'undo or second_reading'",
+        tests=f"{TESTS}/test_own_memory.py",
     ),
     Mutant(
         "convert-s2-sink", file=f"{FOLDER}/options.py", old='"s2": {"sink_blocks": 1}', new='"s2": {"sink_blocks": 0}', wrong="s2 drops the sink by default", tests=f"{TESTS}/test_convert.py -k 's2 or warns'",
@@ -52,7 +53,7 @@ MUTANTS = (
     ),
     cuts(
         "convert-heads-of-some", old='if len(counts) == 1 and all(cut.recipe["kind"] == "weights" for cut in cuts):', new="if True:", wrong="a conversion of some layers changes the number of heads of all",
-        tests=f"{TESTS}/test_lowrank.py -k chosen_layers",
+        tests=f"{TESTS}/test_own_memory.py",
     ),
     convert(
         "convert-scale-of-reading", old="scale=llama.scale_of(module),", new="scale=None,", wrong="a reading rule ignores the host's own scale", tests=f"{TESTS}/test_own_memory.py",
@@ -116,7 +117,7 @@ MUTANTS = (
         "landmark-input-offset", old="offset=held[0].given_tokens if held else 0,", new="offset=0,", wrong="landmarks of later calls count from the beginning",
     ),
     tokens(
-        "landmark-input-mean", old="nn.Parameter(mean_embedding(embeddings), requires_grad=embeddings.requires_grad)", new="nn.Parameter(mean_embedding(embeddings))", wrong="the landmark's embedding trains in a frozen model",
+        "landmark-input-mean", old="nn.Parameter(mean_embedding(embeddings), requires_grad=embeddings.requires_grad)", new="nn.Parameter(mean_embedding(embeddings))", wrong="the landmark's embedding trains in a frozen model", tests=f"{TESTS}/test_own_memory.py",
     ),
     tokens(
         "landmark-input-drop", old="return inserted.drop(output) if output.shape[:2] == inserted.is_landmark.shape else output", new="return output", wrong="outputs of landmarks come out",

@@ -168,7 +168,7 @@ MUTANTS = (
     ),
     records(
         "records-front-rows", old="q_pos = torch.where(rows < self.front, -1, rows", new="q_pos = torch.where(rows < 0, -1, rows", wrong="density counts the rows in front",
-        tests=f"{VARIANTS}/test_s2.py {TESTS}/test_contract.py -k 'density'",
+        tests=f"{TESTS}/test_layer_parts.py",
     ),
     record(
         "record-losses-of-last", old="for plans in self.plans.values() for plan in plans if plan.aux_loss is not None]", new="for plans in self.plans.values() for plan in plans[-1:] if plan.aux_loss is not None]",
