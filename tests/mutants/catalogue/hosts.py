@@ -111,7 +111,7 @@ MUTANTS = (
     ),
     seat_cache(
         "seat-cache-of-another-model", old='        raise ShapeError("past_key_values: expected an empty cache, or one that this model has filled")\n    layers', new="        pass\n    layers", wrong="a cache that another model filled is thrown away silently",
-        tests=f"{TESTS}/test_seats.py -k 'cache' {TESTS}/test_generate.py -k cut_back",
+        tests=f"{TESTS}/test_own_memory.py",
     ),
     tokens(
         "landmark-input-offset", old="offset=held[0].given_tokens if held else 0,", new="offset=0,", wrong="landmarks of later calls count from the beginning",
