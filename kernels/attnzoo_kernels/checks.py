@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from attnzoo_kernels.errors import ShapeError
 from attnzoo_kernels.extras import Extras
@@ -195,8 +196,7 @@ def _check_extras(room: _Room, layout: BlockLayout, extras: Extras) -> None:
         for name, table in (("rope cos", cos), ("rope sin", sin)):
             if not isinstance(table, Tensor):
                 raise TypeError(f"{name}: expected a Tensor, got {type(table).__name__}")
-            if table.requires_grad:
-                raise ValueError(f"{name}: expected a table without gradient, got one that requires it")
+            _check_constant(name, table, "a table")
             most = table.shape[-1] if room.width is None and table.dim() else (room.width or 0) // 2
             expect(name, table, (tuple(table.shape[:1]), range(1, most + 1)), room.acc, room.device)
             _check_floating(name, table)
@@ -243,8 +243,7 @@ def _check_gate(extras: Extras, room: _Room, layout: BlockLayout) -> None:
     if isinstance(mix, Tensor):
         expect("gate_mix", mix, ((heads,),), None, room.device)
         _check_floating("gate_mix", mix)
-        if mix.requires_grad:
-            raise ValueError("gate_mix: expected a tensor without gradient, got one that requires it; detach it")
+        _check_constant("gate_mix", mix, "a tensor")
         # Reads values, where that costs no synchronisation.
         if is_readable(mix):
             for value in mix.tolist():
@@ -261,6 +260,16 @@ def _check_finite(name: str, value: float, acc: torch.dtype | None) -> None:
     # Of NaN no comparison is true.
     if not abs(value) <= torch.finfo(acc).max:
         raise ValueError(f"{name}: expected a finite number, as {acc} holds it, got {value}")
+
+
+def _check_constant(name: str, x: Tensor, kind: str) -> None:
+    """Raises for a tensor whose derivative somebody waits for, backward or forward: there is none of it."""
+    if x.requires_grad:
+        raise ValueError(f"{name}: expected {kind} without gradient, got one that requires it; detach it")
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if forward_ad.unpack_dual(x).tangent is not None:
+        raise ValueError(f"{name}: expected {kind} without a forward-mode tangent, got one that has it; detach it")
 
 
 def _check_floating(name: str, x: Tensor) -> None:

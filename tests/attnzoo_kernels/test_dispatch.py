@@ -88,6 +88,18 @@ def test_a_reason_is_told_once_and_another_one_too() -> None:
     assert all("the blocked implementation runs instead" in text for text in told)
 
 
+def test_a_gpu_that_is_not_used_is_told_of_once_and_every_reason_is(gpu: pytest.MonkeyPatch) -> None:
+    gpu.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for dtype in (torch.float16, torch.bfloat16, torch.float64, torch.float16, torch.float64):
+            assert dispatch.choose("auto", on_gpu(dtype)) == "blocked"
+    told = [str(x.message) for x in caught]
+    assert len(told) == 2
+    assert "below 8.0" in told[0] and "fp64" in told[1]
+    assert all(x.filename == __file__ for x in caught)
+
+
 def test_asked_for_by_name_a_failure_raises_and_is_remembered() -> None:
     error = KernelError("too large", ("too large",))
     with warnings.catch_warnings():

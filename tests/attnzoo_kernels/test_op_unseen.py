@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attnzoo_kernels import BlockLayout, Extras, block_sparse_attention_with_lse, blocked
+from attnzoo_kernels import BlockLayout, Extras, block_sparse_attention_with_lse, blocked, schedule
 from tests.strategies import Numbers
 
 B, H, G, T, S, D = 3, 4, 2, 20, 24, 4
@@ -107,4 +107,39 @@ def test_chunks_of_one_row_each_are_the_call(score: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(blocked, "CHUNK_SCORES", 1)
     found, wanted = (results(impl, layout, extras, seed, True) for impl in ("blocked", "reference"))
     for mine, true in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine, true, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("rule", [{}, {"window": 6}, {"window": 6, "sink": 3}, {"window": "heads", "sink": "heads"}])
+@pytest.mark.parametrize("kind", ["by item", "by head", "by both", "none"])
+def test_limits_made_chunk_by_chunk_are_those_made_beforehand(
+    kind: str, rule: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Calls of about a million partial pairs and more make them as they need them."""
+    n = Numbers.of(9)
+    by_head = {name: n.integers(1, 9, H) if x == "heads" else x for name, x in rule.items()}
+    keep, extras = n.chance(0.8, B, G, 3, 3), Extras(q_pos=None if kind == "none" else positions(kind), **by_head)
+    seed = (n.normal(B, H, T, D), n.normal(B, H, T))
+    made, limits_of = [], schedule.limits_of
+
+    def noting(*args: Any) -> schedule.Limits:
+        made.append(args)
+        return limits_of(*args)
+
+    def attend(impl: str) -> list[Tensor]:
+        made.clear()
+        # A layout of its own: what is remembered belongs to one.
+        return results(impl, BlockLayout.from_mask(keep, *SIZES), extras, seed, True)
+
+    monkeypatch.setattr(blocked, "CHUNK_SCORES", 64 * 8 * 4)
+    monkeypatch.setattr(schedule, "limits_of", noting)
+    wanted, beforehand = attend("reference"), attend("blocked")
+    at_once = len(made)
+    monkeypatch.setattr(schedule, "MOST_LIMITS", 0)
+    found = attend("blocked")
+    # What serves later calls too is made at once, whatever it takes.
+    is_kept = kind == "none" and not any(isinstance(x, Tensor) for x in by_head.values())
+    assert (at_once, len(made)) == (1, 1) if is_kept else at_once == 2 < len(made)
+    for mine, other, true in zip(found, beforehand, wanted, strict=True):
+        assert torch.equal(mine, other)
         torch.testing.assert_close(mine, true, rtol=1e-9, atol=1e-9)

@@ -129,8 +129,8 @@ MUTANTS = (
     in_use(
         "moh-goes-round-operate",
         file=f"{FOLDER}/variants/moh.py",
-        old='own = self.runs_own("operate", MoHAttention) and ',
-        new="own = ",
+        old='if not (self.runs_own("operate", MoHAttention) and ',
+        new="if not (",
         wrong="an overridden operate is not run where heads are computed apart",
     ),
     in_use(
