@@ -21,6 +21,7 @@ from attnzoo_kernels import (
     block_sparse_attention,
     block_sparse_attention_with_lse,
 )
+from attnzoo_kernels.tracing import traceable
 
 VARIANTS = pytest.mark.parametrize("name", attnzoo.list_variants())
 BOTH = pytest.mark.parametrize("size", ["default", "small"])
@@ -146,6 +147,7 @@ CALLS: dict[str, Callable[[Tensor, Tensor, Tensor], Any]] = {
         q, k, v, KEPT_ORIGIN, extras=Extras(rope=(ANGLES.cos(), ANGLES.sin()))
     ),
     "reference": lambda q, k, v: block_sparse_attention(q, k, v, LAYOUT, impl="reference"),
+    "by name": lambda q, k, v: block_sparse_attention(q=q, k=k, v=v, layout=LAYOUT),
 }
 
 
@@ -157,6 +159,26 @@ def test_a_traced_call_gives_the_same_numbers_and_refuses_other_sizes(call: Any)
         assert torch.equal(got, expected)
     with pytest.raises(RuntimeError, match=r"expected a tensor of \[2, 4, 40, 8\].*got \[2, 4, 41, 8\]"):
         traced(*(torch.nn.functional.pad(x, (0, 0, 0, 1)) for x in (q, k, v)))
+
+
+SIZES: dict[str, Callable[[Tensor], Any]] = {
+    "shape": lambda x: x.shape[1], "size of all": lambda x: x.size()[1], "size of one": lambda x: x.size(1),
+    "numel": lambda x: x.numel() // 2, "nelement": lambda x: x.nelement() // 2, "len": lambda x: len(x[0]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("read", SIZES.values(), ids=SIZES.keys())
+def test_however_a_size_is_read_inside_it_is_a_number(read: Callable[[Tensor], Any]) -> None:
+    found: list[Any] = []
+
+    @traceable("f")
+    def scaled(x: Tensor) -> Tensor:
+        found.append(read(x))
+        return x * found[-1]
+
+    traced = torch.jit.trace(scaled, (torch.ones(2, 7),))
+    assert found and all(type(size) is int and size == 7 for size in found)
+    assert torch.equal(traced(torch.full((2, 7), 2.0)), torch.full((2, 7), 14.0))
 
 
 @pytest.mark.parametrize("name", ["kept layout", "dense of sizes"])

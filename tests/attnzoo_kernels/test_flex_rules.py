@@ -193,3 +193,20 @@ def test_the_extras_that_a_mask_does_not_say_are_refused() -> None:
         layout.to_block_mask(extras=Extras(gate="last"))
     with pytest.raises(TypeError, match="causal: expected a bool or None, got int"):
         BlockLayout.from_block_mask(layout.to_block_mask(), causal=1)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("more", [13, 14, 20], ids=["one", "two", "some"])
+@pytest.mark.parametrize("name", ["window", "window and sink"])
+def test_a_window_that_is_wider_in_a_single_row_is_no_window(name: str, more: int) -> None:
+    window = 13 if name == "window" else 9
+    rule = RULES[name](40, 40)
+
+    def wider(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return rule(b, h, q, k) | ((q == 30) & (q - k >= window) & (q - k < window + more - 12))
+
+    mask = made(wider, (40, 40, 8, 8), 1, 1)
+    with pytest.raises(UnsupportedError, match="block_mask: "):
+        read_block_mask(mask)
+    # A layout holds no part of it either.
+    with pytest.raises(UnsupportedError, match="block_mask: "):
+        BlockLayout.from_block_mask(mask)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -79,3 +80,18 @@ def test_numbers_by_head_that_were_written_to_are_read_anew(name: str) -> None:
         )
         for mine, true in zip(found, wanted, strict=True):
             torch.testing.assert_close(mine, true, rtol=1e-10, atol=1e-10)
+
+
+def test_layouts_that_share_their_lists_and_no_origins_share_no_plan() -> None:
+    n, index = Numbers.of(3), torch.arange(5).expand(1, 1, 5, 5)
+    first = BlockLayout.from_indices(index, 8, 8, T, T, origin=torch.zeros_like(index))
+    second = replace(first, origin=n.integers(0, 9, *first.col.shape))
+    q, k, v = n.normal(1, 4, T, 4), n.normal(1, 2, T, 4), n.normal(1, 2, T, 4)
+    angle = n.normal(10, 2)
+    extras = Extras(rope=(angle.cos(), angle.sin()))
+    expected = [
+        block_sparse_attention_with_lse(q, k, v, x, extras=extras, impl="reference")[0] for x in (first, second)
+    ]
+    for at in (0, 1, 0):
+        found = block_sparse_attention_with_lse(q, k, v, (first, second)[at], extras=extras, impl="blocked")[0]
+        torch.testing.assert_close(found, expected[at], rtol=1e-10, atol=1e-10)

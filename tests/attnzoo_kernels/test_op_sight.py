@@ -186,7 +186,12 @@ def spoil(name: str, x: Tensors, seen: Tensor, own: Tensor, *, by_some: bool) ->
     blind = ~seen.any(-1)
     nobody = torch.zeros_like(blind)
     if name in ("q", "q_aux", "dout", "dlse"):
-        return Spoiled({name: blind}, nobody)
+        if not by_some:
+            return Spoiled({name: blind}, nobody)
+        # A row that sees little, beside those that see nothing: what it does not see must not learn of it.
+        few = torch.where(blind, SLOTS + 1, seen.sum(-1)).flatten().argmin()
+        one = (torch.arange(blind.numel()) == few).view(blind.shape)
+        return Spoiled({name: blind | one}, one)
     if name == "gate":
         meets = in_blocks(seen) & ~own  # [B, H, T, N]
         of_block = to_shape(meets.any(2), GROUPS)
@@ -252,8 +257,10 @@ def test_what_is_hidden_may_be_no_number(impl: str, rule: str, name: str) -> Non
     kinds = [(torch.float64, math.nan, True), (torch.float32, math.nan, False)]
     if impl == "blocked":
         kinds += [(torch.float32, math.inf, True), (torch.bfloat16, math.nan, False)]
+    # Plain autograd multiplies a gradient that is no number with weights of 0: in the reference it is nobody's alone.
+    reaches = impl == "blocked" or name != "dout"
     for dtype, value, by_some in kinds:
-        assert_apart(RULES[rule], dtype, impl, name, value, by_some=by_some)
+        assert_apart(RULES[rule], dtype, impl, name, value, by_some=by_some and reaches)
 
 
 @contextmanager
@@ -284,4 +291,4 @@ def test_nor_on_any_path_of_any_cpu(rule: str, path: str) -> None:
     chosen = replace(RULES[rule], listed=1.0, sink=0) if runs else RULES[rule]
     with answering(cpu), from_one_row_on():
         for name in ("q", "k", "v", "dout"):
-            assert_apart(chosen, dtype, "blocked", name, math.nan, by_some=name in ("k", "v"), path=path)
+            assert_apart(chosen, dtype, "blocked", name, math.nan, by_some=True, path=path)

@@ -112,13 +112,14 @@ def test_chunks_of_one_row_each_are_the_call(score: str, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("rule", [{}, {"window": 6}, {"window": 6, "sink": 3}, {"window": "heads", "sink": "heads"}])
 @pytest.mark.parametrize("kind", ["by item", "by head", "by both", "none"])
+@pytest.mark.parametrize("listed", [(B, G), (1, 1)], ids=["lists of each", "lists of all"])
 def test_limits_made_chunk_by_chunk_are_those_made_beforehand(
-    kind: str, rule: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    listed: tuple[int, int], kind: str, rule: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Calls of about a million partial pairs and more make them as they need them."""
     n = Numbers.of(9)
     by_head = {name: n.integers(1, 9, H) if x == "heads" else x for name, x in rule.items()}
-    keep, extras = n.chance(0.8, B, G, 3, 3), Extras(q_pos=None if kind == "none" else positions(kind), **by_head)
+    keep, extras = n.chance(0.8, *listed, 3, 3), Extras(q_pos=None if kind == "none" else positions(kind), **by_head)
     seed = (n.normal(B, H, T, D), n.normal(B, H, T))
     made, limits_of = [], schedule.limits_of
 
