@@ -119,7 +119,8 @@ MUTANTS = (
         wrong="an origin behind the table is taken", tests=f"{TESTS}/test_op_switches_torch.py -k origin",
     ),
     checks(
-        "checks-rope-gradient", old="if table.requires_grad:", new="if table.requires_grad and name == 'rope cos':",
-        wrong="a rope table that wants a gradient gets none, silently", tests=f"{TESTS}/test_op_regressions.py -k rope",
+        "checks-rope-gradient", old='_check_constant(name, table, "a table")',
+        new='_check_constant(name, table if name == "rope cos" else cos.detach(), "a table")',
+        wrong="a rope table that wants a gradient gets none, silently", tests=f"{TESTS}/test_op_constants.py -k gradient",
     ),
 )  # fmt: skip

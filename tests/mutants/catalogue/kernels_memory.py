@@ -153,10 +153,6 @@ MUTANTS = (
         wrong="a tangent of a rotary table gets lost",
     ),
     checks(
-        "checks-table-with-gradient", old='_check_constant(name, table, "a table")', new="pass",
-        wrong="a rotary table waits for a gradient that nobody makes",
-    ),
-    checks(
         "checks-origin-just-off", old="int(listed.max()) < positions)", new="int(listed.max()) <= positions)",
         wrong="an origin just behind the table is read",
     ),
