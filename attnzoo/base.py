@@ -152,7 +152,7 @@ class AttentionLayer(WeightedModule):
             ConfigError: If the cache belongs to another layer.
             UnsupportedError: If this variant cannot do it, or a backward makes a call with a cache once more.
         """
-        if cache is None and isinstance(x, Tensor) and x.dim() == 3 and is_open(x.shape[1]):
+        if cache is None and isinstance(x, Tensor) and not x.is_nested and x.dim() == 3 and is_open(x.shape[1]):
             return self._attend_whole_blocks(x, positions, key_padding, context)
         return self._attend(x, positions, key_padding, cache, context)
 
