@@ -82,7 +82,9 @@ def join_batches(statistics: Statistics) -> tuple[Batch, Mapping[str, Tensor]]:
         joined["attention_mask"] = real.long()
     if isinstance(statistics.sites, Lazily):
         sites = statistics.sites
-        return joined, Lazily(list(sites), lambda path: padded(sites[path].token_weight or [torch.zeros(0, 0)]))
+        return joined, Lazily(
+            list(sites), lambda path: padded(sites[path].token_weight or [torch.zeros(0, 0, device="cpu")])
+        )
     return joined, {path: padded(site.token_weight) for path, site in statistics.sites.items() if site.token_weight}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ from attnzoo_kernels.errors import ShapeError, UnsupportedError
 from attnzoo_kernels.extras import Extras
 from attnzoo_kernels.flex_rule import PAIRS_AT_ONCE, Chunk, Found, Listed, find_rule
 from attnzoo_kernels.layout_build import Lists, Sizes
+from attnzoo_kernels.notices import warn_caller
 from attnzoo_kernels.rule import Rule, bounded
 
 
@@ -79,11 +79,9 @@ def read_bare(block_mask: Any, causal: bool | None) -> tuple[Tensor, int, int, i
     if causal is not None and rule.causal != causal:
         raise ShapeError(f"causal: expected {rule.causal}, which the block mask is, got {causal}")
     if causal is None and not rule.causal:
-        warnings.warn(
+        warn_caller(
             "from_block_mask: this mask shows slots behind a row's own, and a call with the layout alone would hide "
-            "them; pass causal=False here and to the call, or use attnzoo_kernels.read_block_mask",
-            UserWarning,
-            stacklevel=3,
+            "them; pass causal=False here and to the call, or use attnzoo_kernels.read_block_mask"
         )
     return keep, *sizes
 

@@ -28,11 +28,12 @@ def _shares(layout: BlockLayout, heads: int, most: int) -> Tensor:
     lists = Lists(layout.start[:1, :heads].cpu(), layout.count[:1, :heads].cpu(), layout.col.cpu())
     blocks_q, blocks_k = layout.grid
     rows, cols = min(blocks_q, most), min(blocks_k, most)
-    row, col = torch.arange(blocks_q) * rows // blocks_q, torch.arange(blocks_k) * cols // blocks_k
+    row = torch.arange(blocks_q, device="cpu") * rows // blocks_q
+    col = torch.arange(blocks_k, device="cpu") * cols // blocks_k
     # Which list is read how often in which row of cells.
     of_row, once = distinct_lists(lists)
     shown = of_row.shape[1]
-    line = torch.arange(shown).unsqueeze(1) * rows + row
+    line = torch.arange(shown, device="cpu").unsqueeze(1) * rows + row
     pair, times = (of_row[0] * (shown * rows) + line).unique(return_counts=True)
     chosen, line = pair // (shown * rows), pair % (shown * rows)
     entry, place = listed_places(Lists(once.start[chosen], once.count[chosen], lists.col))

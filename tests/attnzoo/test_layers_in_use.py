@@ -278,7 +278,7 @@ def public() -> Iterator[Any]:
     modules = [attnzoo_kernels, *map(importlib.import_module, (name for name in names if "__main__" not in name))]
     for module in modules:
         for name, found in vars(module).items():
-            own = getattr(found, "__module__", "").split(".")[0] == module.__name__.split(".")[0]
+            own = (getattr(found, "__module__", "") or "").split(".")[0] == module.__name__.split(".")[0]
             if name.startswith("_") or not own or not (inspect.isclass(found) or inspect.isfunction(found)):
                 continue
             yield found

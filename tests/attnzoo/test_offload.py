@@ -159,7 +159,7 @@ def test_an_offloaded_cache_refuses_gradients() -> None:
     with pytest.raises(attnzoo.UnsupportedError, match="cache: expected no gradients where keys and values"):
         layer.attend(tokens(layer, 1, 20), cache=cache)
     assert cache.lengths.tolist() == [0]
-    with pytest.raises(ValueError, match="offload: expected a bool"):
+    with pytest.raises(TypeError, match="offload: expected a bool"):
         layer.new_cache(1, 30, offload=1)
 
 

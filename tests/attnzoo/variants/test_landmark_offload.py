@@ -147,7 +147,7 @@ def test_training_from_the_hosts_memory_is_refused_and_leaves_nothing() -> None:
         layer.attend(x[:, 45:], cache=cache)
     with torch.no_grad():
         assert_same(layer.attend(x[:, 45:], cache=cache).out, layer(x)[:, 45:])
-    with pytest.raises(ValueError, match="offload: expected a bool"):
+    with pytest.raises(TypeError, match="offload: expected a bool"):
         layer.new_cache(2, TOTAL, offload=1)
 
 

@@ -118,7 +118,7 @@ MUTANTS: dict[str, tuple[Any, str, str, str]] = {
     "given positions forgotten": (rcmha.RCMHAAttention, "remember", "if placed else None", "if False else None"),
     "positions before the first given ones forgotten": (
         rcmha.PlacedCache,
-        "place",
+        "_slots",
         "torch.arange(",
         "0 * torch.arange(",
     ),
