@@ -1,6 +1,6 @@
 """Moving rows: an item's real tokens to the left, and query blocks onto the sequence's own block grid.
 
-Letters: B batch, T tokens of a call, H heads, D width.
+Letters: B batch, T tokens of a call, H heads, G KV heads, N chunks, w tokens of a chunk, D width.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+from attnzoo_kernels.plain import is_open
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +47,35 @@ def leading_rows(x: Tensor, count: int) -> Tensor:
         return x[:, :, :count]
     # Of a slice a compiler asks whether it is all there is.
     return x.index_select(2, torch.arange(count, device=x.device))
+
+
+def for_heads(x: Tensor, heads: int) -> Tensor:
+    """What KV heads have, ``[B, G, ...]``, for each query head, ``[B, H, ...]``."""
+    # Not repeat_interleave: it asks how a length that is left open lies in memory.
+    group = torch.arange(heads, device=x.device) // (heads // x.shape[1])
+    return x.index_select(1, group)
+
+
+def in_chunks(x: Tensor, size: int) -> Tensor:
+    """Whole chunks ``[B, h, N * w, D]`` apart, ``[B, h, N, w, D]``; a view."""
+    if is_open(x.shape[2]):
+        # Torch cannot prove that a length that it does not know, divided, multiplies to what it was.
+        return x.unfold(2, size, size).transpose(-1, -2)
+    chunks: Tensor = x.unflatten(2, (x.shape[2] // size, size))
+    return chunks
+
+
+def attend_in_chunks(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Attention of whole chunks to themselves: ``q [B, H, N, w, D]``, k, v ``[B, G, N, w, D]``; as q."""
+    if is_open(q.shape[2]):
+        # Nor that chunks, folded into the batch, unfold again.
+        k, v = (for_heads(x, q.shape[1]) for x in (k, v))
+        return scaled_dot_product_attention(q, k, v, scale=scale)
+    # [B, h, N, w, D] to [B * N, h, w, D]
+    q_rows, k_rows, v_rows = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+    rows = scaled_dot_product_attention(q_rows, k_rows, v_rows, scale=scale, enable_gqa=True)
+    out: Tensor = rows.unflatten(0, (q.shape[0], q.shape[2])).transpose(1, 2)
+    return out
 
 
 def add_front(q: Tensor, front: int | Tensor, rows: int) -> Tensor:

@@ -176,8 +176,13 @@ class AttentionLayer(WeightedModule):
 
     @property
     def needs_length(self) -> bool:
-        """Whether no export can leave the length open: what is chosen among depends on it."""
+        """Whether no export can leave the length open: torch cannot follow it."""
         return False
+
+    @property
+    def least_blocks(self) -> int:
+        """How many blocks a call that is filled up has at least, the last of them never full: two or more."""
+        return 2
 
     @property
     def whole_block(self) -> int:
@@ -190,12 +195,13 @@ class AttentionLayer(WeightedModule):
         """The same for a length that is left open; the plan is that of the tokens with those that fill up."""
         if self.needs_length:
             raise UnsupportedError(
-                f"x: expected a length that is known, since {self.config.kind} chooses among as many blocks as there "
-                "are, got one that the export leaves open; export one program for each length"
+                f"x: expected a length that is known, since {self.config.kind} chooses blocks and impl='reference' "
+                "cannot follow an open number of them, got one that the export leaves open; export one program for "
+                "each length, or with impl='auto'"
             )
         check_inputs(x, self.config.dim, positions, key_padding, context)
         batch, tokens, _ = x.shape
-        whole = Filled.of(tokens, self.whole_block, x.device)
+        whole = Filled.of(tokens, self.whole_block, x.device, self.least_blocks)
         if context is not None:
             keys = Filled.of(context.shape[1], self.whole_block, x.device)
             context, key_padding = keys.take(context), keys.take_padding(key_padding, batch)

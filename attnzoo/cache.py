@@ -29,7 +29,7 @@ from attnzoo.cache_streams import (
     with_rows,
     zeros_on_host,
 )
-from attnzoo.replay import current_backward, refuse_replay, refuse_transforms
+from attnzoo.replay import Birth, refuse_transforms
 from attnzoo_kernels.errors import ConfigError, ShapeError, UnsupportedError
 
 __all__ = ["KVCache", "Stream"]
@@ -73,7 +73,6 @@ class KVCache(CarriedCache):
         self._lengths: Tensor | None = None
         self._owner, self._config = owner
         self._heir: Identity | None = None
-        self._born = current_backward()
         self._rounds = rounds
         self._buffers: dict[str, Tensor] = {}
         self._rings: dict[str, Ring] = {}
@@ -96,6 +95,7 @@ class KVCache(CarriedCache):
                 self._buffers[name] = values
         if not self._buffers:
             raise ConfigError(f"streams: expected one with a value for each token, got {', '.join(streams) or 'none'}")
+        self._born = Birth(self.device)
 
     def __repr__(self) -> str:
         streams = ", ".join(f"{name} {list(x.shape)}" for name, x in self.streams.items())
@@ -168,7 +168,7 @@ class KVCache(CarriedCache):
             ShapeError: If batch or device differ.
             UnsupportedError: If a backward makes the call once more.
         """
-        refuse_replay("cache", self._born)
+        self._born.refuse_replay("cache")
         # A compiler that takes numbers for variables cannot compare configurations that hold floats.
         if self._belongs_to is not owner[0] or not (self._config is owner[1] or self._config == owner[1]):
             raise ConfigError(
@@ -398,7 +398,7 @@ class KVCache(CarriedCache):
         """A copy of its own, for the same layer."""
         copy = object.__new__(type(self))
         copy.__dict__.update(self.__dict__)
-        copy._born = current_backward()
+        copy._born = Birth(self.device)
         with torch.inference_mode(False), torch.no_grad():
             copy._buffers = self._as_placed({name: x.clone() for name, x in self._buffers.items()})
             copy._rings = {name: x.clone() for name, x in self._rings.items()}

@@ -93,7 +93,8 @@ def computing_device(projections: Iterable[nn.Module]) -> torch.device:
                 return torch.device(execution)
     tensors = [x for projection in inner for x in (_weight(projection), *projection.parameters()) if x is not None]
     here = [x.device for x in tensors if x.device.type != "meta"]
-    return next(iter(here or [x.device for x in tensors]), torch.get_default_device())
+    devices = here or [x.device for x in tensors]
+    return devices[0] if devices else torch.get_default_device()
 
 
 def heads_held(name: str, projection: nn.Module, heads: int, config: AttentionConfig) -> int:

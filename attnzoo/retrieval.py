@@ -15,9 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from attnzoo.align import for_heads
 from attnzoo.rope import RotaryConfig, apply_rotary, rotary_frequencies
 from attnzoo.select import top_blocks
 from attnzoo_kernels import no_autocast
+from attnzoo_kernels.plain import is_open
 
 _SCORES_AT_ONCE = 1 << 24
 
@@ -88,7 +90,9 @@ def retrieve(
         shared: Whether all tokens of a head take the same blocks: those whose share of a softmax over the blocks is
             the largest at any token. Later tokens then decide for earlier ones.
     """
-    count, shared = min(top_k, keys.shape[2]), shared and q.shape[2] > 0
+    # Where the length is left open there are more blocks than that.
+    count = top_k if is_open(keys.shape[2]) else min(top_k, keys.shape[2])
+    shared = shared and q.shape[2] > 0
 
     def best(q: Tensor, complete: Tensor) -> Tensor:
         allowed = _allowed(complete, keys.shape[2])
@@ -124,7 +128,7 @@ def _rounding(q: Tensor, keys: Tensor, complete: Tensor, scale: float) -> Tensor
     unit = 16 * abs(scale) * torch.finfo(acc).eps / q.shape[3] ** 0.5
     longest = keys.to(acc).norm(dim=-1).cummax(-1).values  # [B, G, N]
     at = (complete - 1).clamp(min=0).unsqueeze(1).expand(*longest.shape[:2], -1)
-    longest = longest.gather(-1, at).repeat_interleave(q.shape[1] // keys.shape[1], 1)  # [B, H, T]
+    longest = for_heads(longest.gather(-1, at), q.shape[1])  # [B, H, T]
     slack: Tensor = q.to(acc).norm(dim=-1) * longest * unit
     return slack.unsqueeze(-1)
 
@@ -148,6 +152,9 @@ def _scores(q: Tensor, keys: Tensor, complete: Tensor, top_k: int, turns: BlockT
 def _products(q: Tensor, keys: Tensor) -> Tensor:
     """``q . k`` of each query head with its group's keys, ``[B, H, T, N]``, in fp32 at least."""
     acc = torch.promote_types(q.dtype, torch.float32)
+    if is_open(keys.shape[2]):
+        # Torch cannot prove that rows and heads, folded, unfold again.
+        return torch.matmul(q.to(acc), for_heads(keys.to(acc), q.shape[1]).transpose(-1, -2))
     grouped = q.to(acc).unflatten(1, (keys.shape[1], -1))  # [B, G, h, T, D]
     found: Tensor = torch.matmul(grouped.flatten(2, 3), keys.to(acc).transpose(-1, -2))  # [B, G, h * T, N]
     return found.reshape(*q.shape[:3], keys.shape[2])

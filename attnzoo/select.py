@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from attnzoo_kernels.plain import is_open
+
 
 def top_blocks(scores: Tensor, count: int, *, allowed: Tensor | None = None, forced: Tensor | None = None) -> Tensor:
     """The blocks with the highest scores, ascending; ties go to the lowest index.
@@ -33,6 +35,7 @@ def top_blocks(scores: Tensor, count: int, *, allowed: Tensor | None = None, for
         tensor([1, 3])
     """
     blocks = scores.shape[-1]
+    open_ended = is_open(blocks)
     key = scores.detach()
     key = key if key.is_floating_point() else key.double()
     largest = torch.finfo(key.dtype).max
@@ -41,11 +44,14 @@ def top_blocks(scores: Tensor, count: int, *, allowed: Tensor | None = None, for
         key = key.masked_fill(~allowed, -torch.inf)
     if forced is not None:
         key = key.masked_fill(forced, torch.inf)
+    if open_ended:
+        # Whether there are so many is not asked.
+        key = torch.nn.functional.pad(key, (0, count), value=-torch.inf)
     # Not topk: which of two equal scores it takes is not defined.
     value, index = torch.sort(key, dim=-1, descending=True, stable=True)
     value, index = value[..., :count], index[..., :count]
     index = index.masked_fill(value == -torch.inf, blocks).sort(-1).values
     index = index.masked_fill(index == blocks, -1)
-    if count > blocks:
+    if not open_ended and count > blocks:
         index = torch.nn.functional.pad(index, (0, count - blocks), value=-1)
     return index

@@ -1,7 +1,8 @@
 """One exported program for all lengths: a call whose length is left open is filled up to whole blocks, at least two.
 
 A program that is traced asks of each size that it does not know whether it is 1, and then serves one side of the
-answer. Tokens are 2 or more; blocks of tokens may be one or several. Filled up, they are several.
+answer. Tokens are 2 or more; blocks of tokens may be one or several. Filled up, they are several, and where some of
+them are chosen more than are chosen.
 
 Letters: B batch, T tokens, T' tokens with what fills up, C model width.
 """
@@ -32,8 +33,8 @@ class Filled:
     is_real: Tensor
 
     @classmethod
-    def of(cls, tokens: int, block: int, device: torch.device) -> Filled:
-        """Of so many tokens, up to whole blocks.
+    def of(cls, tokens: int, block: int, device: torch.device, least: int = 2) -> Filled:
+        """Of so many tokens, up to whole blocks, of which there are at least so many.
 
         Raises:
             UnsupportedError: If blocks are too large to be filled.
@@ -43,7 +44,7 @@ class Filled:
                 f"export: expected blocks of at most {MOST_FILLED} tokens where the length is left open, got {block}; "
                 "export at a fixed length"
             )
-        place = torch.arange((tokens // block + 2) * block, device=device)
+        place = torch.arange((tokens // block + least) * block, device=device)
         return cls(place.clamp(max=tokens - 1), place < tokens)
 
     def take(self, x: Tensor) -> Tensor:

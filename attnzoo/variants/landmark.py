@@ -43,6 +43,7 @@ from attnzoo.rope import RotaryConfig as RotaryConfig
 from attnzoo.rope import apply_rotary, rotary_tables
 from attnzoo_kernels import BlockLayout, Extras
 from attnzoo_kernels.errors import ConfigError, UnsupportedError
+from attnzoo_kernels.plain import is_open
 
 Mode = Literal["soft", "topk"]
 _SLOW = (
@@ -157,8 +158,13 @@ class LandmarkAttention(AttentionLayer, name="landmark"):
 
     @property
     def needs_length(self) -> bool:
-        """In mode "topk", which chooses blocks; "soft" reads all."""
-        return self.effective_mode == "topk"
+        """By the reference, in mode "topk"."""
+        return self.impl == "reference" and self.effective_mode == "topk"
+
+    @property
+    def least_blocks(self) -> int:
+        """In mode "topk" more than a query reads, so that there is always a choice; "soft" reads all."""
+        return self.config.top_k + 2 if self.effective_mode == "topk" else 2
 
     @property
     def effective_mode(self) -> Mode:
@@ -322,7 +328,7 @@ class LandmarkAttention(AttentionLayer, name="landmark"):
 
     def _choose(self, step: Step, memory: Memory, extras: Extras) -> Plan:
         config, q, slots, size = self.config, memory.q, memory.k.shape[2], self.config.block_size
-        if q.shape[2] >= LONG_CALL:
+        if not is_open(q.shape[2]) and q.shape[2] >= LONG_CALL:
             self.caution(_SLOW)
         offloaded = isinstance(memory, OffloadedMemory)
         own = torch.div(_slots(step, memory), size, rounding_mode="floor")  # [B|1, T]

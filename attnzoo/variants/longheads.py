@@ -31,9 +31,9 @@ from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import pad
 
-from attnzoo.align import leading_rows
+from attnzoo.align import attend_in_chunks, for_heads, in_chunks, leading_rows
 from attnzoo.base import LONG_CALL, AttentionLayer, Heads, Memory, Plan, Step, is_training
 from attnzoo.cache import KVCache, Stream
 from attnzoo.choices import check_choice
@@ -45,7 +45,7 @@ from attnzoo.rope import apply_rotary, rotary_tables, shared_turns, turns_of_pla
 from attnzoo.select import top_blocks
 from attnzoo_kernels import BlockLayout, Extras, remembers
 from attnzoo_kernels.errors import ConfigError, UnsupportedError
-from attnzoo_kernels.plain import is_plain
+from attnzoo_kernels.plain import is_open, is_plain
 
 _SLOW = (
     "longheads: with select='token' every token chooses chunks for itself: at 1k tokens about five times the time of "
@@ -187,7 +187,7 @@ class LongHeadsAttention(AttentionLayer, name="longheads"):
     def remember(self, step: Step, heads: Heads) -> Memory:
         """Rotates keys to their place in their chunk, and keeps what later choices need."""
         config, cache, tokens = self.config, step.cache, heads.q.shape[2]
-        if cache is None and tokens <= config.first:
+        if cache is None and not is_open(tokens) and tokens <= config.first:
             return super().remember(step, heads)
         size = config.chunk_size
         slot = _slots(step, tokens, heads.q.device)  # [B|1, T]
@@ -219,8 +219,13 @@ class LongHeadsAttention(AttentionLayer, name="longheads"):
 
     @property
     def needs_length(self) -> bool:
-        """Always: chunks are chosen."""
-        return True
+        """By the reference."""
+        return self.impl == "reference"
+
+    @property
+    def whole_block(self) -> int:
+        """A chunk."""
+        return self.config.chunk_size
 
     @property
     def _rings(self) -> tuple[str, ...]:
@@ -293,24 +298,19 @@ class LongHeadsAttention(AttentionLayer, name="longheads"):
             v: Values ``[B, G, N * w, D]``.
         """
         size, dtype = self.config.chunk_size, torch.promote_types(k.dtype, torch.float32)
-        chunks, heads = k.shape[2] // size, self._local_heads
-        place = torch.arange(size, device=k.device).repeat(chunks)
+        place = torch.arange(size, device=k.device).repeat(k.shape[2] // size)
         q, k_turned = self.rotate(place, q.to(dtype), k.to(dtype))
-        keys = k_turned.unflatten(2, (chunks, size))  # [B, G, N, w, D]
+        keys = in_chunks(k_turned, size)  # [B, G, N, w, D]
         if self.config.chunk_rep == "mean_key":
-            mean: Tensor = keys.mean(3).repeat_interleave(heads // keys.shape[1], 1)  # [B, H, N, D]
-            return mean.to(k.dtype)
-        queries, values = (x.unflatten(2, (chunks, size)) for x in (q, v.to(dtype)))
+            return for_heads(keys.mean(3), self._local_heads).to(k.dtype)  # [B, H, N, D]
+        queries, values = (in_chunks(x, size) for x in (q, v.to(dtype)))
         scale = self.config.head_width**-0.5 if self.config.scale is None else self.config.scale
-        # [B, h, N, w, D] to [B * N, h, w, D]
-        queries, keys, values = (x.transpose(1, 2).flatten(0, 1) for x in (queries, keys, values))
-        out = scaled_dot_product_attention(queries, keys, values, scale=scale, enable_gqa=True)
-        keys = keys.repeat_interleave(heads // keys.shape[1], 1)
+        out = attend_in_chunks(queries, keys, values, scale)
+        keys = for_heads(keys, self._local_heads)
         # A mean of values is used as a query: it has to be ordered as keys are.
-        query = self._in_halves(out.mean(2)).unsqueeze(-1)
-        weights = torch.softmax(scale * torch.matmul(keys, query), 2)
-        made: Tensor = (weights * keys).sum(2).unflatten(0, (k.shape[0], chunks))  # [B, N, H, D]
-        return made.transpose(1, 2).to(k.dtype)
+        query = self._in_halves(out.mean(3)).unsqueeze(-1)  # [B, H, N, D, 1]
+        weights = torch.softmax(scale * torch.matmul(keys, query), 3)
+        return (weights * keys).sum(3).to(k.dtype)
 
     def plan(self, step: Step, heads: Heads, memory: Memory) -> Plan:
         """The chosen chunks of each query block at their slots; everything where no row selects."""
@@ -319,9 +319,9 @@ class LongHeadsAttention(AttentionLayer, name="longheads"):
             if slots > config.first:
                 raise UnsupportedError("plan_for: longheads chooses by queries that are not rotated, got rotated ones")
             return super().plan(step, heads, memory)
-        if slots <= config.first:
+        if not is_open(slots) and slots <= config.first:
             return Plan(_plain_layout(config, tokens, slots, memory.q), self._extras(memory.q, slots), True)
-        if config.select == "token" and tokens >= LONG_CALL:
+        if config.select == "token" and not is_open(tokens) and tokens >= LONG_CALL:
             self.caution(_SLOW)
         offset = step.offset
         block_q = config.block_q if tokens >= config.block_q else 1
@@ -351,7 +351,10 @@ class LongHeadsAttention(AttentionLayer, name="longheads"):
         """Chunks ``[B|1, h, M, n]`` of query blocks that begin at places ``[B|1, M]``, and their origins."""
         config = self.config
         own = place // config.chunk_size
-        pieces = zip(*(x.split(ROWS_AT_ONCE, 1) for x in (place, own)), strict=True)
+        # How many pieces a length that is left open has is not asked.
+        pieces: Any = [(place, own)]
+        if not is_open(place.shape[1]):
+            pieces = zip(*(x.split(ROWS_AT_ONCE, 1) for x in (place, own)), strict=True)
         chosen = torch.cat([self._chosen(step, memory, *piece) for piece in pieces], 2)
         own, plain = own[:, None, :, None], config.first // config.chunk_size
         width = max(config.slots, plain)

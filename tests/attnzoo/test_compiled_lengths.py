@@ -51,7 +51,7 @@ def test_prompts_of_all_lengths_are_one_program(name: str, cached: bool) -> None
     layer = Case(name, "small").layer()
     torch.compiler.reset()
     counter = CompileCounterWithBackend("eager")
-    compiled = torch.compile(layer, dynamic=True, backend=counter)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=counter)
     counts = []
     for length in LENGTHS:
         x = tokens(layer, 2, length)

@@ -1,4 +1,4 @@
-"""Exported layers: one program for all lengths, on both sides of every block; or a refusal by name."""
+"""Exported layers: one program for all lengths, on both sides of every block."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from tests.attnzoo.cases import Case, assert_same, build, tokens
 
 MOST = 512
 LENGTHS = (2, 3, 8, 17, 40, 63, 64, 65, 100, 129, 300, MOST)
-FIXED = ("longheads", "landmark")
-"""Variants that choose among as many blocks as there are (landmark in mode "topk")."""
 QUICK = ("mha",)
 """Of the others, tests take minutes on a busy machine."""
 
@@ -53,12 +51,6 @@ def cases() -> list[Any]:
 @torch.no_grad()
 def test_one_program_serves_all_lengths(case: Case, padded: bool) -> None:
     layer = case.layer()
-    if case.name == "landmark":
-        layer.mode = "soft"
-    if layer.needs_length:
-        with pytest.raises(attnzoo.UnsupportedError, match=r"^x: expected a length that is known, since longheads"):
-            program(layer, padded=padded)
-        return
     assert_serves_all_lengths(layer, program(layer, padded=padded), padded=padded)
 
 
@@ -71,6 +63,12 @@ def test_one_program_serves_all_lengths(case: Case, padded: bool) -> None:
         ("s2", {"causal": False}),
         ("moh", {"window": 20, "sink": 3}),
         ("rcmha", {"rel": "learned", "max_distance": 20}),
+        ("landmark", {"mode": "soft"}),
+        ("landmark", {"landmark_positions": False, "official_quirks": True}),
+        ("landmark", {"rotary": None}),
+        ("longheads", {"select": "block", "chunk_rep": "mean_key"}),
+        ("longheads", {"group_select": True, "num_kv_heads": 2, "begin": 64}),
+        ("longheads", {"official_quirks": True}),
     ],
     ids=str,
 )
@@ -81,23 +79,26 @@ def test_options_are_served_too(name: str, options: dict[str, Any]) -> None:
     assert_serves_all_lengths(layer, program(layer), padded=False)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in attnzoo.list_variants() if name not in FIXED])
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("landmark", "longheads") else pytest.param(name, marks=pytest.mark.slow)
+        for name in attnzoo.list_variants()
+    ],
+)
 @torch.no_grad()
 def test_the_reference_is_plain_torch_at_any_length(name: str) -> None:
     layer = Case(name, "small").layer()
     layer.impl = "reference"
+    if name in ("landmark", "longheads"):
+        with pytest.raises(
+            attnzoo.UnsupportedError, match=rf"^x: expected a length that is known, since {name} chooses"
+        ):
+            program(layer)
+        return
     served = program(layer)
     assert not [node for node in served.graph.nodes if "attnzoo" in str(node.target)]
     assert_serves_all_lengths(layer, served, padded=False)
-
-
-@pytest.mark.parametrize("name", FIXED)
-@torch.no_grad()
-def test_what_needs_a_length_says_so(name: str) -> None:
-    layer = Case(name, "small").layer()
-    with pytest.raises(attnzoo.UnsupportedError, match=rf"^x: expected a length that is known, since {name} chooses"):
-        program(layer)
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ state = partial(
 cache = partial(Mutant, file="attnzoo/cache.py", tests=f"{TESTS}/test_cache_state.py -k 'copied_cache and mha'")
 ring = partial(Mutant, file="attnzoo/cache_streams.py", tests=f"{TESTS}/test_cache_state.py -k 'twin and rcmha'")
 replay = partial(Mutant, file="attnzoo/replay.py", tests=f"{TESTS}/test_replay.py -k 'mha or s2'")
+compiled = partial(Mutant, file="attnzoo/replay.py", tests=f"{TESTS}/test_compiled_replay.py -m 'not slow'")
 plain = partial(Mutant, file="kernels/attnzoo_kernels/plain.py", tests=f"{TESTS}/test_vmap.py -k 'moh and auto'")
 vmap = partial(
     Mutant, file="kernels/attnzoo_kernels/registration.py", tests=f"{TESTS}/test_vmap.py -k 'landmark and auto'"
@@ -91,6 +92,33 @@ MUTANTS = (
         new="!= -1",
         wrong="a cache that is made inside the checkpointed part is refused",
     ),
+    compiled(
+        "compiled-replay-silent",
+        within="Birth.refuse_replay",
+        old="if _runs_later():",
+        new="if False:",
+        wrong="a compiled call that is replayed appends its tokens once more",
+    ),
+    compiled(
+        "compiled-replay-left-out",
+        old="refuse_replay(Tensor(a!) mark",
+        new="refuse_replay(Tensor mark",
+        wrong="a compiler drops the question, whose answer nobody uses",
+    ),
+    compiled(
+        "compiled-birth-while-traced",
+        within="Birth.__init__",
+        old="torch.ops.attnzoo.current_backward(self.mark) if _runs_later() else current_backward()",
+        new="current_backward()",
+        wrong="a cache that a compiled part makes is taken for one from outside",
+    ),
+    compiled(
+        "compiled-birth-unread",
+        within="_refuse_replay",
+        old="number if then is None else int(then)",
+        new="number",
+        wrong="compiled calls do not ask when a cache was made that a compiled part has made",
+    ),
     plain(
         "plain-wrappers",
         within="is_plain",
@@ -108,8 +136,8 @@ MUTANTS = (
     filled(
         "export-one-block",
         within="Filled.of",
-        old="(tokens // block + 2) * block",
-        new="(tokens // block + 1) * block",
+        old="(tokens // block + least) * block",
+        new="(tokens // block + least - 1) * block",
         wrong="an exported program serves one side of a block",
     ),
     filled(
