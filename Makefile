@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 WORKERS ?= 2
 SOURCES := attnzoo kernels tests docs bench
-TRANSFORMERS_TESTS := $(addprefix tests/attnzoo/surgery/test_,transformers.py seats.py files.py)
+TRANSFORMERS_TESTS := $(addprefix tests/attnzoo/surgery/,hosts/test_transformers.py replacements/test_replacements.py test_files.py)
 
 .PHONY: help setup setup-demo demo test test-oldest test-transformers test-slow test-gpu check mutants bench-cpu bench-gpu fix docs clean
 
@@ -24,10 +24,10 @@ test: setup  ## The test suite; under 12 minutes on two cores
 
 test-oldest: setup  ## The kernels' tests with the oldest supported triton
 	.venv-oldest/bin/python -m pytest -q -n $(WORKERS) -m "not slow and not gpu" \
-		tests/attnzoo_kernels/test_triton_switches.py tests/attnzoo_kernels/test_triton_torture.py
+		tests/attnzoo_kernels/triton/test_switches.py tests/attnzoo_kernels/triton/test_torture.py
 
-test-transformers: setup  ## Surgery with the older versions of transformers that attnzoo/tested.py names
-	@set -e; for version in $$(PYTHONPATH=.:kernels $(BIN)/python -c "from attnzoo.tested import TRANSFORMERS; print(*TRANSFORMERS[:-1])"); do \
+test-transformers: setup  ## Surgery with the older versions of transformers that attnzoo/reporting/versions.py names
+	@set -e; for version in $$(PYTHONPATH=.:kernels $(BIN)/python -c "from attnzoo.reporting.versions import TRANSFORMERS; print(*TRANSFORMERS[:-1])"); do \
 		python=.venv-transformers-$$version/bin/python; \
 		$$python -c "import transformers; assert transformers.__version__ == '$$version', transformers"; \
 		echo "transformers $$version"; \
@@ -51,7 +51,7 @@ bench-cpu: setup  ## The operation beside its peers on this CPU; about ten minut
 
 # A GPU machine brings its own torch and triton, and often no network: nothing is set up there.
 test-gpu:  ## The operation on the GPU against fp64, with the Python that has torch and triton
-	PYTHONPATH=.:kernels $(PYTHON) -m pytest -q -m "gpu and not slow" tests/attnzoo_kernels/test_gpu.py tests/attnzoo_kernels/test_gpu_runtime.py
+	PYTHONPATH=.:kernels $(PYTHON) -m pytest -q -m "gpu and not slow" tests/attnzoo_kernels/gpu/test_gpu.py tests/attnzoo_kernels/gpu/test_gpu_runtime.py
 
 bench-gpu:  ## The kernels beside their peers on the GPU, likewise; goes on where it stopped
 	PYTHONPATH=.:kernels $(PYTHON) -m bench.gpu --out out/gpu

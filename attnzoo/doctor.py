@@ -19,10 +19,10 @@ from typing import Any, cast
 
 import torch
 
-from attnzoo import selftest
-from attnzoo.tested import FLOORS, TESTED, TRANSFORMERS, release, untested_transformers
-from attnzoo_kernels import processor, why_not
-from attnzoo_kernels._triton import config
+from attnzoo.reporting.versions import FLOORS, TESTED, TRANSFORMERS, release, untested_transformers
+from attnzoo_kernels import selftest, why_not
+from attnzoo_kernels._triton import tile_table
+from attnzoo_kernels.runtime import processor
 
 PEERS = ("xformers", "flash-attn")
 LEVELS = ("problem", "untested", "note")
@@ -347,7 +347,7 @@ def cpu_model() -> str:
 def _gpu_facts(index: int) -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(index)
     free, total = torch.cuda.mem_get_info(index)
-    architecture = config.architecture_of(index)
+    architecture = tile_table.architecture_of(index)
     known = json.loads(files("attnzoo_kernels._triton").joinpath("tiles.json").read_text("utf-8"))
     return {
         "model": properties.name,

@@ -32,9 +32,9 @@ from triton.runtime.driver import driver
 
 from attnzoo_kernels import BlockLayout, Extras
 from attnzoo_kernels._triton import launch
-from attnzoo_kernels._triton.config import PASSES, WIDTHS, Pass, Tiles, tiles_for
-from attnzoo_kernels.call import Call
+from attnzoo_kernels._triton.tile_table import PASSES, WIDTHS, Pass, Tiles, tiles_for
 from attnzoo_kernels.op import make_call
+from attnzoo_kernels.spec.call import Call
 
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
 SHARED_LIMIT = {"sm_80": 166_912, "sm_89": 101_376, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}

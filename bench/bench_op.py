@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bench import cases, gate
-from bench.rows import ours
+from bench.cpu.rows import ours
 
 SMALL = cases.Case("small", tokens=1024, density=0.12)
 

@@ -24,13 +24,13 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from attnzoo import surgery
-from attnzoo.choices import hint
+from attnzoo.base.recording import has_layers, record
 from attnzoo.cli.models import load_model, text_tokens
 from attnzoo.cli.progress import Bar
-from attnzoo.evaluate import Progress, cache_of, cut_windows
-from attnzoo.outputs import write_together
-from attnzoo.record import has_layers, record
-from bench.cpu import about
+from attnzoo.evaluation.model_scores import Progress, cache_of, cut_windows
+from attnzoo.reporting.choices import hint
+from attnzoo.reporting.outputs import write_together
+from bench.cpu.__main__ import about
 from bench.longheads_picture import picture
 
 TEXT = Path(__file__).parent / "texts" / "botchan.txt"

@@ -16,16 +16,17 @@ import typer
 from torch import Tensor
 
 import attnzoo
-from attnzoo import timing
 from attnzoo.cli.progress import Bar
-from attnzoo.compaction import Rows
-from attnzoo.costs import PlainAttention
-from attnzoo.routing import Counts, best
-from attnzoo.variants.moh import gathering_pays, query_block
-from attnzoo_kernels import BlockLayout, Extras, block_sparse_attention, fused
+from attnzoo.evaluation import timing
+from attnzoo.evaluation.layer_costs import PlainAttention
+from attnzoo.variants.moh.layer import gathering_pays, query_block
+from attnzoo.variants.moh.routed_rows import Rows
+from attnzoo.variants.moh.router import Counts, best
+from attnzoo_kernels import BlockLayout, Extras, block_sparse_attention
+from attnzoo_kernels.cpu import flash
 from bench import clock, gate
-from bench.cpu import about, choose, report
-from bench.rows import Row
+from bench.cpu.__main__ import about, choose, report
+from bench.cpu.rows import Row
 
 TOKENS, HEADS, WIDTH, BLOCK = 4096, 8, 64, 64
 OPERATION_MUST = (0.66, 0.62)
@@ -83,11 +84,11 @@ def operation() -> Iterator[Row]:
 @contextmanager
 def _in_blocks() -> Iterator[None]:
     """Everything is computed in blocks, the implementation of our own, and nothing by torch's kernel."""
-    before, fused.LEAST_ROWS = fused.LEAST_ROWS, TOKENS + 1
+    before, flash.LEAST_ROWS = flash.LEAST_ROWS, TOKENS + 1
     try:
         yield
     finally:
-        fused.LEAST_ROWS = before
+        flash.LEAST_ROWS = before
 
 
 def _check_operation(

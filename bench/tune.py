@@ -17,7 +17,7 @@ from pathlib import Path
 import triton
 
 from attnzoo_kernels._triton import launch
-from attnzoo_kernels._triton.config import WIDTHS, Pass, Tiles
+from attnzoo_kernels._triton.tile_table import WIDTHS, Pass, Tiles
 from bench.aot import ARCHITECTURES, DTYPES, call_of, compile_entry, compile_pass, entries, faults
 
 TABLE = Path(launch.__file__).with_name("tiles.json")

@@ -9,7 +9,7 @@ root = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(root), str(root / "kernels")]
 
 import attnzoo  # noqa: E402  (the path above is what makes it importable from source)
-from attnzoo.tested import TRANSFORMERS  # noqa: E402
+from attnzoo.reporting.versions import TRANSFORMERS  # noqa: E402
 
 project = "attnzoo"
 author = "the attnzoo engineers"

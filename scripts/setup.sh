@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 extras="${1:-dev}"
 python="${PYTHON:-python3}"
 stamp=".venv/.attnzoo-$(printf %s "$extras" | tr ',' '-')"
-wanted="$(cat pyproject.toml constraints.txt scripts/setup.sh attnzoo/tested.py | cksum) $(pwd)"
+wanted="$(cat pyproject.toml constraints.txt scripts/setup.sh attnzoo/reporting/versions.py | cksum) $(pwd)"
 
 # What suits development suits everything.
 for made in "$stamp" .venv/.attnzoo-dev; do
@@ -45,7 +45,7 @@ if [ "$extras" = dev ]; then
     # The oldest triton that is supported compiles and interprets the kernels too. Its interpreter cannot loop with a
     # numpy from 2.4.
     beside .venv-oldest triton==3.6.0 numpy==2.3.5
-    for version in $(PYTHONPATH=.:kernels .venv/bin/python -c 'from attnzoo.tested import TRANSFORMERS; print(*TRANSFORMERS[:-1])'); do
+    for version in $(PYTHONPATH=.:kernels .venv/bin/python -c 'from attnzoo.reporting.versions import TRANSFORMERS; print(*TRANSFORMERS[:-1])'); do
         # What is too new for a version in constraints.txt.
         case "$version" in
             5.4.*) needs="tokenizers==0.22.2 huggingface_hub==1.33.0 httpx==0.28.1 httpcore==1.0.9" ;;

@@ -20,7 +20,7 @@ if not torch.cuda.is_available():
 
 try:
     import hypothesis
-except ModuleNotFoundError:  # a GPU machine may lack it, and tests/attnzoo_kernels/test_gpu.py does not need it
+except ModuleNotFoundError:  # a GPU machine may lack it, and tests/attnzoo_kernels/gpu/test_gpu.py does not need it
     hypothesis = None  # type: ignore[assignment]
 
 if hypothesis is not None:

@@ -59,7 +59,8 @@ def test_a_variant_has_a_source_departures_an_oracle_a_page_and_tests(name: str)
     module = importlib.import_module(attnzoo.get_config(name).__module__)
     assert "Source:" in (module.__doc__ or "")
     assert "Departures:" in (module.__doc__ or "")
-    stem = module.__name__.rpartition(".")[2]
+    # A variant of more than one file is a folder.
+    stem = module.__name__.removeprefix("attnzoo.variants.").partition(".")[0]
     for needed in (
         f"attnzoo/oracles/{stem}.py",
         f"docs/variants/{stem}.md",

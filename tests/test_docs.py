@@ -14,9 +14,9 @@ import torch
 import typer.main
 
 import attnzoo
-from attnzoo import registry
+from attnzoo.base import registry
 from attnzoo.cli.app import app
-from attnzoo.compare import VariantSpec
+from attnzoo.evaluation.compare import VariantSpec
 from attnzoo.surgery.options import options_of
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -16,8 +16,8 @@ from importlinter.application.ports.reporting import Report
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {"attnzoo": ROOT / "attnzoo", "attnzoo_kernels": ROOT / "kernels" / "attnzoo_kernels"}
 
-LAYERS = "Every module of attnzoo has a layer, and arrows point down"
-SURGERY = "Surgery: files, convert, what it is made of, hosts"
+LAYERS = "Folders of attnzoo are layers, and arrows point down"
+SURGERY = "Folders of surgery are layers"
 VARIANTS = "Variants do not know each other"
 ORACLES = "Oracles know torch alone"
 TRANSFORMERS = "Only surgery.hosts imports transformers"
@@ -25,7 +25,7 @@ XFORMERS = "Nothing imports xformers"
 TRITON = "Only _triton imports triton"
 KERNELS = "The kernels do not know the layers"
 FACE = "Layers reach the kernels by their face and their errors"
-INSIDE = "Inside the kernels every module has a layer, and arrows point down"
+INSIDE = "Folders of the kernels are layers, and arrows point down"
 IMPLEMENTATIONS = "Implementations do not know each other"
 GPU = "Kernels for GPUs share nothing with those for CPUs but the call and its lists"
 
@@ -45,50 +45,50 @@ class Offence:
 OFFENCES = [
     # A module that no layer names, and low modules that reach up: from the top level, in a function, for types alone.
     Offence(LAYERS, "attnzoo.brand_new", ""),
-    Offence(LAYERS, "attnzoo.timing", "from attnzoo import surgery"),
-    Offence(LAYERS, "attnzoo.timing", "def late():\n    import attnzoo.surgery.hosts.llama"),
-    Offence(LAYERS, "attnzoo.rope", "from attnzoo.config import AttentionConfig"),
-    Offence(LAYERS, "attnzoo.base", "from attnzoo.variants.mha import MHAAttention"),
-    Offence(LAYERS, "attnzoo.surgery.report", "from attnzoo.compare import Row"),
+    Offence(LAYERS, "attnzoo.evaluation.timing", "from attnzoo import surgery"),
+    Offence(LAYERS, "attnzoo.evaluation.timing", "def late():\n    import attnzoo.surgery.hosts.llama"),
+    Offence(LAYERS, "attnzoo.cache.streams", "from attnzoo.base.config import AttentionConfig"),
+    Offence(LAYERS, "attnzoo.base.layer", "from attnzoo.variants.mha import MHAAttention"),
+    Offence(LAYERS, "attnzoo.surgery.report", "from attnzoo.evaluation.compare import Row"),
     Offence(LAYERS, "attnzoo.variants.eighth", "from attnzoo.surgery import convert"),
-    Offence(LAYERS, "attnzoo.select", "import attnzoo"),
-    Offence(LAYERS, "attnzoo.costs", "from attnzoo.doctor import diagnose"),
+    Offence(LAYERS, "attnzoo.selection.topk", "import attnzoo"),
+    Offence(LAYERS, "attnzoo.doctor", "from attnzoo.evaluation.timing import paired"),
     Offence(SURGERY, "attnzoo.surgery.hosts.brand_new", "from attnzoo.surgery.convert import find"),
     Offence(SURGERY, "attnzoo.surgery.convert", "from attnzoo.surgery.files import save"),
-    Offence(VARIANTS, "attnzoo.variants.eighth", "from attnzoo.variants.moh import MoHAttention"),
-    Offence(VARIANTS, "attnzoo.variants.s2", "from attnzoo.variants import landmark"),
-    Offence(VARIANTS, "attnzoo.variants.eighth", "from attnzoo.surgery.seats import moh"),
-    Offence(ORACLES, "attnzoo.oracles.moh", "from attnzoo.routing import best"),
-    Offence(ORACLES, "attnzoo.oracles.brand_new", "from attnzoo.variants import s2"),
+    Offence(VARIANTS, "attnzoo.variants.eighth", "from attnzoo.variants.moh.layer import MoHAttention"),
+    Offence(VARIANTS, "attnzoo.variants.s2.layer", "from attnzoo.variants.landmark import layer as landmark"),
+    Offence(VARIANTS, "attnzoo.variants.eighth", "from attnzoo.surgery.replacements import moh"),
+    Offence(ORACLES, "attnzoo.oracles.moh", "from attnzoo.variants.moh.router import best"),
+    Offence(ORACLES, "attnzoo.oracles.brand_new", "from attnzoo.variants.s2 import layer as s2"),
     Offence(ORACLES, "attnzoo.oracles.s2", "from attnzoo_kernels import BlockLayout"),
-    Offence(ORACLES, "attnzoo.oracles.s2", "import attnzoo_kernels.rule"),
+    Offence(ORACLES, "attnzoo.oracles.s2", "import attnzoo_kernels.spec.token_rule"),
     Offence(ORACLES, "attnzoo.oracles.mha", "from einops import rearrange"),
     Offence(ORACLES, "attnzoo.oracles.mha", "def late():\n    import numpy"),
-    Offence(TRANSFORMERS, "attnzoo.pool", "import transformers"),
-    Offence(TRANSFORMERS, "attnzoo.timing", "from transformers import AutoModel"),
-    Offence(TRANSFORMERS, "attnzoo.surgery.seats.brand_new", "from transformers.cache_utils import Cache"),
+    Offence(TRANSFORMERS, "attnzoo.variants.s2.evicting_cache", "import transformers"),
+    Offence(TRANSFORMERS, "attnzoo.evaluation.timing", "from transformers import AutoModel"),
+    Offence(TRANSFORMERS, "attnzoo.surgery.replacements.brand_new", "from transformers.cache_utils import Cache"),
     Offence(TRANSFORMERS, "attnzoo.cli.models", "def late():\n    import transformers"),
     Offence(TRANSFORMERS, "attnzoo_kernels.op", "import transformers"),
-    Offence(XFORMERS, "attnzoo.costs", "import xformers.ops"),
-    Offence(XFORMERS, "attnzoo_kernels._triton.plan", "from xformers import ops"),
+    Offence(XFORMERS, "attnzoo.evaluation.layer_costs", "import xformers.ops"),
+    Offence(XFORMERS, "attnzoo_kernels._triton.block_lists", "from xformers import ops"),
     Offence(TRITON, "attnzoo.doctor", "import triton"),
-    Offence(TRITON, "attnzoo_kernels.blocked", "import triton.language as tl"),
-    Offence(KERNELS, "attnzoo_kernels.checks", "from attnzoo.config import check_int"),
+    Offence(TRITON, "attnzoo_kernels.cpu.blocked", "import triton.language as tl"),
+    Offence(KERNELS, "attnzoo_kernels.checks", "from attnzoo.base.config import check_int"),
     Offence(KERNELS, "attnzoo_kernels.brand_new", "def late():\n    import attnzoo"),
-    Offence(FACE, "attnzoo.variants.s2", "from attnzoo_kernels.strips import Seat"),
-    Offence(FACE, "attnzoo.variants.eighth", "from attnzoo_kernels import strips"),
-    Offence(FACE, "attnzoo.surgery.hosts.seat", "import attnzoo_kernels._triton.launch"),
-    Offence(FACE, "attnzoo.cli.app", "from attnzoo_kernels.layout import BlockLayout"),
+    Offence(FACE, "attnzoo.variants.s2.layer", "from attnzoo_kernels.cpu.row_tiles import Seat"),
+    Offence(FACE, "attnzoo.variants.eighth", "from attnzoo_kernels.cpu import row_tiles"),
+    Offence(FACE, "attnzoo.surgery.replacements.replacement", "import attnzoo_kernels._triton.launch"),
+    Offence(FACE, "attnzoo.cli.app", "from attnzoo_kernels.layouts.layout import BlockLayout"),
     Offence(INSIDE, "attnzoo_kernels.brand_new", ""),
-    Offence(INSIDE, "attnzoo_kernels.errors", "from attnzoo_kernels.rule import Rule"),
-    Offence(INSIDE, "attnzoo_kernels.rule", "from attnzoo_kernels.call import Call"),
-    Offence(INSIDE, "attnzoo_kernels.layout", "from attnzoo_kernels import schedule"),
-    Offence(INSIDE, "attnzoo_kernels.strips", "from attnzoo_kernels.fused import forward"),
+    Offence(INSIDE, "attnzoo_kernels.errors", "from attnzoo_kernels.spec.token_rule import Rule"),
+    Offence(INSIDE, "attnzoo_kernels.spec.token_rule", "from attnzoo_kernels.layouts import entries"),
+    Offence(INSIDE, "attnzoo_kernels.layouts.layout", "from attnzoo_kernels.cpu import schedule"),
+    Offence(INSIDE, "attnzoo_kernels.runtime.store", "from attnzoo_kernels.spec.call import Call"),
     Offence(INSIDE, "attnzoo_kernels.reference", "from attnzoo_kernels import registration"),
     Offence(INSIDE, "attnzoo_kernels.dispatch", "from attnzoo_kernels import op"),
-    Offence(IMPLEMENTATIONS, "attnzoo_kernels.fused", "from attnzoo_kernels import blocked"),
+    Offence(IMPLEMENTATIONS, "attnzoo_kernels.cpu.flash", "from attnzoo_kernels.cpu import blocked"),
     Offence(IMPLEMENTATIONS, "attnzoo_kernels._triton.brand_new", "from attnzoo_kernels.reference import attend"),
-    Offence(GPU, "attnzoo_kernels._triton.plan", "from attnzoo_kernels.workspace import clear_scratch"),
+    Offence(GPU, "attnzoo_kernels._triton.block_lists", "from attnzoo_kernels.runtime.workspace import clear_scratch"),
 ]
 
 

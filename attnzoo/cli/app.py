@@ -10,15 +10,15 @@ from typing import Annotated, Any
 import typer
 
 import attnzoo
-from attnzoo.choices import check_choice
 from attnzoo.cli import screen, show_view
 from attnzoo.cli.models import load_model, text_tokens
 from attnzoo.cli.notices import Commands
 from attnzoo.cli.progress import Bar
-from attnzoo.compare import PRESETS, Comparer, VariantSpec
-from attnzoo.evaluate import cut_windows
-from attnzoo.outputs import check_writable
-from attnzoo.tables import Grid
+from attnzoo.evaluation.compare import PRESETS, Comparer, VariantSpec
+from attnzoo.evaluation.model_scores import cut_windows
+from attnzoo.reporting.choices import check_choice
+from attnzoo.reporting.outputs import check_writable
+from attnzoo.reporting.tables import Grid
 from attnzoo_kernels.errors import ConfigError
 
 app = typer.Typer(
@@ -173,7 +173,7 @@ def compare(  # noqa: PLR0913  (a command line has one parameter for each option
     as_json: JsonFlag = False,
 ) -> None:
     """Compares conversions of a model on real text."""
-    from attnzoo import compare_render as render
+    from attnzoo.evaluation import compare_report
 
     specs = _specs(variants_, preset)
     if out is not None:
@@ -192,11 +192,11 @@ def compare(  # noqa: PLR0913  (a command line has one parameter for each option
     with Bar() as progress:
         comparison = Comparer(found, scored, calibration, progress=progress).run(specs, about)
     if out is not None:
-        render.write(comparison, out)
+        compare_report.write(comparison, out)
     if as_json:
-        typer.echo(render.to_json(comparison), nl=False)
+        typer.echo(compare_report.to_json(comparison), nl=False)
     else:
-        screen.table(render.grid(comparison))
+        screen.table(compare_report.grid(comparison))
         if out is not None:
             screen.text(f"written: {out}.json, .md, .png")
     failed = [row.name for row in comparison.rows if "CERTIFICATE FAILS" in row.flags]
@@ -225,12 +225,19 @@ def bench(  # noqa: PLR0913  (a command line has one parameter for each option)
     """Measures layers on this machine beside plain attention on torch's own operation; correctness first."""
     import torch
 
-    from attnzoo import costs
-    from attnzoo.cli import bench_view as view
     from attnzoo.doctor import IMPLEMENTATIONS
+    from attnzoo.evaluation import costs_report, layer_costs
 
-    setting = costs.Setting(
-        tokens, batch, dim, heads, kv_heads, costs.read_dtype(dtype), costs.read_device(device), impl, seconds
+    setting = layer_costs.Setting(
+        tokens,
+        batch,
+        dim,
+        heads,
+        kv_heads,
+        layer_costs.read_dtype(dtype),
+        layer_costs.read_device(device),
+        impl,
+        seconds,
     )
     if threads is not None:
         if threads < 1:
@@ -239,15 +246,15 @@ def bench(  # noqa: PLR0913  (a command line has one parameter for each option)
     if out is not None:
         check_writable(out)
     check_choice("impl", impl, ("auto", *IMPLEMENTATIONS))
-    where = view.about(setting)
+    where = costs_report.about(setting)
     with Bar() as progress:
-        found = costs.measure(setting, variants_ or list(costs.SPECS), progress)
+        found = layer_costs.measure(setting, variants_ or list(layer_costs.SPECS), progress)
     if out is not None:
-        view.write(found, where, out)
+        costs_report.write(found, where, out)
     if as_json:
-        typer.echo(view.to_json(found, where), nl=False)
+        typer.echo(costs_report.to_json(found, where), nl=False)
     else:
-        screen.table(view.grid(found, where))
+        screen.table(costs_report.grid(found, where))
         for cost in found:
             if cost.problem is not None:
                 screen.text(f"{cost.name}: {cost.problem}")

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from attnzoo.cli import screen
 from attnzoo.doctor import IMPLEMENTATIONS, Report
-from attnzoo.selftest import Check
-from attnzoo.tables import Grid
+from attnzoo.reporting.tables import Grid
+from attnzoo_kernels.selftest import Check
 
 
 def show(report: Report) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from attnzoo.surgery.site import Site
+from attnzoo.surgery.hosts.site import Site
 from attnzoo_kernels.errors import ConfigError
 
 _SPAN = re.compile(r"(\d{1,6})(-(\d{1,6})?)?")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from attnzoo import data
-from attnzoo.choices import hint
+from attnzoo.reporting.choices import hint
 from attnzoo.surgery.hosts import checkpoint
 from attnzoo_kernels.errors import ConfigError
 
@@ -32,7 +32,7 @@ def load_model(name: str, *, dtype: str = AS_STORED, device: str = "cpu") -> tup
         ConfigError: If the dtype or the device is none.
         ConversionError: If there is no such model, or it is not to be trusted.
     """
-    from attnzoo.costs import read_device, read_dtype
+    from attnzoo.evaluation.layer_costs import read_device, read_dtype
 
     kind = None if dtype == AS_STORED else read_dtype(SHORT.get(dtype, dtype))
     place = read_device(device)

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperGroup
 
-from attnzoo.choices import check_known, hint
+from attnzoo.reporting.choices import check_known, hint
 
 
 class Commands(TyperGroup):

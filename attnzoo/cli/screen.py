@@ -8,7 +8,7 @@ import textwrap
 from rich.console import Console
 from rich.text import Text
 
-from attnzoo.tables import Grid, lines
+from attnzoo.reporting.tables import Grid, lines
 
 WIDTH = 120
 """Of output that nobody sees on a terminal, unless COLUMNS says otherwise."""

@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import attnzoo
+from attnzoo.base.registry import variants
 from attnzoo.cli import prose
-from attnzoo.registry import variants
-from attnzoo.surgery import lowrank, options
-from attnzoo.tables import Grid
+from attnzoo.reporting.tables import Grid
+from attnzoo.surgery import options
+from attnzoo.surgery.lowrank import factor
 from attnzoo_kernels.errors import UnsupportedError
 
 
@@ -55,7 +56,7 @@ def grids(found: dict[str, Any]) -> Iterator[Grid]:
     yield _grid(title, found["options"], prose.notes(config))
     if found["conversion"] is not None:
         title = f"In a pretrained model: attnzoo convert MODEL --to {variant}:option=value,... --out FOLDER"
-        record = lowrank.Request if variant == "lowrank_gqa" else config
+        record = factor.Request if variant == "lowrank_gqa" else config
         yield _grid(title, found["conversion"], prose.notes(record))
 
 

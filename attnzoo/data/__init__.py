@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.resources import files
 
-from attnzoo.choices import check_choice
+from attnzoo.reporting.choices import check_choice
 
 TEXTS = ("botchan", "devil")
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from attnzoo.surgery.convert import cache_bytes, convert
 from attnzoo.surgery.files import load, save
-from attnzoo.surgery.hosts.landmark_tokens import set_gate_mix
-from attnzoo.surgery.one_site import statistics_bytes
-from attnzoo.surgery.places import find
+from attnzoo.surgery.hosts.site import Site
+from attnzoo.surgery.lowrank.calibration import Statistics, collect
+from attnzoo.surgery.lowrank.one_site import statistics_bytes
+from attnzoo.surgery.replacements.landmark_tokens import set_gate_mix
 from attnzoo.surgery.report import ConversionReport, SiteReport
-from attnzoo.surgery.site import Site
-from attnzoo.surgery.statistics import Statistics, collect
+from attnzoo.surgery.sites import find
 
 __all__ = [
     "ConversionReport",

@@ -12,26 +12,26 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from attnzoo.base import AttentionLayer
-from attnzoo.choices import check_known
-from attnzoo.config import AttentionConfig
-from attnzoo.notices import warn_caller
-from attnzoo.registry import create, get_config
-from attnzoo.surgery import lowrank
-from attnzoo.surgery.cuts import Cut, make_cuts
-from attnzoo.surgery.hosts import interface, llama, weights
-from attnzoo.surgery.hosts.seat import LayerSeat
+from attnzoo.base.config import AttentionConfig
+from attnzoo.base.layer import AttentionLayer
+from attnzoo.base.registry import create, get_config
+from attnzoo.reporting.choices import check_known
+from attnzoo.reporting.versions import check_transformers
+from attnzoo.reporting.warn import warn_caller
+from attnzoo.surgery.hosts import attention_function, llama, weights
+from attnzoo.surgery.hosts.projections import LatentProjections
+from attnzoo.surgery.hosts.site import Site
 from attnzoo.surgery.lookalikes import refuse_unknown
+from attnzoo.surgery.lowrank import factor
+from attnzoo.surgery.lowrank.calibration import Progress, Statistics
 from attnzoo.surgery.options import READ_DEFAULTS, READ_VARIANTS, options_of
-from attnzoo.surgery.places import find, places_of
-from attnzoo.surgery.projections import LatentProjections
+from attnzoo.surgery.replacements import SEATS
+from attnzoo.surgery.replacements import spec as seats
+from attnzoo.surgery.replacements.replacement import LayerSeat
+from attnzoo.surgery.replacements.spec import ModelChange
 from attnzoo.surgery.report import ConversionReport, SiteReport
-from attnzoo.surgery.seats import SEATS
-from attnzoo.surgery.seats import spec as seats
-from attnzoo.surgery.seats.spec import ModelChange
-from attnzoo.surgery.site import Site
-from attnzoo.surgery.statistics import Progress, Statistics
-from attnzoo.tested import check_transformers
+from attnzoo.surgery.sites import find, places_of
+from attnzoo.surgery.transaction import Cut, make_cuts
 from attnzoo_kernels.errors import ConfigError, ConversionError, UnsupportedError
 
 
@@ -49,9 +49,9 @@ def convert(
     "mha" (identity, or ``window`` and ``sink``) and "s2" (its configuration's fields; ``sink_blocks`` is 1 here) change
     what is read, and no weight. "lowrank_gqa" changes weights: ``method`` "commuting" or "mean" with fewer
     ``num_kv_heads``, "expand" with more, "latent" with ``latent_dim``; "commuting" and "latent" need calibration, and
-    take ``refit`` and ``gradients``, see :class:`attnzoo.surgery.lowrank.Request`. The variants of
-    :data:`attnzoo.surgery.seats.SEATS` put a layer of theirs in the block's place, round the block's own projections;
-    their options are their configuration's fields.
+    take ``refit`` and ``gradients``, see :class:`attnzoo.surgery.lowrank.factor.Request`. The variants of
+    :data:`attnzoo.surgery.replacements.SEATS` put a layer of theirs in the block's place, round the block's own
+    projections; their options are their configuration's fields.
 
     Args:
         model: A model of the Llama family.
@@ -121,7 +121,7 @@ def convert_to_seats(
     calibration: Iterable[Any] | Statistics | None,
     options: dict[str, Any],
 ) -> ConversionReport:
-    """Puts layers of a variant in the places of blocks; see :mod:`attnzoo.surgery.seats`."""
+    """Puts layers of a variant in the places of blocks; see :mod:`attnzoo.surgery.replacements`."""
     spec = seats.spec_of(variant, SEATS, (*READ_VARIANTS, "lowrank_gqa"))
     if spec.whole_model and len(sites) < len(everywhere := find(model)):
         raise ConfigError(f"where: expected all {len(everywhere)} sites, which {variant!r} needs, got {len(sites)}")
@@ -152,7 +152,7 @@ def _model_change(model: nn.Module, config: AttentionConfig, spec: seats.SeatSpe
     return spec.model_change(model, config)
 
 
-def _refuse_shared(model: nn.Module, sites: list[Site], request: lowrank.Request) -> None:
+def _refuse_shared(model: nn.Module, sites: list[Site], request: factor.Request) -> None:
     """A block that runs twice in a pass has two sets of inputs, which one set of statistics does not describe."""
     for site in sites:
         places = places_of(model, model.get_submodule(site.path))
@@ -171,14 +171,14 @@ def _choose(model: nn.Module, where: Callable[[Site], bool] | None) -> list[Site
     return sites
 
 
-def _request(options: dict[str, Any]) -> lowrank.Request:
+def _request(options: dict[str, Any]) -> factor.Request:
     for name in options:
         check_known(name, options_of("lowrank_gqa"), "options for 'lowrank_gqa'")
     if "method" not in options:
-        raise ConfigError(f"method: expected one of {', '.join(lowrank.METHODS)}, got none")
+        raise ConfigError(f"method: expected one of {', '.join(factor.METHODS)}, got none")
     if options["method"] == "mean":
         warn_caller("method 'mean' is a baseline that ruins most models; 'commuting' is the conversion")
-    return lowrank.Request(**options)
+    return factor.Request(**options)
 
 
 def _reading_cuts(model: nn.Module, sites: list[Site], variant: str, options: dict[str, Any]) -> list[Cut]:
@@ -194,7 +194,7 @@ def _reading_cuts(model: nn.Module, sites: list[Site], variant: str, options: di
         layer = reading_layer(model.get_submodule(site.path), site, variant, options)
         values = _values(model.get_submodule(site.path), site)
         recipe = {"path": site.path, "kind": "read", "variant": variant, "options": options}
-        cuts.append(Cut(site, SiteReport(site, values, values), recipe, rule=interface.Rule(layer)))
+        cuts.append(Cut(site, SiteReport(site, values, values), recipe, rule=attention_function.Rule(layer)))
     return cuts
 
 
@@ -224,7 +224,7 @@ def _values(module: nn.Module, site: Site) -> int:
 def _weight_cuts(
     model: nn.Module,
     sites: list[Site],
-    request: lowrank.Request,
+    request: factor.Request,
     calibration: Iterable[Any] | Statistics | None,
     progress: Progress | None,
 ) -> list[Cut]:
@@ -233,7 +233,7 @@ def _weight_cuts(
     def build(site: Site, projections: Any) -> nn.Module:
         return llama.build(model.get_submodule(site.path), projections)
 
-    solutions = lowrank.solve(
+    solutions = factor.solve(
         model, sites, request, read=llama.read, build=build, calibration=calibration, progress=progress
     )
     cuts = []
@@ -300,7 +300,7 @@ def _cut_again(model: nn.Module, entry: dict[str, Any]) -> Cut:
     old = model.get_submodule(site.path)
     values = _values(old, site)
     if kind == "read":
-        rule = interface.Rule(reading_layer(old, site, entry["variant"], entry["options"]))
+        rule = attention_function.Rule(reading_layer(old, site, entry["variant"], entry["options"]))
         return Cut(site, SiteReport(site, values, values), entry, rule=rule)
     if kind == "latent":
         width = _whole(entry, "latent_dim", [n + 1 for n in range(values)])
@@ -352,7 +352,7 @@ def recipe_of(model: nn.Module) -> list[dict[str, Any]]:
     entries = []
     for entry in model.__dict__.get("attnzoo_recipe", []):
         block = model.get_submodule(entry["path"])
-        if entry["kind"] == "read" and interface.rule_of(block) is None:
+        if entry["kind"] == "read" and attention_function.rule_of(block) is None:
             raise ConversionError(
                 f"model: {entry['path']}: expected the rule of {entry['variant']!r} that was put there, got a "
                 f"{weights.type_name(block)} without one"

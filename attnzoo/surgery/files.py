@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnzoo.surgery import written
+from attnzoo.surgery import stored as written
 from attnzoo.surgery.convert import apply_recipe, recipe_of
 from attnzoo.surgery.hosts import checkpoint, folders, weights
-from attnzoo.surgery.places import find, share_blocks, shared_blocks
-from attnzoo.surgery.seats import SEATS
+from attnzoo.surgery.replacements import SEATS
+from attnzoo.surgery.sites import find, share_blocks, shared_blocks
 from attnzoo_kernels.errors import ConversionError, UnsupportedError
 
 RECIPE = "attnzoo_config.json"

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import MISSING, Field, fields
 from typing import Any
 
-from attnzoo.config import AttentionConfig
-from attnzoo.registry import get_config
-from attnzoo.surgery import lowrank
-from attnzoo.surgery.seats import SEATS
-from attnzoo.surgery.seats import spec as seats
-from attnzoo.surgery.site import Site
+from attnzoo.base.config import AttentionConfig
+from attnzoo.base.registry import get_config
+from attnzoo.surgery.hosts.site import Site
+from attnzoo.surgery.lowrank import factor
+from attnzoo.surgery.replacements import SEATS
+from attnzoo.surgery.replacements import spec as seats
 
 READ_VARIANTS = ("mha", "s2")
 """Variants that change what is read, and no weight."""
@@ -36,7 +36,7 @@ def options_of(variant: str) -> dict[str, Any]:
         'required'
     """
     if variant == "lowrank_gqa":
-        return {field.name: default_of(field) for field in fields(lowrank.Request)}
+        return {field.name: default_of(field) for field in fields(factor.Request)}
     config_class = get_config(variant)
     own = {field.name: default_of(field) for field in fields(config_class) if field.name not in seats.OF_THE_SITE}
     if variant in READ_VARIANTS:

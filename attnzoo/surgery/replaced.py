@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from attnzoo.surgery.hosts.weights import type_name, why_not_plain
-from attnzoo.surgery.places import place
+from attnzoo.surgery.sites import place
 from attnzoo_kernels.errors import ConversionError
 
 _STANDS_FOR = {"k_proj": "kv_up", "v_proj": "kv_up"}

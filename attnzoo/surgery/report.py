@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from attnzoo.surgery.site import Site
-from attnzoo.tables import Grid, lines
+from attnzoo.reporting.tables import Grid, lines
+from attnzoo.surgery.hosts.site import Site
 from attnzoo_kernels.errors import ConversionError
 
 WIDTH = 120

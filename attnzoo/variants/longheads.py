@@ -33,19 +33,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from attnzoo.align import attend_in_chunks, for_heads, in_chunks, leading_rows
-from attnzoo.base import LONG_CALL, AttentionLayer, Heads, Memory, Plan, Step, is_training
-from attnzoo.cache import KVCache, Stream
-from attnzoo.choices import check_choice
-from attnzoo.config import AttentionConfig, check_bool, check_flag, check_int
-from attnzoo.layouts import dense_layout, may_share
-from attnzoo.offload import fetch_blocks
-from attnzoo.rope import RotaryConfig as RotaryConfig
-from attnzoo.rope import apply_rotary, rotary_tables, shared_turns, turns_of_places
-from attnzoo.select import top_blocks
+from attnzoo.base.config import AttentionConfig, check_bool, check_flag, check_int
+from attnzoo.base.layer import LONG_CALL, AttentionLayer, Heads, Memory, Plan, Step, is_training
+from attnzoo.base.padding import attend_in_chunks, for_heads, in_chunks, leading_rows
+from attnzoo.base.rope import RotaryConfig as RotaryConfig
+from attnzoo.base.rope import apply_rotary, rotary_tables, shared_turns, turns_of_places
+from attnzoo.base.shared_layouts import dense_layout, may_share
+from attnzoo.cache.kv_cache import KVCache, Stream
+from attnzoo.reporting.choices import check_choice
+from attnzoo.selection.offloaded_blocks import fetch_blocks
+from attnzoo.selection.topk import top_blocks
 from attnzoo_kernels import BlockLayout, Extras, remembers
 from attnzoo_kernels.errors import ConfigError, UnsupportedError
-from attnzoo_kernels.plain import is_open, is_plain
+from attnzoo_kernels.runtime.plain import is_open, is_plain
 
 _SLOW = (
     "longheads: with select='token' every token chooses chunks for itself: at 1k tokens about five times the time of "

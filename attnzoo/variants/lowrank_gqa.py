@@ -21,10 +21,10 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from attnzoo.base import AttentionLayer, Heads, Memory, Step, is_training
-from attnzoo.cache import Stream
-from attnzoo.config import AttentionConfig, check_int
-from attnzoo.rope import RotaryConfig as RotaryConfig
+from attnzoo.base.config import AttentionConfig, check_int
+from attnzoo.base.layer import AttentionLayer, Heads, Memory, Step, is_training
+from attnzoo.base.rope import RotaryConfig as RotaryConfig
+from attnzoo.cache.kv_cache import Stream
 from attnzoo_kernels.errors import UnsupportedError
 
 

@@ -17,10 +17,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-from attnzoo.base import AttentionLayer, Heads, Memory, Plan, Step
-from attnzoo.config import AttentionConfig, check_int
-from attnzoo.layouts import Cover, dense_layout, sink_window_layout
-from attnzoo.rope import RotaryConfig as RotaryConfig
+from attnzoo.base.config import AttentionConfig, check_int
+from attnzoo.base.layer import AttentionLayer, Heads, Memory, Plan, Step
+from attnzoo.base.rope import RotaryConfig as RotaryConfig
+from attnzoo.base.shared_layouts import Cover, dense_layout, sink_window_layout
 from attnzoo_kernels import Extras
 from attnzoo_kernels.errors import ConfigError, UnsupportedError
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from attnzoo_kernels.errors import ShapeError
-from attnzoo_kernels.extras import Extras
-from attnzoo_kernels.layout import BlockLayout
-from attnzoo_kernels.layout_build import distinct_lists, listed_places
-from attnzoo_kernels.plain import advice, is_readable
+from attnzoo_kernels.layouts.build import distinct_lists, listed_places
+from attnzoo_kernels.layouts.layout import BlockLayout
+from attnzoo_kernels.runtime.plain import advice, is_readable
+from attnzoo_kernels.spec.extras import Extras
 
 IMPLEMENTATIONS = ("auto", "reference", "blocked", "triton")
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)

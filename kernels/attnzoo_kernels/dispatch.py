@@ -11,10 +11,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from attnzoo_kernels import blocked, fused
-from attnzoo_kernels.call import Call
+from attnzoo_kernels.cpu import blocked, flash
 from attnzoo_kernels.errors import KernelError
-from attnzoo_kernels.notices import warn_caller
+from attnzoo_kernels.runtime.warn import warn_caller
+from attnzoo_kernels.spec.call import Call
 
 TALLEST_GATED = 256
 """Slots of a gated block: the kernels hold it in one tile."""
@@ -96,7 +96,7 @@ def choose(impl: str, call: Call) -> str:
 def keeps_results(impl: str, call: Call) -> bool:
     """Whether the backward reads what the forward found; where it does not, it is computed again."""
     chosen = choose(impl, call)
-    return chosen == "triton" or (chosen == "blocked" and fused.keeps(call))
+    return chosen == "triton" or (chosen == "blocked" and flash.keeps(call))
 
 
 def forward(impl: str, call: Call, *, need_lse: bool) -> tuple[Tensor, Tensor]:
@@ -108,7 +108,7 @@ def forward(impl: str, call: Call, *, need_lse: bool) -> tuple[Tensor, Tensor]:
             _give_up(impl, call, error)
         else:
             return out, lse if need_lse else lse.new_empty(0)
-    found = fused.forward(call, need_lse=need_lse)
+    found = flash.forward(call, need_lse=need_lse)
     if found is not None:
         return found if need_lse else (found[0], found[1].new_empty(0))
     return blocked.forward(call, need_lse=need_lse)
@@ -141,7 +141,7 @@ def backward(
         else:
             return found
     if out is not None and lse is not None and dout is not None and dlse is None:
-        grads = fused.backward(call, (out, lse), dout)
+        grads = flash.backward(call, (out, lse), dout)
         if grads is not None:
             return (*(grad if needed else None for grad, needed in zip(grads, need, strict=False)), *[None] * 4)
     return blocked.backward(call, dout, dlse, list(need))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from attnzoo_kernels.plain import is_readable
+from attnzoo_kernels.runtime.plain import is_readable
 
 COUNTER = "torch.utils.flop_counter"
 _registered = False

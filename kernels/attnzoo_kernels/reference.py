@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from attnzoo_kernels.call import Call, Gate, Origins
-from attnzoo_kernels.rule import token_mask
+from attnzoo_kernels.spec.call import Call, Gate, Origins
+from attnzoo_kernels.spec.token_rule import token_mask
 
 
 def _listed_blocks(call: Call) -> Tensor:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from attnzoo_kernels import dispatch
-from attnzoo_kernels.call import Call, Gate, Origins
 from attnzoo_kernels.errors import UnsupportedError
-from attnzoo_kernels.rule import Rule
+from attnzoo_kernels.spec.call import Call, Gate, Origins
+from attnzoo_kernels.spec.token_rule import Rule
 
 _TENSORS = (
     "Tensor q", "Tensor k", "Tensor v", "Tensor start", "Tensor count", "Tensor col", "Tensor? q_pos",

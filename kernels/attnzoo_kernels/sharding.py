@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from attnzoo_kernels.errors import UnsupportedError
-from attnzoo_kernels.extras import Extras
-from attnzoo_kernels.layout import BlockLayout
-from attnzoo_kernels.layout_build import Lists
+from attnzoo_kernels.layouts.build import Lists
+from attnzoo_kernels.layouts.layout import BlockLayout
+from attnzoo_kernels.spec.extras import Extras
 
 BATCH, HEADS = 0, 1
 _BY_HEAD_ALONE = ("window", "sink", "gate_mix")

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import attnzoo
-from attnzoo.notices import silent
 from attnzoo.oracles.mha import Recipe
+from attnzoo.reporting.warn import silent
 
 LIMIT = {torch.float32: 1e-5, torch.float64: 1e-10, torch.bfloat16: 2.0**-6}
 """What one token may differ by, of the largest value, between two ways to compute it: the promise made to users."""

@@ -15,10 +15,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from attnzoo import doctor, selftest
+from attnzoo import doctor
 from attnzoo.cli import main
-from attnzoo_kernels import blocked
-from attnzoo_kernels.call import Call
+from attnzoo_kernels import selftest
+from attnzoo_kernels.cpu import blocked
+from attnzoo_kernels.spec.call import Call
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")

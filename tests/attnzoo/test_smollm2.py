@@ -14,7 +14,7 @@ from torch import Tensor
 
 from attnzoo import surgery
 from attnzoo.cli.models import load_model, text_tokens
-from attnzoo.evaluate import cut_windows, score
+from attnzoo.evaluation.model_scores import cut_windows, score
 
 pytestmark = [
     pytest.mark.model,

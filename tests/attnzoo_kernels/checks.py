@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from attnzoo_kernels import Extras, blocked, schedule
+from attnzoo_kernels import Extras
+from attnzoo_kernels.cpu import blocked, schedule
 from attnzoo_kernels.op import make_call
+from tests.attnzoo_kernels.op.test_agreement import run, seeds_of
+from tests.attnzoo_kernels.op.test_switches import assert_is, solved, switched
 from tests.attnzoo_kernels.oracle import Answer, Problem, attend, solve, visible
 from tests.attnzoo_kernels.oracle_switches import Switched
-from tests.attnzoo_kernels.test_op_agreement import run, seeds_of
-from tests.attnzoo_kernels.test_op_switches import assert_is, solved, switched
 from tests.bounds import assert_near
 from tests.strategies import Numbers, layout_of, unread
 

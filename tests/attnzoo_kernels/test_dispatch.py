@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from attnzoo_kernels import BlockLayout, dispatch
-from attnzoo_kernels.call import Call, Gate, Origins
 from attnzoo_kernels.errors import KernelError
-from attnzoo_kernels.rule import Rule
+from attnzoo_kernels.spec.call import Call, Gate, Origins
+from attnzoo_kernels.spec.token_rule import Rule
 
 
 def call_of(

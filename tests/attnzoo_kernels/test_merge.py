@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from attnzoo_kernels import block_sparse_attention_with_lse, merge_states
+from tests.attnzoo_kernels.op.test_agreement import both, seeds_of
 from tests.attnzoo_kernels.oracle import Problem, solve, visible
-from tests.attnzoo_kernels.test_op_agreement import both, seeds_of
 from tests.bounds import LIMIT_FP64
 from tests.strategies import Numbers, extras_of, layout_of, problems
 

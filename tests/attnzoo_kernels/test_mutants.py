@@ -13,9 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from attnzoo_kernels import blocked, gating, reference, schedule, scores, tiles
-from attnzoo_kernels.call import Call
-from attnzoo_kernels.rule import Rule
+from attnzoo_kernels import reference
+from attnzoo_kernels.cpu import blocked, gather, schedule, scores
+from attnzoo_kernels.cpu import gates as gating
+from attnzoo_kernels.spec.call import Call
+from attnzoo_kernels.spec.token_rule import Rule
 from tests.attnzoo_kernels.checks import CHECKS, fixed_problems, switches, truth
 
 Patch = pytest.MonkeyPatch
@@ -214,11 +216,11 @@ BLOCKED: dict[str, Callable[[Patch], None]] = {
         schedule, "_one_block", "bool((cols.diff(dim=1) == 1).all())", "True"
     ),
     "any blocks taken for a run": text(schedule, "_buckets", "not broken[i]", "True"),
-    "runs of the first head for all": text(tiles.Source, "view", "of_head % self.heads * head", "0 * head"),
+    "runs of the first head for all": text(gather.Source, "view", "of_head % self.heads * head", "0 * head"),
     "runs at unequal distances viewed": text(
-        tiles.Source, "view", "any(later - earlier != distance for earlier, later in pairwise(places))", "False"
+        gather.Source, "view", "any(later - earlier != distance for earlier, later in pairwise(places))", "False"
     ),
-    "a run longer than the keys": text(tiles.Source, "view", "rows -= beyond", "pass"),
+    "a run longer than the keys": text(gather.Source, "view", "rows -= beyond", "pass"),
     "rows taken for neighbours": lambda patch: patch.setattr(
         schedule.Bucket, "span", property(lambda part: slice(part.places[0], part.places[0] + len(part.rows)))
     ),

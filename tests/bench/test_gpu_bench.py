@@ -14,9 +14,14 @@ import torch
 from torch import Tensor
 
 from attnzoo_kernels import BlockLayout, block_sparse_attention
-from bench import gpu, gpu_cells, gpu_gate, gpu_machine, gpu_peers, gpu_report, gpu_run
 from bench.gate import Wrong
-from bench.gpu_cells import Cell
+from bench.gpu import __main__ as gpu
+from bench.gpu import cells as gpu_cells
+from bench.gpu import gate, peers
+from bench.gpu import machine as gpu_machine
+from bench.gpu import report as gpu_report
+from bench.gpu import run as gpu_run
+from bench.gpu.cells import Cell
 from bench.peers import Run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -135,20 +140,20 @@ def by_blocks(layout: BlockLayout) -> Run:
     return run
 
 
-def solved(cell: Cell) -> tuple[gpu_gate.Truth, tuple[Tensor, Tensor, Tensor], BlockLayout, Tensor]:
+def solved(cell: Cell) -> tuple[gate.Truth, tuple[Tensor, Tensor, Tensor], BlockLayout, Tensor]:
     layout, inputs = cell.layout(CPU), cell.inputs(CPU)
     dout = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(5)).bfloat16()
-    return gpu_gate.solve(*inputs, layout, 1, dout), inputs, layout, dout
+    return gate.solve(*inputs, layout, 1, dout), inputs, layout, dout
 
 
 @pytest.mark.parametrize("density", [0.4, 1.0])
 def test_the_check_lets_what_is_right_pass(density: float, monkeypatch: pytest.MonkeyPatch) -> None:
     cell = Cell("backward", **SMALL, density=density)
     truth, inputs, layout, dout = solved(cell)
-    errors = gpu_gate.check("blocked", truth, *gpu_run._once(by_blocks(layout), inputs, dout))
+    errors = gate.check("blocked", truth, *gpu_run._once(by_blocks(layout), inputs, dout))
     assert set(errors) == {"out", "dq", "dk", "dv"}
-    monkeypatch.setattr(gpu_gate, "CHUNK", 7 * cell.tokens)
-    again = gpu_gate.solve(*inputs, layout, 1, dout)
+    monkeypatch.setattr(gate, "CHUNK", 7 * cell.tokens)
+    again = gate.solve(*inputs, layout, 1, dout)
     for name in ("out", "dq", "dk", "dv"):
         torch.testing.assert_close(getattr(again, name), getattr(truth, name), rtol=1e-4, atol=1e-5)
 
@@ -168,19 +173,19 @@ def test_the_check_stops_what_is_wrong(name: str) -> None:
     elif name == "nan":
         found["dk"][0, 1, 3, 3] = float("nan")
     with pytest.raises(Wrong, match="finite" if name == "nan" else name if name in found else "planted"):
-        gpu_gate.check("planted", truth, found["out"], (found["dq"], found["dk"], found["dv"]))
+        gate.check("planted", truth, found["out"], (found["dq"], found["dk"], found["dv"]))
 
 
 def test_what_is_wrong_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     cell = Cell("forward", **SMALL, density=0.4)
     monkeypatch.setattr(gpu_run, "milliseconds", lambda run, device: 1.0)
-    monkeypatch.setattr(gpu_peers, "ours", by_blocks)
+    monkeypatch.setattr(peers, "ours", by_blocks)
     right = gpu_run.measure(cell, CPU, tuned=False, without=["flex"])
     assert right["ms"] == {"ours": 1.0}
     assert right["reasons"]["flex"] == "left out"
     assert right["flops"] < 0.6 * right["dense flops"]
     assert right["dense flops"] == 4 * 16 * 4 * 72 * 73 / 2
-    monkeypatch.setattr(gpu_peers, "ours", lambda layout: lambda q, k, v: by_blocks(layout)(q, k, v) * 1.03)
+    monkeypatch.setattr(peers, "ours", lambda layout: lambda q, k, v: by_blocks(layout)(q, k, v) * 1.03)
     wrong = gpu_run.measure(cell, CPU, tuned=False)
     assert wrong["wrong"] is True
     assert wrong["ms"] == {}
@@ -198,7 +203,7 @@ def test_a_cell_that_fails_is_told_and_the_rest_go_on(
         return by_blocks(layout)
 
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(gpu_peers, "ours", ours)
+    monkeypatch.setattr(peers, "ours", ours)
     few = [Cell(what, **SMALL, density=0.4) for what in ("decode", "forward")]
     monkeypatch.setattr(gpu_cells, "tiny", lambda: [*few, Cell("forward", 16, 80, 0.5, 4, 2, 16)])
     given = ["--device", "cpu", "--tiny", "--out", str(tmp_path)]
@@ -217,7 +222,7 @@ def test_it_goes_on_where_it_stopped_and_refuses_results_of_another_machine(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(gpu_peers, "ours", by_blocks)
+    monkeypatch.setattr(peers, "ours", by_blocks)
     few = [Cell("forward", 16, tokens, 0.5, 4, 2, 16) for tokens in (40, 56, 72)]
     monkeypatch.setattr(gpu_cells, "tiny", lambda: few)
     given = ["--device", "cpu", "--tiny", "--out", str(tmp_path)]
@@ -265,7 +270,7 @@ def test_flex_is_asked_for_the_same_blocks(cell: Cell, monkeypatch: pytest.Monke
     monkeypatch.setattr(torch, "compile", lambda function, **_: spy)
     monkeypatch.setattr(torch._dynamo, "reset", lambda: None)
     layout = cell.layout(CPU)
-    gpu_peers.flex(cell, layout, tuned=False)(*cell.inputs(CPU))
+    peers.flex(cell, layout, tuned=False)(*cell.inputs(CPU))
     mask = asked["block_mask"]
     blocks_k = -(-cell.tokens // cell.block)
 
@@ -346,7 +351,8 @@ def test_nothing_of_the_table_needs_what_a_gpu_machine_lacks() -> None:
     program = (
         "import sys\n"
         "for name in ('typer', 'rich', 'matplotlib', 'hypothesis', 'einops'): sys.modules[name] = None\n"
-        "from bench import gpu, gpu_run, gpu_report, gpu_peers, gpu_gate\n"
+        "import bench.gate, bench.gpu.gate, bench.gpu.peers, bench.gpu.report, bench.gpu.run\n"
+        "from bench.gpu import __main__ as gpu\n"
         "assert gpu.main(['--dry-run', '--only', 's2']) == 0\n"
         "assert 'triton' not in sys.modules\n"
     )

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnzoo.notices import warn_caller
+from attnzoo.reporting.warn import warn_caller
 from attnzoo.surgery.hosts import folders
 from attnzoo.surgery.hosts.folders import read_json as read_json
 from attnzoo.surgery.hosts.folders import refuse_pickle as refuse_pickle

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnzoo.cache import KVCache
-from attnzoo.landmarks import length_with_landmarks
-from attnzoo.surgery.hosts.seat_cache import SeatCacheLayer, seat_layer
+from attnzoo.cache.kv_cache import KVCache
+from attnzoo.surgery.hosts.cache_layer import SeatCacheLayer, seat_layer
+from attnzoo.variants.landmark.tokens import length_with_landmarks
 from attnzoo_kernels.errors import ShapeError
 
 

@@ -14,15 +14,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from attnzoo.notices import warn_caller
-from attnzoo.replay import is_replay, refuse_replay
-from attnzoo.rope import RotaryConfig, apply_rotary, rotary_tables
-from attnzoo.surgery.hosts import interface
+from attnzoo.base.rope import RotaryConfig, apply_rotary, rotary_tables
+from attnzoo.cache.replay import is_replay, refuse_replay
+from attnzoo.reporting.warn import warn_caller
+from attnzoo.surgery.hosts import attention_function
 from attnzoo.surgery.hosts.calls import read_call
-from attnzoo.surgery.hosts.seat import LayerSeat
+from attnzoo.surgery.hosts.projections import LatentProjections, Projections
+from attnzoo.surgery.hosts.site import Site
 from attnzoo.surgery.hosts.weights import type_name
-from attnzoo.surgery.projections import LatentProjections, Projections
-from attnzoo.surgery.site import Site
+from attnzoo.surgery.replacements.replacement import LayerSeat
 from attnzoo_kernels.errors import ConversionError
 
 NAME = "llama"
@@ -61,7 +61,7 @@ def reasons_against(module: nn.Module, *, to: Literal["read", "weights", "seat"]
         reasons.append("it is a latent seat already; undo that conversion first")
     if isinstance(module, LayerSeat):
         reasons.append(f"it is a seat of {module.variant!r} already; undo that conversion first")
-    if to == "seat" and interface.rule_of(module) is not None:
+    if to == "seat" and attention_function.rule_of(module) is not None:
         reasons.append("it follows a rule of what is read, which a seat would not; undo that conversion first")
     # Some classes keep it on the module, where it may be off for this layer, others in the configuration alone.
     window = getattr(module, "sliding_window", getattr(getattr(module, "config", None), "sliding_window", None))
@@ -156,27 +156,27 @@ class LatentSeat(nn.Module):
                 makes a call with a cache once more.
         """
         call = read_call(kwargs, cache)
-        interface.check_implementation(self.config)
+        attention_function.check_implementation(self.config)
         # One that is empty was made inside the checkpointed part.
         if call.cache is not None and is_replay() and call.cache.get_seq_length(self.layer_idx):
             refuse_replay("past_key_values")
         q = self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H, T, D]
         latent = self.kv_down(hidden_states).unsqueeze(1)  # [B, 1, T, r]
-        first = interface.first_slot(attention_mask, call.cache, self.layer_idx)
+        first = attention_function.first_slot(attention_mask, call.cache, self.layer_idx)
         real = getattr(attention_mask, "real", None)
-        interface.check_consecutive(call.position_ids, first, real, "a latent seat", padding_counts=True)
+        attention_function.check_consecutive(call.position_ids, first, real, "a latent seat", padding_counts=True)
         if call.cache is not None:
             latent, _ = call.cache.update(latent, latent[..., :0], self.layer_idx)
         heads = self.kv_up(latent.squeeze(1)).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         k, v = heads.chunk(2, dim=1)  # [B, G, S, D] each
         slots = torch.arange(k.shape[2], device=k.device)
         q, k = self._rotate(q, slots[: q.shape[2]] + first), self._rotate(k, slots)
-        out, _ = interface.attend(self, q, k, v, attention_mask, scaling=self.scaling)
+        out, _ = attention_function.attend(self, q, k, v, attention_mask, scaling=self.scaling)
         return self.o_proj(out.flatten(-2)), None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        interface.register()
+        attention_function.register()
 
     def _rotate(self, x: Tensor, slots: Tensor) -> Tensor:
         if self.rotary is None:
@@ -279,6 +279,6 @@ def _fill(linear: nn.Linear, weight: Tensor, bias: Tensor | None, like: nn.Linea
 def _dress(new: nn.Module, old: nn.Module, groups: int) -> None:
     """Takes over mode, and the reading rule where there is one, for so many KV heads."""
     new.train(old.training)
-    rule = interface.rule_of(old)
+    rule = attention_function.rule_of(old)
     if rule is not None:
-        interface.set_rule(new, interface.with_groups(rule, groups))
+        attention_function.set_rule(new, attention_function.with_groups(rule, groups))

@@ -11,8 +11,7 @@ import triton
 import triton.language as tl
 
 from attnzoo_kernels._triton.forward import entry_of, load_tile, open_group, scores_of, tile_of, turned_queries
-from attnzoo_kernels._triton.records import Place, Rows, Sizes, Spot
-from attnzoo_kernels._triton.tiles import (
+from attnzoo_kernels._triton.primitives import (
     LOG2E,
     angles,
     bias_of,
@@ -33,6 +32,7 @@ from attnzoo_kernels._triton.tiles import (
     turn,
     visible,
 )
+from attnzoo_kernels._triton.structs import Place, Rows, Sizes, Spot
 
 
 @triton.jit

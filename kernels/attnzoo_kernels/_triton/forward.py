@@ -5,8 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attnzoo_kernels._triton.records import Keys, Place, Queries, Running, Sizes, Spot
-from attnzoo_kernels._triton.tiles import (
+from attnzoo_kernels._triton.primitives import (
     LN2,
     LOG2E,
     angles,
@@ -26,6 +25,7 @@ from attnzoo_kernels._triton.tiles import (
     turn,
     visible,
 )
+from attnzoo_kernels._triton.structs import Keys, Place, Queries, Running, Sizes, Spot
 
 
 @triton.jit

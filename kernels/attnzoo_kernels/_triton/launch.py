@@ -18,12 +18,12 @@ from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from attnzoo_kernels._triton.backward import key_kernel, query_kernel
-from attnzoo_kernels._triton.config import Pass, Tiles, architecture_of, padded, tiles_for
+from attnzoo_kernels._triton.block_lists import BlockLists, lists_of
 from attnzoo_kernels._triton.forward import forward_kernel, join_kernel
-from attnzoo_kernels._triton.plan import BlockLists, lists_of
-from attnzoo_kernels._triton.records import Lists, Shape, Switches, View
-from attnzoo_kernels.call import Call
+from attnzoo_kernels._triton.structs import Lists, Shape, Switches, View
+from attnzoo_kernels._triton.tile_table import Pass, Tiles, architecture_of, padded, tiles_for
 from attnzoo_kernels.errors import KernelError
+from attnzoo_kernels.spec.call import Call
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 LOG2E = math.log2(math.e)

@@ -6,7 +6,7 @@ import warnings
 from typing import Any
 
 from attnzoo import surgery
-from attnzoo.surgery.seats import SEATS
+from attnzoo.surgery.replacements import SEATS
 from tests.attnzoo.surgery.tiny import LATENT_SMALL, READING, calibration, seat_mha
 
 LOWRANK: dict[str, dict[str, Any]] = {

@@ -10,7 +10,7 @@ import torch
 
 import attnzoo
 from attnzoo import surgery
-from tests.attnzoo.surgery.masks import for_host, groups_of, padding_mask, s2_mask, window_mask
+from tests.attnzoo.surgery.hosts.masks import for_host, groups_of, padding_mask, s2_mask, window_mask
 from tests.attnzoo.surgery.tiny import (
     KINDS,
     READING,

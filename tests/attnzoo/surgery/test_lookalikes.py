@@ -22,7 +22,7 @@ from transformers import (
 
 from attnzoo import surgery
 from attnzoo.cli import main
-from attnzoo.compare import Comparer, VariantSpec
+from attnzoo.evaluation.compare import Comparer, VariantSpec
 from attnzoo.surgery.hosts.llama import CLASSES
 from attnzoo.surgery.lookalikes import lookalikes
 from attnzoo_kernels.errors import ConfigError

@@ -9,7 +9,7 @@ import torch
 
 import attnzoo
 from attnzoo import surgery
-from attnzoo.surgery import lowrank
+from attnzoo.surgery.lowrank import factor
 from tests.attnzoo.surgery.tiny import (
     assert_close,
     assert_untouched,
@@ -131,7 +131,7 @@ def test_a_conversion_that_fails_in_the_middle_changes_nothing(method: str, monk
     model, tokens = tiny(layers=3), ids(2, 20)
     before, said = snapshot(model), logits(model, tokens)
     name = "merge_site" if method == "commuting" else "latent_site"
-    real, calls = getattr(lowrank.merge_heads, name), []
+    real, calls = getattr(factor.merge_heads, name), []
 
     def fail_later(*args: Any) -> Any:
         calls.append(args)
@@ -139,7 +139,7 @@ def test_a_conversion_that_fails_in_the_middle_changes_nothing(method: str, monk
             raise torch.linalg.LinAlgError("no convergence")
         return real(*args)
 
-    monkeypatch.setattr(lowrank.merge_heads, name, fail_later)
+    monkeypatch.setattr(factor.merge_heads, name, fail_later)
     size = {"num_kv_heads": 1} if method == "commuting" else {"latent_dim": 16}
     with pytest.raises(torch.linalg.LinAlgError):
         convert(model, "lowrank_gqa", method=method, calibration=calibration(), **size)

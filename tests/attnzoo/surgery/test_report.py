@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from attnzoo.surgery.hosts.site import Site
 from attnzoo.surgery.report import ConversionReport, SiteReport
-from attnzoo.surgery.site import Site
 from attnzoo_kernels.errors import ConversionError
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import attnzoo
 from attnzoo import surgery
-from tests.attnzoo.surgery.masks import padding_mask
+from tests.attnzoo.surgery.hosts.masks import padding_mask
 from tests.attnzoo.surgery.tiny import KINDS, assert_close, calibration, convert, converted, ids, logits, tiny
 
 

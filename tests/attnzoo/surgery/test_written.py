@@ -19,8 +19,8 @@ import attnzoo
 from attnzoo import surgery
 from attnzoo.surgery.convert import READ_VARIANTS, recipe_of
 from attnzoo.surgery.files import tensors_hash
-from attnzoo.surgery.seats import SEATS
-from tests.attnzoo.surgery.test_weights_not_here import Wrapped
+from attnzoo.surgery.replacements import SEATS
+from tests.attnzoo.surgery.hosts.test_weights_not_here import Wrapped
 from tests.attnzoo.surgery.tiny import KINDS, calibration, convert, converted, ids, logits, tiny
 
 ORDINARY = ("commuting", "expand", "mean")

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import attnzoo
+from attnzoo.base.steps import Memory
 from attnzoo.oracles.landmark import Landmarks, landmark
-from attnzoo.records import Memory
 from tests.attnzoo.cases import assert_same, build, gradients, recipe_of, tokens
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -354,7 +354,7 @@ def test_hundreds_of_blocks() -> None:
 
 
 def test_choosing_in_parts_is_choosing_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from attnzoo import retrieval
+    from attnzoo.variants.landmark import retrieval
 
     layer = layer_of(block_size=4, top_k=2, num_kv_heads=2)
     x = tokens(layer, 2, 77)

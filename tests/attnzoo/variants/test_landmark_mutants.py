@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 import attnzoo
-from attnzoo import retrieval
-from attnzoo.landmarks import LandmarkGrid
 from attnzoo.oracles.landmark import Landmarks, landmark
-from attnzoo.variants import landmark as variant
+from attnzoo.variants.landmark import layer as variant
+from attnzoo.variants.landmark import retrieval
+from attnzoo.variants.landmark.tokens import LandmarkGrid
 from tests.attnzoo.cases import assert_same, build, recipe_of, tokens
 from tests.attnzoo_kernels.test_mutants import rewrite
 

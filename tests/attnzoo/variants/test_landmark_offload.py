@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import attnzoo
-from attnzoo.cache import KVCache
-from attnzoo.variants import landmark as variant
+from attnzoo.cache.kv_cache import KVCache
+from attnzoo.variants.landmark import layer as variant
 from tests.attnzoo.cases import Case, assert_same, build, tokens
 
 TOTAL = 75

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 import attnzoo
+from attnzoo.base.steps import Memory
 from attnzoo.oracles.landmark import Landmarks, landmark
 from attnzoo.oracles.mha import Recipe
-from attnzoo.records import Memory
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 SOURCE = 3e-6

@@ -421,10 +421,10 @@ def test_the_cache_holds_a_key_for_a_chunk_and_the_last_tokens() -> None:
 def test_queries_that_something_else_has_rotated_are_refused_where_they_would_choose() -> None:
     layer = build(config_of())
     q = torch.randn(1, 4, 20, 8)
-    memory = attnzoo.base.Memory(q, q, q)
+    memory = attnzoo.base.layer.Memory(q, q, q)
     with pytest.raises(attnzoo.UnsupportedError, match="plan_for: longheads chooses by queries"):
         layer.plan_for(memory, offset=0)
-    short = attnzoo.base.Memory(*3 * [q[:, :, :16]])
+    short = attnzoo.base.layer.Memory(*3 * [q[:, :, :16]])
     assert layer.plan_for(short, offset=0).density == 1
 
 

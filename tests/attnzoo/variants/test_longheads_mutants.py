@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 import attnzoo
-from attnzoo import cache_streams, offload, select
-from attnzoo.cache_streams import Ring
+from attnzoo.cache import streams
+from attnzoo.cache.streams import Ring
+from attnzoo.selection import offloaded_blocks, topk
 from attnzoo.variants.longheads import LongHeadsAttention
 from tests.attnzoo.cases import assert_same, build, tokens
 from tests.attnzoo.variants.test_longheads import config_of, oracle
@@ -44,7 +45,7 @@ def truth(setting: int) -> tuple[Any, Tensor, Tensor, Tensor]:
 
 def check(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole, in pieces, ragged, and fetched, against the definition."""
-    monkeypatch.setattr(cache_streams, "CROP_MARGIN", 2)
+    monkeypatch.setattr(streams, "CROP_MARGIN", 2)
     padding = padding_of(2)
     for setting in range(len(SETTINGS)):
         config, x, expected, ragged = truth(setting)
@@ -86,13 +87,13 @@ MUTANTS: dict[str, tuple[Any, str, str, str]] = {
     ),
     "no chunk completes in ragged calls": (LongHeadsAttention, "_may_complete", "return bool(", "return False and ("),
     "keys at their own positions": (LongHeadsAttention, "remember", "slot - slot % size", "slot - slot"),
-    "the lowest scores": (select, "top_blocks", "descending=True", "descending=False"),
-    "unordered choices": (select, "top_blocks", "blocks).sort(-1).values", "blocks)"),
+    "the lowest scores": (topk, "top_blocks", "descending=True", "descending=False"),
+    "unordered choices": (topk, "top_blocks", "blocks).sort(-1).values", "blocks)"),
     "a ring that starts late": (Ring, "write", "(before + first)", "(before + first + 1)"),
     "a ring that keeps the first tokens": (Ring, "_write_ragged", "token >= count - self.rows", "token < self.rows"),
     "history from before the last token": (Ring, "last", "torch.arange(-count, 0", "torch.arange(-count - 1, -1"),
-    "a fetched row one block further": (offload, "_moved_positions", "(before - 1) * block", "before * block"),
-    "fetched blocks in another order": (offload, "fetch_blocks", "(~used)", "used"),
+    "a fetched row one block further": (offloaded_blocks, "_moved_positions", "(before - 1) * block", "before * block"),
+    "fetched blocks in another order": (offloaded_blocks, "fetch_blocks", "(~used)", "used"),
 }
 
 
@@ -105,8 +106,8 @@ def test_a_mutant_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     owner, function, old, new = MUTANTS[name]
     rewrite(monkeypatch, owner, function, old, new)
     if function == "top_blocks":
-        monkeypatch.setattr("attnzoo.variants.longheads.top_blocks", select.top_blocks)
+        monkeypatch.setattr("attnzoo.variants.longheads.top_blocks", topk.top_blocks)
     if function == "fetch_blocks":
-        monkeypatch.setattr("attnzoo.variants.longheads.fetch_blocks", offload.fetch_blocks)
+        monkeypatch.setattr("attnzoo.variants.longheads.fetch_blocks", offloaded_blocks.fetch_blocks)
     with pytest.raises((AssertionError, ValueError, RuntimeError, IndexError)):
         check(monkeypatch)

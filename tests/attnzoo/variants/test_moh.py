@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import attnzoo
-from attnzoo import compaction, routing
-from attnzoo.compaction import Rows
 from attnzoo.oracles import moh as oracle
-from attnzoo.variants import moh
+from attnzoo.variants.moh import layer as moh
+from attnzoo.variants.moh import routed_rows
+from attnzoo.variants.moh import router as routing
+from attnzoo.variants.moh.routed_rows import Rows
 from tests.attnzoo.cases import assert_same, build, recipe_of, tokens
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -453,7 +454,7 @@ def test_rows_are_gathered_and_scattered_in_the_tokens_order() -> None:
     x = torch.randn(2, 3, 11, 5, generator=torch.Generator().manual_seed(1))
     back = rows.scatter(rows.gather(x) * rows.present.unsqueeze(-1))
     assert torch.equal(back, x * wanted.unsqueeze(-1))
-    traced = compaction.Rows.of(wanted.to("meta"))
+    traced = routed_rows.Rows.of(wanted.to("meta"))
     assert traced.token.shape == (2, 3, 11)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import attnzoo
-from attnzoo import routing
+from attnzoo.variants.moh import router as routing
 from tests.attnzoo.cases import build
 from tests.attnzoo.variants.test_moh import config_of
 

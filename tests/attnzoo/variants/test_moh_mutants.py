@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import attnzoo
-from attnzoo import compaction, routing
 from attnzoo.oracles import moh as oracle
-from attnzoo.variants import moh
+from attnzoo.variants.moh import layer as moh
+from attnzoo.variants.moh import routed_rows, router
 from tests.attnzoo.cases import assert_same, recipe_of, tokens
 from tests.attnzoo.variants.test_moh import config_of, joined, layer_of, routing_of, some_padding
 from tests.attnzoo_kernels.test_mutants import rewrite, wrap
@@ -59,15 +59,15 @@ def text(owner: Any, name: str, old: str, new: str) -> Callable[[Patch], None]:
 
 
 MUTANTS: dict[str, Callable[[Patch], None]] = {
-    "a head too few": text(routing, "best", ": counts.active // counts.unit]", ": counts.active // counts.unit - 1]"),
-    "the shortest queries": text(routing, "best", "descending=True", "descending=False"),
-    "gates that add up to 1": text(routing, "shares", "total * weight", "weight"),
-    "one weight for both kinds": text(routing, "learned", "types[..., 1:]", "types[..., :1]"),
-    "padding in the balance loss": text(routing, "balance_loss", "if real is None:", "if True:"),
-    "a balance loss of one choice": text(routing, "balance_loss", "mean * share", "mean * mean"),
-    "no gradient through the gate": text(routing, "by_norm", "coefficient * (probs - probs.detach())", "0 * probs"),
-    "a gate that is soft": text(routing, "by_norm", "chosen.to(probs.dtype) +", "probs +"),
-    "rows of the wrong place": text(compaction.Rows, "_flat", "token) * heads + head", "token) * heads + 0 * head"),
+    "a head too few": text(router, "best", ": counts.active // counts.unit]", ": counts.active // counts.unit - 1]"),
+    "the shortest queries": text(router, "best", "descending=True", "descending=False"),
+    "gates that add up to 1": text(router, "shares", "total * weight", "weight"),
+    "one weight for both kinds": text(router, "learned", "types[..., 1:]", "types[..., :1]"),
+    "padding in the balance loss": text(router, "balance_loss", "if real is None:", "if True:"),
+    "a balance loss of one choice": text(router, "balance_loss", "mean * share", "mean * mean"),
+    "no gradient through the gate": text(router, "by_norm", "coefficient * (probs - probs.detach())", "0 * probs"),
+    "a gate that is soft": text(router, "by_norm", "chosen.to(probs.dtype) +", "probs +"),
+    "rows of the wrong place": text(routed_rows.Rows, "_flat", "token) * heads + head", "token) * heads + 0 * head"),
     "rows of routed heads a token late": text(moh.MoHAttention, "_apart", "slots - tokens if", "slots - tokens + 1 if"),
     "routed heads before the shared ones": text(
         moh, "_in_order", "[whole.transpose(1, 2), rows.scatter(routed).transpose(1, 2)]",
@@ -77,12 +77,12 @@ MUTANTS: dict[str, Callable[[Patch], None]] = {
     "ungated rows where they are projected": text(
         moh.MoHAttention, "_project_apart", "routed * rows.gather(of_routed)", "routed"
     ),
-    "rows added to the next item": text(compaction.Rows, "add_products", "(item * self", "((1 - item) * self"),
-    "queries of the first head": text(compaction.Rows, "_flat", "(item * heads + head)", "(item * heads + 0 * head)"),
-    "positions counted from the chunk": text(compaction.Rows, "positions", "self.token + first", "self.token"),
-    "a window without its sink": text(compaction, "windowed_layout", "(sinks < low.unsqueeze(-1))", "(sinks < -1)"),
+    "rows added to the next item": text(routed_rows.Rows, "add_products", "(item * self", "((1 - item) * self"),
+    "queries of the first head": text(routed_rows.Rows, "_flat", "(item * heads + head)", "(item * heads + 0 * head)"),
+    "positions counted from the chunk": text(routed_rows.Rows, "positions", "self.token + first", "self.token"),
+    "a window without its sink": text(routed_rows, "windowed_layout", "(sinks < low.unsqueeze(-1))", "(sinks < -1)"),
     "a window's last block forgotten": text(
-        compaction, "windowed_layout", "near <= high.unsqueeze(-1)", "near < high.unsqueeze(-1)"
+        routed_rows, "windowed_layout", "near <= high.unsqueeze(-1)", "near < high.unsqueeze(-1)"
     ),
     "ungated rows": lambda patch: wrap(
         patch, moh.MoHAttention, "combine",
@@ -115,6 +115,6 @@ def test_a_wrong_one_is_found_out(mutant: Callable[[Patch], None], monkeypatch: 
     mutant(monkeypatch)
     # The layer's module holds these by name.
     for name in ("learned", "by_norm", "balance_loss"):
-        monkeypatch.setattr(moh, name, getattr(routing, name))
-    monkeypatch.setattr(moh, "windowed_layout", compaction.windowed_layout)
+        monkeypatch.setattr(moh, name, getattr(router, name))
+    monkeypatch.setattr(moh, "windowed_layout", routed_rows.windowed_layout)
     assert not passes()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from attnzoo.variants import moh
+from attnzoo.variants.moh import layer as moh
 from tests.attnzoo.cases import assert_same, tokens
 from tests.attnzoo.variants.test_moh import config_of, joined, layer_of
 

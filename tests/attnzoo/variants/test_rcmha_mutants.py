@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from attnzoo import convolution, relative
-from attnzoo.variants import rcmha
+from attnzoo.variants.rcmha import convolution, relative
+from attnzoo.variants.rcmha import layer as rcmha
 from tests.attnzoo.cases import assert_same, tokens
 from tests.attnzoo.variants.test_rcmha import definition, layer_of
 from tests.attnzoo_kernels.test_mutants import rewrite

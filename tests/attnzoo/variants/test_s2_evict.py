@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import attnzoo
-from attnzoo import pool
 from attnzoo.oracles.s2 import reads
-from attnzoo.variants import s2
+from attnzoo.variants.s2 import evicting_cache
+from attnzoo.variants.s2 import layer as s2
 from tests.attnzoo.cases import assert_same, build, gradients, recipe_of, tokens
-from tests.attnzoo.test_contract_memory import left_padded
+from tests.attnzoo.laws.test_contract_memory import left_padded
 from tests.attnzoo.variants.test_s2 import CONFIGS, config_of, pattern_of
 from tests.attnzoo_kernels.test_mutants import rewrite
 
@@ -278,36 +278,46 @@ def passes() -> bool:
 
 
 MUTANTS: dict[str, tuple[Any, str, str, str]] = {
-    "a near block fewer": (pool.PoolCache, "_listed", "self.pattern.local,", "self.pattern.local - 1,"),
-    "a near block listed twice": (pool.PoolCache, "_listed", "held & ~twice", "held"),
-    "blocks of other items": (pool.PoolCache, "_listed", "item * (self.blocks + 1)", "item * 0"),
-    "blocks that the call itself brings": (pool.PoolCache, "_listed", "< _column(self.offset, 4)", ">= 0"),
-    "what lies behind the tokens is read": (pool.PoolCache, "_unfilled", "offset % block)", "offset % block + 1)"),
-    "nothing is hidden": (pool.PoolCache, "_unfilled", "-torch.inf", "0.0"),
-    "rings one block short": (pool, "_places", ".amax(1, keepdim=True)", ".amax(1, keepdim=True) - 1"),
-    "heads share their regions": (pool, "_places", "sizes.cumsum(0) - sizes", "0 * sizes"),
-    "one near block freed too early": (pool.PoolCache, "commit", "last - self.pattern.local", "last - 1"),
+    "a near block fewer": (evicting_cache.PoolCache, "_listed", "self.pattern.local,", "self.pattern.local - 1,"),
+    "a near block listed twice": (evicting_cache.PoolCache, "_listed", "held & ~twice", "held"),
+    "blocks of other items": (evicting_cache.PoolCache, "_listed", "item * (self.blocks + 1)", "item * 0"),
+    "blocks that the call itself brings": (evicting_cache.PoolCache, "_listed", "< _column(self.offset, 4)", ">= 0"),
+    "what lies behind the tokens is read": (
+        evicting_cache.PoolCache,
+        "_unfilled",
+        "offset % block)",
+        "offset % block + 1)",
+    ),
+    "nothing is hidden": (evicting_cache.PoolCache, "_unfilled", "-torch.inf", "0.0"),
+    "rings one block short": (evicting_cache, "_places", ".amax(1, keepdim=True)", ".amax(1, keepdim=True) - 1"),
+    "heads share their regions": (evicting_cache, "_places", "sizes.cumsum(0) - sizes", "0 * sizes"),
+    "one near block freed too early": (evicting_cache.PoolCache, "commit", "last - self.pattern.local", "last - 1"),
     "padding is written": (
-        pool.PoolCache,
+        evicting_cache.PoolCache,
         "commit",
         "(self._kept[:, block] | near) & real",
         "(self._kept[:, block] | near)",
     ),
-    "kept blocks are not written": (pool.PoolCache, "commit", "(self._kept[:, block] | near)", "near"),
-    "no edge of a block inside a call": (pool.PoolCache, "own", "< self.pattern.local", "<= self.pattern.local"),
+    "kept blocks are not written": (evicting_cache.PoolCache, "commit", "(self._kept[:, block] | near)", "near"),
+    "no edge of a block inside a call": (
+        evicting_cache.PoolCache,
+        "own",
+        "< self.pattern.local",
+        "<= self.pattern.local",
+    ),
     "kept blocks of the call not read": (
-        pool.PoolCache,
+        evicting_cache.PoolCache,
         "own",
         "near.unsqueeze(1) | kept.unsqueeze(2)",
         "near.unsqueeze(1)",
     ),
     "rows before the block's edge": (
-        pool.PoolCache,
+        evicting_cache.PoolCache,
         "own",
         "slot < _column(keys.front)",
         "slot < 0 * _column(keys.front)",
     ),
-    "the past forgotten": (pool, "attend_pool", "cache.bound == 0", "True"),
+    "the past forgotten": (evicting_cache, "attend_pool", "cache.bound == 0", "True"),
 }
 
 

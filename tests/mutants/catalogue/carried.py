@@ -8,18 +8,24 @@ from tests.mutants.record import Mutant
 
 TESTS = "tests/attnzoo"
 state = partial(
-    Mutant, file="attnzoo/cache_state.py", tests=f"{TESTS}/test_cache_state.py -k 's2 or rcmha or positions or pool'"
+    Mutant, file="attnzoo/cache/state.py", tests=f"{TESTS}/cache/test_state.py -k 's2 or rcmha or positions or pool'"
 )
-cache = partial(Mutant, file="attnzoo/cache.py", tests=f"{TESTS}/test_cache_state.py -k 'copied_cache and mha'")
-ring = partial(Mutant, file="attnzoo/cache_streams.py", tests=f"{TESTS}/test_cache_state.py -k 'twin and rcmha'")
-replay = partial(Mutant, file="attnzoo/replay.py", tests=f"{TESTS}/test_replay.py -k 'mha or s2'")
-compiled = partial(Mutant, file="attnzoo/replay.py", tests=f"{TESTS}/test_compiled_replay.py -m 'not slow'")
-plain = partial(Mutant, file="kernels/attnzoo_kernels/plain.py", tests=f"{TESTS}/test_vmap.py -k 'moh and auto'")
+cache = partial(
+    Mutant, file="attnzoo/cache/kv_cache.py", tests=f"{TESTS}/cache/test_state.py -k 'copied_cache and mha'"
+)
+ring = partial(Mutant, file="attnzoo/cache/streams.py", tests=f"{TESTS}/cache/test_state.py -k 'twin and rcmha'")
+replay = partial(Mutant, file="attnzoo/cache/replay.py", tests=f"{TESTS}/cache/test_replay.py -k 'mha or s2'")
+compiled = partial(Mutant, file="attnzoo/cache/replay.py", tests=f"{TESTS}/laws/test_compiled_replay.py -m 'not slow'")
+plain = partial(
+    Mutant, file="kernels/attnzoo_kernels/runtime/plain.py", tests=f"{TESTS}/laws/test_vmap.py -k 'moh and auto'"
+)
 vmap = partial(
-    Mutant, file="kernels/attnzoo_kernels/registration.py", tests=f"{TESTS}/test_vmap.py -k 'landmark and auto'"
+    Mutant, file="kernels/attnzoo_kernels/registration.py", tests=f"{TESTS}/laws/test_vmap.py -k 'landmark and auto'"
 )
 filled = partial(
-    Mutant, file="attnzoo/whole_blocks.py", tests=f"{TESTS}/test_export.py -m 'not slow' -k 'one_program or large'"
+    Mutant,
+    file="attnzoo/base/whole_blocks.py",
+    tests=f"{TESTS}/laws/test_export.py -m 'not slow' -k 'one_program or large'",
 )
 
 MUTANTS = (
@@ -43,7 +49,7 @@ MUTANTS = (
     ),
     state(
         "state-keeps-old-positions",
-        file="attnzoo/variants/rcmha.py",
+        file="attnzoo/variants/rcmha/layer.py",
         within="PlacedCache._buffers_for",
         old='if name != "position"',
         new="if True",
@@ -51,7 +57,7 @@ MUTANTS = (
     ),
     state(
         "state-pool-any-length",
-        file="attnzoo/pool.py",
+        file="attnzoo/variants/s2/evicting_cache.py",
         within="PoolCache.load_state_dict",
         old='if isinstance(state, Mapping) and state.get("max_length") != self.max_length:',
         new="if False:",

@@ -8,18 +8,24 @@ from tests.mutants.record import Mutant
 
 TESTS = "tests/attnzoo"
 choices = partial(
-    Mutant, file="attnzoo/choices.py", tests=f"{TESTS}/test_choices.py -k 'variant or word or option_of_a_layer'"
+    Mutant,
+    file="attnzoo/reporting/choices.py",
+    tests=f"{TESTS}/reporting/test_choices.py -k 'variant or word or option_of_a_layer'",
 )
 lookalikes = partial(
     Mutant, file="attnzoo/surgery/lookalikes.py", tests=f"{TESTS}/surgery/test_lookalikes.py -k 'door or known'"
 )
-options = partial(Mutant, file="attnzoo/surgery/options.py", tests=f"{TESTS}/test_choices.py -k conversion")
-tables = partial(Mutant, file="attnzoo/tables.py", tests=f"{TESTS}/test_cli_widths.py -k 'table'")
-prose = partial(Mutant, file="attnzoo/cli/prose.py", tests=f"{TESTS}/test_cli_widths.py -k 'markup'")
-notices = partial(Mutant, file="attnzoo/cli/notices.py", tests=f"{TESTS}/test_cli_manners.py -k 'warning'")
-entry = partial(Mutant, file="attnzoo/cli/entry.py", tests=f"{TESTS}/test_cli_manners.py -k 'list or show or wrong'")
-outputs = partial(Mutant, file="attnzoo/outputs.py", tests=f"{TESTS}/test_cli_manners.py -k 'together or place'")
-picture = partial(Mutant, file="attnzoo/compare_picture.py", tests=f"{TESTS}/test_compare_picture.py")
+options = partial(Mutant, file="attnzoo/surgery/options.py", tests=f"{TESTS}/reporting/test_choices.py -k conversion")
+tables = partial(Mutant, file="attnzoo/reporting/tables.py", tests=f"{TESTS}/cli/test_widths.py -k 'table'")
+prose = partial(Mutant, file="attnzoo/cli/prose.py", tests=f"{TESTS}/cli/test_widths.py -k 'markup'")
+notices = partial(Mutant, file="attnzoo/cli/notices.py", tests=f"{TESTS}/cli/test_manners.py -k 'warning'")
+entry = partial(Mutant, file="attnzoo/cli/entry.py", tests=f"{TESTS}/cli/test_manners.py -k 'list or show or wrong'")
+outputs = partial(
+    Mutant, file="attnzoo/reporting/outputs.py", tests=f"{TESTS}/cli/test_manners.py -k 'together or place'"
+)
+picture = partial(
+    Mutant, file="attnzoo/evaluation/compare_picture.py", tests=f"{TESTS}/evaluation/test_compare_picture.py"
+)
 
 MUTANTS = (
     choices(

@@ -13,22 +13,36 @@ files = partial(
     file=f"{FOLDER}/files.py",
     tests=f"{TESTS}/test_files.py -k 'midway or hash or another_base or in_use or never_converted'",
 )
-cuts = partial(Mutant, file=f"{FOLDER}/cuts.py", tests=f"{TESTS}/test_convert.py")
-written = partial(Mutant, file=f"{FOLDER}/written.py", tests=f"{TESTS}/test_written.py")
-interface = partial(Mutant, file=f"{FOLDER}/hosts/interface.py", tests=f"{TESTS}/test_generate.py -k 'window or mha'")
-seat = partial(Mutant, file=f"{FOLDER}/hosts/seat.py", tests=f"{TESTS}/test_seats.py")
-seat_cache = partial(Mutant, file=f"{FOLDER}/hosts/seat_cache.py", tests=f"{TESTS}/test_seats.py -k 'cache or refused'")
-tokens = partial(Mutant, file=f"{FOLDER}/hosts/landmark_tokens.py", tests=f"{TESTS}/test_landmark.py -k 'not heal'")
-landmark_cache = partial(
-    Mutant, file=f"{FOLDER}/hosts/landmark_cache.py", tests=f"{TESTS}/test_landmark.py -k 'cut_back'"
+cuts = partial(Mutant, file=f"{FOLDER}/transaction.py", tests=f"{TESTS}/test_convert.py")
+written = partial(Mutant, file=f"{FOLDER}/stored.py", tests=f"{TESTS}/test_written.py")
+interface = partial(
+    Mutant, file=f"{FOLDER}/hosts/attention_function.py", tests=f"{TESTS}/hosts/test_generate.py -k 'window or mha'"
 )
-llama = partial(Mutant, file=f"{FOLDER}/hosts/llama.py", tests=f"{TESTS}/test_lowrank.py")
-checkpoint = partial(Mutant, file=f"{FOLDER}/hosts/checkpoint.py", tests=f"{TESTS}/test_checkpoint.py")
-folders = partial(Mutant, file=f"{FOLDER}/hosts/folders.py", tests=f"{TESTS}/test_folders.py")
-weights = partial(Mutant, file=f"{FOLDER}/hosts/weights.py", tests=f"{TESTS}/test_weights_not_here.py")
+seat = partial(Mutant, file=f"{FOLDER}/replacements/replacement.py", tests=f"{TESTS}/replacements/test_replacements.py")
+seat_cache = partial(
+    Mutant,
+    file=f"{FOLDER}/hosts/cache_layer.py",
+    tests=f"{TESTS}/replacements/test_replacements.py -k 'cache or refused'",
+)
+tokens = partial(
+    Mutant,
+    file=f"{FOLDER}/replacements/landmark_tokens.py",
+    tests=f"{TESTS}/replacements/test_landmark.py -k 'not heal'",
+)
+landmark_cache = partial(
+    Mutant, file=f"{FOLDER}/hosts/landmark_cache.py", tests=f"{TESTS}/replacements/test_landmark.py -k 'cut_back'"
+)
+llama = partial(Mutant, file=f"{FOLDER}/hosts/llama.py", tests=f"{TESTS}/lowrank/test_factor.py")
+checkpoint = partial(Mutant, file=f"{FOLDER}/hosts/checkpoint.py", tests=f"{TESTS}/hosts/test_checkpoint.py")
+folders = partial(Mutant, file=f"{FOLDER}/hosts/folders.py", tests=f"{TESTS}/hosts/test_folders.py")
+weights = partial(Mutant, file=f"{FOLDER}/hosts/weights.py", tests=f"{TESTS}/hosts/test_weights_not_here.py")
 doctor = partial(Mutant, file="attnzoo/doctor.py", tests="tests/attnzoo/test_doctor.py -k 'not every_case'")
-models = partial(Mutant, file="attnzoo/cli/models.py", tests="tests/attnzoo/test_cli_models.py")
-bench = partial(Mutant, file="attnzoo/cli/bench_view.py", tests="tests/attnzoo/test_costs.py -k 'shape or wrong'")
+models = partial(Mutant, file="attnzoo/cli/models.py", tests="tests/attnzoo/cli/test_models.py")
+bench = partial(
+    Mutant,
+    file="attnzoo/evaluation/costs_report.py",
+    tests="tests/attnzoo/evaluation/test_layer_costs.py -k 'shape or wrong'",
+)
 
 MUTANTS = (
     cuts(
@@ -41,8 +55,8 @@ MUTANTS = (
         tests=f"{TESTS}/test_convert.py -k undo",
     ),
     cuts(
-        "convert-undo-rules", old="interface.set_rule(block.old, rule)", new="interface.set_rule(block.old, None)", wrong="undo of a second reading conversion takes the first away too",
-        tests=f"{TESTS}/test_own_memory.py",
+        "convert-undo-rules", old="attention_function.set_rule(block.old, rule)", new="interface.set_rule(block.old, None)", wrong="undo of a second reading conversion takes the first away too",
+        tests=f"{TESTS}/hosts/test_own_memory.py",
     ),
     Mutant(
         "convert-s2-sink", file=f"{FOLDER}/options.py", old='"s2": {"sink_blocks": 1}', new='"s2": {"sink_blocks": 0}', wrong="s2 drops the sink by default", tests=f"{TESTS}/test_convert.py -k 's2 or warns'",
@@ -53,10 +67,10 @@ MUTANTS = (
     ),
     cuts(
         "convert-heads-of-some", old='if len(counts) == 1 and all(cut.recipe["kind"] == "weights" for cut in cuts):', new="if True:", wrong="a conversion of some layers changes the number of heads of all",
-        tests=f"{TESTS}/test_own_memory.py",
+        tests=f"{TESTS}/hosts/test_own_memory.py",
     ),
     convert(
-        "convert-scale-of-reading", old="scale=llama.scale_of(module),", new="scale=None,", wrong="a reading rule ignores the host's own scale", tests=f"{TESTS}/test_own_memory.py",
+        "convert-scale-of-reading", old="scale=llama.scale_of(module),", new="scale=None,", wrong="a reading rule ignores the host's own scale", tests=f"{TESTS}/hosts/test_own_memory.py",
     ),
     files(
         "files-hash-without-shape", old='f"{name}|{x.dtype}|{list(x.shape)}|"', new='f"{name}|"', wrong="a base with other shapes or dtypes and equal bytes is taken", tests=f"{TESTS}/test_written.py -k hash",
@@ -81,43 +95,43 @@ MUTANTS = (
         "interface-padded-offset", old="real[:, :first].sum(1), rows.lengths)", new="real[:, :first].sum(1) * 0, rows.lengths)", wrong="padded items decode as if nothing came before",
     ),
     interface(
-        "interface-static-cache", old="Memory(q, k[:, :, :held], v[:, :, :held])", new="Memory(q, k, v)", wrong="a static cache is read beyond what it holds", tests=f"{TESTS}/test_generate.py -k static",
+        "interface-static-cache", old="Memory(q, k[:, :, :held], v[:, :, :held])", new="Memory(q, k, v)", wrong="a static cache is read beyond what it holds", tests=f"{TESTS}/hosts/test_generate.py -k static",
     ),
     interface(
         "interface-mask-function", old='getattr(mask_function, "__name__", "") != "causal_mask_function"', new='getattr(mask_function, "__name__", "") == ""', wrong="a further rule of the host's is dropped silently",
-        tests=f"{TESTS}/test_refusals.py -k 'packed or mask' {TESTS}/test_hosts.py -k 'packed or mask or window'",
+        tests=f"{TESTS}/test_refusals.py -k 'packed or mask' {TESTS}/hosts/test_hosts.py -k 'packed or mask or window'",
     ),
     interface(
-        "interface-groups-of-rule", old="if layer.config.kv_heads == groups:", new="if True:", wrong="a rule for other KV heads is kept as it is", tests=f"{TESTS}/test_convert.py -k compose {TESTS}/test_positions.py -k another_number",
+        "interface-groups-of-rule", old="if layer.config.kv_heads == groups:", new="if True:", wrong="a rule for other KV heads is kept as it is", tests=f"{TESTS}/test_convert.py -k compose {TESTS}/hosts/test_positions.py -k another_number",
     ),
     seat(
         "seat-padding-of-now", old="padding = None if real is None else ~real[:, first:]", new="padding = None if real is None else ~real[:, :tokens]", wrong="later calls are padded as the first was",
     ),
     seat(
-        "seat-dropout", old="if self.training and self.attention_dropout:", new="if False:", wrong="attention dropout is dropped silently", tests=f"{TESTS}/test_seats.py -k honour",
+        "seat-dropout", old="if self.training and self.attention_dropout:", new="if False:", wrong="attention dropout is dropped silently", tests=f"{TESTS}/replacements/test_replacements.py -k honour",
     ),
     seat(
         "seat-padding-forgotten", old='            raise ShapeError("attention_mask: expected the padding of earlier calls again, got none")', new="            pass", wrong="padding that is forgotten in a later call goes unnoticed",
-        tests=f"{TESTS}/test_seats.py -k forgotten",
+        tests=f"{TESTS}/replacements/test_replacements.py -k forgotten",
     ),
     seat_cache(
         "seat-cache-crop-padding", old="memory.crop(left if real is None else real.sum(1))", new="memory.crop(left)", wrong="padding takes room in a cache that is cut back",
     ),
     seat_cache(
-        "seat-cache-beams", old="self.memory.reorder(beam_idx)", new="self.memory.reorder(beam_idx.sort().values)", wrong="beams take each other's caches", tests=f"{TESTS}/test_seats.py -k cut_back {TESTS}/test_generate.py -k 'beams and seat'",
+        "seat-cache-beams", old="self.memory.reorder(beam_idx)", new="self.memory.reorder(beam_idx.sort().values)", wrong="beams take each other's caches", tests=f"{TESTS}/replacements/test_replacements.py -k cut_back {TESTS}/hosts/test_generate.py -k 'beams and seat'",
     ),
     seat_cache(
         "seat-cache-real-of-beams", old="self.real = self.real.index_select(0, beam_idx.to(self.real.device))", new="pass", wrong="beams keep each other's padding",
     ),
     seat_cache(
         "seat-cache-of-another-model", old='        raise ShapeError("past_key_values: expected an empty cache, or one that this model has filled")\n    layers', new="        pass\n    layers", wrong="a cache that another model filled is thrown away silently",
-        tests=f"{TESTS}/test_own_memory.py",
+        tests=f"{TESTS}/hosts/test_own_memory.py",
     ),
     tokens(
         "landmark-input-offset", old="offset=held[0].given_tokens if held else 0,", new="offset=0,", wrong="landmarks of later calls count from the beginning",
     ),
     tokens(
-        "landmark-input-mean", old="nn.Parameter(mean_embedding(embeddings), requires_grad=embeddings.requires_grad)", new="nn.Parameter(mean_embedding(embeddings))", wrong="the landmark's embedding trains in a frozen model", tests=f"{TESTS}/test_own_memory.py",
+        "landmark-input-mean", old="nn.Parameter(mean_embedding(embeddings), requires_grad=embeddings.requires_grad)", new="nn.Parameter(mean_embedding(embeddings))", wrong="the landmark's embedding trains in a frozen model", tests=f"{TESTS}/hosts/test_own_memory.py",
     ),
     tokens(
         "landmark-input-drop", old="return inserted.drop(output) if output.shape[:2] == inserted.is_landmark.shape else output", new="return output", wrong="outputs of landmarks come out",
@@ -127,27 +141,27 @@ MUTANTS = (
     ),
     llama(
         "llama-positions-limit", old='max_positions=getattr(config, "max_position_embeddings", None)', new="max_positions=None", wrong="scalings that count from the host's length do not find it",
-        tests=f"{TESTS}/test_hosts.py {TESTS}/test_positions.py",
+        tests=f"{TESTS}/hosts/test_hosts.py {TESTS}/hosts/test_positions.py",
     ),
     llama(
         "llama-trainable", old="trainable = like.weight.requires_grad", new="trainable = True", wrong="new weights of frozen blocks train", tests=f"{TESTS}/test_training.py -k frozen {TESTS}/test_convert.py -k frozen",
     ),
     llama(
-        "llama-same-memory", old=".clone(memory_format=torch.contiguous_format)", new="", within="_fill", wrong="a converted block shares memory with the one before", tests=f"{TESTS}/test_own_memory.py",
+        "llama-same-memory", old=".clone(memory_format=torch.contiguous_format)", new="", within="_fill", wrong="a converted block shares memory with the one before", tests=f"{TESTS}/hosts/test_own_memory.py",
     ),
     checkpoint(
-        "checkpoint-code", old='for key in ("auto_map", "custom_pipelines"):', new='for key in ("custom_pipelines",):', wrong="a checkpoint that brings code is read", tests=f"{TESTS}/test_checkpoint.py -k hostile",
+        "checkpoint-code", old='for key in ("auto_map", "custom_pipelines"):', new='for key in ("custom_pipelines",):', wrong="a checkpoint that brings code is read", tests=f"{TESTS}/hosts/test_checkpoint.py -k hostile",
     ),
     checkpoint(
         "checkpoint-two-files", old="if found[name].dtype != tensors[name].dtype or not torch.equal(found[name], tensors[name]):", new="if found[name].dtype != tensors[name].dtype:", wrong="of two values of one tensor the last wins",
-        tests=f"{TESTS}/test_checkpoint.py -k 'two_files'",
+        tests=f"{TESTS}/hosts/test_checkpoint.py -k 'two_files'",
     ),
     folders(
         "folders-link", old="if not target.is_relative_to(folder) and not _is_blob(target, folder):", new="if not target.is_relative_to(folder.parent) and not _is_blob(target, folder):", wrong="a link may lead to a neighbouring folder",
-        tests=f"{TESTS}/test_folders.py -k link {TESTS}/test_checkpoint.py -k link",
+        tests=f"{TESTS}/hosts/test_folders.py -k link {TESTS}/hosts/test_checkpoint.py -k link",
     ),
     folders(
-        "folders-pickle-by-name", old='tensors = head[8:] == b"{" and', new='tensors = head[8:] == b"{" or', wrong="a pickle whose first bytes are no header passes", tests=f"{TESTS}/test_checkpoint.py -k 'hostile or pickle'",
+        "folders-pickle-by-name", old='tensors = head[8:] == b"{" and', new='tensors = head[8:] == b"{" or', wrong="a pickle whose first bytes are no header passes", tests=f"{TESTS}/hosts/test_checkpoint.py -k 'hostile or pickle'",
         survives="what passes here by chance is refused by the reader of safetensors right after, as damaged: nothing unpickles.",
     ),
     weights(
@@ -163,6 +177,6 @@ MUTANTS = (
         "models-special-tokens", old="tokenizer(text, add_special_tokens=False, verbose=False)", new="tokenizer(text, verbose=False)", wrong="a text begins with special tokens",
     ),
     bench(
-        "bench-ratio-column", old='f"{cost.times_plain[kind]:.2f}"] if known', new='f"{cost.milliseconds[kind]:.2f}"] if known', wrong="the ratio's column shows milliseconds", tests="tests/attnzoo/test_cli_models.py",
+        "bench-ratio-column", old='f"{cost.times_plain[kind]:.2f}"] if known', new='f"{cost.milliseconds[kind]:.2f}"] if known', wrong="the ratio's column shows milliseconds", tests="tests/attnzoo/cli/test_models.py",
     ),
 )  # fmt: skip

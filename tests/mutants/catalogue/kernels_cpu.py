@@ -8,18 +8,18 @@ from tests.mutants.record import Mutant
 
 FOLDER, TESTS = "kernels/attnzoo_kernels", "tests/attnzoo_kernels"
 RIGHT = f"{TESTS}/test_mutants.py -k passes_every_check"
-entries = partial(Mutant, file=f"{FOLDER}/entries.py", tests=RIGHT)
-schedule = partial(Mutant, file=f"{FOLDER}/schedule.py", tests=RIGHT)
-fold = partial(Mutant, file=f"{FOLDER}/fold.py", tests=RIGHT)
-tiles = partial(Mutant, file=f"{FOLDER}/tiles.py", tests=RIGHT)
-gating = partial(Mutant, file=f"{FOLDER}/gating.py", tests=RIGHT)
-scores = partial(Mutant, file=f"{FOLDER}/scores.py", tests=RIGHT)
-blocked = partial(Mutant, file=f"{FOLDER}/blocked.py", tests=RIGHT)
-rule = partial(Mutant, file=f"{FOLDER}/rule.py", tests=RIGHT)
+entries = partial(Mutant, file=f"{FOLDER}/layouts/entries.py", tests=RIGHT)
+schedule = partial(Mutant, file=f"{FOLDER}/cpu/schedule.py", tests=RIGHT)
+fold = partial(Mutant, file=f"{FOLDER}/cpu/pack_gqa.py", tests=RIGHT)
+tiles = partial(Mutant, file=f"{FOLDER}/cpu/gather.py", tests=RIGHT)
+gating = partial(Mutant, file=f"{FOLDER}/cpu/gates.py", tests=RIGHT)
+scores = partial(Mutant, file=f"{FOLDER}/cpu/scores.py", tests=RIGHT)
+blocked = partial(Mutant, file=f"{FOLDER}/cpu/blocked.py", tests=RIGHT)
+rule = partial(Mutant, file=f"{FOLDER}/spec/token_rule.py", tests=RIGHT)
 reference = partial(Mutant, file=f"{FOLDER}/reference.py", tests=RIGHT)
-strips = partial(Mutant, file=f"{FOLDER}/strips.py", tests=f"{TESTS}/test_op_fused.py")
-fused = partial(Mutant, file=f"{FOLDER}/fused.py", tests=f"{TESTS}/test_op_fused.py")
-half = partial(Mutant, file=f"{FOLDER}/half.py", tests=f"{TESTS}/test_op_half.py")
+strips = partial(Mutant, file=f"{FOLDER}/cpu/row_tiles.py", tests=f"{TESTS}/cpu/test_flash.py")
+fused = partial(Mutant, file=f"{FOLDER}/cpu/flash.py", tests=f"{TESTS}/cpu/test_flash.py")
+half = partial(Mutant, file=f"{FOLDER}/cpu/bf16.py", tests=f"{TESTS}/cpu/test_bf16.py")
 
 MUTANTS = (
     entries(
@@ -60,7 +60,7 @@ MUTANTS = (
     ),
     schedule(
         "schedule-chunk-origins", old="None if origin is None else origin[i], self.partial", new="None if origin is None else origin[0], self.partial",
-        wrong="later chunks turn by the first chunk's origins", tests=f"{TESTS}/test_op_unseen.py",
+        wrong="later chunks turn by the first chunk's origins", tests=f"{TESTS}/op/test_unseen.py",
     ),
     schedule(
         "schedule-chunk-limits", old="None if limits is None else limits[i]", new="None if limits is None else limits[0]",
@@ -68,7 +68,7 @@ MUTANTS = (
     ),
     schedule(
         "schedule-positions-by-item", old="at_batch = head // heads if batch > 1", new="at_batch = head % batch if batch > 1",
-        wrong="positions that differ by item go to the wrong ones", tests=f"{TESTS}/test_op_unseen.py",
+        wrong="positions that differ by item go to the wrong ones", tests=f"{TESTS}/op/test_unseen.py",
     ),
     schedule(
         "schedule-sink-end", old="within(spans.sink) if has_sink else None", new="None",
@@ -85,7 +85,7 @@ MUTANTS = (
     fold(
         "fold-absent", old="fold, 1, absent=-1)", new="fold, 1, absent=0)",
         wrong="rows that fill a folded block stand at slot 0 instead of nowhere",
-        tests=f"{TESTS}/test_op_unseen.py",
+        tests=f"{TESTS}/op/test_unseen.py",
     ),
     fold(
         "fold-lists-by-head", old="call.start.shape[1] in (1, groups)", new="call.start.shape[1] >= 1",
@@ -100,7 +100,7 @@ MUTANTS = (
     ),
     fold(
         "fold-mix-by-head", old="and (gate is None or not isinstance(gate.mix, Tensor))", new="",
-        wrong="heads with different mixes are folded together", tests=f"{TESTS}/test_op_switches.py -k 'gates_of_every'",
+        wrong="heads with different mixes are folded together", tests=f"{TESTS}/op/test_switches.py -k 'gates_of_every'",
     ),
     fold(
         "fold-heads-and-blocks-swapped", old=".expand(-1, -1, heads, -1, -1, -1).transpose(2, 3)", new=".expand(-1, -1, heads, -1, -1, -1)",
@@ -108,7 +108,7 @@ MUTANTS = (
     ),
     fold(
         "fold-tall-rows", old="* block // call.block_q", new="// call.block_q",
-        wrong="shorter query blocks take the lists of the wrong tall ones", tests=f"{TESTS}/test_op_regressions.py -k tall",
+        wrong="shorter query blocks take the lists of the wrong tall ones", tests=f"{TESTS}/op/test_regressions.py -k tall",
     ),
     tiles(
         "tiles-tail-row", old="slot.clamp_(max=self.length - 1)", new="slot.clamp_(max=self.length)",
@@ -116,15 +116,15 @@ MUTANTS = (
     ),
     tiles(
         "tiles-stride-of-heads", old="torch.arange(self.heads, device=x.device) * steps[1]", new="torch.arange(self.heads, device=x.device) * steps[2]",
-        wrong="heads begin a row and not a head apart", tests=f"{TESTS}/test_op_agreement.py -k 'definition_in_double'",
+        wrong="heads begin a row and not a head apart", tests=f"{TESTS}/op/test_agreement.py -k 'definition_in_double'",
     ),
     tiles(
         "tiles-view-offset", old="x.storage_offset() + places[0]", new="places[0]",
-        wrong="views of slices begin at the start of the memory", tests=f"{TESTS}/test_op_surface.py",
+        wrong="views of slices begin at the start of the memory", tests=f"{TESTS}/op/test_surface.py",
     ),
     tiles(
         "tiles-view-converts", old="if x.dtype != self.dtype or x.numel() == 0", new="if x.numel() == 0",
-        wrong="values that have to be converted are viewed as they are", tests=f"{TESTS}/test_op_in_place.py",
+        wrong="values that have to be converted are viewed as they are", tests=f"{TESTS}/op/test_in_place.py",
     ),
     gating(
         "gating-mix-swapped", old="mix * logits + (1 - mix) * total", new="(1 - mix) * logits + mix * total",
@@ -136,7 +136,7 @@ MUTANTS = (
     ),
     gating(
         "gating-empty-blocks", old="mixed.masked_fill_(empty, -torch.inf)", new="pass",
-        wrong="a block without an ordinary key takes weight from the others", tests=f"{TESTS}/test_op_switches.py -k gates_of_every",
+        wrong="a block without an ordinary key takes weight from the others", tests=f"{TESTS}/op/test_switches.py -k gates_of_every",
     ),
     gating(
         "gating-own-through-gate", old="torch.where(gated.own, 0.0, change * gated.mix)", new="change * gated.mix",
@@ -148,15 +148,15 @@ MUTANTS = (
     ),
     scores(
         "scores-blocks-of-shared-heads", old="(head % heads) * source.heads // heads", new="(head % heads) % source.heads",
-        wrong="a bias by group goes to heads by remainder", tests=f"{TESTS}/test_op_unseen.py",
+        wrong="a bias by group goes to heads by remainder", tests=f"{TESTS}/op/test_unseen.py",
     ),
     scores(
         "scores-pairs-of-odd-widths", old="self.padded = self.full + self.full % 2", new="self.padded = self.full",
-        wrong="origins at odd widths have no complex view", tests=f"{TESTS}/test_op_switches.py -k turn_any_width",
+        wrong="origins at odd widths have no complex view", tests=f"{TESTS}/op/test_switches.py -k turn_any_width",
     ),
     blocked(
         "blocked-needs", old="k=zeros(need[1], keys", new="k=zeros(need[0], keys",
-        wrong="keys get a gradient where queries want one", tests=f"{TESTS}/test_op_agreement.py -k asked_for",
+        wrong="keys get a gradient where queries want one", tests=f"{TESTS}/op/test_agreement.py -k asked_for",
     ),
     blocked(
         "blocked-bias-summed-over-keys", old="dscores.sum(1))", new="dscores.sum(1) * call.scale)",
@@ -164,7 +164,7 @@ MUTANTS = (
     ),
     blocked(
         "blocked-dead-dlse", old="None if dlse_rows is None else dlse_rows.masked_fill(chunk.dead, 0.0)", new="dlse_rows",
-        wrong="the gradient of lse of rows that see nothing reaches keys", tests=f"{TESTS}/test_op_unseen.py",
+        wrong="the gradient of lse of rows that see nothing reaches keys", tests=f"{TESTS}/op/test_unseen.py",
         survives="a shortcut: gradients that are no numbers are computed again with care, which drops it",
     ),
     blocked(
@@ -177,7 +177,7 @@ MUTANTS = (
     ),
     rule(
         "rule-absent-sink", old="torch.where(pos < 0, 0, end) if self.q_pos is not None else end", new="end",
-        wrong="absent rows without causality see the sink", tests=f"{TESTS}/test_op_agreement.py -k 'definition_in_double' {TESTS}/test_op_visibility.py",
+        wrong="absent rows without causality see the sink", tests=f"{TESTS}/op/test_agreement.py -k 'definition_in_double' {TESTS}/op/test_visibility.py",
     ),
     rule(
         "rule-sink-beyond-position", old="end = torch.minimum(end, pos + 1) if self.causal else end", new="end = end + 0",
@@ -185,7 +185,7 @@ MUTANTS = (
     ),
     rule(
         "rule-per-head-positions", old="(self.q_pos is not None and self.q_pos.shape[1] > 1)", new="False",
-        wrong="positions by head count as shared", tests=f"{TESTS}/test_op_unseen.py",
+        wrong="positions by head count as shared", tests=f"{TESTS}/op/test_unseen.py",
     ),
     rule(
         "rule-fold-tail", old=".clamp_(max=tokens - 1)", new=".clamp_(max=tokens)",
@@ -194,7 +194,7 @@ MUTANTS = (
     ),
     reference(
         "reference-bias-of-groups", old="bias.repeat_interleave(heads // bias.shape[1], 1)", new="bias.repeat(1, heads // bias.shape[1], 1)",
-        wrong="a bias by group goes to heads by remainder", tests=f"{TESTS}/test_op_agreement.py -k 'definition_in_double'",
+        wrong="a bias by group goes to heads by remainder", tests=f"{TESTS}/op/test_agreement.py -k 'definition_in_double'",
     ),
     reference(
         "reference-ragged-gate", old="(0, beyond)).unflatten(-1, (blocks_k, call.block_k))\n    if gate",
@@ -203,53 +203,53 @@ MUTANTS = (
     ),
     reference(
         "reference-spoilt-everywhere", old="torch.where(touched, clean + (spoilt - clean).detach(), clean)", new="clean",
-        wrong="NaN values that a row reads do not show", tests=f"{TESTS}/test_op_surface.py",
+        wrong="NaN values that a row reads do not show", tests=f"{TESTS}/op/test_surface.py",
     ),
     strips(
         "strips-window-begins", old="begin = highest + 1 if first < highest else first",
         new="begin = highest if first < highest else first",
-        wrong="a part holds no slot of the row that begins last", tests=f"{TESTS}/test_strip_parts.py",
+        wrong="a part holds no slot of the row that begins last", tests=f"{TESTS}/cpu/test_row_tile_parts.py",
     ),
     strips(
         "strips-window-ends", old="end = least - 1 if least < last else last", new="end = least + 1 if least < last else last",
-        wrong="the unmasked part ends behind what all rows see", tests=f"{TESTS}/test_strip_parts.py",
+        wrong="the unmasked part ends behind what all rows see", tests=f"{TESTS}/cpu/test_row_tile_parts.py",
     ),
     strips(
         "strips-heads-of-a-group", old="x.unflatten(1, (-1, self.ratio))[:, self.groups, self.head]", new="x.unflatten(1, (self.ratio, -1))[:, self.head, self.groups]",
-        wrong="query heads belong to KV heads by remainder", tests=f"{TESTS}/test_op_fused.py -k 'dense or runs'",
+        wrong="query heads belong to KV heads by remainder", tests=f"{TESTS}/cpu/test_flash.py -k 'dense or runs'",
     ),
     strips(
         "strips-least-side", old="torch.where(live, lo, far), torch.where(live, -lo, far), torch.where(live, hi, far), torch.where(live, -hi, far)",
         new="torch.where(live, lo, far), torch.where(live, lo, far), torch.where(live, hi, far), torch.where(live, -hi, far)",
-        wrong="where the last row begins is taken from the first", tests=f"{TESTS}/test_op_fused.py -k 'runs or cut'",
+        wrong="where the last row begins is taken from the first", tests=f"{TESTS}/cpu/test_flash.py -k 'runs or cut'",
     ),
     strips(
         "strips-runs-with-gaps", old="((last - first).clamp(min=0) == count)", new="((last - first).clamp(min=0) >= count)",
-        wrong="lists with gaps are taken for runs", tests=f"{TESTS}/test_op_fused.py -k 'gap or other_calls'",
+        wrong="lists with gaps are taken for runs", tests=f"{TESTS}/cpu/test_flash.py -k 'gap or other_calls'",
     ),
     fused(
         "fused-merge-share", old="(other[1] - one[1]).sigmoid_()", new="(one[1] - other[1]).sigmoid_()",
-        wrong="two parts are weighed with each other's weights", tests=f"{TESTS}/test_op_fused.py -k 'runs'",
+        wrong="two parts are weighed with each other's weights", tests=f"{TESTS}/cpu/test_flash.py -k 'runs'",
     ),
     fused(
         "fused-dead-lse", old="lse = lse.masked_fill(strips.dead, torch.inf)", new="pass",
-        wrong="rows that see nothing have weights in the backward", tests=f"{TESTS}/test_op_fused.py -k 'runs or nobody_sees'",
+        wrong="rows that see nothing have weights in the backward", tests=f"{TESTS}/cpu/test_flash.py -k 'runs or nobody_sees'",
     ),
     fused(
         "fused-key-gradients-of-last-part", old="for x, grad in zip((total, total_k, total_v), grads, strict=True):\n                    x.add_(grad)",
         new="for x, grad in zip((total, total_k, total_v), grads, strict=True):\n                    x.copy_(grad)",
-        wrong="each part's gradients replace those before", tests=f"{TESTS}/test_op_fused.py -k 'runs'",
+        wrong="each part's gradients replace those before", tests=f"{TESTS}/cpu/test_flash.py -k 'runs'",
     ),
     half(
         "half-mask-of-full-blocks", old="mask[..., :-hidden] = 0.0", new="pass",
-        wrong="what scratch memory holds is added to scores of full blocks", tests=f"{TESTS}/test_op_half.py -k 'definition'",
+        wrong="what scratch memory holds is added to scores of full blocks", tests=f"{TESTS}/cpu/test_bf16.py -k 'definition'",
     ),
     half(
         "half-not-finite", old="if bool(out.sum().isfinite()) else None", new="",
-        wrong="what is hidden spoils results in bf16", tests=f"{TESTS}/test_op_half.py -k 'spoils'",
+        wrong="what is hidden spoils results in bf16", tests=f"{TESTS}/cpu/test_bf16.py -k 'spoils'",
     ),
     half(
         "half-widths", old="widths = call.q.shape[3] == call.v.shape[3] and", new="widths =",
-        wrong="values of another width are taken", tests=f"{TESTS}/test_op_half.py -k 'otherwise or definition'",
+        wrong="values of another width are taken", tests=f"{TESTS}/cpu/test_bf16.py -k 'otherwise or definition'",
     ),
 )  # fmt: skip

@@ -8,12 +8,14 @@ from tests.mutants.record import Mutant
 
 FOLDER, TESTS = "kernels/attnzoo_kernels", "tests/attnzoo_kernels"
 build = partial(
-    Mutant, file=f"{FOLDER}/layout_build.py", tests=f"{TESTS}/test_layout.py -k 'window or strided or mask or indices'"
+    Mutant,
+    file=f"{FOLDER}/layouts/build.py",
+    tests=f"{TESTS}/layouts/test_layout.py -k 'window or strided or mask or indices'",
 )
-layout = partial(Mutant, file=f"{FOLDER}/layout.py", tests=f"{TESTS}/test_layout.py")
-flex = partial(Mutant, file=f"{FOLDER}/layout_flex.py", tests=f"{TESTS}/test_layout_flex.py")
-picture = partial(Mutant, file=f"{FOLDER}/layout_picture.py", tests=f"{TESTS}/test_layout.py -k print")
-checks = partial(Mutant, file=f"{FOLDER}/checks.py", tests=f"{TESTS}/test_op_errors.py")
+layout = partial(Mutant, file=f"{FOLDER}/layouts/layout.py", tests=f"{TESTS}/layouts/test_layout.py")
+flex = partial(Mutant, file=f"{FOLDER}/layouts/flex.py", tests=f"{TESTS}/layouts/test_flex.py")
+picture = partial(Mutant, file=f"{FOLDER}/layouts/picture.py", tests=f"{TESTS}/layouts/test_layout.py -k print")
+checks = partial(Mutant, file=f"{FOLDER}/checks.py", tests=f"{TESTS}/op/test_errors.py")
 
 MUTANTS = (
     build(
@@ -26,7 +28,7 @@ MUTANTS = (
     ),
     build(
         "build-sink-twice", old="beside = (sinks < low) & (high >= 0) if causal", new="beside = (sinks <= low) & (high >= 0) if causal",
-        wrong="a sink block at the window's edge is listed twice", tests=f"{TESTS}/test_layout_moves.py",
+        wrong="a sink block at the window's edge is listed twice", tests=f"{TESTS}/layouts/test_layout_moves.py",
     ),
     build(
         "build-stride-shift", old="(block + moved) % stride == 0", new="(block - moved) % stride == 0",
@@ -44,44 +46,44 @@ MUTANTS = (
     ),
     build(
         "build-origin-order", old="origin.gather(-1, order).to(torch.int32)", new="origin.to(torch.int32)",
-        wrong="origins do not move with their blocks", tests=f"{TESTS}/test_layout.py -k origins",
+        wrong="origins do not move with their blocks", tests=f"{TESTS}/layouts/test_layout.py -k origins",
     ),
     build(
         "build-compact-origin", old="origin = None if lists.origin is None else lists.origin[place]", new="origin = lists.origin",
-        wrong="compacting leaves origins where they were", tests=f"{TESTS}/test_layout.py -k 'compact or origins'",
+        wrong="compacting leaves origins where they were", tests=f"{TESTS}/layouts/test_layout.py -k 'compact or origins'",
     ),
     build(
         "build-duplicates", old="bool((key[1:] == key[:-1]).any())", new="bool((key[2:] == key[:-2]).any())",
-        wrong="a block may stand twice in a list", tests=f"{TESTS}/test_layout.py -k refused",
+        wrong="a block may stand twice in a list", tests=f"{TESTS}/layouts/test_layout.py -k refused",
     ),
     build(
         "build-start-of-item", old="place = first.view(-1, 1, 1, 1)", new="place = first[:1].view(-1, 1, 1, 1)",
-        wrong="all items begin where the first one does", tests=f"{TESTS}/test_layout.py -k each_item",
+        wrong="all items begin where the first one does", tests=f"{TESTS}/layouts/test_layout.py -k each_item",
     ),
     layout(
         "layout-not-copied", old="value.detach().clone())", new="value.detach())",
-        wrong="changing what a layout was made of changes the layout", tests=f"{TESTS}/test_op_state.py -k 'made_of'",
+        wrong="changing what a layout was made of changes the layout", tests=f"{TESTS}/op/test_state.py -k 'made_of'",
     ),
     layout(
         "layout-kv-rows", old=".clamp(max=self.block_k)", new=".clamp(max=self.block_k - 0 if False else 1 << 30)",
-        wrong="rows of ragged and whole blocks are counted alike", tests=f"{TESTS}/test_layout.py -k kv_rows",
+        wrong="rows of ragged and whole blocks are counted alike", tests=f"{TESTS}/layouts/test_layout.py -k kv_rows",
     ),
     layout(
         "layout-to-origin", old="origin = None if self.origin is None else self.origin.to(device)", new="origin = None",
-        wrong="moving a layout loses its origins", tests=f"{TESTS}/test_layout.py {TESTS}/test_layout_moves.py -k 'origin or moves'",
+        wrong="moving a layout loses its origins", tests=f"{TESTS}/layouts/test_layout.py {TESTS}/layouts/test_layout_moves.py -k 'origin or moves'",
     ),
     layout(
         "layout-and-is-or", old="self._combine(other, torch.logical_and)", new="self._combine(other, torch.logical_or)",
-        wrong="& reads what either reads", tests=f"{TESTS}/test_layout.py -k or_and",
+        wrong="& reads what either reads", tests=f"{TESTS}/layouts/test_layout.py -k or_and",
     ),
     layout(
         "layout-density-full", old="layout_density(self.lists, self.sizes, causal=causal)",
         new="layout_density(self.lists, self.sizes, causal=True)",
-        wrong="density is always that of the causal rule", tests=f"{TESTS}/test_layout.py -k density",
+        wrong="density is always that of the causal rule", tests=f"{TESTS}/layouts/test_layout.py -k density",
     ),
     layout(
         "layout-pytree-names", old='names = ("start", "count", "col", "origin")', new='names = ("count", "start", "col", "origin")',
-        within="_flatten_with_keys", wrong="a pytree names the lists' tensors wrongly", tests=f"{TESTS}/test_layout_moves.py",
+        within="_flatten_with_keys", wrong="a pytree names the lists' tensors wrongly", tests=f"{TESTS}/layouts/test_layout_moves.py",
     ),
     flex(
         "flex-causality", old="listed = listed & (s <= place)", new="listed = listed & (s < place)",
@@ -97,11 +99,11 @@ MUTANTS = (
     ),
     picture(
         "picture-more-heads", old="heads - MOST_HEADS} more heads", new="heads} more heads",
-        wrong="the number of heads that are not drawn is that of all", tests=f"{TESTS}/test_layout_moves.py",
+        wrong="the number of heads that are not drawn is that of all", tests=f"{TESTS}/layouts/test_layout_moves.py",
     ),
     picture(
         "picture-density", old="density {layout.density(causal=True):.3f}", new="density {layout.density(causal=False):.3f}",
-        wrong="the printed density is not the causal one that it says", tests=f"{TESTS}/test_layout_moves.py",
+        wrong="the printed density is not the causal one that it says", tests=f"{TESTS}/layouts/test_layout_moves.py",
     ),
     checks(
         "checks-heads-multiple", old="heads % groups != 0", new="groups % heads != 0", wrong="heads that do not fit KV heads are taken",
@@ -116,11 +118,11 @@ MUTANTS = (
     ),
     checks(
         "checks-origin-table", old="int(listed.max()) < positions", new="int(listed.max()) <= positions",
-        wrong="an origin behind the table is taken", tests=f"{TESTS}/test_op_switches_torch.py -k origin",
+        wrong="an origin behind the table is taken", tests=f"{TESTS}/op/test_switches_torch.py -k origin",
     ),
     checks(
         "checks-rope-gradient", old='_check_constant(name, table, "a table")',
         new='_check_constant(name, table if name == "rope cos" else cos.detach(), "a table")',
-        wrong="a rope table that wants a gradient gets none, silently", tests=f"{TESTS}/test_op_constants.py -k gradient",
+        wrong="a rope table that wants a gradient gets none, silently", tests=f"{TESTS}/op/test_constants.py -k gradient",
     ),
 )  # fmt: skip

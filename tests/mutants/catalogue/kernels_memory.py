@@ -7,17 +7,19 @@ from functools import partial
 from tests.mutants.record import Mutant
 
 FOLDER, TESTS = "kernels/attnzoo_kernels", "tests/attnzoo_kernels"
-density = partial(Mutant, file=f"{FOLDER}/density.py", tests=f"{TESTS}/test_density.py")
-memo = partial(Mutant, file=f"{FOLDER}/memo.py", tests=f"{TESTS}/test_store.py")
-store = partial(Mutant, file=f"{FOLDER}/store.py", tests=f"{TESTS}/test_store.py")
-flex_rule = partial(Mutant, file=f"{FOLDER}/flex_rule.py", tests=f"{TESTS}/test_flex_rules.py")
+density = partial(Mutant, file=f"{FOLDER}/layouts/density.py", tests=f"{TESTS}/layouts/test_density.py")
+memo = partial(Mutant, file=f"{FOLDER}/layouts/memo.py", tests=f"{TESTS}/runtime/test_store.py")
+store = partial(Mutant, file=f"{FOLDER}/runtime/store.py", tests=f"{TESTS}/runtime/test_store.py")
+flex_rule = partial(Mutant, file=f"{FOLDER}/layouts/flex_mask.py", tests=f"{TESTS}/layouts/test_flex_mask.py")
 tracing = partial(
-    Mutant, file=f"{FOLDER}/tracing.py", tests="tests/attnzoo/test_tracing.py -k 'traced or number or flop'"
+    Mutant,
+    file=f"{FOLDER}/runtime/tracing.py",
+    tests="tests/attnzoo/laws/test_tracing.py -k 'traced or number or flop'",
 )
-checks = partial(Mutant, file=f"{FOLDER}/checks.py", tests=f"{TESTS}/test_op_constants.py")
-op = partial(Mutant, file=f"{FOLDER}/op.py", tests=f"{TESTS}/test_op_constants.py -k tangent")
-schedule = partial(Mutant, file=f"{FOLDER}/schedule.py", tests=f"{TESTS}/test_op_unseen.py -k limits")
-unseen = partial(Mutant, tests=f"{TESTS}/test_op_unseen.py")
+checks = partial(Mutant, file=f"{FOLDER}/checks.py", tests=f"{TESTS}/op/test_constants.py")
+op = partial(Mutant, file=f"{FOLDER}/op.py", tests=f"{TESTS}/op/test_constants.py -k tangent")
+schedule = partial(Mutant, file=f"{FOLDER}/cpu/schedule.py", tests=f"{TESTS}/op/test_unseen.py -k limits")
+unseen = partial(Mutant, tests=f"{TESTS}/op/test_unseen.py")
 
 MUTANTS = (
     density(
@@ -32,36 +34,36 @@ MUTANTS = (
     density(
         "density-lists-share-a-bias", old="Lists(lists.start[chosen], lists.count[chosen], call.col), pairs % (bias_batch * bias_heads)",
         new="Lists(lists.start[chosen], lists.count[chosen], call.col), pairs * 0",
-        wrong="all rows count the keys of the first row of the bias", tests=f"{TESTS}/test_op_surface.py -k hidden",
+        wrong="all rows count the keys of the first row of the bias", tests=f"{TESTS}/op/test_surface.py -k hidden",
     ),
     density(
         "density-items-of-positions", old="positions[item if positions.shape[0] > 1 else 0,", new="positions[0,",
         wrong="all items stand where the first one does",
-        tests=f"{TESTS}/test_density.py tests/attnzoo/test_plan_density.py",
+        tests=f"{TESTS}/layouts/test_density.py tests/attnzoo/base/test_plan_density.py",
     ),
     density(
         "density-one-item-for-all", old="1 if q_pos is None else q_pos.shape[0]) > 1 else 1", new="1) > 1 else 1",
         wrong="items that differ in positions alone are counted as one",
-        tests=f"{TESTS}/test_density.py tests/attnzoo/test_plan_density.py",
+        tests=f"{TESTS}/layouts/test_density.py tests/attnzoo/base/test_plan_density.py",
     ),
     density(
         "density-landmark-cut-off", old="hidden = counts.cut_off(lists, lo) - torch.where", new="hidden = counts.cut_off(lists, lo) + torch.where",
         wrong="a sink inside the block where a gated window begins is taken off twice",
     ),
     Mutant(
-        "records-density-of-front-of-items", "attnzoo/records.py",
+        "records-density-of-front-of-items", "attnzoo/base/steps.py",
         old="if extras.q_pos is None and not isinstance(self.front, Tensor) and self.front:", new="if False:",
-        wrong="rows in front of a chunk count as queries", tests="tests/attnzoo/test_plan_density.py",
+        wrong="rows in front of a chunk count as queries", tests="tests/attnzoo/base/test_plan_density.py",
     ),
     Mutant(
-        "moh-density-of-padding", "attnzoo/variants/moh.py",
+        "moh-density-of-padding", "attnzoo/variants/moh/layer.py",
         old="extras = Extras(q_pos=self.kept.dense_pos, key_bias=self.extras.key_bias)",
         new="extras = Extras(key_bias=self.extras.key_bias)",
-        wrong="rows behind an item's last count as pairs that dense attention sees", tests="tests/attnzoo/test_plan_density.py",
+        wrong="rows behind an item's last count as pairs that dense attention sees", tests="tests/attnzoo/base/test_plan_density.py",
     ),
     memo(
         "memo-origins-of-another", old="lists and origin is wanted and", new="lists and",
-        wrong="calls with other origins share a plan", tests=f"{TESTS}/test_kept_plans.py",
+        wrong="calls with other origins share a plan", tests=f"{TESTS}/layouts/test_kept_plans.py",
     ),
     memo(
         "memo-without-fold", old="        rule.fold,\n", new="", wrong="calls that are folded otherwise share a plan",
@@ -180,47 +182,47 @@ MUTANTS = (
         wrong="a single long call makes all its limits at once",
     ),
     unseen(
-        "gates-own-block-of-first-item", f"{FOLDER}/schedule.py",
+        "gates-own-block-of-first-item", f"{FOLDER}/cpu/schedule.py",
         old="at_batch = head // heads if batch > 1 else torch.zeros_like(head)", new="at_batch = torch.zeros_like(head)",
         wrong="a gate's own block is that of the first item's position",
     ),
     unseen(
-        "gates-own-block-of-first-head", f"{FOLDER}/schedule.py",
+        "gates-own-block-of-first-head", f"{FOLDER}/cpu/schedule.py",
         old="at_head = head % heads if pos_heads > 1 else torch.zeros_like(head)", new="at_head = torch.zeros_like(head)",
         wrong="a gate's own block is that of the first head's position",
     ),
     Mutant(
-        "gradients-of-vanished-blocks", f"{FOLDER}/gating.py", old="change.masked_fill_(outer == 0, 0.0)", new="pass",
+        "gradients-of-vanished-blocks", f"{FOLDER}/cpu/gates.py", old="change.masked_fill_(outer == 0, 0.0)", new="pass",
         wrong="a NaN in one block reaches the gradients of blocks that have vanished",
-        tests=f"{TESTS}/test_op_sight.py -k 'blocked and (landmarks or gate or all)'",
+        tests=f"{TESTS}/cpu/test_nonfinite.py -k 'blocked and (landmarks or gate or all)'",
     ),
     unseen(
-        "gradients-of-dead-rows", f"{FOLDER}/blocked.py",
+        "gradients-of-dead-rows", f"{FOLDER}/cpu/blocked.py",
         old="dlse_rows = None if dlse_rows is None else dlse_rows.masked_fill(chunk.dead, 0.0)", new="pass",
         wrong="what the log-sum-exp of a row that sees nothing is told comes into its products",
         survives="Results that are no numbers are computed again with care, which silences it: only the time differs.",
     ),
     Mutant(
-        "aux-hidden-keys", f"{FOLDER}/blocked.py", old='dq_aux = multiply("dq_aux"', new='dq_aux = product("dq_aux"',
+        "aux-hidden-keys", f"{FOLDER}/cpu/blocked.py", old='dq_aux = multiply("dq_aux"', new='dq_aux = product("dq_aux"',
         wrong="a NaN in a hidden slot's auxiliary channels reaches the gradients of queries beside clean keys",
-        tests=f"{TESTS}/test_op_sight.py -k 'blocked and aux'",
+        tests=f"{TESTS}/cpu/test_nonfinite.py -k 'blocked and aux'",
     ),
     Mutant(
-        "aux-hidden-queries", f"{FOLDER}/blocked.py", old='dk_aux = multiply("dk_aux"', new='dk_aux = product("dk_aux"',
+        "aux-hidden-queries", f"{FOLDER}/cpu/blocked.py", old='dk_aux = multiply("dk_aux"', new='dk_aux = product("dk_aux"',
         wrong="a NaN in an absent row's auxiliary channels reaches the gradients of keys",
-        tests=f"{TESTS}/test_op_sight.py -k 'blocked and aux'",
+        tests=f"{TESTS}/cpu/test_nonfinite.py -k 'blocked and aux'",
     ),
     Mutant(
-        "keys-hidden-beside-aux", f"{FOLDER}/blocked.py", old='dq = multiply("dq", dscores, chunk.k', new='dq = product("dq", dscores, chunk.k',
+        "keys-hidden-beside-aux", f"{FOLDER}/cpu/blocked.py", old='dq = multiply("dq", dscores, chunk.k', new='dq = product("dq", dscores, chunk.k',
         wrong="a NaN in a hidden key reaches the gradients of queries beside clean channels",
-        tests=f"{TESTS}/test_op_sight.py -k 'blocked and aux'",
+        tests=f"{TESTS}/cpu/test_nonfinite.py -k 'blocked and aux'",
     ),
     Mutant(
         "reference-aux-hidden-keys", f"{FOLDER}/reference.py",
         old="scores = scores + _by_sight(q_aux.to(acc), k_aux, lambda q, k: torch.matmul(q, k.transpose(-1, -2)))",
         new="scores = scores + torch.matmul(q_aux.to(acc), k_aux.transpose(-1, -2))",
         wrong="a NaN in hidden auxiliary channels reaches gradients in the reference",
-        tests=f"{TESTS}/test_op_sight.py -k 'reference and aux'",
+        tests=f"{TESTS}/cpu/test_nonfinite.py -k 'reference and aux'",
     ),
     Mutant(
         "dispatch-unused-gpu-always-told", f"{FOLDER}/dispatch.py",

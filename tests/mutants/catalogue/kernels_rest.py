@@ -10,16 +10,16 @@ FOLDER, TESTS = "kernels/attnzoo_kernels", "tests/attnzoo_kernels"
 merge = partial(Mutant, file=f"{FOLDER}/merge.py", tests=f"{TESTS}/test_merge.py")
 sharding = partial(Mutant, file=f"{FOLDER}/sharding.py", tests=f"{TESTS}/test_sharding.py")
 dispatch = partial(Mutant, file=f"{FOLDER}/dispatch.py", tests=f"{TESTS}/test_dispatch.py")
-workspace = partial(Mutant, file=f"{FOLDER}/workspace.py", tests=f"{TESTS}/test_workspace.py")
-flops = partial(Mutant, file=f"{FOLDER}/flops.py", tests=f"{TESTS}/test_op_tools.py -k flop")
-density = partial(Mutant, file=f"{FOLDER}/density.py", tests=f"{TESTS}/test_density.py")
-memo = partial(Mutant, file=f"{FOLDER}/memo.py", tests=f"{TESTS}/test_kept_plans.py")
+workspace = partial(Mutant, file=f"{FOLDER}/runtime/workspace.py", tests=f"{TESTS}/runtime/test_workspace.py")
+flops = partial(Mutant, file=f"{FOLDER}/flops.py", tests=f"{TESTS}/op/test_tools.py -k flop")
+density = partial(Mutant, file=f"{FOLDER}/layouts/density.py", tests=f"{TESTS}/layouts/test_density.py")
+memo = partial(Mutant, file=f"{FOLDER}/layouts/memo.py", tests=f"{TESTS}/layouts/test_kept_plans.py")
 registration = partial(
     Mutant,
     file=f"{FOLDER}/registration.py",
-    tests=f"{TESTS}/test_op_composability.py -k 'vmap or meta or second or derivatives or checkpoint'",
+    tests=f"{TESTS}/op/test_composability.py -k 'vmap or meta or second or derivatives or checkpoint'",
 )
-op = partial(Mutant, file=f"{FOLDER}/op.py", tests=f"{TESTS}/test_op_surface.py")
+op = partial(Mutant, file=f"{FOLDER}/op.py", tests=f"{TESTS}/op/test_surface.py")
 
 MUTANTS = (
     merge(
@@ -137,12 +137,12 @@ MUTANTS = (
     dispatch(
         "dispatch-gradients-nobody-wanted", old="*(grad if needed else None for grad, needed in zip(grads, need, strict=False)),",
         new="*grads,", wrong="the fused backward gives gradients that nobody asked for",
-        tests=f"{TESTS}/test_op_fused.py -k asked_for",
+        tests=f"{TESTS}/cpu/test_flash.py -k asked_for",
     ),
     dispatch(
         "dispatch-fused-without-dlse", old="and dout is not None and dlse is None:", new="and dout is not None:",
         wrong="the gradient of lse is dropped where the fused kernel takes the backward",
-        tests=f"{TESTS}/test_op_fused.py -k log_sum_exp",
+        tests=f"{TESTS}/cpu/test_flash.py -k log_sum_exp",
     ),
     dispatch(
         "dispatch-results-not-kept", old='return chosen == "triton" or (', new="return (",
@@ -215,7 +215,7 @@ MUTANTS = (
         "density-bias-by-remainder", old=".long()).repeat_interleave(src_heads // bias.shape[1], 1)",
         new=".long()).repeat(1, src_heads // bias.shape[1], 1)",
         wrong="a bias by group goes to heads by remainder in the dense call",
-        tests=f"{TESTS}/test_density.py {TESTS}/test_op_surface.py",
+        tests=f"{TESTS}/layouts/test_density.py {TESTS}/op/test_surface.py",
     ),
     density(
         "density-dense-with-window", old="_, end = rule.span(pos, None, seq_k)",
@@ -243,7 +243,7 @@ MUTANTS = (
     registration(
         "registration-saves-inference-tensors", old="x.clone() if x is not None and x.is_inference() else x",
         new="x", wrong="a layout made in inference mode cannot be trained with",
-        tests=f"{TESTS}/test_op_state.py -k inference",
+        tests=f"{TESTS}/op/test_state.py -k inference",
     ),
     registration(
         "registration-batched-lists", old="x.repeat(size, 1, 1) for x in (start, count)",
@@ -257,19 +257,19 @@ MUTANTS = (
     registration(
         "registration-fake-lse-dtype", old="acc = torch.float64 if q.dtype == torch.float64 else torch.float32",
         new="acc = torch.float32", wrong="the meta function promises the wrong dtype of lse",
-        tests=f"{TESTS}/test_op_composability.py -k 'meta or forward_op'",
+        tests=f"{TESTS}/op/test_composability.py -k 'meta or forward_op'",
     ),
     registration(
         "registration-lse-gradient", old="dlse = dlse if ctx.need_lse else None", new="dlse = None",
-        wrong="the gradient of lse is dropped", tests=f"{TESTS}/test_op_agreement.py -k alone",
+        wrong="the gradient of lse is dropped", tests=f"{TESTS}/op/test_agreement.py -k alone",
     ),
     registration(
         "registration-autocast-inside", old="torch.autocast(device, enabled=False) if", new="torch.autocast(device) if",
-        wrong="scores and accumulators are rounded by autocast", tests=f"{TESTS}/test_op_state.py -k autocast",
+        wrong="scores and accumulators are rounded by autocast", tests=f"{TESTS}/op/test_state.py -k autocast",
     ),
     registration(
         "registration-sink-tensor-lost", old="sink_size if sink is None else sink", new="sink_size",
-        wrong="sinks by head are lost between op and kernel", tests=f"{TESTS}/test_op_metamorphic.py -k one_number",
+        wrong="sinks by head are lost between op and kernel", tests=f"{TESTS}/op/test_metamorphic.py -k one_number",
     ),
     op(
         "op-scale-of-values", old="q.shape[3] ** -0.5", new="v.shape[3] ** -0.5",
@@ -277,7 +277,7 @@ MUTANTS = (
     ),
     op(
         "op-autocast-doubles", old="x if x.dtype == torch.float64 else x.to(", new="x.to(",
-        wrong="autocast rounds double precision", tests=f"{TESTS}/test_op_state.py -k autocast",
+        wrong="autocast rounds double precision", tests=f"{TESTS}/op/test_state.py -k autocast",
     ),
     op(
         "op-rope-without-origin", old='extras.precision == "fast",', new="True,",
@@ -285,7 +285,7 @@ MUTANTS = (
     ),
     op(
         "op-reasons-of-auto", old="reasons = reasons_against(impl, call)", new="reasons = ()",
-        wrong="a named implementation that cannot run is not refused", tests=f"{TESTS}/test_op_errors.py -k 'triton_on or no_reason'",
+        wrong="a named implementation that cannot run is not refused", tests=f"{TESTS}/op/test_errors.py -k 'triton_on or no_reason'",
     ),
     op(
         "op-groups-of-layout", old="groups = layout.start.shape[1]", new="groups = 1",

@@ -7,9 +7,9 @@ from functools import partial
 from tests.mutants.record import Mutant
 
 FOLDER, TESTS = "kernels/attnzoo_kernels", "tests/attnzoo_kernels"
-gemm = partial(Mutant, file=f"{FOLDER}/gemm.py", tests=f"{TESTS}/test_gemm.py")
-sight = partial(Mutant, file=f"{FOLDER}/sight.py", tests=f"{TESTS}/test_op_sight.py -k blocked")
-checks = partial(Mutant, file=f"{FOLDER}/checks.py", tests=f"{TESTS}/test_op_scale.py -k refuse")
+gemm = partial(Mutant, file=f"{FOLDER}/cpu/products.py", tests=f"{TESTS}/cpu/test_products.py")
+sight = partial(Mutant, file=f"{FOLDER}/cpu/nonfinite.py", tests=f"{TESTS}/cpu/test_nonfinite.py -k blocked")
+checks = partial(Mutant, file=f"{FOLDER}/checks.py", tests=f"{TESTS}/op/test_scale.py -k refuse")
 
 MUTANTS = (
     gemm(
@@ -34,21 +34,21 @@ MUTANTS = (
     sight(
         "sight-bias-hides-nothing", old="return call.key_bias is not None and bool((call.key_bias == -torch.inf).any())",
         new="return False", wrong="calls in which the bias alone hides are not computed again",
-        tests=f"{TESTS}/test_op_torture.py -k padded_keys",
+        tests=f"{TESTS}/op/test_torture.py -k padded_keys",
     ),
     sight(
         "sight-rule-hides-nothing", old="call.gate is not None or any(part.partial for part in parts)",
         new="call.gate is not None", wrong="calls in which the rule alone hides are not computed again",
     ),
     Mutant(
-        "scores-weights-of-spoiled-rows", file=f"{FOLDER}/scores.py", old="scores.masked_fill_(unseen, 0.0)", new="pass",
-        wrong="a row with a NaN has weights for slots that it does not see", tests=f"{TESTS}/test_op_sight.py -k blocked",
+        "scores-weights-of-spoiled-rows", file=f"{FOLDER}/cpu/scores.py", old="scores.masked_fill_(unseen, 0.0)", new="pass",
+        wrong="a row with a NaN has weights for slots that it does not see", tests=f"{TESTS}/cpu/test_nonfinite.py -k blocked",
     ),
     Mutant(
-        "gating-weights-of-vanished-blocks", file=f"{FOLDER}/gating.py",
+        "gating-weights-of-vanished-blocks", file=f"{FOLDER}/cpu/gates.py",
         old="weights.masked_fill_(_weightless(inner, outer), 0.0)", new="pass",
         wrong="a gated row with a NaN has weights for slots that it does not see",
-        tests=f"{TESTS}/test_op_sight.py -k blocked",
+        tests=f"{TESTS}/cpu/test_nonfinite.py -k blocked",
     ),
     checks(
         "checks-nan-passes", old="if not abs(value) <= torch.finfo(acc).max:", new="if abs(value) > torch.finfo(acc).max:",
@@ -61,10 +61,10 @@ MUTANTS = (
     Mutant(
         "reference-gradients-of-dead-rows", file=f"{FOLDER}/reference.py",
         old="out = torch.where(live, _weighted(weights, mask, v), 0.0)", new="out = _weighted(weights, mask, v)",
-        wrong="the gradient of a row that sees nothing reaches values", tests=f"{TESTS}/test_op_sight.py -k reference",
+        wrong="the gradient of a row that sees nothing reaches values", tests=f"{TESTS}/cpu/test_nonfinite.py -k reference",
     ),
     Mutant(
         "reference-no-rows", file=f"{FOLDER}/reference.py", old=" or q.shape[2] == 0", new="",
-        wrong="origins fail where there is no row", tests=f"{TESTS}/test_op_switches.py -k nothing",
+        wrong="origins fail where there is no row", tests=f"{TESTS}/op/test_switches.py -k nothing",
     ),
 )  # fmt: skip

@@ -7,13 +7,13 @@ from functools import partial
 from tests.mutants.record import Mutant
 
 FOLDER, TESTS = "kernels/attnzoo_kernels/_triton", "tests/attnzoo_kernels"
-PROBES = f"{TESTS}/test_triton_mutants.py -k pass_every_probe"
-tiles = partial(Mutant, file=f"{FOLDER}/tiles.py", tests=PROBES)
+PROBES = f"{TESTS}/triton/test_mutants.py -k pass_every_probe"
+tiles = partial(Mutant, file=f"{FOLDER}/primitives.py", tests=PROBES)
 forward = partial(Mutant, file=f"{FOLDER}/forward.py", tests=PROBES)
 backward = partial(Mutant, file=f"{FOLDER}/backward.py", tests=PROBES)
-plan = partial(Mutant, file=f"{FOLDER}/plan.py", tests=PROBES)
+plan = partial(Mutant, file=f"{FOLDER}/block_lists.py", tests=PROBES)
 launch = partial(Mutant, file=f"{FOLDER}/launch.py", tests=PROBES)
-config = partial(Mutant, file=f"{FOLDER}/config.py", tests=f"{TESTS}/test_triton_config.py")
+config = partial(Mutant, file=f"{FOLDER}/tile_table.py", tests=f"{TESTS}/triton/test_tile_table.py")
 
 MUTANTS = (
     tiles(
@@ -31,7 +31,7 @@ MUTANTS = (
     tiles(
         "triton-own-truncates", old="tl.where(pos < 0, -1, pos // c.BLOCK_K)", new="pos // c.BLOCK_K",
         wrong="rows before the first slot own the first block",
-        tests=f"{TESTS}/test_triton_switches.py -k gates_of_every",
+        tests=f"{TESTS}/triton/test_switches.py -k gates_of_every",
     ),
     tiles(
         "triton-partner", old="tl.where(d < c.TURN, d + c.TURN,", new="tl.where(d < c.TURN, d + c.TURN - 1,",
@@ -63,7 +63,7 @@ MUTANTS = (
     backward(
         "triton-dead-rows-in-keys", old="keep = visible(first, within, rows, 0, c) & live[None, :]", new="keep = visible(first, within, rows, 0, c)",
         wrong="rows that see nothing reach the gradients of keys",
-        tests=f"{TESTS}/test_triton_mutants.py -k 'pass_every_probe and (absent or bias)'",
+        tests=f"{TESTS}/triton/test_mutants.py -k 'pass_every_probe and (absent or bias)'",
         survives="such a row's lse is taken for 0 and its queries and gradients are loaded as zeros: it adds zeros.",
     ),
     plan(
@@ -84,20 +84,20 @@ MUTANTS = (
     ),
     launch(
         "triton-launch-gradient-dtype", old="return x.to(like.dtype)", new="return x", wrong="gradients have the accumulator's dtype",
-        tests=f"{TESTS}/test_triton_agreement.py -k 'mean_error'",
+        tests=f"{TESTS}/triton/test_agreement.py -k 'mean_error'",
         survives="autograd casts a gradient to its input's dtype by itself.",
     ),
     launch(
         "triton-launch-shared-gradient", old="x = x.sum_to_size(like.shape)", new="x = x[:1].sum_to_size(like.shape)",
-        wrong="the gradient of what items share is that of the first", tests=f"{TESTS}/test_triton_agreement.py -k 'bias_alone'",
+        wrong="the gradient of what items share is that of the first", tests=f"{TESTS}/triton/test_agreement.py -k 'bias_alone'",
     ),
     launch(
         "triton-launch-raising", old='"RAISING": call.scale > LEAST_RAISING and', new='"RAISING": call.scale != 0 and', wrong="with a negative scale the maximum is the minimum",
-        tests=f"{TESTS}/test_triton_switches.py -k any_sign",
+        tests=f"{TESTS}/triton/test_switches.py -k any_sign",
     ),
     launch(
         "triton-launch-empty", old="return out.zero_().to(dtype), lse.fill_(-torch.inf)", new="return out.to(dtype), lse.fill_(-torch.inf)",
-        wrong="calls without keys give what memory held", tests=f"{TESTS}/test_triton_agreement.py -k nothing_in {TESTS}/test_triton_config.py",
+        wrong="calls without keys give what memory held", tests=f"{TESTS}/triton/test_agreement.py -k nothing_in {TESTS}/triton/test_tile_table.py",
     ),
     config(
         "triton-config-padded", old="max(16, 1 << (width - 1).bit_length())", new="max(16, 1 << width.bit_length())", wrong="powers of two are padded to the next",

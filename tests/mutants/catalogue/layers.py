@@ -8,39 +8,43 @@ from tests.mutants.record import Mutant
 
 TESTS, VARIANTS = "tests/attnzoo", "tests/attnzoo/variants"
 MHA = "mha and not rcmha"
-base = partial(Mutant, file="attnzoo/base.py", tests=f"{TESTS}/test_contract.py -k '{MHA}'")
+base = partial(Mutant, file="attnzoo/base/layer.py", tests=f"{TESTS}/laws/test_contract.py -k '{MHA}'")
 cache = partial(
     Mutant,
-    file="attnzoo/cache.py",
-    tests=f"{TESTS}/test_contract_memory.py {TESTS}/test_cache.py -k '({MHA}) or test_cache'",
+    file="attnzoo/cache/kv_cache.py",
+    tests=f"{TESTS}/laws/test_contract_memory.py {TESTS}/cache/test_kv_cache.py -k '({MHA}) or test_cache'",
 )
 streams = partial(
     Mutant,
-    file="attnzoo/cache_streams.py",
-    tests=f"{TESTS}/test_cache_streams.py {TESTS}/test_contract_memory.py -k 'rcmha or longheads or test_cache'",
+    file="attnzoo/cache/streams.py",
+    tests=f"{TESTS}/cache/test_streams.py {TESTS}/laws/test_contract_memory.py -k 'rcmha or longheads or test_cache'",
 )
 pool = partial(
     Mutant,
-    file="attnzoo/pool.py",
+    file="attnzoo/variants/s2/evicting_cache.py",
     tests=f"{VARIANTS}/test_s2_evict.py -k 'right_one or every_pattern or largest or fall or refused'",
 )
-inputs = partial(Mutant, file="attnzoo/inputs.py", tests=f"{TESTS}/test_contract.py -k '{MHA}'")
-records = partial(Mutant, file="attnzoo/records.py", tests=f"{TESTS}/test_contract.py -k 'density or sparse'")
+inputs = partial(Mutant, file="attnzoo/base/inputs.py", tests=f"{TESTS}/laws/test_contract.py -k '{MHA}'")
+records = partial(Mutant, file="attnzoo/base/steps.py", tests=f"{TESTS}/laws/test_contract.py -k 'density or sparse'")
 record = partial(
-    Mutant, file="attnzoo/record.py", tests=f"{TESTS}/test_contract_module.py -k 'record and ({MHA} or moh or record_)'"
+    Mutant,
+    file="attnzoo/base/recording.py",
+    tests=f"{TESTS}/laws/test_contract_module.py -k 'record and ({MHA} or moh or record_)'",
 )
-config = partial(Mutant, file="attnzoo/config.py", tests=f"{TESTS}/test_contract_module.py -k 'refused or json'")
+config = partial(
+    Mutant, file="attnzoo/base/config.py", tests=f"{TESTS}/laws/test_contract_module.py -k 'refused or json'"
+)
 registry = partial(
     Mutant,
-    file="attnzoo/registry.py",
-    tests=f"{TESTS}/test_contract_module.py -k 'zoo or unknown or refused or class_statement'",
+    file="attnzoo/base/registry.py",
+    tests=f"{TESTS}/laws/test_contract_module.py -k 'zoo or unknown or refused or class_statement'",
 )
 mha = partial(Mutant, file="attnzoo/variants/mha.py", tests=f"{VARIANTS}/test_mha.py")
-s2 = partial(Mutant, file="attnzoo/variants/s2.py", tests=f"{VARIANTS}/test_s2.py")
+s2 = partial(Mutant, file="attnzoo/variants/s2/layer.py", tests=f"{VARIANTS}/test_s2.py")
 lowrank = partial(Mutant, file="attnzoo/variants/lowrank_gqa.py", tests=f"{VARIANTS}/test_lowrank_gqa.py")
 rcmha = partial(
     Mutant,
-    file="attnzoo/variants/rcmha.py",
+    file="attnzoo/variants/rcmha/layer.py",
     tests=f"{VARIANTS}/test_rcmha.py -k 'oracle or definition or padding or host or offset or table'",
 )
 longheads = partial(
@@ -50,7 +54,7 @@ longheads = partial(
 )
 landmark = partial(
     Mutant,
-    file="attnzoo/variants/landmark.py",
+    file="attnzoo/variants/landmark/layer.py",
     tests=f"{VARIANTS}/test_landmark.py -k 'oracle or front or modes or irregular'",
 )
 
@@ -61,22 +65,22 @@ MUTANTS = (
     ),
     base(
         "base-ragged-first", old="torch.where(token < count, token + first, -1)", new="torch.where(token < count, token, -1)",
-        wrong="rows of later calls stand at the beginning", tests=f"{TESTS}/test_contract_memory.py -k '({MHA}) and different_lengths'",
+        wrong="rows of later calls stand at the beginning", tests=f"{TESTS}/laws/test_contract_memory.py -k '({MHA}) and different_lengths'",
     ),
     base(
         "base-padding-comes-out", old="return result.masked_fill(step.padding.unsqueeze(-1), 0)", new="return result", wrong="padding comes out as whatever lies in its row",
     ),
     base(
         "base-rotate-in-half", old="dtype = torch.promote_types(heads[0].dtype, torch.float32)", new="dtype = heads[0].dtype", within="AttentionLayer.rotate",
-        wrong="half-precision layers rotate by half-precision tables", tests=f"{TESTS}/test_layer_parts.py",
+        wrong="half-precision layers rotate by half-precision tables", tests=f"{TESTS}/base/test_layer_parts.py",
     ),
     base(
         "base-full-reads-padding", old="bias = None if self.config.causal else _hide(slot >= count + first, q.dtype)", new="bias = None",
-        wrong="layers without causality read the rows behind an item's last token", tests=f"{VARIANTS}/test_mha.py {TESTS}/test_contract.py -k '{MHA}'",
+        wrong="layers without causality read the rows behind an item's last token", tests=f"{VARIANTS}/test_mha.py {TESTS}/laws/test_contract.py -k '{MHA}'",
     ),
     base(
         "base-not-all-or-nothing", old="with cache.all_or_nothing():", new="if True:", wrong="a call that fails leaves its tokens in the cache",
-        tests=f"{TESTS}/test_layer_parts.py",
+        tests=f"{TESTS}/base/test_layer_parts.py",
     ),
     base(
         "base-head-weight-of-tokens", old="out = out * plan.head_weight", new="out = out * plan.head_weight.mean(1, keepdim=True)",
@@ -84,7 +88,7 @@ MUTANTS = (
     ),
     base(
         "base-owner-not-checked", old="cache.check((self._identity, self.config), x.shape[0], x.device)", new="cache.check((cache._owner, self.config), x.shape[0], x.device)",
-        wrong="a cache of another layer is taken", tests=f"{TESTS}/test_contract_memory.py -k '({MHA}) and another_layer'",
+        wrong="a cache of another layer is taken", tests=f"{TESTS}/laws/test_contract_memory.py -k '({MHA}) and another_layer'",
     ),
     cache(
         "cache-ragged-slot", old="slot = torch.where(token < last, before.unsqueeze(1) + token, self.bound)", new="slot = torch.where(token < last, before.unsqueeze(1) + token, 0)",
@@ -110,7 +114,7 @@ MUTANTS = (
     ),
     cache(
         "cache-ragged-bound", old="self.bound = min(self.bound + tokens, self.max_length)", new="self.bound = min(self.bound + tokens, self.max_length - 1)",
-        wrong="the last slot of a ragged cache is never read", tests=f"{TESTS}/test_stream_parts.py",
+        wrong="the last slot of a ragged cache is never read", tests=f"{TESTS}/cache/test_stream_parts.py",
     ),
     streams(
         "ring-row", old="begin = (before + first) % self.rows", new="begin = before % self.rows", wrong="a call longer than a ring is written from the wrong row",
@@ -120,11 +124,11 @@ MUTANTS = (
     ),
     streams(
         "ring-zeros-before", old="return seen if length >= count else seen.masked_fill((back + length < 0).view(1, 1, -1, 1), 0)", new="return seen",
-        wrong="before the first token there is what the ring held", tests=f"{TESTS}/test_stream_parts.py",
+        wrong="before the first token there is what the ring held", tests=f"{TESTS}/cache/test_stream_parts.py",
     ),
     streams(
         "ring-select-oldest", old="self.oldest.index_select(0, index) if isinstance(self.oldest, Tensor) else self.oldest", new="self.oldest",
-        wrong="chosen items keep the margins of those before", tests=f"{TESTS}/test_stream_parts.py",
+        wrong="chosen items keep the margins of those before", tests=f"{TESTS}/cache/test_stream_parts.py",
     ),
     streams(
         "groups-incomplete", old="torch.where(first + rows < behind, first + rows, last)", new="torch.where(first + rows <= behind, first + rows, last)",
@@ -156,7 +160,7 @@ MUTANTS = (
     ),
     inputs(
         "inputs-offset-of-positions", old="return token + (offset.unsqueeze(1) if isinstance(offset, Tensor) else offset)", new="return token",
-        wrong="later calls count positions from the beginning", tests=f"{TESTS}/test_contract_memory.py -k '({MHA}) and (token_by_token or chunks)'",
+        wrong="later calls count positions from the beginning", tests=f"{TESTS}/laws/test_contract_memory.py -k '({MHA}) and (token_by_token or chunks)'",
     ),
     inputs(
         "inputs-padded-rows-kept", old="take_rows(x.masked_fill(key_padding.unsqueeze(-1), 0), moved.order)", new="take_rows(x, moved.order)",
@@ -168,19 +172,19 @@ MUTANTS = (
     ),
     records(
         "records-front-rows", old="q_pos = torch.where(rows < self.front, -1, rows", new="q_pos = torch.where(rows < 0, -1, rows", wrong="density counts the rows in front",
-        tests=f"{TESTS}/test_layer_parts.py",
+        tests=f"{TESTS}/base/test_layer_parts.py",
     ),
     record(
         "record-losses-of-last", old="for plans in self.plans.values() for plan in plans if plan.aux_loss is not None]", new="for plans in self.plans.values() for plan in plans[-1:] if plan.aux_loss is not None]",
-        wrong="auxiliary losses of earlier calls are lost", tests=f"{TESTS}/test_layer_parts.py",
+        wrong="auxiliary losses of earlier calls are lost", tests=f"{TESTS}/base/test_layer_parts.py",
     ),
     record(
         "record-recomputed", old="if is_replay():", new="if False:", wrong="recomputed calls are recorded twice",
-        tests=f"{TESTS}/test_contract_module.py -k 'checkpointing and ({MHA})'",
+        tests=f"{TESTS}/laws/test_contract_module.py -k 'checkpointing and ({MHA})'",
     ),
     record(
         "record-outer-ends", old="tuple(other for other in layer.recordings if other is not recording)", new="()", wrong="an inner record ends the outer one",
-        tests=f"{TESTS}/test_contract_module.py -k 'nest'",
+        tests=f"{TESTS}/laws/test_contract_module.py -k 'nest'",
     ),
     config(
         "config-bool-is-int", old="value not in words and (type(value) is not int or value < least)", new="value not in words and (not isinstance(value, int) or value < least)",
@@ -188,7 +192,7 @@ MUTANTS = (
     ),
     config(
         "config-scaling-lost", old='values["scaling"] = RotaryScaling(**scaling)', new='values["scaling"] = None', wrong="a configuration that was saved loses its scaling",
-        tests=f"{TESTS}/test_layer_parts.py",
+        tests=f"{TESTS}/base/test_layer_parts.py",
     ),
     config(
         "config-head-width", old="return self.dim // self.num_heads if self.head_dim is None else self.head_dim", new="return self.dim // self.kv_heads if self.head_dim is None else self.head_dim",
@@ -196,25 +200,25 @@ MUTANTS = (
     ),
     registry(
         "registry-options-beside-config", old="config = replace(variant, **options) if options else variant", new="config = variant", wrong="options beside a configuration are dropped",
-        tests=f"{TESTS}/test_layer_parts.py",
+        tests=f"{TESTS}/base/test_layer_parts.py",
     ),
     registry(
         "registry-values", old='named = {"true": True, "false": False, "none": None}', new='named = {"true": True, "false": False}', wrong="none is read as text",
-        tests=f"{TESTS}/test_layer_parts.py",
+        tests=f"{TESTS}/base/test_layer_parts.py",
     ),
     mha(
         "mha-sink", old="extras = Extras(window=config.window, sink=config.sink)", new="extras = Extras(window=config.window)", wrong="the sink is listed and not seen",
     ),
     mha(
         "mha-offset", old="cover = Cover(config.window, config.sink, config.causal, step.offset)", new="cover = Cover(config.window, config.sink, config.causal, 0)",
-        wrong="chunks and steps list the window of the first tokens", tests=f"{TESTS}/test_layer_parts.py",
+        wrong="chunks and steps list the window of the first tokens", tests=f"{TESTS}/base/test_layer_parts.py",
     ),
     s2(
         "s2-dense-heads", old="dense = [n >= config.kv_heads - config.num_dense_heads for n in heads]", new="dense = [n >= config.num_dense_heads for n in heads]", wrong="the wrong heads are dense",
     ),
     s2(
         "s2-front", old="return Plan(build(config, place, memory.q.device), Extras(), config.causal, front=front)", new="return Plan(build(config, place, memory.q.device), Extras(), config.causal, front=0)",
-        wrong="query blocks of a chunk lie off the sequence's grid", tests=f"{TESTS}/test_contract_memory.py -k 's2 and (chunks or token)'",
+        wrong="query blocks of a chunk lie off the sequence's grid", tests=f"{TESTS}/laws/test_contract_memory.py -k 's2 and (chunks or token)'",
     ),
     s2(
         "s2-head-offset", old="shift=[n * step + config.head_offset for n in", new="shift=[n * step for n in", wrong="the heads' offset is lost",
@@ -236,11 +240,11 @@ MUTANTS = (
         "rcmha-distance-bias", old="q = heads.q + self.rel_v.unsqueeze(1)", new="q = heads.q + self.rel_u.unsqueeze(1)", wrong="distances are scored with the content's bias",
     ),
     rcmha(
-        "rcmha-padding-convolved", old="x = x.masked_fill(absent[:, None, :, None], 0)", new="pass", wrong="without causality the rows behind an item's last token are convolved", tests=f"{TESTS}/test_layer_parts.py",
+        "rcmha-padding-convolved", old="x = x.masked_fill(absent[:, None, :, None], 0)", new="pass", wrong="without causality the rows behind an item's last token are convolved", tests=f"{TESTS}/base/test_layer_parts.py",
     ),
     rcmha(
         "rcmha-history-of-one", old="history = step.cache.history(stream, self.config.conv_size - 1)", new="history = None", wrong="convolutions forget earlier calls",
-        tests=f"{TESTS}/test_contract_memory.py -k 'rcmha and (token_by_token or chunks)'",
+        tests=f"{TESTS}/laws/test_contract_memory.py -k 'rcmha and (token_by_token or chunks)'",
     ),
     longheads(
         "longheads-first-chunk", old="allowed = (chunk >= 1) & (chunk < last[:, None, :, None])", new="allowed = (chunk >= 0) & (chunk < last[:, None, :, None])", wrong="the first chunk is chosen a second time",

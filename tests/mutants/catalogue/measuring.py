@@ -7,12 +7,12 @@ from functools import partial
 from tests.mutants.record import Mutant
 
 TESTS = "tests/attnzoo"
-evaluate = partial(Mutant, file="attnzoo/evaluate.py", tests=f"{TESTS}/test_evaluate.py")
-compare = partial(Mutant, file="attnzoo/compare.py", tests=f"{TESTS}/test_compare.py")
-render = partial(Mutant, file="attnzoo/compare_render.py", tests=f"{TESTS}/test_compare.py")
-costs = partial(Mutant, file="attnzoo/costs.py", tests=f"{TESTS}/test_costs.py")
-timing = partial(Mutant, file="attnzoo/timing.py", tests=f"{TESTS}/test_timing.py")
-selftest = partial(Mutant, file="attnzoo/selftest.py", tests=f"{TESTS}/test_selftest.py")
+evaluate = partial(Mutant, file="attnzoo/evaluation/model_scores.py", tests=f"{TESTS}/evaluation/test_model_scores.py")
+compare = partial(Mutant, file="attnzoo/evaluation/compare.py", tests=f"{TESTS}/evaluation/test_compare.py")
+render = partial(Mutant, file="attnzoo/evaluation/compare_report.py", tests=f"{TESTS}/evaluation/test_compare.py")
+costs = partial(Mutant, file="attnzoo/evaluation/layer_costs.py", tests=f"{TESTS}/evaluation/test_layer_costs.py")
+timing = partial(Mutant, file="attnzoo/evaluation/timing.py", tests=f"{TESTS}/evaluation/test_timing.py")
+selftest = partial(Mutant, file="kernels/attnzoo_kernels/selftest.py", tests="tests/attnzoo_kernels/test_selftest.py")
 
 MUTANTS = (
     evaluate(
@@ -75,22 +75,22 @@ MUTANTS = (
         wrong="cached bytes are not those of the converted model",
     ),
     costs(
-        "costs-bound-ignored", old="if errors[worst] > bound:", new="if errors[worst] > 1e30:", wrong="wrong layers are timed", tests=f"{TESTS}/test_costs.py -k 'wrong'",
+        "costs-bound-ignored", old="if errors[worst] > bound:", new="if errors[worst] > 1e30:", wrong="wrong layers are timed", tests=f"{TESTS}/evaluation/test_layer_costs.py -k 'wrong'",
     ),
     costs(
         "costs-nan-right", old="return math.inf if math.isnan(worst) else worst", new="return 0.0 if math.isnan(worst) else worst",
-        wrong="what is no number counts as right", tests=f"{TESTS}/test_costs.py -k 'number'",
+        wrong="what is no number counts as right", tests=f"{TESTS}/evaluation/test_layer_costs.py -k 'number'",
     ),
     costs(
-        "costs-aux-loss", old="if aux is not None and aux.requires_grad:", new="if aux is None:", wrong="auxiliary losses are not trained", tests=f"{TESTS}/test_costs.py -k 'auxiliary'",
+        "costs-aux-loss", old="if aux is not None and aux.requires_grad:", new="if aux is None:", wrong="auxiliary losses are not trained", tests=f"{TESTS}/evaluation/test_layer_costs.py -k 'auxiliary'",
     ),
     costs(
         "costs-density-of-check", old="layer.eval().attend(setting.inputs(setting.tokens)).plan.density", new="layer.eval().attend(setting.inputs(tokens)).plan.density",
-        wrong="density is that of the shorter check", tests=f"{TESTS}/test_costs.py -k 'density'",
+        wrong="density is that of the shorter check", tests=f"{TESTS}/evaluation/test_layer_costs.py -k 'density'",
     ),
     costs(
         "costs-cuda-index", old="int(index or 0) >= torch.cuda.device_count()", new="int(index or 0) > torch.cuda.device_count()",
-        wrong="a device behind the last is accepted", tests=f"{TESTS}/test_timing.py",
+        wrong="a device behind the last is accepted", tests=f"{TESTS}/evaluation/test_timing.py",
     ),
     timing(
         "timing-mean", old="statistics.median(values) for name", new="statistics.fmean(values) for name", wrong="outliers count",

@@ -7,35 +7,41 @@ from functools import partial
 from tests.mutants.record import Mutant
 
 TESTS, VARIANTS = "tests/attnzoo", "tests/attnzoo/variants"
-rope = partial(Mutant, file="attnzoo/rope.py", tests=f"{TESTS}/test_rope.py")
-select = partial(Mutant, file="attnzoo/select.py", tests=f"{TESTS}/test_select.py")
+rope = partial(Mutant, file="attnzoo/base/rope.py", tests=f"{TESTS}/base/test_rope.py")
+select = partial(Mutant, file="attnzoo/selection/topk.py", tests=f"{TESTS}/selection/test_topk.py")
 routing = partial(
     Mutant,
-    file="attnzoo/routing.py",
+    file="attnzoo/variants/moh/router.py",
     tests=f"{VARIANTS}/test_moh.py -k 'oracle or ties or shares or balance or straight or gates'",
 )
 compaction = partial(
     Mutant,
-    file="attnzoo/compaction.py",
+    file="attnzoo/variants/moh/routed_rows.py",
     tests=f"{VARIANTS}/test_moh.py -k 'both_ways or gathered or oracle or density'",
 )
-landmarks = partial(Mutant, file="attnzoo/landmarks.py", tests=f"{TESTS}/test_landmarks.py")
+landmarks = partial(
+    Mutant, file="attnzoo/variants/landmark/tokens.py", tests=f"{TESTS}/variants/test_landmark_tokens.py"
+)
 retrieval = partial(
     Mutant,
-    file="attnzoo/retrieval.py",
+    file="attnzoo/variants/landmark/retrieval.py",
     tests=f"{VARIANTS}/test_landmark.py -k 'its_oracle or any_blocks or front or parts'",
 )
 relative = partial(
     Mutant,
-    file="attnzoo/relative.py",
-    tests=f"{TESTS}/test_relative.py {VARIANTS}/test_rcmha.py -k 'channels or its_oracle or definition'",
+    file="attnzoo/variants/rcmha/relative.py",
+    tests=f"{TESTS}/variants/test_rcmha_relative.py {VARIANTS}/test_rcmha.py -k 'channels or its_oracle or definition'",
 )
-convolution = partial(Mutant, file="attnzoo/convolution.py", tests=f"{TESTS}/test_convolution.py")
-align = partial(Mutant, file="attnzoo/align.py", tests=f"{TESTS}/test_align.py")
+convolution = partial(
+    Mutant, file="attnzoo/variants/rcmha/convolution.py", tests=f"{TESTS}/variants/test_rcmha_convolution.py"
+)
+align = partial(Mutant, file="attnzoo/base/padding.py", tests=f"{TESTS}/base/test_padding.py")
 offload = partial(
-    Mutant, file="attnzoo/offload.py", tests=f"{TESTS}/test_offload.py -k 'whole_call or order or refused'"
+    Mutant,
+    file="attnzoo/selection/offloaded_blocks.py",
+    tests=f"{TESTS}/selection/test_offloaded_blocks.py -k 'whole_call or order or refused'",
 )
-layouts = partial(Mutant, file="attnzoo/layouts.py", tests=f"{TESTS}/test_shared_layouts.py")
+layouts = partial(Mutant, file="attnzoo/base/shared_layouts.py", tests=f"{TESTS}/base/test_shared_layouts.py")
 
 MUTANTS = (
     rope(
@@ -78,7 +84,7 @@ MUTANTS = (
         "select-unstable", old="descending=True, stable=True)", new="descending=True)", wrong="ties go anywhere",
     ),
     select(
-        "select-nan-wins", old="nan=-largest", new="nan=largest", wrong="NaN is taken for the largest score", tests=f"{TESTS}/test_select_nan.py",
+        "select-nan-wins", old="nan=-largest", new="nan=largest", wrong="NaN is taken for the largest score", tests=f"{TESTS}/selection/test_topk_nan.py",
     ),
     select(
         "select-forced-not-allowed", old="    if allowed is not None:\n        key = key.masked_fill(~allowed, -torch.inf)\n    if forced is not None:\n        key = key.masked_fill(forced, torch.inf)",
@@ -109,7 +115,7 @@ MUTANTS = (
     ),
     routing(
         "routing-loss-padding", old="(probs * weight).sum((0, 1)) / count, (used * weight)", new="(probs * weight).sum((0, 1)) / count, used",
-        wrong="padding counts as use of heads", tests=f"{VARIANTS}/test_moh.py -k 'oracle or balance' {TESTS}/test_oracles.py",
+        wrong="padding counts as use of heads", tests=f"{VARIANTS}/test_moh.py -k 'oracle or balance' {TESTS}/oracles/test_oracles.py",
     ),
     routing(
         "routing-straight-through", old="opinion = coefficient * (probs - probs.detach())", new="opinion = coefficient * (probs.detach() - probs)",
@@ -125,7 +131,7 @@ MUTANTS = (
     ),
     compaction(
         "compaction-absent-position", old="return torch.where(self.present, of_item, -1)", new="return of_item",
-        wrong="absent rows stand where a head's first token stands", tests=f"{TESTS}/test_contract.py -k 'density and moh'",
+        wrong="absent rows stand where a head's first token stands", tests=f"{TESTS}/laws/test_contract.py -k 'density and moh'",
     ),
     compaction(
         "compaction-first-slot", old="torch.where(self.present, self.token + first, -1)", new="torch.where(self.present, self.token, -1)",
@@ -257,7 +263,7 @@ MUTANTS = (
     ),
     offload(
         "offload-origins", old="layout.count, col, layout.origin)", new="layout.count, col, None)",
-        wrong="fetched blocks lose their origins", tests=f"{TESTS}/test_offload.py {VARIANTS}/test_landmark_offload.py -k 'whole_call or any_calls or prefill'",
+        wrong="fetched blocks lose their origins", tests=f"{TESTS}/selection/test_offloaded_blocks.py {VARIANTS}/test_landmark_offload.py -k 'whole_call or any_calls or prefill'",
     ),
     layouts(
         "layouts-first-slot", old="q_start=cover.first,", new="q_start=None,", wrong="every window is aligned at the last key",

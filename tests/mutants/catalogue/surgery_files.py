@@ -7,38 +7,38 @@ from functools import partial
 from tests.mutants.record import Mutant
 
 HOSTS, TESTS = "attnzoo/surgery/hosts", "tests/attnzoo/surgery"
-folders = partial(Mutant, file=f"{HOSTS}/folders.py", tests=f"{TESTS}/test_folders.py")
-checkpoint = partial(Mutant, file=f"{HOSTS}/checkpoint.py", tests=f"{TESTS}/test_folders.py")
-gate = partial(Mutant, file=f"{HOSTS}/weights.py", tests=f"{TESTS}/test_weights_not_here.py")
-written = partial(Mutant, file="attnzoo/surgery/written.py", tests=f"{TESTS}/test_written.py")
+folders = partial(Mutant, file=f"{HOSTS}/folders.py", tests=f"{TESTS}/hosts/test_folders.py")
+checkpoint = partial(Mutant, file=f"{HOSTS}/checkpoint.py", tests=f"{TESTS}/hosts/test_folders.py")
+gate = partial(Mutant, file=f"{HOSTS}/weights.py", tests=f"{TESTS}/hosts/test_weights_not_here.py")
+written = partial(Mutant, file="attnzoo/surgery/stored.py", tests=f"{TESTS}/test_written.py")
 files = partial(Mutant, file="attnzoo/surgery/files.py", tests=f"{TESTS}/test_written.py")
-places = partial(Mutant, file="attnzoo/surgery/places.py", tests=f"{TESTS}/test_written.py -k twice")
-layers = partial(Mutant, file="attnzoo/cli/layers.py", tests="tests/attnzoo/test_cli_convert.py -k layer")
+places = partial(Mutant, file="attnzoo/surgery/sites.py", tests=f"{TESTS}/test_written.py -k twice")
+layers = partial(Mutant, file="attnzoo/cli/layers.py", tests="tests/attnzoo/cli/test_convert.py -k layer")
 
 MUTANTS = (
     folders(
         "folders-any-link", old="if not target.is_relative_to(folder) and not _is_blob(target, folder):", new="if False:",
-        wrong="a link may lead anywhere", tests=f"{TESTS}/test_folders.py -k links",
+        wrong="a link may lead anywhere", tests=f"{TESTS}/hosts/test_folders.py -k links",
     ),
     folders(
         "folders-any-repository", old="own = target.parent == repository / \"blobs\"", new="own = target.parent.name == \"blobs\"",
-        wrong="a snapshot may lead to another repository's blobs", tests=f"{TESTS}/test_folders.py -k links",
+        wrong="a snapshot may lead to another repository's blobs", tests=f"{TESTS}/hosts/test_folders.py -k links",
     ),
     folders(
         "folders-below-blobs", old="own = target.parent == repository / \"blobs\"", new="own = target.is_relative_to(repository)",
-        wrong="a snapshot may lead anywhere in its repository", tests=f"{TESTS}/test_folders.py -k links",
+        wrong="a snapshot may lead anywhere in its repository", tests=f"{TESTS}/hosts/test_folders.py -k links",
     ),
     folders(
         "folders-shared-without-hash", old=" and _HASH.fullmatch(target.name)", new="",
-        wrong="any file of the shared store will do", tests=f"{TESTS}/test_folders.py -k links",
+        wrong="any file of the shared store will do", tests=f"{TESTS}/hosts/test_folders.py -k links",
     ),
     folders(
         "folders-unguarded-json", old="    check_link(path)\n", new="", wrong="configurations and indices follow any link",
-        within="read_json", tests=f"{TESTS}/test_folders.py -k links",
+        within="read_json", tests=f"{TESTS}/hosts/test_folders.py -k links",
     ),
     folders(
         "folders-other-files-too", old="        if (folder / name).is_file():", new="        if name == CONVERTED and (folder / name).is_file():",
-        wrong="what lies beside the whole file is read too", tests=f"{TESTS}/test_folders.py -k 'other_files'",
+        wrong="what lies beside the whole file is read too", tests=f"{TESTS}/hosts/test_folders.py -k 'other_files'",
     ),
     folders(
         "folders-system-number", old="number = int(code[1] or code[2])", new="number = 5",
@@ -50,23 +50,23 @@ MUTANTS = (
     ),
     checkpoint(
         "checkpoint-flag-believed", old="    if pair is None:\n        return model\n    # What", new="    if True:\n        return model\n    # What",
-        wrong="the output layer overwrites the embedding that the flag ties it to", tests=f"{TESTS}/test_folders.py -k flag",
+        wrong="the output layer overwrites the embedding that the flag ties it to", tests=f"{TESTS}/hosts/test_folders.py -k flag",
     ),
     checkpoint(
         "checkpoint-tied-both-missing", old="not shared.get(name, set()) & given", new="name not in shared",
-        wrong="a tied tensor without any name in the file is not missed", tests=f"{TESTS}/test_folders.py -k enough",
+        wrong="a tied tensor without any name in the file is not missed", tests=f"{TESTS}/hosts/test_folders.py -k enough",
     ),
     checkpoint(
         "checkpoint-codes-cast", old="if own[name].is_floating_point() and x.dtype not in FLOATING:", new="if False:",
-        wrong="codes of quantised weights are cast into weights", tests=f"{TESTS}/test_folders.py -k codes",
+        wrong="codes of quantised weights are cast into weights", tests=f"{TESTS}/hosts/test_folders.py -k codes",
     ),
     checkpoint(
         "checkpoint-inv-freq", old='        r"rotary_emb\\.inv_freq",\n', new="",
-        wrong="checkpoints of older versions are refused", tests=f"{TESTS}/test_folders.py -k older",
+        wrong="checkpoints of older versions are refused", tests=f"{TESTS}/hosts/test_folders.py -k older",
     ),
     checkpoint(
         "checkpoint-class-ignores", old='*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())', new="*()",
-        wrong="what a class ignores is refused", tests=f"{TESTS}/test_folders.py -k class",
+        wrong="what a class ignores is refused", tests=f"{TESTS}/hosts/test_folders.py -k class",
     ),
     checkpoint(
         "checkpoint-one-dtype", old="own[name].data = own[name].data.to(x.dtype)", new="pass",
@@ -75,7 +75,7 @@ MUTANTS = (
     checkpoint(
         "checkpoint-stop-tokens", old="model.generation_config = GenerationConfig.from_dict(read_json(file, CONFIG_BYTES))",
         new="GenerationConfig.from_dict(read_json(file, CONFIG_BYTES))",
-        wrong="stop tokens are not read", tests="tests/attnzoo/test_cli_convert.py -k keeps",
+        wrong="stop tokens are not read", tests="tests/attnzoo/cli/test_convert.py -k keeps",
     ),
     gate("gate-bias", old='for name in ("weight", "bias"):', new='for name in ("weight",):', wrong="biases may be elsewhere"),
     gate("gate-meta", old="    if x.is_meta:", new="    if False:", wrong="weights may be on the meta device"),

@@ -7,11 +7,15 @@ from functools import partial
 from tests.mutants.record import Mutant
 
 FOLDER, TESTS = "attnzoo/surgery", "tests/attnzoo/surgery"
-calls = partial(Mutant, file=f"{FOLDER}/hosts/calls.py", tests=f"{TESTS}/test_transformers.py -k 'either and seat-mha'")
-interface = partial(Mutant, file=f"{FOLDER}/hosts/interface.py")
+calls = partial(
+    Mutant, file=f"{FOLDER}/hosts/calls.py", tests=f"{TESTS}/hosts/test_transformers.py -k 'either and seat-mha'"
+)
+interface = partial(Mutant, file=f"{FOLDER}/hosts/attention_function.py")
 replaced = partial(Mutant, file=f"{FOLDER}/replaced.py")
-one_site = partial(Mutant, file=f"{FOLDER}/one_site.py", tests=f"{TESTS}/test_one_site.py -k 'not same_weights'")
-tested = partial(Mutant, file="attnzoo/tested.py")
+one_site = partial(
+    Mutant, file=f"{FOLDER}/lowrank/one_site.py", tests=f"{TESTS}/lowrank/test_one_site.py -k 'not same_weights'"
+)
+tested = partial(Mutant, file="attnzoo/reporting/versions.py")
 
 MUTANTS = (
     calls(
@@ -25,19 +29,19 @@ MUTANTS = (
     ),
     interface(
         "autocast-values", old="tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)", new="tensors",
-        wrong="queries stay in fp32 beside values in bf16", tests=f"{TESTS}/test_autocast.py -k 'step and window'",
+        wrong="queries stay in fp32 beside values in bf16", tests=f"{TESTS}/hosts/test_autocast.py -k 'step and window'",
     ),
     interface(
         "implementation-unseen", old="    if found != NAME:", new="    if False:", wrong="a converted model is dense in silence",
-        tests=f"{TESTS}/test_switched.py -k 'taken_back and window and method'",
+        tests=f"{TESTS}/hosts/test_switched.py -k 'taken_back and window and method'",
     ),
     interface(
         "implementation-of-blocks", old="        config._attn_implementation = NAME\n", new="        pass\n",
-        wrong="a block with a configuration of its own follows no rule", tests=f"{TESTS}/test_switched.py -k of_its_own",
+        wrong="a block with a configuration of its own follows no rule", tests=f"{TESTS}/hosts/test_switched.py -k of_its_own",
     ),
     interface(
         "switched-back-too-far", old="if switched.model == NAME and not any(", new="if False and not any(",
-        wrong="undo leaves a shared configuration at our functions", tests=f"{TESTS}/test_switched.py -k any_order",
+        wrong="undo leaves a shared configuration at our functions", tests=f"{TESTS}/hosts/test_switched.py -k any_order",
     ),
     replaced(
         "undo-stale-dtype", old="if now.place is not None and now.place != then.place:", new="if False:",
@@ -61,14 +65,14 @@ MUTANTS = (
     ),
     one_site(
         "memory-two-sites", old="            self._last = None\n", new="", wrong="two sites' statistics are held at once",
-        tests=f"{TESTS}/test_one_site.py -k 'same_weights and latent'", within="Lazily.__getitem__",
+        tests=f"{TESTS}/lowrank/test_one_site.py -k 'same_weights and latent'", within="Lazily.__getitem__",
     ),
     tested(
         "version-too-old", old='if release(found) < release(FLOORS["transformers"]):', new="if False:",
-        wrong="versions without what is needed end in other errors", tests=f"{TESTS}/test_transformers.py -k too_old",
+        wrong="versions without what is needed end in other errors", tests=f"{TESTS}/hosts/test_transformers.py -k too_old",
     ),
     tested(
         "version-said-always", old="found not in _warned", new="True", wrong="every conversion warns",
-        tests=f"{TESTS}/test_transformers.py -k said_once",
+        tests=f"{TESTS}/hosts/test_transformers.py -k said_once",
     ),
 )  # fmt: skip

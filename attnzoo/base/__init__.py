@@ -1,0 +1,1 @@
+"""What every layer shares: its steps, the records between them, its configuration, and rotary positions."""

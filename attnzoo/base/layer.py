@@ -1,0 +1,445 @@
+"""The base of every layer: six steps from tokens to tokens, of which a variant overrides those where it differs.
+
+Letters: B batch, T query tokens, S key tokens, C model width, H query heads, G KV heads, D head width, Dv value width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from attnzoo.base.config import AttentionConfig, build_config
+from attnzoo.base.inputs import check_dtype, check_inputs, cross_step, is_all_padding, self_step
+from attnzoo.base.padding import add_front, drop_front, front_positions, take_rows
+from attnzoo.base.projections import COMPUTED, check_slice, takes_its_own_dtype
+from attnzoo.base.recording import Recording
+from attnzoo.base.rope import apply_rotary, rotary_tables
+from attnzoo.base.shared_layouts import dense_layout
+from attnzoo.base.steps import AttentionOutput, Heads, Memory, Plan, Step
+from attnzoo.base.weights import WeightedModule
+from attnzoo.base.whole_blocks import Filled
+from attnzoo.cache.kv_cache import KVCache, Stream
+from attnzoo.cache.owner import Identity
+from attnzoo_kernels import Extras, block_sparse_attention
+from attnzoo_kernels.errors import ConfigError, UnsupportedError
+from attnzoo_kernels.runtime.plain import is_open
+
+__all__ = ["AttentionConfig", "AttentionLayer", "AttentionOutput", "Heads", "Memory", "Plan", "Step"]
+
+DENSE_BLOCK = 64
+LONG_CALL = 512
+"""Tokens from which on a call says so where an option would make it much quicker."""
+
+
+class AttentionLayer(WeightedModule):
+    """An attention layer, ``[B, T, C]`` to ``[B, T, C]``, for training, prefill and decoding with a cache.
+
+    A variant is a subclass ``class MyAttention(AttentionLayer, name="my")`` with a ``config_class`` of its own; the
+    class statement registers it. There is no dropout on attention weights.
+
+    Attributes:
+        config: The configuration; frozen.
+        impl: Which implementation of the operation runs: "auto", or one by name, which then never falls back.
+        causal_promise: "strict": with ``config.causal``, no output depends on a later token; "bidirectional-capable":
+            that, and ``causal=False`` works too; "selection-looks-ahead": only the values that are read are causal.
+        trainable_selection: Whether what is read depends on parameters that training reaches.
+        decode: Whether decoding token by token is the same function as one call: "exact", "approximate" or "none".
+        splits_heads: Whether a layer may hold some of the heads, as under tensor parallelism; sharded parameters (FSDP)
+            are no matter.
+        dense_limit: Options at which the variant is plain attention, exactly.
+    """
+
+    config_class: ClassVar[type[AttentionConfig]] = AttentionConfig
+    cache_class: ClassVar[type[KVCache]] = KVCache
+    causal_promise: ClassVar[Literal["strict", "selection-looks-ahead", "bidirectional-capable"]] = "strict"
+    trainable_selection: ClassVar[bool] = False
+    decode: ClassVar[Literal["exact", "approximate", "none"]] = "exact"
+    splits_heads: ClassVar[bool] = True
+    dense_limit: ClassVar[dict[str, Any]] = {}
+
+    config: AttentionConfig
+    impl: str
+
+    def __init_subclass__(cls, *, name: str | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if name is not None:
+            # The registry knows this class by name; it loads with the first variant.
+            from attnzoo.base.registry import register
+
+            register(name, cls)
+
+    def __init__(
+        self,
+        config: AttentionConfig | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        if config is None:
+            config = build_config(self.config_class, options)
+        elif options:
+            raise ConfigError(f"config: expected no options beside a configuration, got {', '.join(options)}")
+        if not isinstance(config, self.config_class):
+            raise ConfigError(f"config: expected a {self.config_class.__name__}, got {type(config).__name__}")
+        self.config = config
+        self.impl = "auto"
+        self.recordings: tuple[Recording, ...] = ()
+        self._identity = Identity()
+        self._identity.taken = True
+        self.build_projections(device=device, dtype=dtype)
+        for message in config.cautions:
+            self.caution(message)
+
+    def build_projections(self, *, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        """Makes the layer's weights."""
+        config = self.config
+        width, heads, groups = config.head_width, config.num_heads, config.kv_heads
+        self.q_proj = nn.Linear(config.dim, heads * width, bias=config.bias, device=device, dtype=dtype)
+        self.k_proj = nn.Linear(config.dim, groups * width, bias=config.bias, device=device, dtype=dtype)
+        self.v_proj = nn.Linear(config.dim, groups * width, bias=config.bias, device=device, dtype=dtype)
+        self.o_proj = nn.Linear(heads * width, config.dim, bias=config.bias, device=device, dtype=dtype)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._identity.taken = True
+
+    def extra_repr(self) -> str:
+        """The configuration, for ``print(layer)``."""
+        return repr(self.config)
+
+    def forward(
+        self,
+        x: Tensor,
+        positions: Tensor | None = None,
+        key_padding: Tensor | None = None,
+        cache: KVCache | None = None,
+        context: Tensor | None = None,
+    ) -> Tensor:
+        """The output of :meth:`attend` alone."""
+        return self.attend(x, positions, key_padding, cache, context).out
+
+    def attend(
+        self,
+        x: Tensor,
+        positions: Tensor | None = None,
+        key_padding: Tensor | None = None,
+        cache: KVCache | None = None,
+        context: Tensor | None = None,
+    ) -> AttentionOutput:
+        """Runs the layer.
+
+        Args:
+            x: Tokens ``[B, T, C]``. Padded rows may hold anything.
+            positions: What the rotation uses, integers ``[T]`` or ``[B, T]``. By default a token's index among its
+                item's real tokens, counted from the cache's length. Causality goes by that index in any case.
+            key_padding: bool ``[B, T]``, true at padding, wherever it lies: padded tokens are read by nobody and come
+                out as 0. With a context, ``[B, S]`` for the context's tokens.
+            cache: What earlier calls remembered; this call's tokens are appended to it.
+            context: Tokens ``[B, S, C]`` that keys and values come from instead of x. All of them are visible, and
+                nothing is rotated: positions in two sequences cannot be compared.
+
+        Returns:
+            The output and the plan.
+
+        Raises:
+            TypeError: If an argument has the wrong type.
+            ShapeError: If shapes, dtypes or devices disagree, or the cache is full.
+            ConfigError: If the cache belongs to another layer.
+            UnsupportedError: If this variant cannot do it, or a backward makes a call with a cache once more.
+        """
+        if cache is None and isinstance(x, Tensor) and not x.is_nested and x.dim() == 3 and is_open(x.shape[1]):
+            return self._attend_whole_blocks(x, positions, key_padding, context)
+        return self._attend(x, positions, key_padding, cache, context)
+
+    def _attend(
+        self,
+        x: Tensor,
+        positions: Tensor | None,
+        key_padding: Tensor | None,
+        cache: KVCache | None,
+        context: Tensor | None,
+    ) -> AttentionOutput:
+        step = self.begin(x, positions, key_padding, cache, context)
+        if cache is None or torch.compiler.is_compiling():
+            result = self._run(step)
+        else:
+            with cache.all_or_nothing():
+                result = self._run(step)
+        for recording in self.recordings:
+            recording.add(self, result.plan)
+        return result
+
+    @property
+    def needs_length(self) -> bool:
+        """Whether no export can leave the length open: torch cannot follow it."""
+        return False
+
+    @property
+    def least_blocks(self) -> int:
+        """How many blocks a call that is filled up has at least, the last of them never full: two or more."""
+        return 2
+
+    @property
+    def whole_block(self) -> int:
+        """Tokens to multiples of which a call is filled up where an export leaves the length open."""
+        return int(getattr(self.config, "block_size", DENSE_BLOCK))
+
+    def _attend_whole_blocks(
+        self, x: Tensor, positions: Tensor | None, key_padding: Tensor | None, context: Tensor | None
+    ) -> AttentionOutput:
+        """The same for a length that is left open; the plan is that of the tokens with those that fill up."""
+        if self.needs_length:
+            raise UnsupportedError(
+                f"x: expected a length that is known, since {self.config.kind} chooses blocks and impl='reference' "
+                "cannot follow an open number of them, got one that the export leaves open; export one program for "
+                "each length, or with impl='auto'"
+            )
+        check_inputs(x, self.config.dim, positions, key_padding, context)
+        batch, tokens, _ = x.shape
+        whole = Filled.of(tokens, self.whole_block, x.device, self.least_blocks)
+        if context is not None:
+            keys = Filled.of(context.shape[1], self.whole_block, x.device)
+            context, key_padding = keys.take(context), keys.take_padding(key_padding, batch)
+        elif key_padding is not None or not self.config.causal:
+            # Causal rows see nothing that comes behind them.
+            key_padding = whole.take_padding(key_padding, batch)
+        result = self._attend(whole.take(x), whole.take_positions(positions), key_padding, None, context)
+        return replace(result, out=result.out.index_select(1, torch.arange(tokens, device=x.device)))
+
+    def begin(
+        self,
+        x: Tensor,
+        positions: Tensor | None,
+        key_padding: Tensor | None,
+        cache: KVCache | None,
+        context: Tensor | None,
+    ) -> Step:
+        """Checks the arguments and moves each item's real tokens to the left."""
+        check_inputs(x, self.config.dim, positions, key_padding, context)
+        if key_padding is not None and is_all_padding(key_padding):
+            self.caution(
+                "key_padding: all tokens are padding, so that all outputs are 0; it is true at padding, the inverse of "
+                "a Hugging Face attention_mask: pass ~mask.bool()"
+            )
+        if takes_its_own_dtype(self.q_proj):
+            for name, tokens in (("x", x), ("context", context)):
+                if tokens is not None:
+                    check_dtype(name, tokens, self.q_proj.weight)
+        if context is not None:
+            self.check_context(cache, positions)
+            return cross_step(x, context, key_padding)
+        if cache is None:
+            return self_step(x, positions, key_padding, None)
+        if not isinstance(cache, KVCache):
+            raise TypeError(f"cache: expected a KVCache or None, got {type(cache).__name__}")
+        cache.check((self._identity, self.config), x.shape[0], x.device)
+        step = self_step(x, positions, key_padding, cache)
+        cache.check_room(x.shape[1], step.lengths)
+        return step
+
+    def _run(self, step: Step) -> AttentionOutput:
+        heads = self.project(step)
+        memory = self.remember(step, heads)
+        plan = _settle(self.plan(step, heads, memory), memory)
+        return AttentionOutput(self.conclude(step, memory, plan), plan)
+
+    def check_context(self, cache: KVCache | None, positions: Tensor | None) -> None:
+        """Raises unless this variant can read another sequence.
+
+        Raises:
+            UnsupportedError: If it cannot, or if a cache or positions are given beside a context.
+        """
+        for name, value in (("cache", cache), ("positions", positions)):
+            if value is not None:
+                raise UnsupportedError(f"{name}: expected None beside a context, got {type(value).__name__}")
+
+    def project(self, step: Step) -> Heads:
+        """Queries, keys and values of this call, not rotated."""
+        width = self.config.head_width
+        source = step.x if step.context is None else step.context
+        q = self.q_proj(step.x).unflatten(-1, (-1, width)).transpose(1, 2)  # [B, H, T, D]
+        k = self.k_proj(source).unflatten(-1, (-1, width)).transpose(1, 2)  # [B, G, T, D]
+        v = self.v_proj(source).unflatten(-1, (-1, width)).transpose(1, 2)  # [B, G, T, Dv]
+        self.check_slice(q, k, v)
+        return Heads(q, k, v)
+
+    def check_slice(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Raises unless the heads that are here, of ``[B, h, T, D]``, are all of them or a slice that fits together.
+
+        Raises:
+            UnsupportedError: If the variant cannot hold some of its heads only.
+            ShapeError: If keys, values or the output's projection are sliced otherwise than queries.
+        """
+        held = (q.shape[1], k.shape[1], v.shape[1])
+        if held == (self.config.num_heads, self.config.kv_heads, self.config.kv_heads):
+            return
+        if not self.splits_heads:
+            whole = (self.config.num_heads, self.config.kv_heads)
+            raise UnsupportedError(
+                f"q_proj, k_proj, v_proj: expected all heads, {whole}, got {held}: {self.config.kind} does not run "
+                "under tensor parallelism, since weights of its own belong to all heads; shard its parameters (FSDP)"
+            )
+        check_slice(self.config, held, self.o_proj, held[0] * v.shape[3])
+
+    def remember(self, step: Step, heads: Heads) -> Memory:
+        """Rotates, writes the cache's streams, and gives what the operation sees."""
+        q, k, v = heads.q, heads.k, heads.v
+        if self.config.rotary is not None and step.context is None:
+            q, k = self.rotate(step.positions, q, k)
+        if step.cache is not None:
+            seen = step.cache.append({"k": k, "v": v}, step.lengths, differentiable=is_training(q, k, v))
+            k, v = seen["k"], seen["v"]
+        return self.memory(step, q, k, v)
+
+    def rotate(self, positions: Tensor, *heads: Tensor) -> tuple[Tensor, ...]:
+        """Rotates tensors ``[B, h, T, D]`` by positions ``[B|1, T]``; in fp32 at least."""
+        rotary = self.config.rotary
+        if rotary is None:
+            return heads
+        dtype = torch.promote_types(heads[0].dtype, torch.float32)
+        cos, sin = rotary_tables(rotary, self.config.head_width, positions, dtype)
+        return tuple(apply_rotary(x, cos, sin, rotary.interleaved) for x in heads)
+
+    def memory(self, step: Step, q: Tensor, k: Tensor, v: Tensor) -> Memory:
+        """Rotated q, k, v together with the slots that rows have and that nobody may read."""
+        lengths, offset = step.lengths, step.offset
+        if step.context is not None:
+            return Memory(q, k, v, key_bias=None if step.padding is None else _hide(step.padding, q.dtype))
+        if not isinstance(lengths, Tensor) and not isinstance(offset, Tensor):
+            return Memory(q, k, v)
+        token = torch.arange(q.shape[2], device=q.device)
+        first = offset.unsqueeze(1) if isinstance(offset, Tensor) else offset
+        count = lengths.unsqueeze(1) if isinstance(lengths, Tensor) else lengths
+        q_pos = torch.where(token < count, token + first, -1).to(torch.int32).unsqueeze(1)  # [B, 1, T]
+        slot = torch.arange(k.shape[2], device=k.device)
+        bias = None if self.config.causal else _hide(slot >= count + first, q.dtype)
+        return Memory(q, k, v, q_pos, bias)
+
+    def plan(self, step: Step, heads: Heads, memory: Memory) -> Plan:
+        """What is read: here, everything."""
+        layout = dense_layout(DENSE_BLOCK, memory.q.shape[2], memory.k.shape[2], memory.q)
+        return Plan(layout, Extras(), self.config.causal and step.context is None)
+
+    def plan_for(self, memory: Memory, *, offset: int | Tensor, lengths: int | Tensor | None = None) -> Plan:
+        """The plan for queries, keys and values that something else has made; weights are not touched.
+
+        Args:
+            memory: Rotated q, k, v, with slot == position in each item.
+            offset: The slot of each item's first row: an int where all share it, else int64 ``[B]``.
+            lengths: Rows of each item that are tokens; ``None`` means all.
+        """
+        rows = memory.q.shape[2] if lengths is None else lengths
+        nothing = memory.q.new_empty(0)
+        step = Step(x=nothing, positions=nothing, lengths=rows, offset=offset)
+        if memory.q_pos is None and (isinstance(rows, Tensor) or isinstance(offset, Tensor)):
+            made = self.memory(step, memory.q, memory.k, memory.v)
+            memory = replace(memory, q_pos=made.q_pos)
+        return _settle(self.plan(step, Heads(memory.q, memory.k, memory.v), memory), memory)
+
+    def operate(self, memory: Memory, plan: Plan) -> Tensor:
+        """The operation: ``[B, H, T, Dv]``."""
+        rows, tokens = plan.layout.seq_q, memory.q.shape[2]
+        out = block_sparse_attention(
+            add_front(memory.q, plan.front, rows),
+            memory.k,
+            memory.v,
+            plan.layout,
+            causal=plan.causal,
+            scale=self.config.scale,
+            extras=plan.extras,
+            impl=self.impl,
+        )
+        return drop_front(out, plan.front, tokens)
+
+    def conclude(self, step: Step, memory: Memory, plan: Plan) -> Tensor:
+        """The layer's output from what the operation sees."""
+        return self.combine(step, self.operate(memory, plan), plan)
+
+    def combine(self, step: Step, out: Tensor, plan: Plan) -> Tensor:
+        """Joins the heads, and puts the tokens back where the caller had them."""
+        if plan.head_weight is not None:
+            out = out * plan.head_weight
+        y = out.transpose(1, 2).flatten(-2)  # [B, T, H * Dv]
+        if step.place is not None:
+            y = take_rows(y, step.place)
+        result: Tensor = self.o_proj(y)
+        if step.place is None or step.padding is None:
+            return result
+        return result.masked_fill(step.padding.unsqueeze(-1), 0)
+
+    def streams(self) -> dict[str, Stream]:
+        """What a cache holds for each token."""
+        width, groups = self.config.head_width, self.config.kv_heads
+        return {name: Stream(self.heads_held(f"{name}_proj", groups), width) for name in ("k", "v")}
+
+    def new_cache(
+        self,
+        batch: int,
+        max_length: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> KVCache:
+        """An empty cache for this layer.
+
+        Args:
+            batch: Items B.
+            max_length: Tokens that fit, for each item.
+            device: Where it lies; ``None`` means with the weights.
+            dtype: Of its values, to which a call's values are rounded; ``None`` means the weights', and rounds nothing.
+
+        Raises:
+            UnsupportedError: If the layer is not causal: earlier outputs would depend on later tokens.
+            ConfigError: If values of the dtype cannot be attended to.
+        """
+        return self.make_cache(self.streams(), batch, max_length, device=device, dtype=dtype)
+
+    def make_cache(
+        self,
+        streams: dict[str, Stream],
+        batch: int,
+        max_length: int,
+        *,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> KVCache:
+        """An empty cache of given streams that this layer takes for its own; see :meth:`new_cache`."""
+        if not self.config.causal:
+            raise UnsupportedError("cache: expected a causal layer, got causal=False")
+        if dtype is not None and not isinstance(dtype, torch.dtype):
+            raise TypeError(f"dtype: expected a torch.dtype or None, got {type(dtype).__name__}")
+        if dtype is not None and dtype not in COMPUTED:
+            raise ConfigError(f"dtype: expected one of {', '.join(map(str, COMPUTED))}, got {dtype}")
+        return self.cache_class(
+            streams,
+            batch=batch,
+            max_length=max_length,
+            device=self.compute_device if device is None else device,
+            dtype=dtype or self.compute_dtype,
+            owner=(self._identity, self.config),
+            rounds=dtype is not None,
+        )
+
+
+def _settle(plan: Plan, memory: Memory) -> Plan:
+    """A variant's plan with what the call itself says: rows, their slots, and hidden keys."""
+    q_pos = front_positions(memory.q_pos, plan.front, plan.layout.seq_q)
+    extras = plan.extras
+    if q_pos is not None or memory.key_bias is not None:
+        extras = replace(extras, q_pos=q_pos, key_bias=memory.key_bias)
+    return replace(plan, extras=extras, batch=memory.q.shape[0], heads=memory.q.shape[1])
+
+
+def _hide(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """A bias ``[B, 1, S]`` that hides the slots where ``hidden [B, S]`` is true."""
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    return torch.zeros(hidden.shape, dtype=acc, device=hidden.device).masked_fill(hidden, -torch.inf).unsqueeze(1)
+
+
+def is_training(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)

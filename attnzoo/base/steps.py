@@ -1,0 +1,131 @@
+"""What the steps of a layer hand to each other.
+
+Letters: B batch, T query tokens, S key tokens, C model width, H query heads, G KV heads, D head width, Dv value width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from attnzoo.cache.kv_cache import KVCache
+from attnzoo_kernels import BlockLayout, Extras, visible_pairs
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Step:
+    """One call of a layer, its rows left-aligned: token t of an item is its t-th real one in this call.
+
+    ``offset`` and ``lengths`` are ints where the host knows that all items share them, else int64 ``[B]``.
+
+    Attributes:
+        x: Tokens ``[B, T, C]``, zeros where an item has no token.
+        positions: What the rotation uses, int64 ``[B|1, T]``.
+        lengths: Real tokens in this call.
+        offset: Tokens that the cache held before this call.
+        cache: The cache that ``remember`` appends to.
+        context: Tokens ``[B, S, C]`` that the keys come from instead of x, zeros at padding.
+        padding: The caller's ``key_padding``, bool ``[B, T]`` (with a context: ``[B, S]``).
+        place: Where each of the caller's tokens lies in x, int64 ``[B, T]``; ``None`` where nothing moved.
+    """
+
+    x: Tensor
+    positions: Tensor
+    lengths: int | Tensor
+    offset: int | Tensor = 0
+    cache: KVCache | None = None
+    context: Tensor | None = None
+    padding: Tensor | None = None
+    place: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Heads:
+    """This call's queries ``[B, H, T, D]``, keys ``[B, G, T, D]`` and values ``[B, G, T, Dv]``, not rotated."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Memory:
+    """What the operation sees: everything that may be read, rotated.
+
+    Attributes:
+        q: ``[B, H, T, D]``.
+        k: ``[B, G, S, D]``; slot s of an item is its s-th token.
+        v: ``[B, G, S, Dv]``.
+        q_pos: The slot of each row, int32 ``[B|1, H|1, T]``, -1 where there is no token; ``None`` means that the rows
+            are the last T slots.
+        key_bias: Added to the scaled scores, ``[B|1, G|H|1, S]``; -inf hides a slot.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    q_pos: Tensor | None = None
+    key_bias: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What a layer decided to read, and how.
+
+    Attributes:
+        layout: Which key blocks each query block reads. Its rows begin with ``front`` absent ones.
+        extras: The token rule beside the layout.
+        causal: Whether a row reads only slots up to its own.
+        front: Absent rows before each item's first, so that query blocks lie on the sequence's own block grid: an int,
+            or int64 ``[B]``.
+        head_weight: Factors on the heads' outputs, ``[B, H, T, 1]``.
+        aux_loss: An unweighted scalar to add to the training loss.
+        info: What else the variant wants to show.
+        batch: B of the call.
+        heads: H of the call.
+    """
+
+    layout: BlockLayout
+    extras: Extras
+    causal: bool
+    front: int | Tensor = 0
+    head_weight: Tensor | None = None
+    aux_loss: Tensor | None = None
+    info: dict[str, Any] = field(default_factory=dict)
+    batch: int = 1
+    heads: int = 1
+
+    def apart(self) -> Self:
+        """With copies of its weights and of what it shows, for a record of a compiled call.
+
+        Views of what a program computes would make that an output of it, whose gradient its backward then waits for.
+        """
+        weight = None if self.head_weight is None else self.head_weight.clone()
+        info = {name: x.clone() if isinstance(x, Tensor) else x for name, x in self.info.items()}
+        return replace(self, head_weight=weight, info=info)
+
+    @cached_property
+    def density(self) -> float:
+        """Visible (query, key) pairs by the whole rule over those of the dense call; 1 where there are none."""
+        extras = self.extras
+        if extras.q_pos is None and not isinstance(self.front, Tensor) and self.front:
+            # The operation computes the front's rows and drops them; they are no queries.
+            rows = torch.arange(self.layout.seq_q, dtype=torch.int32, device=self.layout.col.device)
+            q_pos = torch.where(rows < self.front, -1, rows + (self.layout.seq_k - self.layout.seq_q))
+            extras = replace(extras, q_pos=q_pos.to(torch.int32).view(1, 1, -1))
+        visible, dense = visible_pairs(
+            self.layout, causal=self.causal, extras=extras, batch=self.batch, heads=self.heads
+        )
+        return visible / dense if dense else 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionOutput:
+    """What a call gives: ``out [B, T, C]``, and the plan it followed. The plan keeps its layout alive."""
+
+    out: Tensor
+    plan: Plan

@@ -1,0 +1,479 @@
+"""The memory of a layer across calls: named streams of fixed length, left-aligned for each item.
+
+Letters: B batch, T tokens of a call, S slots read, G heads of a stream, D its width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from itertools import chain
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from attnzoo.cache.owner import Identity
+from attnzoo.cache.replay import Birth, refuse_transforms
+from attnzoo.cache.state import CarriedCache
+from attnzoo.cache.streams import (
+    CROP_MARGIN,
+    Groups,
+    Ring,
+    Stream,
+    check_count,
+    fits,
+    row_bytes,
+    widened,
+    with_rows,
+    zeros_on_host,
+)
+from attnzoo_kernels.errors import ConfigError, ShapeError, UnsupportedError
+
+__all__ = ["KVCache", "Stream"]
+
+
+class KVCache(CarriedCache):
+    """Fixed buffers for the tokens that a layer has seen; made by ``layer.new_cache``.
+
+    Slot s of an item holds its s-th real token. The buffers start as zeros and hold detached values: training through
+    a cache reaches the current call's tokens only. Lengths that all items share are known on the host, so that
+    nothing synchronises.
+
+    Beside streams with a value for each token there are two kinds that cost less. A *ring* (``Stream(ring=n)``) is
+    written by :meth:`append` too, and :meth:`history` reads it. A *grouped* stream (``Stream(every=w)``) has a value
+    for each complete group of w tokens: :meth:`complete` writes it after :meth:`append`, :meth:`groups` reads it.
+
+    Attributes:
+        max_length: Tokens that fit, for each item.
+        length: Tokens held by every item, where the host knows that it is one number; else ``None``.
+        bound: A number of tokens that no item exceeds, known on the host.
+    """
+
+    def __init__(
+        self,
+        streams: Mapping[str, Stream],
+        *,
+        batch: int,
+        max_length: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        owner: tuple[Identity | None, Any] = (None, None),
+        rounds: bool = False,
+    ) -> None:
+        for name, value, least in (("batch", batch, 0), ("max_length", max_length, 1)):
+            check_count(name, value)
+            if value < least:
+                raise ShapeError(f"{name}: expected at least {least}, got {value}")
+        self.max_length = max_length
+        self.length: int | None = 0
+        self.bound = 0
+        self._lengths: Tensor | None = None
+        self._owner, self._config = owner
+        self._heir: Identity | None = None
+        self._rounds = rounds
+        self._buffers: dict[str, Tensor] = {}
+        self._rings: dict[str, Ring] = {}
+        self._groups: dict[str, Groups] = {}
+        self._host = frozenset(name for name, stream in streams.items() if stream.host)
+        for name, stream in streams.items():
+            rows = max_length // (stream.every or 1)
+            if stream.ring is not None:
+                rows = Ring.length_for(stream.ring, max_length)
+            # One row more than fits: rows without a token are written there.
+            shape = (batch, stream.heads, rows + 1, stream.width)
+            with torch.inference_mode(False):
+                make = zeros_on_host if stream.host else torch.zeros
+                values = make(shape, device=device, dtype=stream.dtype or dtype)
+            if stream.ring is not None:
+                self._rings[name] = Ring(stream.ring, values)
+            elif stream.every is not None:
+                self._groups[name] = Groups(stream.every, values)
+            else:
+                self._buffers[name] = values
+        if not self._buffers:
+            raise ConfigError(f"streams: expected one with a value for each token, got {', '.join(streams) or 'none'}")
+        self._born = Birth(self.device)
+
+    def __repr__(self) -> str:
+        streams = ", ".join(f"{name} {list(x.shape)}" for name, x in self.streams.items())
+        held = self.length if self.length is not None else f"up to {self.bound}"
+        return f"{type(self).__name__}({held} of {self.max_length} tokens: {streams})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        copy = self.fork()
+        copy._owner = self._belongs_to
+        # The layer's copy has it, if the layer is copied by the same call, before this or after.
+        copy._heir = deepcopy(copy._owner, memo)
+        return copy
+
+    @property
+    def streams(self) -> dict[str, Tensor]:
+        """The buffers by name, each ``[B, G, max_length, D]``; rings and groups have as many rows as they hold."""
+        held = {name: x[:, :, : self.max_length] for name, x in self._buffers.items()}
+        held |= {name: x.values[:, :, :-1] for name, x in (self._rings | self._groups).items()}
+        return held
+
+    @property
+    def batch(self) -> int:
+        """Items B."""
+        return next(iter(self._buffers.values())).shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the buffers lie that are not kept in the host's memory."""
+        near = (x for name, x in self._buffers.items() if name not in self._host)
+        other = (x.values for held in (self._rings, self._groups) for x in held.values())
+        return next(chain(near, other, self._buffers.values())).device
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens held, int64 ``[B]``."""
+        if self._lengths is not None:
+            return self._lengths
+        return torch.full((self.batch,), self.bound, dtype=torch.int64, device=self.device)
+
+    @property
+    def offset(self) -> int | Tensor:
+        """Tokens held: an int where the host knows that all items share it, else int64 ``[B]``."""
+        return self.lengths if self.length is None else self.length
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes held for each token of an item, rounded up; what rings hold does not grow with the tokens."""
+        size = sum(row_bytes(x) for x in self._buffers.values())
+        return size + math.ceil(sum(row_bytes(x.values) / x.every for x in self._groups.values()))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        return sum(x.numel() * x.element_size() for x in self.streams.values())
+
+    @property
+    def host_nbytes(self) -> int:
+        """Bytes of the buffers that are kept in the host's memory."""
+        return sum(x.numel() * x.element_size() for name, x in self.streams.items() if name in self._host)
+
+    @property
+    def _belongs_to(self) -> Identity | None:
+        return self._heir if self._heir is not None and self._heir.taken else self._owner
+
+    def check(self, owner: tuple[Identity | None, Any], batch: int, device: torch.device) -> None:
+        """Raises unless the cache belongs to this layer and fits its input.
+
+        Raises:
+            ConfigError: If another layer, or one of another configuration, made it.
+            ShapeError: If batch or device differ.
+            UnsupportedError: If a backward makes the call once more.
+        """
+        self._born.refuse_replay("cache")
+        # A compiler that takes numbers for variables cannot compare configurations that hold floats.
+        if self._belongs_to is not owner[0] or not (self._config is owner[1] or self._config == owner[1]):
+            raise ConfigError(
+                "cache: expected one that this layer's new_cache made, got the cache of another layer; state_dict() "
+                "and load_state_dict() carry what a cache holds to another layer of the same weights"
+            )
+        if self.batch != batch:
+            raise ShapeError(f"cache: expected batch {batch} as x has it, got {self.batch}")
+        if self.device != device:
+            raise ShapeError(f"cache: expected it on {device} as x is, got {self.device}")
+
+    def check_room(self, tokens: int, lengths: int | Tensor) -> None:
+        """Raises unless a call's tokens fit.
+
+        Raises:
+            ShapeError: If they do not. Where lengths differ and may not be read, padding counts as tokens.
+        """
+        if self.batch == 0 or self.bound + tokens <= self.max_length:
+            return
+        longest = self.bound + tokens
+        differ = isinstance(lengths, Tensor) or self._lengths is not None
+        if differ and self.batch and not torch.compiler.is_compiling():
+            longest = int((self.lengths + lengths).max())
+        if longest > self.max_length:
+            raise ShapeError(f"cache: expected at most max_length {self.max_length} tokens, got {longest}")
+
+    @contextmanager
+    def all_or_nothing(self) -> Iterator[None]:
+        """Forgets what the block appended if it raises."""
+        before = self.length, self.bound, self._lengths
+        rings = {name: ring.state() for name, ring in self._rings.items()}
+        try:
+            yield
+        except BaseException:
+            self.length, self.bound, self._lengths = before
+            for name, state in rings.items():
+                self._rings[name].restore(state)
+            self._clear_behind()
+            raise
+
+    def append(self, values: Mapping[str, Tensor], lengths: int | Tensor, *, differentiable: bool) -> dict[str, Tensor]:
+        """Writes a call's tokens behind those held and gives back everything that may be read.
+
+        Args:
+            values: For each stream but grouped ones ``[B, G, T, D]``, left-aligned.
+            lengths: Real tokens of each item; T as an int where there are no others.
+            differentiable: Whether to give copies, with the current tokens in the graph, instead of the buffers.
+
+        Returns:
+            For each stream with a value for each token ``[B, G, S, D]`` in the dtype of its value, S the new bound;
+            where the stream lies.
+
+        Raises:
+            ShapeError: If shapes, dtypes or the room do not fit.
+            UnsupportedError: If a stream that is kept in the host's memory would have to be differentiable.
+        """
+        refuse_transforms(values)
+        if differentiable and self._host:
+            raise UnsupportedError("cache: expected no gradients where keys and values are offloaded, got some")
+        tokens = self._check_values(values)
+        self.check_room(tokens, lengths)
+        self._widen(values)
+        if self._rings:
+            with torch.no_grad():
+                for name, ring in self._rings.items():
+                    ring.write(values[name].detach(), self.offset, lengths)
+            values = {name: value for name, value in values.items() if name in self._buffers}
+        if self.length is not None and not isinstance(lengths, Tensor):
+            seen = self._append_common(values, self.length, differentiable)
+            self.length += tokens
+            self.bound = self.length
+            return seen
+        before = self.lengths
+        self.bound = min(self.bound + tokens, self.max_length)
+        seen = self._append_ragged(values, before, lengths, differentiable)
+        self._lengths, self.length = before + lengths, None
+        return seen
+
+    def history(self, name: str, count: int) -> Tensor:
+        """What a ring holds of the last ``count`` tokens, ``[B, G, count, D]``; zeros before an item's first token.
+
+        Detached, a copy, in the buffer's dtype. A layer that wants the tokens before this call's reads them before
+        :meth:`append`.
+
+        Raises:
+            ShapeError: If no ring has this name, or ``count`` is more than the history that it keeps.
+        """
+        ring = self._rings.get(name)
+        if ring is None:
+            raise ShapeError(f"name: expected a ring, one of {sorted(self._rings)}, got {name!r}")
+        check_count("count", count)
+        if not 0 <= count <= ring.history:
+            raise ShapeError(f"count: expected 0 to {ring.history} tokens, which {name} keeps, got {count}")
+        return ring.last(count, self.offset)
+
+    def complete(self, values: Mapping[str, Tensor], before: int | Tensor) -> None:
+        """Writes the groups that the last :meth:`append` has completed.
+
+        Args:
+            values: For each grouped stream ``[B, G, P, D]``: an item's p-th value is of its group ``before // every
+                + p``. Values of groups that are not complete are not written, whatever they are.
+            before: Tokens held before that call: the ``offset`` from then.
+
+        Raises:
+            ShapeError: If names or shapes do not fit, or there are fewer groups than have become complete where the
+                host knows their number.
+        """
+        self._check_shapes(values, {name: x.values for name, x in self._groups.items()})
+        self._widen(values)
+        for name, value in values.items():
+            groups, given = self._groups[name], value.shape[2]
+            if self.length is not None and not isinstance(before, Tensor):
+                most = self.length // groups.every - before // groups.every
+                if given < most:
+                    raise ShapeError(f"cache: expected {most} groups of {name}, got {given}")
+            with torch.no_grad():
+                groups.write(value.detach(), before, self.offset)
+
+    def groups(self, name: str) -> Tensor:
+        """What is held of groups, ``[B, G, N, D]``, N those that the longest item may have; zeros where incomplete.
+
+        A view of the buffer, in its dtype.
+
+        Raises:
+            ShapeError: If no grouped stream has this name.
+        """
+        groups = self._groups.get(name)
+        if groups is None:
+            raise ShapeError(f"name: expected a grouped stream, one of {sorted(self._groups)}, got {name!r}")
+        return groups.values[:, :, : self.bound // groups.every]
+
+    def grow(self, max_length: int) -> None:
+        """Makes room for more tokens of each item; what is held stays.
+
+        Raises:
+            TypeError: If ``max_length`` is no int.
+            ShapeError: If that would be less room than there is.
+        """
+        check_count("max_length", max_length)
+        if max_length < self.max_length:
+            raise ShapeError(f"max_length: expected at least {self.max_length}, got {max_length}")
+        with torch.inference_mode(False), torch.no_grad():
+            self._buffers = self._as_placed({name: with_rows(x, max_length) for name, x in self._buffers.items()})
+            for ring in self._rings.values():
+                # A ring that is shorter than its margin has never come round: its rows are tokens.
+                ring.rows = Ring.length_for(ring.history, max_length)
+                ring.values = with_rows(ring.values, ring.rows)
+            for groups in self._groups.values():
+                groups.values = with_rows(groups.values, max_length // groups.every)
+        self.max_length = max_length
+
+    def crop(self, length: int | Tensor) -> None:
+        """Keeps the first tokens of every item: at most ``length``, which is int64 ``[B]`` where items differ.
+
+        Raises:
+            TypeError: If ``length`` is neither.
+            ShapeError: If it is negative, or not one number for each item, or a ring no longer holds the history of
+                what would be left: at most ``CROP_MARGIN`` tokens may be cropped from a cache with rings, or all.
+                Nothing is changed then.
+        """
+        most = self._check_crop(length)
+        before = self.offset
+        after: int | Tensor
+        if isinstance(length, Tensor):
+            after = torch.minimum(self.lengths, length.to(self.device))
+        else:
+            after = before.clamp(max=length) if isinstance(before, Tensor) else min(before, length)
+        for name, ring in self._rings.items():
+            if not ring.can_crop(before, after):
+                raise ShapeError(
+                    f"length: expected at most {CROP_MARGIN} tokens to be cropped, or all, since {name} keeps only "
+                    f"the last ones, got {length} of {self.bound}"
+                )
+        for ring in self._rings.values():
+            ring.crop(after)
+        if isinstance(after, Tensor):
+            self._lengths, self.length = after, None
+        else:
+            self.length = after
+        self.bound = min(self.bound, most)
+        self._clear_behind()
+        if self.bound == 0:
+            self._lengths, self.length = None, 0
+
+    def _check_crop(self, length: int | Tensor) -> int:
+        """The most tokens that a crop leaves to any item."""
+        if isinstance(length, Tensor):
+            if list(length.shape) != [self.batch] or length.dtype != torch.int64:
+                raise ShapeError(f"length: expected int64 [{self.batch}], got {length.dtype} {list(length.shape)}")
+            least, most = (int(x) for x in length.aminmax()) if self.batch else (0, 0)
+        else:
+            check_count("length", length)
+            least = most = length
+        if least < 0:
+            raise ShapeError(f"length: expected at least 0, got {least}")
+        return most
+
+    def _clear_behind(self) -> None:
+        """Zeroes the slots behind what is held: where lengths differ they are handed on, and may hold NaN."""
+        behind = torch.arange(self.max_length + 1, device=self.device) >= self.lengths.unsqueeze(1)
+        with torch.no_grad():
+            for x in self._buffers.values():
+                x.masked_fill_(behind[:, None, :, None].to(x.device), 0)
+            for groups in self._groups.values():
+                groups.clear_behind(self.lengths)
+
+    def reorder(self, index: Tensor) -> None:
+        """Takes the items ``index``, int ``[B']``, in their order: beams are chosen, repeated or dropped."""
+        if not isinstance(index, Tensor):
+            raise TypeError(f"index: expected an int64 Tensor [B], got {type(index).__name__}")
+        if index.dim() != 1 or index.dtype not in (torch.int64, torch.int32):
+            raise ShapeError(f"index: expected an int64 Tensor [B], got {index.dtype} {list(index.shape)}")
+        if index.device.type == "cpu" and not torch.compiler.is_compiling():
+            outside = (index < 0) | (index >= self.batch)
+            if bool(outside.any()):
+                raise ShapeError(f"index: expected items 0 to {self.batch - 1}, got {index[outside].tolist()}")
+        with torch.inference_mode(False), torch.no_grad():
+            index = index.to(self.device, copy=True)
+            chosen = {name: x.index_select(0, index.to(x.device)) for name, x in self._buffers.items()}
+            self._buffers = self._as_placed(chosen)
+            self._rings = {name: x.select(index) for name, x in self._rings.items()}
+            self._groups = {name: Groups(x.every, x.values.index_select(0, index)) for name, x in self._groups.items()}
+            if self._lengths is not None:
+                self._lengths = self._lengths.index_select(0, index)
+
+    def fork(self) -> Self:
+        """A copy of its own, for the same layer."""
+        copy = object.__new__(type(self))
+        copy.__dict__.update(self.__dict__)
+        copy._born = Birth(self.device)
+        with torch.inference_mode(False), torch.no_grad():
+            copy._buffers = self._as_placed({name: x.clone() for name, x in self._buffers.items()})
+            copy._rings = {name: x.clone() for name, x in self._rings.items()}
+            copy._groups = {name: Groups(x.every, x.values.clone()) for name, x in self._groups.items()}
+        return copy
+
+    def _as_placed(self, buffers: dict[str, Tensor]) -> dict[str, Tensor]:
+        """New buffers, pinned where those that they take the place of are."""
+        if not self._host:
+            return buffers
+        return {name: x.pin_memory() if self._buffers[name].is_pinned() else x for name, x in buffers.items()}
+
+    def _widen(self, values: Mapping[str, Tensor]) -> None:
+        """Takes up a wider dtype than the weights': what a layer computes in cannot always be told before a call."""
+        if self._rounds:
+            return
+        with torch.inference_mode(False), torch.no_grad():
+            for name, value in values.items():
+                held = (self._rings | self._groups).get(name)
+                if held is not None:
+                    held.values = widened(held.values, value.dtype)
+                elif (wide := widened(self._buffers[name], value.dtype)) is not self._buffers[name]:
+                    self._buffers |= self._as_placed({name: wide})
+
+    def _check_values(self, values: Mapping[str, Tensor]) -> int:
+        held = self._buffers
+        if self._rings:
+            held = held | {name: ring.values for name, ring in self._rings.items()}
+        self._check_shapes(values, held)
+        # No set: a compiler's sizes have no hash, and would become numbers, each a program of its own.
+        tokens = [value.shape[2] for value in values.values()]
+        if any(count != tokens[0] for count in tokens):
+            raise ShapeError(f"cache: expected equally many tokens in all streams, got {sorted(tokens)}")
+        return tokens[0]
+
+    def _check_shapes(self, values: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
+        if set(values) != set(buffers):
+            raise ShapeError(f"values: expected streams {sorted(buffers)}, got {sorted(values)}")
+        for name, value in values.items():
+            held = buffers[name]
+            if value.shape[:2] != held.shape[:2] or value.shape[3:] != held.shape[3:]:
+                shape = [*held.shape[:2], "T", *held.shape[3:]]
+                raise ShapeError(f"cache: expected {name} {shape}, got {list(value.shape)}")
+            if not self._rounds and not fits(value.dtype, held.dtype):
+                raise ShapeError(f"cache: expected {name} in {held.dtype} or narrower, got {value.dtype}")
+
+    def _append_common(self, values: Mapping[str, Tensor], start: int, differentiable: bool) -> dict[str, Tensor]:
+        seen = {}
+        for name, value in values.items():
+            held, end = self._buffers[name], start + value.shape[2]
+            with torch.no_grad():
+                held[:, :, start:end].copy_(value)
+            past = held[:, :, :start].to(value.dtype)
+            seen[name] = torch.cat((past, value), 2) if differentiable else held[:, :, :end].to(value.dtype)
+        return seen
+
+    def _append_ragged(
+        self, values: Mapping[str, Tensor], before: Tensor, lengths: int | Tensor, differentiable: bool
+    ) -> dict[str, Tensor]:
+        tokens = next(iter(values.values())).shape[2]
+        device = self.device
+        token = torch.arange(tokens, device=device)
+        last = lengths.unsqueeze(1) if isinstance(lengths, Tensor) else lengths
+        slot = torch.where(token < last, before.unsqueeze(1) + token, self.bound)  # [B, T]
+        item = torch.arange(before.shape[0], device=device).unsqueeze(1)
+        seen = {}
+        for name, value in values.items():
+            held = self._buffers[name]
+            rows = value.transpose(1, 2)  # [B, T, G, D]
+            if differentiable:
+                copy = held[:, :, : self.bound + 1].to(value.dtype, copy=True).transpose(1, 2)
+                seen[name] = copy.index_put((item, slot), rows).transpose(1, 2)[:, :, : self.bound]
+            with torch.no_grad():
+                place = (item.to(held.device), slot.to(held.device))
+                held.transpose(1, 2).index_put_(place, rows.detach().to(held.device, held.dtype))
+            if not differentiable:
+                seen[name] = held[:, :, : self.bound].to(value.dtype)
+        return seen

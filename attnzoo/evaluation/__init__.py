@@ -1,0 +1,1 @@
+"""Measuring: models on text, conversions side by side, and what layers cost."""

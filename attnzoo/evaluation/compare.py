@@ -1,0 +1,258 @@
+"""Comparing conversions of one model side by side: quality, what is read, what is remembered, and speed."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import platform
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnzoo import surgery
+from attnzoo.base.registry import class_names, read_spec, variants
+from attnzoo.evaluation.model_scores import Decoding, Progress, Score, decode, score
+from attnzoo.reporting.choices import check_known
+from attnzoo.surgery.lowrank.factor import CALIBRATED
+from attnzoo_kernels.errors import ConfigError
+
+SAME_LOGITS = 1e-5
+"""Largest difference of logits, over the largest logit, at which two outputs count as equal but for rounding."""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """One call of ``surgery.convert``."""
+
+    variant: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether it reads the calibration text."""
+        return self.options.get("method") in CALIBRATED
+
+    def __str__(self) -> str:
+        options = ",".join(f"{name}={value}" for name, value in self.options.items())
+        return f"{self.variant}:{options}" if options else self.variant
+
+
+@dataclass(frozen=True)
+class VariantSpec:
+    """A row of a comparison: conversions applied one after the other; none is the model as it is.
+
+    Attributes:
+        name: What the row is called.
+        conversions: What is done.
+        exact: Whether the output must stay equal: a certificate.
+        control: Whether the row is there to fail: a negative control.
+    """
+
+    name: str
+    conversions: tuple[Conversion, ...] = ()
+    exact: bool = False
+    control: bool = False
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether a conversion reads the calibration text."""
+        return any(conversion.needs_calibration for conversion in self.conversions)
+
+    @classmethod
+    def parse(cls, text: str) -> VariantSpec:
+        """Reads ``variant:option=value,option=value``; "dense" is the model as it is.
+
+        Raises:
+            ConfigError: If the variant is unknown or an option is no ``name=value``.
+
+        Example:
+            >>> VariantSpec.parse("s2:block_size=32,sink_blocks=0").conversions[0].options
+            {'block_size': 32, 'sink_blocks': 0}
+        """
+        if text == "dense":
+            return cls("dense")
+        check_known(text.partition(":")[0], ["dense", *sorted(variants)], "variants", class_names())
+        return cls(text, (Conversion(*read_spec(text)),))
+
+
+def _lowrank(name: str, **options: Any) -> VariantSpec:
+    return VariantSpec(name, (Conversion("lowrank_gqa", options),))
+
+
+_S2 = {"block_size": 32, "local_blocks": 4, "vert_stride": 3}
+_RETURN = (
+    Conversion("lowrank_gqa", {"method": "expand", "num_kv_heads": 9}),
+    Conversion("lowrank_gqa", {"method": "commuting", "num_kv_heads": 3, "refit": False, "gradients": False}),
+)
+_MOH = {"router": "norm", "shared_heads": 5, "active_heads": 2}
+_LONGHEADS = {"chunk_size": 64, "attention_length": 512, "select": "block"}
+PRESETS: dict[str, tuple[VariantSpec, ...]] = {
+    "demo": (
+        VariantSpec("dense"),
+        VariantSpec("expand and return", _RETURN, exact=True),
+        VariantSpec("sink 4 + window 256", (Conversion("mha", {"window": 256, "sink": 4}),)),
+        VariantSpec("window 256 without sink", (Conversion("mha", {"window": 256}),), control=True),
+        VariantSpec("s2 with sink", (Conversion("s2", {**_S2, "sink_blocks": 1}),)),
+        VariantSpec("s2 without sink", (Conversion("s2", {**_S2, "sink_blocks": 0}),), control=True),
+        _lowrank("mean_pool 3->1", method="mean", num_kv_heads=1),
+        _lowrank("commuting 3->1", method="commuting", num_kv_heads=1),
+        _lowrank("latent 192", method="latent", latent_dim=192),
+        _lowrank("latent 128", method="latent", latent_dim=128),
+        VariantSpec("moh, all heads", (Conversion("moh", {}),), exact=True),
+        VariantSpec(
+            "moh, 7 of 9 heads", (Conversion("moh", {"router": "norm", "shared_heads": 5, "active_heads": 2}),)
+        ),
+        VariantSpec("landmarks without gates", (Conversion("landmark", {"block_size": 64}),), exact=True),
+        VariantSpec("longheads 512", (Conversion("longheads", _LONGHEADS),)),
+        VariantSpec("rcmha, untrained", (Conversion("rcmha", {}),), exact=True),
+    )
+}
+"""Named sets of rows. "demo" is for a model of 9 query and 3 KV heads."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row's figures.
+
+    Attributes:
+        name: What the row is called.
+        conversions: What was done, as text.
+        nll: Of each window, nats per token.
+        perplexity: Over all windows.
+        ratio: Perplexity over the dense model's.
+        delta_nll: Mean NLL less the dense model's.
+        density: Measured, see :class:`attnzoo.evaluation.model_scores.Score`.
+        kv_bytes_held: Cached bytes for each token, all layers.
+        kv_bytes_read: Of these, what a decode step behind a window gathers.
+        max_logit_diff: Largest difference to the dense model's logits where they were kept.
+        flags: NO-OP, certificate, negative control.
+        decode_tokens_per_s: Measured; differs from run to run.
+        convert_seconds: Measured; differs from run to run.
+    """
+
+    name: str
+    conversions: list[str]
+    nll: list[float]
+    perplexity: float
+    ratio: float
+    delta_nll: float
+    density: float
+    kv_bytes_held: int
+    kv_bytes_read: int
+    max_logit_diff: float
+    flags: list[str]
+    decode_tokens_per_s: float
+    convert_seconds: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Rows and where they come from."""
+
+    about: dict[str, Any]
+    rows: list[Row]
+
+
+class Comparer:
+    """Runs rows on one model, which is left as it was.
+
+    Args:
+        model: A causal language model.
+        windows: int64 ``[n, L]``, to score.
+        calibration: int64 ``[n, L]``, another text.
+        progress: Told how far it is.
+    """
+
+    def __init__(
+        self, model: Any, windows: Tensor, calibration: Tensor | None, *, progress: Progress | None = None
+    ) -> None:
+        self.model, self.windows, self.progress = model, windows, progress
+        self.batches = [] if calibration is None else [row.unsqueeze(0) for row in calibration]
+        self._statistics: surgery.Statistics | None = None
+        self._dense: tuple[Score, Decoding] | None = None
+
+    def run(self, specs: Sequence[VariantSpec], about: dict[str, Any]) -> Comparison:
+        """All rows; the dense model is measured first, whether it has a row or not.
+
+        Raises:
+            ConfigError: Before anything is measured, if the model has no attention blocks that are known.
+        """
+        surgery.cache_bytes(self.model)
+        self._dense = (score(self.model, self.windows, progress=self.progress), self._decode())
+        sha = hashlib.sha256(self.windows.numpy().tobytes()).hexdigest()
+        about = {**about, "windows": list(self.windows.shape), "tokens_sha256": sha, "torch": torch.__version__}
+        about["machine"] = f"{platform.machine()}, {torch.get_num_threads()} threads"
+        return Comparison(about, [self._row(spec) for spec in specs])
+
+    def _decode(self) -> Decoding:
+        return decode(self.model, self.windows[0])
+
+    def _row(self, spec: VariantSpec) -> Row:
+        if self._dense is None:
+            raise ConfigError("run: expected the dense model to be measured first")
+        dense, dense_decoding = self._dense
+        if not spec.conversions:
+            return self._figures(spec, dense, dense_decoding, 0.0)
+        reports: list[surgery.ConversionReport] = []
+        begin = time.perf_counter()
+        try:
+            for conversion in spec.conversions:
+                reports.append(self._convert(conversion, first=not reports))
+            seconds = time.perf_counter() - begin
+            found = score(self.model, self.windows, progress=self.progress)
+            return self._figures(spec, found, self._decode(), seconds)
+        finally:
+            for report in reversed(reports):
+                report.undo()
+
+    def _convert(self, conversion: Conversion, *, first: bool) -> surgery.ConversionReport:
+        calibration: Any = None
+        if conversion.needs_calibration:
+            if not self.batches:
+                raise ConfigError("calibrate: expected a calibration text, got none")
+            # Statistics of the model as it was do not describe one that was converted before.
+            calibration = self._collected() if first else self.batches[:1]
+        with warnings.catch_warnings():
+            # A comparison shows what is lost; warnings about it would only repeat the table.
+            warnings.filterwarnings("ignore", message=".*(without a sink|baseline|healing|the same function up to).*")
+            return surgery.convert(
+                self.model, conversion.variant, calibration=calibration, progress=self.progress, **conversion.options
+            )
+
+    def _collected(self) -> surgery.Statistics:
+        if self._statistics is None:
+            self._statistics = surgery.collect(
+                self.model, surgery.find(self.model), self.batches, progress=self.progress
+            )
+        return self._statistics
+
+    def _figures(self, spec: VariantSpec, found: Score, decoding: Decoding, seconds: float) -> Row:
+        dense = found if self._dense is None else self._dense[0]
+        difference = float((found.probe - dense.probe).abs().max())
+        same = difference <= SAME_LOGITS * float(dense.probe.abs().max())
+        held = surgery.cache_bytes(self.model)
+        flags = ["negative control"] if spec.control else []
+        if spec.exact:
+            flags.append("certificate holds" if same else "CERTIFICATE FAILS")
+        elif spec.conversions and found.density == 1 and same:
+            flags.append("NO-OP")
+        return Row(
+            name=spec.name,
+            conversions=[str(conversion) for conversion in spec.conversions],
+            nll=list(found.nll),
+            perplexity=found.perplexity,
+            ratio=math.exp(found.mean_nll - dense.mean_nll),
+            delta_nll=found.mean_nll - dense.mean_nll,
+            density=found.density,
+            kv_bytes_held=held,
+            kv_bytes_read=round(held * decoding.read_share),
+            max_logit_diff=difference,
+            flags=flags,
+            decode_tokens_per_s=round(decoding.tokens_per_s, 2),
+            convert_seconds=round(seconds, 1),
+        )

@@ -1,0 +1,126 @@
+"""What layers cost, for a terminal, as Markdown, as JSON and as a picture."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from attnzoo.doctor import cpu_model
+from attnzoo.evaluation.layer_costs import KINDS, Cost, Setting, by_wall
+from attnzoo.reporting.outputs import write_together
+from attnzoo.reporting.tables import Grid
+from attnzoo_kernels.runtime.processor import cpu_class
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+HEADS = ("layer", "density", *(name for kind in KINDS for name in (f"{kind} ms", f"{kind} x plain")), "off by")
+
+CAPTION = "x plain: over the same layer on torch's scaled_dot_product_attention; medians of paired rounds"
+
+
+def about(setting: Setting) -> dict[str, Any]:
+    """Where the figures come from."""
+    cpu = {"cpu": cpu_model(), "class": cpu_class(), "threads": torch.get_num_threads()}
+    where = cpu if setting.device.type == "cpu" else {"gpu": torch.cuda.get_device_name(setting.device)}
+    sizes = {name: value for name, value in asdict(setting).items() if name not in ("device", "dtype")}
+    dtype = str(setting.dtype).removeprefix("torch.")
+    clock = "wall" if by_wall(setting.device) else "CPU time"
+    return {**where, "clock": clock, "torch": torch.__version__, "date": time.strftime("%F"), "dtype": dtype, **sizes}
+
+
+def title(where: dict[str, Any]) -> str:
+    """One line about machine and sizes."""
+    machine = where.get("gpu") or f"{where['cpu']} ({where['class']}), threads: {where['threads']}"
+    kv_heads = "" if where["num_kv_heads"] is None else f" ({where['num_kv_heads']} for keys)"
+    sizes = f"{where['batch']} x {where['tokens']:,} tokens, width {where['dim']}, {where['num_heads']} heads{kv_heads}"
+    return f"{machine}; {sizes}, {where['dtype']}"
+
+
+def cells(cost: Cost) -> list[str]:
+    """One layer's cells; nothing about time where the layer is wrong."""
+    figures = []
+    for kind in KINDS:
+        known = kind in cost.milliseconds
+        figures += [f"{cost.milliseconds[kind]:.3g}", f"{cost.times_plain[kind]:.2f}"] if known else ["", ""]
+    density = "" if cost.density is None else f"{cost.density:.3f}"
+    return [cost.name, density, *figures, "" if cost.error is None else f"{cost.error:.0e}"]
+
+
+def grid(costs: list[Cost], where: dict[str, Any]) -> Grid:
+    """The costs as a table for a terminal."""
+    return Grid(
+        HEADS,
+        [cells(cost) for cost in costs],
+        title=title(where),
+        caption=CAPTION,
+        numbers=frozenset(range(1, len(HEADS))),
+        bad=frozenset(i for i, cost in enumerate(costs) if cost.problem is not None),
+    )
+
+
+def markdown(costs: list[Cost], where: dict[str, Any]) -> str:
+    """The costs as Markdown."""
+    lines = [title(where), ""]
+    lines += ["| " + " | ".join(line) + " |" for line in (HEADS, ["---"] * len(HEADS), *map(cells, costs))]
+    lines += ["", *(f"- {cost.name}: {cost.problem}" for cost in costs if cost.problem is not None)]
+    return "\n".join([*lines, f"Where it comes from: {json.dumps(where)}", ""])
+
+
+def to_json(costs: list[Cost], where: dict[str, Any]) -> str:
+    """The costs as JSON; only ``milliseconds`` and ``times_plain`` differ when it is run again."""
+    return json.dumps({"about": where, "layers": [asdict(cost) for cost in costs]}, indent=2) + "\n"
+
+
+def write(costs: list[Cost], where: dict[str, Any], out: Path) -> None:
+    """Writes OUT.json, OUT.md and OUT.png."""
+    write_together(
+        out,
+        {
+            "json": lambda path: path.write_text(to_json(costs, where), encoding="utf-8"),
+            "md": lambda path: path.write_text(markdown(costs, where), encoding="utf-8"),
+            "png": lambda path: picture(costs, where, path),
+        },
+    )
+
+
+def picture(costs: list[Cost], where: dict[str, Any], path: Path) -> None:
+    """Draws each layer's time over that of plain attention, as a PNG or whatever the suffix says."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    shown = [cost for cost in costs if cost.milliseconds]
+    figure, axes = pyplot.subplots(
+        1, len(KINDS), figsize=(11, 0.38 * len(shown) + 1.5), layout="constrained", sharey=True, squeeze=False
+    )
+    for kind, axis in zip(KINDS, axes[0], strict=True):
+        _bars(axis, kind, shown)
+    axes[0][0].set_yticks(range(len(shown))[::-1], [cost.name for cost in shown], fontsize=9)
+    figure.suptitle(title(where), fontsize=10, x=0.02, ha="left")
+    figure.savefig(path, dpi=140)
+    pyplot.close(figure)
+
+
+def _bars(axis: Axes, kind: str, costs: list[Cost]) -> None:
+    from matplotlib.ticker import FuncFormatter
+
+    floor = 0.1
+    ratios = [max(cost.times_plain[kind], floor) for cost in costs]
+    place = list(range(len(costs)))[::-1]
+    axis.barh(place, [ratio - floor for ratio in ratios], left=floor, color="#2b6ca3", height=0.62)
+    for y, cost, ratio in zip(place, costs, ratios, strict=True):
+        text = f"{cost.times_plain[kind]:.2f}  ({cost.milliseconds[kind]:.3g} ms)"
+        axis.text(ratio * 1.06, y, text, va="center", fontsize=8)
+    axis.axvline(1.0, color="#444444", linewidth=1)
+    axis.set_xscale("log")
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_xlim(floor, floor * (max([2.0, *ratios]) / floor) ** 1.6)
+    axis.set_xlabel(f"{kind}: time over plain attention", fontsize=9)
+    axis.spines[["top", "right"]].set_visible(False)

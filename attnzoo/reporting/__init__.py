@@ -1,0 +1,1 @@
+"""What people read: warnings, tables, names that were meant, and files of results."""

@@ -1,0 +1,1 @@
+"""What variants share that choose key blocks by scores."""

@@ -1,0 +1,360 @@
+"""Reading rules inside transformers models, through its public attention and mask interfaces.
+
+One attention function and one mask function are registered under the name "attnzoo"; what a block reads is a rule on
+its module. A name registered for attention alone would lose every padding mask without a word.
+
+Letters: B batch, T query tokens, S slots of the host's cache, H query heads, G KV heads, D head width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from attnzoo.base.layer import AttentionLayer, Memory
+from attnzoo.base.padding import Alignment
+from attnzoo.base.recording import RULE
+from attnzoo.surgery.hosts.calls import read_call
+from attnzoo.surgery.hosts.weights import type_name
+from attnzoo.variants.mha import MHAAttention, MHAConfig
+from attnzoo_kernels.errors import ShapeError, UnsupportedError
+
+NAME = "attnzoo"
+
+
+@dataclass(frozen=True, eq=False)
+class Rule:
+    """What a block reads: a layer without weights whose plan is followed. No module, so that no state is added."""
+
+    layer: AttentionLayer
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        # A process that only loads a pickle has registered nothing yet.
+        register()
+
+
+@dataclass(frozen=True, eq=False)
+class Geometry:
+    """Where the queries and keys of a call lie: what the mask function hands to the attention function.
+
+    Attributes:
+        first: The slot of the first query: an int, or a 0-d tensor that the host would advance, copied.
+        real: Which slots hold tokens rather than padding, bool ``[B, S]``; ``None`` where all do.
+        ndim: What hosts ask of a mask that is ready.
+    """
+
+    first: int | Tensor
+    real: Tensor | None
+    ndim: int = field(default=4, init=False)
+
+    def contiguous(self) -> Geometry:
+        """Itself; static caches ask for it."""
+        return self
+
+
+def set_rule(module: nn.Module, rule: Rule | None) -> None:
+    """Puts a rule on a module, or takes it off; with it goes the check that the rule is followed."""
+    for key, hook in list(module._forward_pre_hooks.items()):
+        if hook is _check_block:
+            del module._forward_pre_hooks[key]
+    if rule is None:
+        module.__dict__.pop(RULE, None)
+    else:
+        module.__dict__[RULE] = rule
+        module.register_forward_pre_hook(_check_block)
+
+
+def rule_of(module: nn.Module) -> Rule | None:
+    """The rule on a module."""
+    rule = module.__dict__.get(RULE)
+    return rule if isinstance(rule, Rule) else None
+
+
+def with_groups(rule: Rule, groups: int) -> Rule:
+    """The same rule for another number of KV heads."""
+    layer = rule.layer
+    if layer.config.kv_heads == groups:
+        return rule
+    with torch.device("meta"):
+        other = type(layer)(replace(layer.config, num_kv_heads=groups))
+    other.impl = layer.impl
+    return Rule(other)
+
+
+def register() -> None:
+    """Makes the name known to transformers; a second call changes nothing."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, describe_mask)
+
+
+def check_implementation(config: Any) -> None:
+    """Raises unless a block of this configuration is called through the registered functions.
+
+    Raises:
+        UnsupportedError: If another implementation was set, or other functions were registered by the name.
+    """
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    found = config._attn_implementation
+    if found != NAME:
+        raise UnsupportedError(
+            f"attn_implementation: expected {NAME!r}, which a converted block needs, got {found!r}; go back with "
+            f"set_attn_implementation({NAME!r}), or take the conversion back with undo()"
+        )
+    for what, known, ours in (
+        ("attention", ALL_ATTENTION_FUNCTIONS, attend),
+        ("mask", ALL_MASK_ATTENTION_FUNCTIONS, describe_mask),
+    ):
+        if known.get(NAME) is not ours:
+            raise UnsupportedError(
+                f"attn_implementation: expected attnzoo's own {what} function by the name {NAME!r}, got "
+                f"{known.get(NAME)!r}; register that by another name, and attnzoo.surgery's again by convert()"
+            )
+
+
+def _check_block(module: nn.Module, args: Any) -> None:
+    check_implementation(module.config)
+
+
+@dataclass(frozen=True, eq=False)
+class Switched:
+    """What the configurations of a model and of its blocks, which may be others, said before."""
+
+    model: str
+    blocks: list[tuple[Any, str]]
+
+
+def switch(model: Any, blocks: Sequence[Any]) -> Switched:
+    """Makes a model and some of its blocks use the registered functions, and returns what they used before."""
+    register()
+    before: str = model.config._attn_implementation
+    if before != NAME:
+        model.set_attn_implementation(NAME)
+    others = {id(block.config): block.config for block in blocks if block.config is not model.config}
+    changed = [(config, config._attn_implementation) for config in others.values()]
+    for config, _ in changed:
+        config._attn_implementation = NAME
+    return Switched(before, changed)
+
+
+def switch_back(model: Any, switched: Switched) -> None:
+    """Makes a model use what it used before."""
+    for config, before in switched.blocks:
+        config._attn_implementation = before
+    # Where an earlier conversion, maybe of another model with this configuration, has switched, its undo switches back.
+    if switched.model == NAME and not any(needs_interface(module) for module in model.modules()):
+        return
+    if model.config._attn_implementation != switched.model:
+        model.set_attn_implementation(switched.model)
+
+
+def needs_interface(module: nn.Module) -> bool:
+    """Whether a module is called through the registered functions, and wrong through others."""
+    return rule_of(module) is not None or getattr(module, "needs_interface", False)
+
+
+def describe_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] | None = None,
+    attention_mask: Any = None,
+    **kwargs: Any,
+) -> Geometry:
+    """The mask function: no mask is made, only what the attention function needs to know.
+
+    Raises:
+        UnsupportedError: If the host asks for another rule than causality and padding.
+    """
+    if isinstance(attention_mask, Geometry):
+        return attention_mask
+    if mask_function is not None and getattr(mask_function, "__name__", "") != "causal_mask_function":
+        raise UnsupportedError("attention_mask: expected causality and padding alone, got a further rule of the host's")
+    if kv_offset:
+        raise UnsupportedError(f"kv_offset: expected a cache that keeps every slot, got one that begins at {kv_offset}")
+    # The host advances its counter in place before attention runs.
+    first = q_offset.clone() if isinstance(q_offset, Tensor) else q_offset
+    if isinstance(first, Tensor) and not torch.compiler.is_compiling():
+        first = int(first)
+    real = attention_mask
+    if real is not None and not torch.compiler.is_compiling() and bool(real.all()):
+        real = None
+    return Geometry(first, real)
+
+
+def first_slot(geometry: Any, cache: Any, layer: int) -> int | Tensor:
+    """The slot of a call's first token, asked before the cache is updated."""
+    if isinstance(geometry, Geometry):
+        return geometry.first
+    if cache is None:
+        return 0
+    held = cache.get_seq_length(layer)
+    return held.clone() if isinstance(held, Tensor) else int(held)
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function: rotated q ``[B, H, T, D]``, k, v ``[B, G, S, D]`` to ``([B, T, H, D], None)``.
+
+    Raises:
+        UnsupportedError: If the host asks for something that cannot be honoured.
+    """
+    if dropout:
+        raise UnsupportedError(f"dropout: expected 0, got {dropout}; attention dropout is not offered")
+    if read_call(kwargs).cache is not None:
+        raise UnsupportedError("cache: expected one that the block has read, got one that it hands on")
+    if getattr(module, "is_causal", True) is False:
+        raise UnsupportedError(f"is_causal: expected True, got False on a {type_name(module)}")
+    query, key, value = _as_autocast_does(query, key, value)
+    geometry = geometry_of(attention_mask, query.shape[2], key.shape[2])
+    rule = rule_of(module)
+    layer = _dense_layer(query.shape[1], key.shape[1], query.shape[3], scaling) if rule is None else rule.layer
+    if geometry.real is not None:
+        out = _attend_padded(layer, query, key, value, geometry)
+    else:
+        out = _attend_plain(layer, query, key, value, geometry.first)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _as_autocast_does(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Queries, keys and values in the dtype that autocast gives to torch's attention.
+
+    Hosts rotate queries and keys in fp32 under autocast, while values are as the projection has left them.
+    """
+    device = tensors[0].device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+
+
+def check_consecutive(
+    position_ids: Tensor | None, first: int | Tensor, real: Tensor | None, who: str, *, padding_counts: bool = False
+) -> None:
+    """Raises unless a call's positions are those that a block counts by itself, for blocks that do.
+
+    A sequence may begin anywhere. What a later call continues is not known, but for where it would begin: at 0, or
+    behind the padding on its left.
+
+    Args:
+        position_ids: ``[B|1, T]``, or ``None`` where the host has none.
+        first: The slot of the call's first token; a tensor is not read.
+        real: Which slots hold tokens rather than padding, bool ``[B, S]``; ``None`` where all do.
+        who: What to call the block.
+        padding_counts: Whether the block counts slots; else it counts tokens.
+
+    Raises:
+        UnsupportedError: If they are others.
+    """
+    if position_ids is None or torch.compiler.is_compiling():
+        return
+    begin = first if isinstance(first, int) else 0
+    known, counts, mask = _consecutive.get(position_ids, (None, None, None))
+    if known == begin and counts == padding_counts and mask is real:
+        # Every block of a model is handed the same tensors.
+        return
+    end = begin + position_ids.shape[-1]
+    place = torch.arange(begin, end, device=position_ids.device).unsqueeze(0)
+    seen, margin = None, place.new_zeros(1)
+    if real is not None and isinstance(first, int):
+        count = real[:, :end].cumsum(1)
+        seen, margin = real[:, begin:end], (count == 0).sum(1)
+        place, margin = (place, -margin) if padding_counts else (count[:, begin:] - 1, margin)
+    shift = (position_ids - place).double()
+    hidden = torch.zeros_like(shift, dtype=torch.bool) if seen is None else ~seen
+    low, high = shift.masked_fill(hidden, math.inf).amin(1), shift.masked_fill(hidden, -math.inf).amax(1)
+    right = low == high
+    if begin:
+        right &= (low == 0) | (low == margin)
+    if not bool((right | hidden.all(1)).all()):
+        raise UnsupportedError(f"position_ids: expected consecutive positions, which {who} counts by itself")
+    _consecutive[position_ids] = (begin, padding_counts, real)
+
+
+_consecutive: Any = WeakTensorKeyDictionary()
+"""For positions that were found right: the first slot, what was counted, and the mask."""
+
+
+def geometry_of(attention_mask: Any, tokens: int, slots: int) -> Geometry:
+    """What a mask says about the last ``tokens`` of ``slots``.
+
+    Raises:
+        UnsupportedError: If it is no mask that :func:`describe_mask` has made.
+    """
+    if isinstance(attention_mask, Geometry):
+        return attention_mask
+    if attention_mask is None:
+        return Geometry(slots - tokens, None)
+    raise UnsupportedError(
+        f"attention_mask: expected the host's 2-D padding mask or None, got {type(attention_mask).__name__}"
+    )
+
+
+@lru_cache(maxsize=32)
+def _dense_layer(heads: int, groups: int, width: int, scale: float | None) -> AttentionLayer:
+    config = MHAConfig(
+        dim=heads * width, num_heads=heads, num_kv_heads=groups, head_dim=width, rotary=None, scale=scale
+    )
+    with torch.device("meta"):
+        return MHAAttention(config)
+
+
+def _run(layer: AttentionLayer, memory: Memory, offset: int | Tensor, lengths: int | Tensor | None) -> Tensor:
+    plan = layer.plan_for(memory, offset=offset, lengths=lengths)
+    for recording in layer.recordings:
+        recording.add(layer, plan)
+    return layer.operate(memory, plan)
+
+
+def _attend_plain(layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, first: int | Tensor) -> Tensor:
+    tokens = q.shape[2]
+    if isinstance(first, int):
+        held = first + tokens
+        if held > k.shape[2]:
+            raise ShapeError(f"attention_mask: expected at most {k.shape[2]} slots, got queries up to slot {held - 1}")
+        # A static cache is longer than what it holds.
+        return _run(layer, Memory(q, k[:, :, :held], v[:, :, :held]), first, None)
+    return _run(layer, Memory(q, k, v), first.view(1).expand(q.shape[0]), None)
+
+
+def _attend_padded(layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, geometry: Geometry) -> Tensor:
+    """Moves each item's real tokens to slots 0, 1, ... first: rules go by position, and padding has none."""
+    first, real = geometry.first, geometry.real
+    if real is None or not isinstance(first, int):
+        raise UnsupportedError("attention_mask: padding under compilation is not supported; compile without padding")
+    held = first + q.shape[2]
+    real = real[:, :held]
+    if real.shape[1] < held:
+        raise ShapeError(f"attention_mask: expected {held} slots, got {real.shape[1]}")
+    slots = Alignment.of(~real)
+    longest = int(slots.lengths.max())
+    k, v = (_take(x[:, :, :held], slots.order[:, :longest]) for x in (k, v))
+    rows = Alignment.of(~real[:, first:])
+    out = _run(layer, Memory(_take(q, rows.order), k, v), real[:, :first].sum(1), rows.lengths)
+    return _take(out, rows.place).masked_fill(~real[:, None, first:, None], 0.0)
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """Rows ``index [B, n]`` of ``x [B, h, L, D]``."""
+    return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))

@@ -1,0 +1,1 @@
+"""Low-rank conversion: statistics of a text, groups of KV heads, closed forms, and refitting site by site."""

@@ -1,0 +1,152 @@
+"""What a variant says about being seated in a pretrained model, and the building of seats from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import nn
+
+from attnzoo.base.config import AttentionConfig
+from attnzoo.base.layer import AttentionLayer
+from attnzoo.base.registry import create, get_config
+from attnzoo.reporting.choices import check_known
+from attnzoo.reporting.warn import silent, warn_caller
+from attnzoo.surgery.hosts import llama
+from attnzoo.surgery.hosts.site import Site
+from attnzoo.surgery.replacements.replacement import LayerSeat
+from attnzoo_kernels.errors import ConversionError, UnsupportedError
+
+OF_THE_SITE = frozenset(field.name for field in fields(AttentionConfig))
+"""Fields of a configuration that the site decides: sizes, rotation, scale, causality."""
+
+
+@runtime_checkable
+class ModelChange(Protocol):
+    """A change to a whole model that seats of one variant need, such as tokens inserted at its input."""
+
+    def make(self) -> None:
+        """Makes the change. Everything that may fail has been checked when the object was built."""
+
+    def undo(self) -> None:
+        """Takes it back: the model is as it was, to the bit."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SeatSpec:
+    """How a variant is seated in a pretrained model.
+
+    Attributes:
+        defaults: The variant's options where the caller gives none, for a site.
+        refused: Options that surgery does not take; those that the site decides are refused in any case.
+        start: Gives the weights that the host does not have, and only those, their values; the layer is on the host's
+            device and in its dtype, with the host's projections in place. The default leaves what building has made.
+        warn: What a caller must know about a configuration, such as that it needs healing; ``None`` where it is the
+            same function as the host's.
+        by_slot: Whether the layer numbers tokens itself, so that the host's positions are only checked to be
+            consecutive; else it rotates by the host's positions.
+        slots_per_token: Slots that a seat's cache has for each of the host's tokens.
+        model_change: What happens to the model itself, built (not made) from the model and the configuration. It is
+            made once, with the first seat of this variant, and taken back with it.
+        whole_model: Whether all blocks must be seated at once, because the model's change reaches all of them.
+        model_state: Prefixes of names in the model's ``state_dict`` that ``model_change`` adds; saved with adapters.
+    """
+
+    defaults: Callable[[Site], dict[str, Any]] = lambda site: {}
+    refused: frozenset[str] = frozenset()
+    start: Callable[[AttentionLayer], None] = lambda layer: None
+    warn: Callable[[AttentionConfig], str | None] = lambda config: None
+    by_slot: bool = False
+    slots_per_token: Callable[[AttentionConfig], float] = lambda config: 1.0
+    model_change: Callable[[nn.Module, AttentionConfig], ModelChange] | None = None
+    whole_model: bool = False
+    model_state: tuple[str, ...] = ()
+
+
+def site_config(
+    site: Site, module: nn.Module, variant: str, spec: SeatSpec, options: dict[str, Any]
+) -> AttentionConfig:
+    """The configuration of a seat: sizes, rotation and scale of the site, options of the variant.
+
+    Raises:
+        ConfigError: If an option is unknown, refused, or does not fit.
+    """
+    config_class = get_config(variant)
+    known = [field.name for field in fields(config_class) if field.name not in OF_THE_SITE | spec.refused]
+    for name in options:
+        check_known(name, known, f"options for {variant!r}")
+    found = llama.read(module)
+    return config_class(
+        dim=site.width,
+        num_heads=site.heads,
+        num_kv_heads=site.kv_heads,
+        head_dim=site.head_dim,
+        bias=found.q_bias is not None,
+        rotary=found.rotary,
+        scale=found.scale,
+        **{**spec.defaults(site), **options},
+    )
+
+
+def build_seat(module: nn.Module, config: AttentionConfig, spec: SeatSpec) -> LayerSeat:
+    """A seat for a block, on its device, in its dtype and mode; the block is untouched."""
+    like = llama.read(module)
+    llama.warn_of_lengths(module)
+    # What a variant deserves to have said about it in a converted model, its spec says.
+    with silent():
+        layer = create(config, device=like.q.device, dtype=like.q.dtype)
+    seat = LayerSeat(layer, module, by_slot=spec.by_slot, slots_per_token=spec.slots_per_token(config))
+    spec.start(layer)
+    trainable = any(x.requires_grad for x in (like.q, like.k, like.v, like.o))
+    for parameter in own_parameters(seat):
+        parameter.requires_grad_(trainable)
+    return seat
+
+
+def own_parameters(seat: LayerSeat) -> Iterator[nn.Parameter]:
+    """The parameters that a seat has and its host had not."""
+    host = {id(p) for linear in (seat.q_proj, seat.k_proj, seat.v_proj, seat.o_proj) for p in linear.parameters()}
+    return (p for p in seat.parameters() if id(p) not in host)
+
+
+def check_fit(site: Site, config: AttentionConfig) -> None:
+    """Raises unless a recipe's configuration has the sizes of its site.
+
+    Raises:
+        ConversionError: If it has not.
+    """
+    sizes = (config.dim, config.num_heads, config.kv_heads, config.head_width)
+    if sizes != (site.width, site.heads, site.kv_heads, site.head_dim) or not config.causal:
+        raise ConversionError(f"recipe: config: expected one that fits {site.path}, got {config}")
+
+
+def warn_of(configs: Iterable[AttentionConfig], spec: SeatSpec) -> None:
+    """Warns the caller of what seats of these configurations lose, once each."""
+    for message in dict.fromkeys(spec.warn(config) for config in configs):
+        if message is not None:
+            warn_caller(message)
+
+
+def spec_of(variant: str, specs: dict[str, SeatSpec], others: Sequence[str]) -> SeatSpec:
+    """The spec of a variant.
+
+    Raises:
+        ConfigError: If no variant has this name.
+        UnsupportedError: If it cannot be seated.
+    """
+    get_config(variant)
+    if variant not in specs:
+        names = ", ".join([*others, *sorted(set(specs) - set(others))])
+        raise UnsupportedError(f"variant: expected one of {names}, got {variant!r}; it is not convertible")
+    return specs[variant]
+
+
+@contextmanager
+def own_random_numbers(model: nn.Module) -> Iterator[None]:
+    """Keeps what building layers draws from the caller's random numbers."""
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=sorted(device.index or 0 for device in devices)):
+        yield

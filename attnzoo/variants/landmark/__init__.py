@@ -1,0 +1,1 @@
+"""Landmark attention: the layer, its tokens, and choosing blocks by their landmarks."""

@@ -1,0 +1,408 @@
+r"""Landmark attention: every block ends in a token that stands for it, through which the block is reached.
+
+Source: Mohtashami and Jaggi 2023, *Landmark Attention: Random-Access Infinite Context Length for Transformers*
+(arXiv:2305.16300), section 3; code: epfml/landmark-attention. Blocks have w tokens, the last of which is the landmark
+:math:`\ell_b`. With scores :math:`s_j = \sigma q \cdot k_j` of a query in block c, own tokens have the logit
+:math:`s_j`, tokens of an earlier block b
+
+.. math:: e_j = s_j - \lambda_b + s_{\ell_b}, \quad \lambda_b = \log \sum_{i \in b, i \ne \ell_b} \exp s_i,
+          \quad o = \sum_j softmax_j(e) v_j
+
+No landmark has a weight of its own. "soft" reads all earlier blocks, as training does; "topk" the own block and the k
+whose landmarks score best, with stingy positions: see :mod:`attnzoo.variants.landmark.retrieval`. As published, an
+older landmark is scored in the first packed place, whichever place its block then gets.
+
+Departures: "topk" chooses for every query alone, among the blocks complete before its own, in prefill as in decoding.
+In the published code all blocks of one call see each other softly, so that what comes out depends on how the input was
+cut, and with offloading one choice serves all tokens of a call, which lets later tokens decide for earlier ones:
+``official_quirks`` reproduces both. There is no limit on the number of blocks. Landmarks that take no position
+(``landmark_positions=False``) and the mix of gates are additions.
+
+Letters: B batch, T query tokens, S key tokens, H query heads, G KV heads, D head width.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from torch import Tensor
+
+from attnzoo.base.config import AttentionConfig, check_bool, check_flag, check_int
+from attnzoo.base.layer import DENSE_BLOCK, LONG_CALL, AttentionLayer, AttentionOutput, Heads, Memory, Plan, Step
+from attnzoo.base.padding import Alignment
+from attnzoo.base.rope import RotaryConfig as RotaryConfig
+from attnzoo.base.rope import apply_rotary, rotary_tables
+from attnzoo.base.shared_layouts import dense_layout
+from attnzoo.cache.kv_cache import KVCache, Stream
+from attnzoo.reporting.choices import hint
+from attnzoo.selection.offloaded_blocks import fetch_blocks
+from attnzoo.variants.landmark.retrieval import BlockTurns, retrieve
+from attnzoo.variants.landmark.tokens import LandmarkGrid, check_landmarks
+from attnzoo_kernels import BlockLayout, Extras
+from attnzoo_kernels.errors import ConfigError, UnsupportedError
+from attnzoo_kernels.runtime.plain import is_open
+
+Mode = Literal["soft", "topk"]
+_SLOW = (
+    "landmark: in mode 'topk', which evaluation uses unless mode is set, every token chooses blocks for itself: at 1k "
+    "tokens about ten times the time of plain attention; mode='soft' takes about twice that, and reads all blocks "
+    "through their landmarks, as training does"
+)
+_MODES = ("soft", "topk")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LandmarkConfig(AttentionConfig):
+    """Landmark attention.
+
+    Attributes:
+        block_size: Tokens in a block, the landmark included.
+        top_k: Earlier blocks that a query reads in mode "topk".
+        mode: "soft" or "topk"; ``None`` means "soft" in training and "topk" in evaluation. The layer's own attribute
+            starts as this.
+        gate_mix: The share of its landmark's score in a block's logit, beside its own log-sum-exp: at 0 blocks weigh
+            what plain attention over the ordinary tokens gives them. The layer's own attribute starts as this.
+        landmark_positions: Whether landmarks count as positions; else one shares the position of the token before it.
+        official_quirks: Whether "topk" chooses once a call as the published code does, see Departures.
+    """
+
+    block_size: int = 51
+    top_k: int = 5
+    mode: Mode | None = None
+    gate_mix: float = 1.0
+    landmark_positions: bool = True
+    official_quirks: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.causal:
+            raise ConfigError("causal: expected True, a block is reached once its landmark has been seen, got False")
+        check_int("block_size", self.block_size, 2)
+        check_int("top_k", self.top_k, 1)
+        check_mode(self.mode)
+        check_mix(self.gate_mix)
+        check_bool("landmark_positions", self.landmark_positions)
+        check_bool("official_quirks", self.official_quirks)
+
+    @property
+    def stride(self) -> int:
+        """Positions that a block takes."""
+        return self.block_size if self.landmark_positions else self.block_size - 1
+
+    @classmethod
+    def small(cls) -> Self:
+        """Four heads of 8 in two groups, blocks of 8, two of which are retrieved."""
+        return cls(dim=32, num_heads=4, num_kv_heads=2, block_size=8, top_k=2)
+
+
+def check_mode(mode: object) -> None:
+    """Raises unless a mode is one.
+
+    Raises:
+        ConfigError: If it is none.
+    """
+    if mode is not None and mode not in _MODES:
+        raise ConfigError(f"mode: expected one of {', '.join(_MODES)} or None, got {mode!r}{hint(mode, _MODES)}")
+
+
+def check_mix(mix: object) -> None:
+    """Raises unless a mix of gates lies between 0 and 1.
+
+    Raises:
+        ConfigError: If it does not.
+    """
+    if isinstance(mix, bool) or not isinstance(mix, int | float) or not 0 <= mix <= 1:
+        raise ConfigError(f"gate_mix: expected a number from 0 to 1, got {mix!r}")
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _IrregularStep(Step):
+    """A call whose blocks have unequal lengths."""
+
+    grid: LandmarkGrid
+
+    def memory(self, q: Tensor, k: Tensor, v: Tensor) -> Memory:
+        """Rotated q, and k and v on the grid."""
+        acc = torch.float64 if q.dtype == torch.float64 else torch.float32
+        holes = self.grid.holes.unsqueeze(1)  # [B, 1, S]
+        bias = torch.zeros(holes.shape, dtype=acc, device=q.device).masked_fill(holes, -torch.inf)
+        return Memory(q, self.grid.spread(k), self.grid.spread(v), self.grid.q_pos, bias)
+
+
+class LandmarkAttention(AttentionLayer, name="landmark"):
+    """Attention through landmarks: every ``block_size``-th token of an item is one.
+
+    Attributes:
+        mode: "soft", "topk", or ``None`` for "soft" in training and "topk" in evaluation; may be set at any time.
+        gate_mix: The share of landmark scores in the blocks' logits; may be set at any time, to be raised from 0 to 1
+            while a converted model is trained on.
+    """
+
+    config_class = LandmarkConfig
+    config: LandmarkConfig
+    trainable_selection = True
+    dense_limit: ClassVar[dict[str, Any]] = {"block_size": 1 << 20}
+
+    def __init__(self, config: LandmarkConfig | None = None, **options: Any) -> None:
+        super().__init__(config, **options)
+        self.mode: Mode | None = self.config.mode
+        self.gate_mix: float = self.config.gate_mix
+
+    @property
+    def current_config(self) -> LandmarkConfig:
+        """The configuration with ``mode`` and ``gate_mix`` as they are set now."""
+        return replace(self.config, mode=self.mode, gate_mix=self.gate_mix)
+
+    @property
+    def needs_length(self) -> bool:
+        """By the reference, in mode "topk"."""
+        return self.impl == "reference" and self.effective_mode == "topk"
+
+    @property
+    def least_blocks(self) -> int:
+        """In mode "topk" more than a query reads, so that there is always a choice; "soft" reads all."""
+        return self.config.top_k + 2 if self.effective_mode == "topk" else 2
+
+    @property
+    def effective_mode(self) -> Mode:
+        """What a call reads now, by ``mode`` and whether the layer is training."""
+        check_mode(self.mode)
+        return self.mode or ("soft" if self.training else "topk")
+
+    def forward(
+        self,
+        x: Tensor,
+        positions: Tensor | None = None,
+        key_padding: Tensor | None = None,
+        cache: KVCache | None = None,
+        context: Tensor | None = None,
+        *,
+        is_landmark: Tensor | None = None,
+    ) -> Tensor:
+        """The output of :meth:`attend` alone."""
+        return self.attend(x, positions, key_padding, cache, context, is_landmark=is_landmark).out
+
+    def attend(
+        self,
+        x: Tensor,
+        positions: Tensor | None = None,
+        key_padding: Tensor | None = None,
+        cache: KVCache | None = None,
+        context: Tensor | None = None,
+        *,
+        is_landmark: Tensor | None = None,
+    ) -> AttentionOutput:
+        """Runs the layer, see :meth:`attnzoo.base.layer.AttentionLayer.attend`.
+
+        Args:
+            x: Tokens ``[B, T, C]``, landmarks among them.
+            positions: As there.
+            key_padding: As there; padding counts for no block.
+            cache: As there.
+            context: Refused.
+            is_landmark: bool ``[B, T]``: which tokens are landmarks, in blocks of any lengths, instead of every
+                ``block_size``-th. In mode "soft" and without a cache.
+
+        Raises:
+            TypeError: If an argument has the wrong type.
+            ShapeError: If shapes, dtypes or devices disagree, or the cache is full.
+            ConfigError: If the cache belongs to another layer.
+            UnsupportedError: If this variant cannot do what is asked.
+        """
+        if is_landmark is None:
+            return super().attend(x, positions, key_padding, cache, context)
+        for name, value in (("cache", cache), ("context", context)):
+            if value is not None:
+                raise UnsupportedError(f"{name}: expected None beside is_landmark, got {type(value).__name__}")
+        if self.effective_mode != "soft":
+            raise UnsupportedError("is_landmark: expected mode 'soft', blocks of unequal lengths have no packed places")
+        step = self.begin(x, positions, key_padding, None, None)
+        check_landmarks(is_landmark, x)
+        if key_padding is not None:
+            is_landmark = is_landmark.gather(1, Alignment.of(key_padding).order)
+        if positions is None and not self.config.landmark_positions:
+            counted = torch.arange(x.shape[1], device=x.device) - is_landmark.long().cumsum(1)
+            step = replace(step, positions=counted.clamp(min=0))
+        result = self._run(_IrregularStep(**vars(step), grid=LandmarkGrid.of(is_landmark, step.lengths)))
+        for recording in self.recordings:
+            recording.add(self, result.plan)
+        return result
+
+    def begin(
+        self,
+        x: Tensor,
+        positions: Tensor | None,
+        key_padding: Tensor | None,
+        cache: KVCache | None,
+        context: Tensor | None,
+    ) -> Step:
+        """As ever; where landmarks take no position, default positions count ordinary tokens alone."""
+        step = super().begin(x, positions, key_padding, cache, context)
+        if positions is not None or self.config.landmark_positions:
+            return step
+        slot = step.positions
+        return replace(step, positions=slot - torch.div(slot + 1, self.config.block_size, rounding_mode="floor"))
+
+    def check_context(self, cache: KVCache | None, positions: Tensor | None) -> None:
+        """Refuses: landmarks stand for blocks of the layer's own sequence."""
+        raise UnsupportedError("context: landmark attention reads the blocks of its own sequence, not another")
+
+    def rotate(self, positions: Tensor, *heads: Tensor) -> tuple[Tensor, ...]:
+        """Rotates in halves: shifts by blocks are made so. Neighbours that pair are first laid apart, in q and k."""
+        rotary = self.config.rotary
+        if rotary is None or not rotary.interleaved:
+            return super().rotate(positions, *heads)
+        width = rotary.width(self.config.head_width)
+        dtype = torch.promote_types(heads[0].dtype, torch.float32)
+        cos, sin = rotary_tables(rotary, self.config.head_width, positions, dtype)
+        return tuple(apply_rotary(_apart(x, width), cos, sin) for x in heads)
+
+    def remember(self, step: Step, heads: Heads) -> Memory:
+        """As ever, or from the host's memory: the blocks that are read are known only once they are chosen."""
+        if isinstance(step, _IrregularStep):
+            q, k = self.rotate(step.positions, heads.q, heads.k)
+            return step.memory(q, k, heads.v)
+        memory = super().remember(step, heads)
+        cache = step.cache
+        if cache is None or not cache.host_nbytes:
+            return memory
+        _complete(cache, step, memory.k, self.config.block_size)
+        return OffloadedMemory(
+            memory.q, memory.k, memory.v, memory.q_pos, memory.key_bias, landmarks=cache.groups("landmark")
+        )
+
+    def _reads_all(self, slots: int) -> bool:
+        """Whether a call over so many slots reads all blocks: among few of them, top-k takes all, and moves none."""
+        return self.effective_mode == "soft" or slots <= (self.config.top_k + 1) * self.config.block_size
+
+    def plan(self, step: Step, heads: Heads, memory: Memory) -> Plan:
+        """All blocks through their landmarks, or the own one and those that each query chooses."""
+        config, tokens, slots = self.config, memory.q.shape[2], memory.k.shape[2]
+        check_mix(self.gate_mix)
+        extras = Extras(gate="last", gate_mix=self.gate_mix)
+        if isinstance(step, _IrregularStep):
+            return Plan(dense_layout(step.grid.block, tokens, slots, memory.q), extras, True)
+        if slots < config.block_size:
+            return Plan(dense_layout(DENSE_BLOCK, tokens, slots, memory.q), Extras(), True)
+        if self._reads_all(slots):
+            return Plan(dense_layout(config.block_size, tokens, slots, memory.q), extras, True)
+        return self._choose(step, memory, extras)
+
+    def operate(self, memory: Memory, plan: Plan) -> Tensor:
+        """The operation, over what had to be fetched for it."""
+        if isinstance(memory, OffloadedMemory):
+            memory, plan = fetch_blocks(memory, plan)
+        return super().operate(memory, plan)
+
+    def new_cache(
+        self,
+        batch: int,
+        max_length: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        offload: bool = False,
+    ) -> KVCache:
+        """An empty cache for this layer; see :meth:`AttentionLayer.new_cache`.
+
+        Args:
+            batch: Items B.
+            max_length: Tokens that fit, for each item.
+            device: Where it lies; ``None`` means with the weights.
+            dtype: Of its values; ``None`` means the weights'.
+            offload: Whether keys and values stay in the host's memory. The keys of landmarks lie on the device too; a
+                call in mode "topk" fetches the blocks that its queries read, one in mode "soft" all. Not for training.
+
+        Raises:
+            TypeError: If ``offload`` is no bool.
+        """
+        check_flag("offload", offload)
+        streams = self.streams()
+        if offload:
+            streams |= {name: replace(streams[name], host=True) for name in ("k", "v")}
+            streams["landmark"] = Stream(streams["k"].heads, streams["k"].width, every=self.config.block_size)
+        return self.make_cache(streams, batch, max_length, device=device, dtype=dtype)
+
+    def _choose(self, step: Step, memory: Memory, extras: Extras) -> Plan:
+        config, q, slots, size = self.config, memory.q, memory.k.shape[2], self.config.block_size
+        if not is_open(q.shape[2]) and q.shape[2] >= LONG_CALL:
+            self.caution(_SLOW)
+        offloaded = isinstance(memory, OffloadedMemory)
+        own = torch.div(_slots(step, memory), size, rounding_mode="floor")  # [B|1, T]
+        turns = None
+        if config.rotary is not None:
+            turns = BlockTurns.of(config.rotary, config.head_width, config.stride, slots // size, q)
+            extras = replace(extras, rope=(turns.cos, turns.sin))
+        complete, near = own, own.unsqueeze(-1)
+        if config.official_quirks:
+            complete, near = _whole_call(step, own, size, q.shape[2])
+        found = retrieve(
+            q,
+            memory.landmarks if isinstance(memory, OffloadedMemory) else memory.k[:, :, size - 1 :: size],
+            complete,
+            top_k=config.top_k,
+            scale=1 / math.sqrt(config.head_width) if config.scale is None else config.scale,
+            turns=turns,
+            shared=config.official_quirks and offloaded,
+        )
+        # One list a query: the chosen blocks, moved, and the near ones, where they are.
+        near = near.unsqueeze(1).expand(*found.blocks.shape[:2], -1, -1)
+        index = torch.cat([found.blocks, near], -1)
+        origin = None if turns is None else torch.cat([found.shift, torch.zeros_like(near)], -1)
+        layout = BlockLayout.from_indices(index, 1, size, q.shape[2], slots, origin)
+        return Plan(layout, extras, True, info={"blocks": found.blocks})
+
+
+@dataclass(frozen=True, eq=False)
+class OffloadedMemory(Memory):
+    """Keys and values in the host's memory, and landmarks on the device.
+
+    Attributes:
+        landmarks: The keys of complete blocks' landmarks, ``[B, G, N, D]``.
+    """
+
+    landmarks: Tensor = field(kw_only=True)
+
+
+def _complete(cache: KVCache, step: Step, k: Tensor, size: int) -> None:
+    """Writes the landmarks of the blocks that a call, stored already, has completed; ``k [B, G, S, D]`` is all keys."""
+    blocks = (step.x.shape[1] + size - 1) // size
+    if isinstance(step.offset, Tensor):
+        first = torch.div(step.offset, size, rounding_mode="floor").to(k.device).view(-1, 1)
+        slot = (first + torch.arange(blocks, device=k.device)) * size + size - 1  # [B, P]
+        place = slot.clamp(max=max(k.shape[2] - 1, 0))[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
+        landmarks = k.gather(2, place) if k.shape[2] else k
+    else:
+        landmarks = k[:, :, step.offset // size * size + size - 1 :: size]
+    cache.complete({"landmark": landmarks.to(cache.device)}, step.offset)
+
+
+def _slots(step: Step, memory: Memory) -> Tensor:
+    """The slot of each row, int64 ``[B|1, T]``, -1 where there is no token."""
+    if memory.q_pos is not None:
+        return memory.q_pos[:, 0].long()
+    return torch.arange(memory.q.shape[2], device=memory.q.device).unsqueeze(0) + step.offset
+
+
+def _whole_call(step: Step, own: Tensor, size: int, tokens: int) -> tuple[Tensor, Tensor]:
+    """As published: choose from what was complete before the call, and see every block since then.
+
+    Returns:
+        Blocks to choose from ``[B|1, T]``, -1 at absent rows, and blocks seen ``[B|1, T, n]``, -1 padded.
+    """
+    offset = step.offset
+    before = (
+        torch.div(offset, size, rounding_mode="floor").unsqueeze(1) if isinstance(offset, Tensor) else offset // size
+    )
+    complete = torch.where(own >= 0, before, -1)
+    near = complete.unsqueeze(-1) + torch.arange((tokens + size - 2) // size + 1, device=own.device)
+    return complete, torch.where((near <= own.unsqueeze(-1)) & (own >= 0).unsqueeze(-1), near, -1)
+
+
+def _apart(x: Tensor, width: int) -> Tensor:
+    """The leading ``width`` values of heads, the even ones before the odd ones."""
+    turned = x[..., :width].unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+    return turned if width == x.shape[-1] else torch.cat((turned, x[..., width:]), -1)

@@ -1,0 +1,1 @@
+"""RCMHA: the layer, its convolutions, and relative positions."""

@@ -1,0 +1,379 @@
+r"""Relative convolutional multi-head attention: short convolutions over tokens, and distances in the score.
+
+Source: Sugiharto, Aradea and Mubarok 2023, *Relative Convolutional Multi-Head Attention* (arXiv:2308.03429), of which
+the abstract alone was at hand; what it joins: So et al. 2021, *Primer* (depth-wise convolutions of queries, keys and
+values, MDHA; arXiv:2109.08668), and Dai et al. 2019, *Transformer-XL*, section 3.3 (RMHA; arXiv:1901.02860).
+
+.. math:: q'_t = \sum_{r=0}^{n-1} \omega_r \odot q_{t-r} + \beta \quad \text{(k, v alike)}, \qquad
+          A_{ij} = \sigma \left[ (q'_i + u) \cdot k'_j + (q'_i + v) \cdot W_R r_{i-j} \right]
+
+Departures: there is no published code. A kernel belongs to one head and channel; one kernel for all heads, as common
+code of Primer's attention has it, is ``conv_share="across_heads"``. The distance's vector has the width of a head, not
+of the model. Learned vectors of distances are clipped at ``max_distance`` and have no scalar of their own beside them.
+The convolution of keys has no bias unless keys are rotated: it would move all scores of a row alike. Rotary positions,
+off by default, turn the content's part of the score alone.
+
+Letters: B batch, T query tokens, C model width, H query heads, G KV heads, D head width, n tokens that a kernel sees.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from attnzoo.base.config import AttentionConfig, check_bool, check_int
+from attnzoo.base.layer import DENSE_BLOCK, AttentionLayer, Heads, Memory, Plan, Step, is_training
+from attnzoo.base.rope import RotaryConfig
+from attnzoo.base.shared_layouts import dense_layout
+from attnzoo.cache.kv_cache import KVCache, Stream
+from attnzoo.reporting.choices import hint
+from attnzoo.variants.rcmha.convolution import DepthwiseConvolution
+from attnzoo.variants.rcmha.relative import Clipped, attend_clipped, channels_by_position, channels_by_slot
+from attnzoo_kernels import Extras
+from attnzoo_kernels.errors import ConfigError, UnsupportedError
+
+CONVOLVED = ("q", "k", "v")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RCMHAConfig(AttentionConfig):
+    """Relative convolutional attention; without convolutions it is RMHA, with ``rel=None`` MDHA.
+
+    Attributes:
+        rotary: As everywhere, but off unless asked for.
+        conv_size: Tokens n that a convolution sees, the own one included; odd where the layer is not causal.
+        conv_on: What is convolved, of "q", "k" and "v".
+        conv_share: Whether each head has kernels of its own ("per_head") or all heads share them ("across_heads").
+        conv_pos: Whether the convolutions follow the projections ("post_proj") or see the layer's input ("pre_proj").
+        conv_bias: Whether the convolutions have biases; that of keys has one only beside ``rotary``.
+        conv_init: Kernels at the start: "uniform" as torch's convolutions, "delta" passes what comes.
+        rel: Distances in the score: "sinusoidal", "learned" or ``None``.
+        rel_dim: Width of a distance's vector, even; ``None`` means a head's. Sinusoidal distances only.
+        rel_init: How distances' vectors start: "xavier" (learned ones small), or "zero", as if there were none.
+        max_distance: Distance from which on all share one learned vector.
+    """
+
+    rotary: RotaryConfig | None = None
+    conv_size: int = 3
+    conv_on: tuple[str, ...] = CONVOLVED
+    conv_share: Literal["per_head", "across_heads"] = "per_head"
+    conv_pos: Literal["post_proj", "pre_proj"] = "post_proj"
+    conv_bias: bool = True
+    conv_init: Literal["uniform", "delta"] = "uniform"
+    rel: Literal["sinusoidal", "learned"] | None = "sinusoidal"
+    rel_dim: int | None = None
+    rel_init: Literal["xavier", "zero"] = "xavier"
+    max_distance: int = 128
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_int("conv_size", self.conv_size, 1)
+        check_bool("conv_bias", self.conv_bias)
+        check_int("max_distance", self.max_distance, 1)
+        self._check_choices()
+        if not self.causal and self.conv_on and self.conv_size % 2 == 0:
+            raise ConfigError(f"conv_size: expected an odd int where the layer is not causal, got {self.conv_size}")
+        if self.conv_pos == "pre_proj" and self.conv_share == "across_heads":
+            raise ConfigError(
+                "conv_share: expected 'per_head' before the projections, where there are no heads to share"
+            )
+        if self.rel_dim is not None:
+            check_int("rel_dim", self.rel_dim, 2)
+            if self.rel_dim % 2:
+                raise ConfigError(f"rel_dim: expected an even int, got {self.rel_dim}")
+
+    def _check_choices(self) -> None:
+        if not isinstance(self.conv_on, list | tuple) or not set(self.conv_on) <= set(CONVOLVED):
+            raise ConfigError(f"conv_on: expected some of {', '.join(CONVOLVED)}, got {self.conv_on!r}")
+        object.__setattr__(self, "conv_on", tuple(name for name in CONVOLVED if name in self.conv_on))
+        choices: dict[str, tuple[str | None, ...]] = {
+            "conv_share": ("per_head", "across_heads"),
+            "conv_pos": ("post_proj", "pre_proj"),
+            "conv_init": ("uniform", "delta"),
+            "rel": ("sinusoidal", "learned", None),
+            "rel_init": ("xavier", "zero"),
+        }
+        for name, known in choices.items():
+            if (got := getattr(self, name)) not in known:
+                near = hint(got, [word for word in known if word is not None])
+                raise ConfigError(f"{name}: expected one of {', '.join(map(repr, known))}, got {got!r}{near}")
+
+    @property
+    def rel_width(self) -> int:
+        """Width of a distance's vector of sinusoids; even."""
+        return self.head_width + self.head_width % 2 if self.rel_dim is None else self.rel_dim
+
+    @property
+    def cautions(self) -> tuple[str, ...]:
+        """That nothing is convolved, and no distance scored."""
+        if self.conv_on or self.rel is not None:
+            return ()
+        return (
+            "rcmha: with conv_on=() and rel=None nothing is convolved and no distance is scored: this is plain "
+            "attention, which 'mha' computes",
+        )
+
+    @classmethod
+    def small(cls) -> Self:
+        """Four heads of 8 on two KV heads, kernels of five tokens for all heads, few channels."""
+        return cls(dim=32, num_heads=4, num_kv_heads=2, conv_size=5, conv_share="across_heads", rel_dim=6)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Step(Step):
+    """A call, and whether the caller gave positions."""
+
+    given: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class _Heads(Heads):
+    """Convolved heads, and by stream what the convolutions of later calls need: this call's values before them."""
+
+    before: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class _Memory(Memory):
+    """What the operation sees, and the keys' positions ``[B|1, S]`` where the caller gave some."""
+
+    places: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class _ClippedPlan(Plan):
+    """A plan whose scores have a learned part for each distance."""
+
+    tau: Tensor | None = None
+    first: int | Tensor = 0
+
+
+class PlacedCache(KVCache):
+    """A cache that holds positions once some are given; until then a token's position is its slot."""
+
+    @property
+    def placed(self) -> bool:
+        """Whether positions are held."""
+        return "position" in self._buffers
+
+    def place(self) -> None:
+        """Holds positions from now on; those of the tokens held so far are their slots."""
+        if not self.placed:
+            self._buffers["position"] = self._slots()
+
+    def _slots(self) -> Tensor:
+        with torch.inference_mode(False):
+            slot = torch.arange(self.max_length + 1, dtype=torch.int32, device=self.device)
+            return slot.view(1, 1, -1, 1).repeat(self.batch, 1, 1, 1)
+
+    def _buffers_for(self, state: Mapping[str, Any]) -> dict[str, Tensor]:
+        """With positions where the state has some."""
+        buffers = {name: x for name, x in self._buffers.items() if name != "position"}
+        return {**buffers, "position": self._slots()} if "stream.position" in state else buffers
+
+
+class RCMHAAttention(AttentionLayer, name="rcmha"):
+    """Convolved queries, keys and values; scores of content and distance.
+
+    Attributes:
+        conv: The convolutions by what they convolve.
+        rel_u: Added to queries for the content's part, ``[H, D]``; these are there where they are used.
+        rel_v: Added to queries for the distance's part, ``[H, D]``.
+        rel_proj: From a distance's sinusoids to a head, ``[H, D, Da]``.
+        rel_table: A vector for each clipped distance, ``[H, R + 1, D]``; not causal, from -R to R.
+    """
+
+    config_class = RCMHAConfig
+    config: RCMHAConfig
+    rel_u: nn.Parameter
+    rel_v: nn.Parameter
+    rel_proj: nn.Parameter
+    rel_table: nn.Parameter
+    cache_class = PlacedCache
+    splits_heads = False
+    causal_promise = "bidirectional-capable"
+    dense_limit: ClassVar[dict[str, Any]] = {"conv_on": (), "rel": None, "rotary": RotaryConfig()}
+
+    def build_projections(self, *, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        """Projections, convolutions and distances."""
+        super().build_projections(device=device, dtype=dtype)
+        config = self.config
+        heads, width = config.num_heads, config.head_width
+        self.conv = nn.ModuleDict()
+        for name in config.conv_on:
+            own = heads if name == "q" else config.kv_heads
+            shared = config.conv_pos == "pre_proj" or config.conv_share == "across_heads"
+            self.conv[name] = DepthwiseConvolution(
+                1 if shared else own,
+                config.dim if config.conv_pos == "pre_proj" else width,
+                config.conv_size,
+                # Without rotation a bias of keys moves all scores of a row alike, and would never learn.
+                bias=config.conv_bias and (name != "k" or config.rotary is not None),
+                causal=config.causal,
+                delta=config.conv_init == "delta",
+                device=device,
+                dtype=dtype,
+            )
+        for name, shape in self._relative_shapes().items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+        self._start_relative()
+
+    def _relative_shapes(self) -> dict[str, tuple[int, ...]]:
+        config = self.config
+        heads, width, reach = config.num_heads, config.head_width, config.max_distance
+        if config.rel is None:
+            return {}
+        biases = {"rel_u": (heads, width), "rel_v": (heads, width)}
+        if config.rel == "sinusoidal":
+            return {**biases, "rel_proj": (heads, width, config.rel_width)}
+        return {**biases, "rel_table": (heads, reach + 1 if config.causal else 2 * reach + 1, width)}
+
+    def _start_relative(self) -> None:
+        config = self.config
+        if config.rel is None:
+            return
+        nn.init.zeros_(self.rel_u)
+        nn.init.zeros_(self.rel_v)
+        vectors = self.rel_table if config.rel == "learned" else self.rel_proj
+        if config.rel_init == "zero":
+            nn.init.zeros_(vectors)
+        elif config.rel == "learned":
+            nn.init.normal_(vectors, std=0.02)
+        else:
+            # Xavier for a linear map of Da values to those of all heads.
+            bound = math.sqrt(6 / (config.rel_width + config.num_heads * config.head_width))
+            nn.init.uniform_(vectors, -bound, bound)
+
+    def reset_parameters(self) -> None:
+        """As the base; then distances."""
+        super().reset_parameters()
+        self._start_relative()
+
+    def check_context(self, cache: KVCache | None, positions: Tensor | None) -> None:
+        """Refuses: distances and convolutions are those of one sequence."""
+        raise UnsupportedError("context: rcmha knows distances within its own sequence, it cannot read another")
+
+    def begin(
+        self,
+        x: Tensor,
+        positions: Tensor | None,
+        key_padding: Tensor | None,
+        cache: KVCache | None,
+        context: Tensor | None,
+    ) -> Step:
+        """Notes whether positions were given: without, they are slots, and one table serves all items."""
+        step = super().begin(x, positions, key_padding, cache, context)
+        if positions is not None and self.config.rel == "learned":
+            raise UnsupportedError("positions: learned distances are those of tokens; expected None, got a Tensor")
+        return _Step(**vars(step), given=positions is not None)
+
+    def project(self, step: Step) -> Heads:
+        """Projections with the convolutions behind or before them."""
+        config = self.config
+        if config.conv_pos == "post_proj":
+            plain = super().project(step)
+            given = {"q": plain.q, "k": plain.k, "v": plain.v}
+            made = {name: self._convolve(name, x, f"conv_{name}", step) for name, x in given.items()}
+            return _Heads(**made, before={f"conv_{name}": given[name] for name in self._convolved()})
+        x = step.x.unsqueeze(1)  # [B, 1, T, C]
+        made = {}
+        for name, project in (("q", self.q_proj), ("k", self.k_proj), ("v", self.v_proj)):
+            source = self._convolve(name, x, "conv_x", step).squeeze(1)
+            made[name] = project(source).unflatten(-1, (-1, config.head_width)).transpose(1, 2)  # [B, h, T, D]
+        self.check_slice(**made)
+        return _Heads(**made, before={"conv_x": x} if self._convolved() else {})
+
+    def _convolved(self) -> tuple[str, ...]:
+        """What a convolution that sees more than its own token changes."""
+        return self.config.conv_on if self.config.conv_size > 1 else ()
+
+    def _convolve(self, name: str, x: Tensor, stream: str, step: Step) -> Tensor:
+        """Convolves ``x [B, h, T, D]`` behind what the cache remembers of earlier calls."""
+        if name not in self.config.conv_on:
+            return x
+        history = None
+        if step.cache is not None and self._convolved():
+            history = step.cache.history(stream, self.config.conv_size - 1)
+        if not self.config.causal and isinstance(step.lengths, Tensor):
+            absent = torch.arange(x.shape[2], device=x.device) >= step.lengths.unsqueeze(1)
+            x = x.masked_fill(absent[:, None, :, None], 0)
+        convolved: Tensor = self.conv[name](x, history)
+        return convolved
+
+    def remember(self, step: Step, heads: Heads) -> Memory:
+        """Caches convolved keys and values, and the last values before the convolutions."""
+        q, k, v = heads.q, heads.k, heads.v
+        if self.config.rel is not None:
+            q = q + self.rel_u.unsqueeze(1).to(q.dtype)  # [H, 1, D]
+        if self.config.rotary is not None:
+            q, k = self.rotate(step.positions, q, k)
+        given = isinstance(step, _Step) and step.given and self.config.rel == "sinusoidal"
+        places = step.positions if given else None
+        cache = step.cache
+        if cache is not None:
+            values = {"k": k, "v": v, **(heads.before if isinstance(heads, _Heads) else {})}
+            if isinstance(cache, PlacedCache) and given:
+                cache.place()
+            placed = isinstance(cache, PlacedCache) and cache.placed
+            if placed:
+                values["position"] = step.positions.to(torch.int32).expand(step.x.shape[0], -1)[:, None, :, None]
+            # Distances may be all that is trained.
+            training = is_training(q, k, v, *self.parameters(recurse=False))
+            seen = cache.append(values, step.lengths, differentiable=training)
+            k, v = seen["k"], seen["v"]
+            places = seen["position"].flatten(1) if placed else None  # [B, S]
+        return _Memory(**vars(self.memory(step, q, k, v)), places=places)
+
+    def plan(self, step: Step, heads: Heads, memory: Memory) -> Plan:
+        """Everything is read; distances come as auxiliary channels, or as a learned part."""
+        config, tokens, slots = self.config, memory.q.shape[2], memory.k.shape[2]
+        layout = dense_layout(DENSE_BLOCK, tokens, slots, memory.q)
+        if config.rel is None:
+            return Plan(layout, Extras(), config.causal)
+        q = heads.q + self.rel_v.unsqueeze(1).to(heads.q.dtype)  # [B, H, T, D]
+        if config.rel == "learned":
+            tau = q @ self.rel_table.transpose(1, 2)  # [B, H, T, distances]
+            return _ClippedPlan(layout, Extras(), config.causal, tau=tau, first=step.offset)
+        gamma = q @ self.rel_proj  # [B, H, T, Da]
+        places = memory.places if isinstance(memory, _Memory) else None
+        if places is None:
+            q_aux, k_aux = channels_by_slot(gamma, memory.q_pos, slots)
+        else:
+            present = None if memory.q_pos is None else memory.q_pos.squeeze(1) >= 0
+            q_aux, k_aux = channels_by_position(gamma, step.positions, places, present)
+        dtype = memory.q.dtype
+        return Plan(layout, Extras(aux=(q_aux.to(dtype), k_aux.to(dtype))), config.causal)
+
+    def plan_for(self, memory: Memory, *, offset: int | Tensor, lengths: int | Tensor | None = None) -> Plan:
+        """Refuses: what rcmha reads depends on its weights.
+
+        Raises:
+            UnsupportedError: Always.
+        """
+        raise UnsupportedError("rcmha: a plan needs the layer's weights, it cannot be made for another's queries")
+
+    def operate(self, memory: Memory, plan: Plan) -> Tensor:
+        """The operation; with learned distances, joined parts of it."""
+        if not isinstance(plan, _ClippedPlan) or plan.tau is None:
+            return super().operate(memory, plan)
+        scale = self.config.head_width**-0.5 if self.config.scale is None else float(self.config.scale)
+        call = Clipped(memory.q, memory.k, memory.v, plan.extras, plan.first, scale, self.impl)
+        return attend_clipped(call, plan.tau.to(memory.q.dtype), causal=plan.causal, block=DENSE_BLOCK)
+
+    def streams(self) -> dict[str, Stream]:
+        """Keys and values, and rings of what the convolutions still need."""
+        config, streams = self.config, super().streams()
+        history = config.conv_size - 1
+        if self._convolved() and config.conv_pos == "pre_proj":
+            streams["conv_x"] = Stream(1, config.dim, ring=history)
+        elif self._convolved():
+            for name in config.conv_on:
+                held = streams["v" if name == "v" else "k"]
+                heads = config.num_heads if name == "q" else held.heads
+                streams[f"conv_{name}"] = Stream(heads, held.width, ring=history)
+        return streams

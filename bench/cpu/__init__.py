@@ -1,0 +1,1 @@
+"""The operation beside its peers on a CPU: ``python -m bench.cpu``."""

@@ -1,0 +1,1 @@
+"""The kernels beside their peers on a GPU: ``python -m bench.gpu``."""

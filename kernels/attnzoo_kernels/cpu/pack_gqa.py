@@ -1,0 +1,90 @@
+"""Laying the query heads of a group along the rows, so that a key block is gathered once for all of them.
+
+Letters: B batch, H query heads, G KV heads, T query tokens, M query blocks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from attnzoo_kernels.spec.call import Call
+from attnzoo_kernels.spec.token_rule import Fold
+
+MOST_TALL = 256
+"""Rows of a query block that stays whole."""
+
+MOST_ROWS = 64
+"""Rows of a folded query block: larger blocks are as quick unfolded."""
+
+
+def fold_groups(call: Call) -> Call:
+    """The same call with the heads of each group folded into its query blocks, where they read the same blocks."""
+    batch, heads, groups, seq_q, _ = call.shape
+    if seq_q == 0 or batch == 0:
+        return call
+    # One short query block needs no rows that hold nothing.
+    call = cut_tall(replace(call, block_q=min(call.block_q, seq_q)))
+    per_group = heads // groups
+    if per_group == 1 or per_group * call.block_q > MOST_ROWS or not _heads_agree(call):
+        return call
+    fold = Fold(per_group, call.block_q, seq_q)
+    rule, aux = call.rule, call.aux
+    q_pos = None if rule.q_pos is None else _lay(rule.q_pos.unsqueeze(-1), fold, 1, absent=-1).squeeze(-1)
+    return replace(
+        call,
+        q=_lay(call.q, fold, per_group),
+        block_q=per_group * call.block_q,
+        rule=replace(rule, q_pos=q_pos, fold=fold),
+        aux=None if aux is None else (_lay(aux[0], fold, per_group), aux[1]),
+    )
+
+
+def cut_tall(call: Call) -> Call:
+    """The same call with shorter query blocks where they are so tall that one row of blocks would not fit a chunk."""
+    block = next((n for n in range(MOST_TALL, 15, -1) if call.block_q % n == 0), call.block_q)
+    if call.block_q <= MOST_TALL or block == call.block_q or call.q.shape[2] == 0:
+        return call
+    rows = torch.arange(-(-call.q.shape[2] // block), device=call.col.device) * block // call.block_q
+    return replace(call, block_q=block, start=call.start[..., rows], count=call.count[..., rows])
+
+
+def _heads_agree(call: Call) -> bool:
+    groups = call.shape[2]
+    bias, gate = call.key_bias, call.gate
+    return (
+        call.start.shape[1] in (1, groups)
+        and not call.rule.is_per_head
+        and (bias is None or bias.shape[1] in (1, groups))
+        and (gate is None or not isinstance(gate.mix, Tensor))
+    )
+
+
+def _lay(x: Tensor, fold: Fold, split: int, absent: float = 0) -> Tensor:
+    """``[B, h, T, D]`` as ``[B, h / split, M * heads * block, D]``; heads that are one for all are repeated."""
+    heads, block, tokens = fold
+    blocks = -(-tokens // block)
+    x = pad(x, (0, 0, 0, blocks * block - tokens), value=absent) if tokens % block else x
+    x = x.reshape(x.shape[0], x.shape[1] // split, split, blocks, block, x.shape[3])
+    x = x.expand(-1, -1, heads, -1, -1, -1).transpose(2, 3)
+    return x.reshape(x.shape[0], x.shape[1], blocks * heads * block, x.shape[5])
+
+
+def fold_rows(x: Tensor, call: Call) -> Tensor:
+    """Lays something of the original call, ``[B, H, T, D]``, as the folded call has its rows."""
+    fold = call.rule.fold
+    return x if fold is None else _lay(x, fold, fold.heads)
+
+
+def unfold_rows(x: Tensor, call: Call) -> Tensor:
+    """The inverse: ``[B, G, M * heads * block, D]`` as ``[B, H, T, D]``."""
+    fold = call.rule.fold
+    if fold is None:
+        return x
+    heads, block, tokens = fold
+    batch, groups, rows, width = x.shape
+    x = x.view(batch, groups, rows // (heads * block), heads, block, width).transpose(2, 3)
+    return x.reshape(batch, groups * heads, -1, width)[:, :, :tokens]

@@ -1,0 +1,1 @@
+"""What a call is, as plain data."""

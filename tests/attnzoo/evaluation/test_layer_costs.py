@@ -1,0 +1,201 @@
+"""What layers cost: no time without correctness, the same inputs for both, and errors before anything runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import attnzoo
+from attnzoo.cli import main
+from attnzoo.evaluation import layer_costs, timing
+from attnzoo.evaluation.layer_costs import KINDS, PLAIN, Cost, PlainAttention, Setting, measure
+from attnzoo_kernels.cpu import blocked
+from attnzoo_kernels.errors import ConfigError
+
+SMALL = Setting(tokens=40, dim=32, num_heads=4, seconds=0.0)
+
+
+@pytest.fixture(autouse=True)
+def _few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer_costs, "LEAST", 2)
+    monkeypatch.setattr(layer_costs, "MOST", 3)
+
+
+def quiet(*_: object) -> None:
+    pass
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    def call(*arguments: object) -> tuple[int, str, str]:
+        sizes = ("--tokens", 40, "--dim", 32, "--heads", 4, "--seconds", 0)
+        monkeypatch.setattr(sys, "argv", ["attnzoo", "bench", *map(str, (*sizes, *arguments))])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main()
+        code = end.value.code
+        return (code if isinstance(code, int) else int(code is not None)), *capsys.readouterr()
+
+    return call
+
+
+def test_every_variant_is_measured_and_right() -> None:
+    assert {spec.partition(":")[0] for spec in layer_costs.SPECS} == set(attnzoo.list_variants())
+    found = measure(SMALL, list(layer_costs.SPECS), quiet)
+    assert [cost.name for cost in found] == [PLAIN, *layer_costs.SPECS]
+    for cost in found:
+        assert cost.problem is None
+        assert set(cost.milliseconds) == set(cost.times_plain) == set(KINDS)
+        assert min(*cost.milliseconds.values(), *cost.times_plain.values()) > 0
+    assert all(cost.checked == 40 and cost.error is not None and cost.error < 1e-4 for cost in found[1:])
+
+
+@pytest.mark.parametrize("dtype", list(layer_costs.BOUND), ids=str)
+@pytest.mark.parametrize("tokens", [1, 2, 33])
+def test_any_length_and_dtype(dtype: torch.dtype, tokens: int) -> None:
+    setting = Setting(tokens=tokens, batch=2, dim=32, num_heads=4, num_kv_heads=2, dtype=dtype, seconds=0.0)
+    _, *found = measure(setting, ["mha:window=7", "moh:shared_heads=2,active_heads=1"], quiet)
+    assert [cost.problem for cost in found] == [None, None]
+
+
+def test_density_is_that_of_the_whole_length_even_where_the_check_is_shorter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer_costs, "CHECKED_SCORES", 4 * 20**2)
+    cost = layer_costs.check("x", layer_costs.build(SMALL, ["mha:window=10"])["mha:window=10"], SMALL)
+    assert cost.checked == 20
+    assert cost.density == pytest.approx((10 * 11 / 2 + 30 * 10) / (40 * 41 / 2))
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    right = getattr(blocked, name)
+
+    def wrong(*args: Any, **kwargs: Any) -> Any:
+        first, *others = right(*args, **kwargs)
+        return (first * 1.01, *others)
+
+    monkeypatch.setattr(blocked, name, wrong)
+
+
+@pytest.mark.parametrize(("part", "what"), [("forward", "forward|training|decode|gradient"), ("backward", "gradient")])
+def test_no_time_is_given_of_a_layer_that_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, bench: Callable[..., tuple[int, str, str]], part: str, what: str
+) -> None:
+    spoil(monkeypatch, part)
+    code, out, _ = bench("--variants", "mha:window=7", "--json")
+    assert code == 1
+    (_, layer) = json.loads(out)["layers"]
+    assert layer["problem"].startswith("wrong: ")
+    assert any(name in layer["problem"] for name in what.split("|"))
+    assert layer["milliseconds"] == layer["times_plain"] == {}
+    code, out, _ = bench("--variants", "mha:window=7")
+    assert (code, "mha:window=7: wrong: " in out) == (1, True)
+
+
+def test_nothing_that_is_no_number_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = blocked.forward
+    monkeypatch.setattr(blocked, "forward", lambda *a, **k: tuple(x * torch.nan for x in right(*a, **k)))
+    (cost,) = measure(SMALL, ["mha:window=7"], quiet)[1:]
+    assert cost.error == float("inf")
+    assert cost.problem is not None
+
+
+@pytest.mark.parametrize("groups", [4, 2])
+def test_plain_attention_is_mha_forward_and_decoding(groups: int) -> None:
+    options = {"dim": 32, "num_heads": 4, "num_kv_heads": groups}
+    layer, plain = attnzoo.create("mha", **options).double(), PlainAttention(**options).double()
+    plain.load_state_dict(layer.state_dict())
+    x = torch.randn(2, 9, 32, dtype=torch.float64)
+    caches = [one.new_cache(2, 9, dtype=torch.float64) for one in (layer, plain)]
+    for part in (x[:, :6], x[:, 6:7], x[:, 7:8]):
+        torch.testing.assert_close(plain(part, cache=caches[1]), layer(part, cache=caches[0]))
+    assert "plain" not in attnzoo.list_variants("*")
+
+
+def test_auxiliary_losses_are_trained_too() -> None:
+    setting = replace(SMALL, dtype=torch.float64)
+    (layer,) = layer_costs.build(setting, ["moh:shared_heads=1,active_heads=1"]).values()
+    x = setting.inputs(40).requires_grad_()
+    _, gradients = layer_costs._train(layer, x)
+    leaves = [x, *layer.parameters()]
+    result = layer.attend(x)
+    parts = [
+        torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True, materialize_grads=True)
+        for loss in (result.out.sum(), result.plan.aux_loss)
+    ]
+    for found, of_out, of_aux in zip(gradients, *parts, strict=True):
+        torch.testing.assert_close(found, of_out + of_aux)
+    assert max(float(of_aux.abs().max()) for of_aux in parts[1]) > 1e-3
+
+
+def test_contestants_take_turns() -> None:
+    order: list[str] = []
+    found = timing.rounds(
+        {"a": lambda: order.append("a"), "b": lambda: order.append("b")}, wall=True, seconds=0, least=3
+    )
+    assert order == ["a", "b"] * 4  # the first turn warms up
+    assert {name: len(times) for name, times in found.items()} == {"a": 3, "b": 3}
+    assert timing.paired({"a": [1.0, 8.0, 3.0], "b": [1.0, 2.0, 1.0]}, "a", "b") == 3.0
+
+
+def test_json_and_files_have_a_stable_shape(bench: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    code, out, _ = bench("--variants", "mha", "--json", "--out", tmp_path / "a" / "b", "--threads", 1)
+    data = json.loads(out)
+    assert code == 0
+    assert {"cpu", "class", "threads", "torch", "dtype", "tokens", "dim", "num_heads"} <= set(data["about"])
+    assert [set(layer) for layer in data["layers"]] == [set(Cost.__dataclass_fields__)] * 2
+    assert json.loads((tmp_path / "a" / "b.json").read_text()) == data
+    assert "| mha | 1.000 |" in (tmp_path / "a" / "b.md").read_text()
+    assert (tmp_path / "a" / "b.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("--dtype", "int8"), "dtype: expected one of float64"),
+        (("--device", "tpu"), "device: expected cpu, cuda"),
+        (("--device", "cuda:99"), "device: expected one that torch finds"),
+        (("--variants", "mha:dim=64"), "variants: expected causal layers of dim 32"),
+        (("--variants", "mha:causal=false"), "variants: expected causal layers"),
+        (("--variants", "nope"), "nope"),
+        (("--variants", "mha:window"), "variants: expected mha:name=value"),
+        (("--tokens", 0), "tokens: expected at least 1"),
+        (("--seconds", "nan"), "seconds: expected at least 0"),
+        (("--heads", 5), "num_heads: expected a divisor"),
+        (("--threads", 0), "threads: expected at least 1"),
+    ],
+)
+def test_bad_calls_are_one_line_before_anything_is_measured(
+    monkeypatch: pytest.MonkeyPatch,
+    bench: Callable[..., tuple[int, str, str]],
+    arguments: tuple[object, ...],
+    named: str,
+) -> None:
+    monkeypatch.setattr(layer_costs, "check", lambda *_: pytest.fail("measured"))
+    code, _, err = bench(*arguments)
+    assert code == 2
+    assert named in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_what_an_implementation_cannot_do_is_its_row(
+    monkeypatch: pytest.MonkeyPatch, bench: Callable[..., tuple[int, str, str]]
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    code, out, _ = bench("--variants", "mha", "--impl", "triton", "--json")
+    (_, layer) = json.loads(out)["layers"]
+    assert code == 1
+    assert "triton" in layer["problem"]
+    assert layer["milliseconds"] == {}
+
+
+def test_sizes_are_checked() -> None:
+    with pytest.raises(ConfigError, match="batch: expected at least 1, got 0"):
+        Setting(batch=0)
+    with pytest.raises(ConfigError, match="dtype"):
+        Setting(dtype=torch.int32)
