@@ -8,14 +8,14 @@ from types import ModuleType
 from attnzoo.base.config import AttentionConfig as AttentionConfig
 from attnzoo.base.layer import AttentionLayer as AttentionLayer
 from attnzoo.base.recording import record as record
-from attnzoo.base.registry import create as create
-from attnzoo.base.registry import get_config as get_config
-from attnzoo.base.registry import list_variants as list_variants
 from attnzoo.base.rope import RotaryConfig as RotaryConfig
 from attnzoo.base.rope import RotaryScaling as RotaryScaling
 from attnzoo.base.steps import AttentionOutput as AttentionOutput
 from attnzoo.base.steps import Plan as Plan
 from attnzoo.cache.kv_cache import KVCache as KVCache
+from attnzoo.factory import create as create
+from attnzoo.factory import get_config as get_config
+from attnzoo.factory import list_variants as list_variants
 from attnzoo.ops import BlockLayout as BlockLayout
 from attnzoo.ops import Extras as Extras
 from attnzoo.ops import block_sparse_attention as block_sparse_attention

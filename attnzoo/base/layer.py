@@ -16,6 +16,7 @@ from attnzoo.base.inputs import check_dtype, check_inputs, cross_step, is_all_pa
 from attnzoo.base.padding import add_front, drop_front, front_positions, take_rows
 from attnzoo.base.projections import COMPUTED, check_slice, takes_its_own_dtype
 from attnzoo.base.recording import Recording
+from attnzoo.base.registry import register
 from attnzoo.base.rope import apply_rotary, rotary_tables
 from attnzoo.base.shared_layouts import dense_layout
 from attnzoo.base.steps import AttentionOutput, Heads, Memory, Plan, Step
@@ -66,9 +67,6 @@ class AttentionLayer(WeightedModule):
     def __init_subclass__(cls, *, name: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if name is not None:
-            # The registry knows this class by name; it loads with the first variant.
-            from attnzoo.base.registry import register
-
             register(name, cls)
 
     def __init__(

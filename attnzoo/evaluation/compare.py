@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from attnzoo import surgery
-from attnzoo.base.registry import class_names, read_spec, variants
+from attnzoo.base.registry import variants
 from attnzoo.evaluation.model_scores import Decoding, Progress, Score, decode, score
+from attnzoo.factory import class_names, read_spec
 from attnzoo.reporting.choices import check_known
 from attnzoo.surgery.lowrank.factor import CALIBRATED
 from attnzoo_kernels.errors import ConfigError

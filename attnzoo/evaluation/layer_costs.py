@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from attnzoo.base.layer import AttentionLayer, Memory, Plan
-from attnzoo.base.registry import create, read_spec
 from attnzoo.evaluation import timing
+from attnzoo.factory import create, read_spec
 from attnzoo.reporting.choices import check_choice
 from attnzoo.reporting.warn import silent
 from attnzoo.variants.mha import MHAAttention

@@ -14,7 +14,7 @@ from torch import nn
 
 from attnzoo.base.config import AttentionConfig
 from attnzoo.base.layer import AttentionLayer
-from attnzoo.base.registry import create, get_config
+from attnzoo.factory import create, get_config
 from attnzoo.reporting.choices import check_known
 from attnzoo.reporting.versions import check_transformers
 from attnzoo.reporting.warn import warn_caller

@@ -6,7 +6,7 @@ from dataclasses import MISSING, Field, fields
 from typing import Any
 
 from attnzoo.base.config import AttentionConfig
-from attnzoo.base.registry import get_config
+from attnzoo.factory import get_config
 from attnzoo.surgery.hosts.site import Site
 from attnzoo.surgery.lowrank import factor
 from attnzoo.surgery.replacements import SEATS

@@ -12,7 +12,7 @@ from torch import nn
 
 from attnzoo.base.config import AttentionConfig
 from attnzoo.base.layer import AttentionLayer
-from attnzoo.base.registry import create, get_config
+from attnzoo.factory import create, get_config
 from attnzoo.reporting.choices import check_known
 from attnzoo.reporting.warn import silent, warn_caller
 from attnzoo.surgery.hosts import llama

@@ -12,7 +12,7 @@ from torch import Tensor
 import attnzoo
 from attnzoo import RotaryConfig, RotaryScaling
 from attnzoo.base.recording import record
-from attnzoo.base.registry import read_spec
+from attnzoo.factory import read_spec
 from tests.attnzoo.cases import tokens
 
 SPLITS = ((0, 37), (0, 17, 37), (0, 5, 6, 7, 30, 37), (0, 16, 32, 37))

@@ -19,10 +19,11 @@ import attnzoo
 from attnzoo import data, surgery
 from attnzoo.base import rope
 from attnzoo.base.config import AttentionConfig
-from attnzoo.base.registry import read_spec, variants
+from attnzoo.base.registry import variants
 from attnzoo.cli import main
 from attnzoo.cli.app import app
 from attnzoo.evaluation.compare import PRESETS, VariantSpec
+from attnzoo.factory import read_spec
 from attnzoo.surgery.lowrank import factor
 from attnzoo.surgery.options import options_of
 from attnzoo_kernels.errors import ConfigError, UnsupportedError

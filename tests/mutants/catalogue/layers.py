@@ -34,9 +34,9 @@ record = partial(
 config = partial(
     Mutant, file="attnzoo/base/config.py", tests=f"{TESTS}/laws/test_contract_module.py -k 'refused or json'"
 )
-registry = partial(
+factory = partial(
     Mutant,
-    file="attnzoo/base/registry.py",
+    file="attnzoo/factory.py",
     tests=f"{TESTS}/laws/test_contract_module.py -k 'zoo or unknown or refused or class_statement'",
 )
 mha = partial(Mutant, file="attnzoo/variants/mha.py", tests=f"{VARIANTS}/test_mha.py")
@@ -198,11 +198,11 @@ MUTANTS = (
         "config-head-width", old="return self.dim // self.num_heads if self.head_dim is None else self.head_dim", new="return self.dim // self.kv_heads if self.head_dim is None else self.head_dim",
         wrong="heads are as wide as KV heads would be", tests=f"{VARIANTS}/test_mha.py",
     ),
-    registry(
+    factory(
         "registry-options-beside-config", old="config = replace(variant, **options) if options else variant", new="config = variant", wrong="options beside a configuration are dropped",
         tests=f"{TESTS}/base/test_layer_parts.py",
     ),
-    registry(
+    factory(
         "registry-values", old='named = {"true": True, "false": False, "none": None}', new='named = {"true": True, "false": False}', wrong="none is read as text",
         tests=f"{TESTS}/base/test_layer_parts.py",
     ),

@@ -179,7 +179,7 @@ MUTANTS = (
     ),
     in_use(
         "options-of-a-name-dropped",
-        file=f"{FOLDER}/base/registry.py",
+        file=f"{FOLDER}/factory.py",
         old="return build_config(config_class, options) if options else config_class",
         new="return config_class",
         wrong="get_config ignores options",
