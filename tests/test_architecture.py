@@ -1,8 +1,7 @@
-"""The structure is part of the result: sizes, pages, oracles, and what must not be in the repository."""
+"""What belongs together is there: a variant's oracle, page and tests; docstrings; and nothing that must not be."""
 
 from __future__ import annotations
 
-import ast
 import importlib
 import re
 from pathlib import Path
@@ -30,18 +29,6 @@ def test_files_stay_short(path: Path) -> None:
     # The packages' own front doors name what they export, two lines for each variant.
     end = 50 if path.name == "__init__.py" and path in CODE else 500
     assert lines <= end, f"{relative(path)} has {lines} lines, {end} is the end"
-
-
-# What a kernel calls is inlined, and in the interpreter every call is paid for.
-KERNELS = {ROOT / "kernels" / "attnzoo_kernels" / "_triton" / name for name in ("forward.py", "backward.py")}
-
-
-@pytest.mark.parametrize("path", [path for path in CODE if path not in KERNELS], ids=relative)
-def test_functions_stay_under_sixty_lines_without_their_docstring(path: Path) -> None:
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            first = node.body[1] if ast.get_docstring(node) and len(node.body) > 1 else node.body[0]
-            assert (node.end_lineno or 0) - first.lineno < 60, f"{relative(path)}: {node.name}"
 
 
 def test_kernels_is_a_source_root_and_no_package() -> None:
