@@ -20,7 +20,7 @@ from attnzoo_kernels.registration import flatten, no_autocast
 from attnzoo_kernels.runtime.tracing import traceable
 from attnzoo_kernels.spec.call import Call, Gate, Origins
 from attnzoo_kernels.spec.extras import Extras
-from attnzoo_kernels.spec.token_rule import Rule, bounded
+from attnzoo_kernels.spec.token_rule import TokenRule, bounded
 
 
 @traceable("block_sparse_attention")
@@ -193,7 +193,7 @@ def make_call(
     tensors: tuple[Tensor, Tensor, Tensor], layout: BlockLayout, *, causal: bool, scale: float, extras: Extras
 ) -> Call:
     """Checked arguments as every implementation receives them."""
-    rule = Rule(causal, extras.q_pos, bounded(extras.window), bounded(extras.sink))
+    rule = TokenRule(causal, extras.q_pos, bounded(extras.window), bounded(extras.sink))
     gate = origins = None
     if extras.gate is not None:
         gate = Gate(extras.gate if isinstance(extras.gate, Tensor) else None, extras.gate_mix)

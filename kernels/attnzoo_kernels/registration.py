@@ -16,7 +16,7 @@ from torch import Tensor
 from attnzoo_kernels import dispatch
 from attnzoo_kernels.errors import UnsupportedError
 from attnzoo_kernels.spec.call import Call, Gate, Origins
-from attnzoo_kernels.spec.token_rule import Rule
+from attnzoo_kernels.spec.token_rule import TokenRule
 
 _TENSORS = (
     "Tensor q", "Tensor k", "Tensor v", "Tensor start", "Tensor count", "Tensor col", "Tensor? q_pos",
@@ -63,7 +63,7 @@ def _call_of(inputs: tuple[Any, ...]) -> Call:
     q, k, v, start, count, col, q_pos, key_bias, window, sink = inputs[:10]
     q_aux, k_aux, gate_key, gate_mix, origin, cos, sin = inputs[10:_COUNT]
     block_q, block_k, causal, window_size, sink_size, scale, gate_last, mix, fast, _ = inputs[_COUNT:]
-    rule = Rule(causal, q_pos, window_size if window is None else window, sink_size if sink is None else sink)
+    rule = TokenRule(causal, q_pos, window_size if window is None else window, sink_size if sink is None else sink)
     aux = None if q_aux is None else (q_aux, k_aux)
     gated = gate_last or gate_key is not None
     gate = Gate(gate_key, mix if gate_mix is None else gate_mix) if gated else None

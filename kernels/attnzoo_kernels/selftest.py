@@ -28,7 +28,7 @@ CASES = (
 
 
 @dataclass(frozen=True)
-class Sizes:
+class CaseSizes:
     """Sizes of a call: B, H, G, S (and T, but for decoding), D, Dv, rows and keys of blocks."""
 
     batch: int = 1
@@ -42,7 +42,7 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class Inputs:
+class CaseInputs:
     """A call, its tensors on one device.
 
     Attributes:
@@ -61,7 +61,7 @@ class Inputs:
     causal: bool
     extras: Extras
 
-    def to(self, dtype: torch.dtype, device: torch.device) -> Inputs:
+    def to(self, dtype: torch.dtype, device: torch.device) -> CaseInputs:
         """The same call rounded to a dtype, on a device."""
 
         def move(x: Any) -> Any:
@@ -94,7 +94,7 @@ class Inputs:
         return most / math.sqrt(self.q.shape[3]) + added
 
 
-def make(name: str, sizes: Sizes = Sizes()) -> Inputs:
+def make(name: str, sizes: CaseSizes = CaseSizes()) -> CaseInputs:
     """The inputs of a case, fp64 on the CPU."""
     generator = torch.Generator().manual_seed(0)
 
@@ -131,7 +131,7 @@ def make(name: str, sizes: Sizes = Sizes()) -> Inputs:
     if name == "rotary origins":
         lists = (layout.start, layout.count, layout.col, layout.col.clone())
         layout = BlockLayout(block_q, block_k, rows, tokens, *lists)
-    return Inputs(q, k, v, layout, True, made[name]())
+    return CaseInputs(q, k, v, layout, True, made[name]())
 
 
 def _tables(blocks: int, planes: int) -> tuple[Tensor, Tensor]:
@@ -140,7 +140,7 @@ def _tables(blocks: int, planes: int) -> tuple[Tensor, Tensor]:
     return angle.cos(), angle.sin()
 
 
-def solve(given: Inputs, impl: str, dtype: torch.dtype) -> dict[str, Tensor]:
+def solve(given: CaseInputs, impl: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """Results and gradients of a call, fp64 on the CPU, by name; what comes in from above is rounded to ``dtype``."""
     names = ["q", "k", "v"]
     # detach keeps strides that clone would tidy up.
@@ -258,7 +258,7 @@ def run(devices: list[torch.device], progress: Callable[[str, int, int], None]) 
         yield _check((device, impl, dtype, case), given, truths[dtype, case])
 
 
-def _check(of: tuple[torch.device, str, torch.dtype, str], given: Inputs, truth: dict[str, Tensor]) -> Check:
+def _check(of: tuple[torch.device, str, torch.dtype, str], given: CaseInputs, truth: dict[str, Tensor]) -> Check:
     device, impl, dtype, case = of
     begin = time.perf_counter()
     named = (str(device), impl, str(dtype).removeprefix("torch."), case)

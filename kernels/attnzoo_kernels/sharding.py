@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from attnzoo_kernels.errors import UnsupportedError
-from attnzoo_kernels.layouts.build import Lists
+from attnzoo_kernels.layouts.build import LayoutLists
 from attnzoo_kernels.layouts.layout import BlockLayout
 from attnzoo_kernels.spec.extras import Extras
 
@@ -88,7 +88,7 @@ def _cut(x: Tensor, cuts: list[tuple[int, int, int]], shift: int = 0) -> Tensor:
 
 
 def _part_of_layout(layout: BlockLayout, cuts: list[tuple[int, int, int]]) -> BlockLayout:
-    lists = Lists(_cut(layout.start, cuts), _cut(layout.count, cuts), layout.col, layout.origin)
+    lists = LayoutLists(_cut(layout.start, cuts), _cut(layout.count, cuts), layout.col, layout.origin)
     return BlockLayout._trusted((layout.block_q, layout.block_k, layout.seq_q, layout.seq_k), lists)
 
 

@@ -139,14 +139,14 @@ def test_a_gpu_is_described_with_its_tiles(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(
         doctor, "_reasons", lambda impl, place: ("why",) if place.type == "cpu" and impl == "triton" else ()
     )
-    doctor.config.architecture_of.cache_clear()
+    doctor.tile_table.architecture_of.cache_clear()
     try:
         cpu, gpu = doctor.devices()
         chip.major = 42
-        doctor.config.architecture_of.cache_clear()
+        doctor.tile_table.architecture_of.cache_clear()
         assert "GPU" not in doctor._gpu_facts(0)["tiles"]
     finally:
-        doctor.config.architecture_of.cache_clear()
+        doctor.tile_table.architecture_of.cache_clear()
     assert (cpu.runs, cpu.refused) == ("blocked", {"triton": ("why",)})
     assert (gpu.name, gpu.runs, gpu.refused) == ("cuda:0", "triton", {})
     assert gpu.facts == {

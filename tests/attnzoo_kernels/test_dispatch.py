@@ -14,7 +14,7 @@ from torch import Tensor
 from attnzoo_kernels import BlockLayout, dispatch
 from attnzoo_kernels.errors import KernelError
 from attnzoo_kernels.spec.call import Call, Gate, Origins
-from attnzoo_kernels.spec.token_rule import Rule
+from attnzoo_kernels.spec.token_rule import TokenRule
 
 
 def call_of(
@@ -27,7 +27,7 @@ def call_of(
 ) -> Call:
     q, k, v = (torch.zeros(1, h, 16, d, dtype=dtype) for h, d in zip((heads, 2, 2), (widths[0], *widths), strict=True))
     layout = BlockLayout.dense(*blocks, 16, 16)
-    return Call(q, k, v, layout.start, layout.count, layout.col, None, Rule(True), *blocks, 1.0, **more)
+    return Call(q, k, v, layout.start, layout.count, layout.col, None, TokenRule(True), *blocks, 1.0, **more)
 
 
 def with_bias(call: Call) -> Call:
@@ -227,7 +227,7 @@ def test_gradients_come_back_where_they_are_wanted_alone() -> None:
 
 def test_what_the_fused_backward_gives_beside_what_is_wanted_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     call = KINDS["the same"]
-    monkeypatch.setattr(dispatch.fused, "backward", lambda call, results, dout: (call.q + 1, call.k + 2, call.v + 3))
+    monkeypatch.setattr(dispatch.flash, "backward", lambda call, results, dout: (call.q + 1, call.k + 2, call.v + 3))
     for at in range(3):
         need = [place == at for place in range(7)]
         grads = dispatch.backward("blocked", call, (call.q, call.q[..., 0]), call.q, None, need)

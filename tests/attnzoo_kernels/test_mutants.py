@@ -17,7 +17,7 @@ from attnzoo_kernels import reference
 from attnzoo_kernels.cpu import blocked, gather, schedule, scores
 from attnzoo_kernels.cpu import gates as gating
 from attnzoo_kernels.spec.call import Call
-from attnzoo_kernels.spec.token_rule import Rule
+from attnzoo_kernels.spec.token_rule import TokenRule
 from tests.attnzoo_kernels.checks import CHECKS, fixed_problems, switches, truth
 
 Patch = pytest.MonkeyPatch
@@ -57,22 +57,22 @@ def rewrite(patch: Patch, owner: Any, name: str, old: str, new: str) -> None:
     patch.setattr(owner, name, scope[name])
 
 
-def span_with(change: Callable[[Tensor, Tensor, Rule, Any], tuple[Tensor, Tensor]]) -> Callable[[Patch], None]:
+def span_with(change: Callable[[Tensor, Tensor, TokenRule, Any], tuple[Tensor, Tensor]]) -> Callable[[Patch], None]:
     def apply(patch: Patch) -> None:
-        def mutant(original: Any, rule: Rule, pos: Tensor, window: Any, seq_k: int) -> tuple[Tensor, Tensor]:
+        def mutant(original: Any, rule: TokenRule, pos: Tensor, window: Any, seq_k: int) -> tuple[Tensor, Tensor]:
             return change(*original(rule, pos, window, seq_k), rule, window)
 
-        wrap(patch, Rule, "span", mutant)
+        wrap(patch, TokenRule, "span", mutant)
 
     return apply
 
 
 def sink_with(shift: int) -> Callable[[Patch], None]:
-    return lambda patch: wrap(patch, Rule, "sink_end", lambda f, *args: (f(*args) + shift).clamp(min=0))
+    return lambda patch: wrap(patch, TokenRule, "sink_end", lambda f, *args: (f(*args) + shift).clamp(min=0))
 
 
 def positions_with(change: Callable[..., Any]) -> Callable[[Patch], None]:
-    return lambda patch: wrap(patch, Rule, "positions", change)
+    return lambda patch: wrap(patch, TokenRule, "positions", change)
 
 
 def forward_with(change: Callable[..., Any]) -> Callable[[Patch], None]:
@@ -131,23 +131,23 @@ def dout_by_memory(original: Any, call: Call, dout: Tensor, dlse: Tensor, need: 
 
 
 def no_gap_at_the_tail(patch: Patch) -> None:
-    def mutant(original: Any, rule: Rule, pos: Tensor, window: Any, seq_k: int) -> tuple[Tensor, Tensor]:
+    def mutant(original: Any, rule: TokenRule, pos: Tensor, window: Any, seq_k: int) -> tuple[Tensor, Tensor]:
         return original(rule, pos, window, -(-seq_k // 6) * 6)
 
-    wrap(patch, Rule, "span", mutant)
+    wrap(patch, TokenRule, "span", mutant)
 
 
 def single_precision(patch: Patch) -> None:
     patch.setattr(Call, "acc_dtype", property(lambda call: torch.float32))
 
 
-def no_absent_rows(original: Any, rule: Rule, *args: Any) -> Tensor:
+def no_absent_rows(original: Any, rule: TokenRule, *args: Any) -> Tensor:
     return original(rule, *args).clamp(min=0)
 
 
-def top_left(original: Any, rule: Rule, seq_q: int, seq_k: int, device: Any) -> Tensor:
+def top_left(original: Any, rule: TokenRule, seq_q: int, seq_k: int, device: Any) -> Tensor:
     pos = original(rule, seq_q, seq_k, device)
-    tokens = seq_q if rule.fold is None else rule.fold.tokens
+    tokens = seq_q if rule.packed is None else rule.packed.tokens
     return pos if rule.q_pos is not None else pos - (seq_k - tokens)
 
 
@@ -170,8 +170,8 @@ BLOCKED: dict[str, Callable[[Patch], None]] = {
     "a sink one key smaller": sink_with(-1),
     "a tail of keys that are not there": no_gap_at_the_tail,
     "absent rows at slot 0": positions_with(no_absent_rows),
-    "positions of folded heads mixed up": text(
-        Rule, "positions", "token.view(-1, 1, block).expand(-1, heads, -1).reshape(1, 1, seq_q)",
+    "positions of packed heads mixed up": text(
+        TokenRule, "positions", "token.view(-1, 1, block).expand(-1, heads, -1).reshape(1, 1, seq_q)",
         "token.repeat(heads).view(1, 1, seq_q)",
     ),
     "heads on KV heads by remainder": text(
@@ -235,12 +235,12 @@ BLOCKED: dict[str, Callable[[Patch], None]] = {
     "NaN of hidden keys in scores": text(
         blocked, "weigh", "scores.masked_fill_(unseen, -torch.inf)", "scores.sub_(torch.where(unseen, torch.inf, 0.0))"
     ),
-    "NaN of hidden values in the products": text(blocked, "product_by_sight", "x.masked_fill(wrong, 0.0)", "x"),
+    "NaN of hidden values in the products": text(blocked, "product_where_seen", "x.masked_fill(wrong, 0.0)", "x"),
     "NaN of hidden values in gradients of weights": text(
         blocked, "_through_softmax", "chunk.probs == 0 if inputs.careful else None", "None"
     ),
     "NaN that is seen, lost": text(
-        blocked, "product_by_sight", "found.add_(torch.where(touched, spoiled, 0.0))", "found"
+        blocked, "product_where_seen", "found.add_(torch.where(touched, spoiled, 0.0))", "found"
     ),
     "uniform weights in empty rows": text(
         scores, "_normalise", "out=scores)\n    if dead is not None:", "out=scores)\n    if False:"

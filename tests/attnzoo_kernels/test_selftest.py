@@ -26,7 +26,7 @@ def checks(patch: pytest.MonkeyPatch, *cases: str) -> list[selftest.Check]:
 @pytest.mark.parametrize("width", [4, 64])
 def test_the_bound_on_scores_is_near_the_largest_score(width: int) -> None:
     for case in ("plain", "key bias", "auxiliary channels"):
-        given = selftest.make(case, selftest.Sizes(width=width))
+        given = selftest.make(case, selftest.CaseSizes(width=width))
         q = given.q.flatten(0, 2) @ given.k.flatten(0, 2).T * width**-0.5
         most = float(q.abs().max())
         if given.extras.aux is not None:

@@ -42,14 +42,14 @@ class BlockLists:
 
 
 @dataclass(frozen=True)
-class Lists:
+class BlockListPair:
     """Lists of query blocks and transposed lists of key blocks."""
 
     queries: BlockLists
     keys: BlockLists
 
 
-def lists_of(call: Call) -> Lists:
+def lists_of(call: Call) -> BlockListPair:
     """The lists of a call.
 
     Raises:
@@ -58,7 +58,7 @@ def lists_of(call: Call) -> Lists:
     return remembered(call, _build)
 
 
-def _build(call: Call) -> Lists:
+def _build(call: Call) -> BlockListPair:
     entries, there = _entries(call)
     read, full, _ = classify(call, entries, spans_of(call, entries), exact=False)
     state = torch.where(read & there, torch.where(full, 0, 1), 2)
@@ -68,7 +68,7 @@ def _build(call: Call) -> Lists:
     origin = None if call.origins is None else call.origins.of_entry[entries.place]
     queries = _sorted(entries.row, state, there, (batch, heads, blocks_q), (entries.col, origin))
     keys = _sorted(column, state, there, (batch, heads, blocks_k), (entries.row % blocks_q, origin))
-    return Lists(queries, keys)
+    return BlockListPair(queries, keys)
 
 
 def _entries(call: Call) -> tuple[Entries, Tensor]:

@@ -20,7 +20,7 @@ from triton.runtime.errors import OutOfResources, PTXASError
 from attnzoo_kernels._triton.backward import key_kernel, query_kernel
 from attnzoo_kernels._triton.block_lists import BlockLists, lists_of
 from attnzoo_kernels._triton.forward import forward_kernel, join_kernel
-from attnzoo_kernels._triton.structs import Lists, Shape, Switches, View
+from attnzoo_kernels._triton.structs import ListPointers, Shape, Switches, View
 from attnzoo_kernels._triton.tile_table import Pass, Tiles, architecture_of, padded, tiles_for
 from attnzoo_kernels.errors import KernelError
 from attnzoo_kernels.spec.call import Call
@@ -113,7 +113,7 @@ class Job:
     switches: Switches
     tiles: Tiles
     shape: Shape
-    lists: Lists
+    lists: ListPointers
 
     @property
     def sizes(self) -> tuple[Any, ...]:
@@ -199,7 +199,7 @@ def job(call: Call, of: Pass, lists: BlockLists | None) -> Job:
     plain = call.key_bias is None and call.aux is None and gate == 0 and call.origins is None
     form = tiles.form if plain and of == "forward" else "plain"
     described = all(_describable(x) for x in (call.k, call.v, *(() if call.aux is None else (call.aux[1],))))
-    # Specialised warps cannot silence slots of the next block, which a tile wider than its own would reach.
+    # Specialised warps cannot zero slots of the next block, which a tile wider than its own would reach.
     whole = pack == 1 and call.block_k % keys == 0
     special = form == "specialised" and described and whole and _describable(call.q)
     hidden = call.key_bias is not None or gate > 0 or call.block_k % keys > 0
@@ -221,7 +221,7 @@ def job(call: Call, of: Pass, lists: BlockLists | None) -> Job:
     return Job(call, _switches(call), tiles, Shape(**fields), _lists(call, lists, split=not hidden, merged=special))
 
 
-def _lists(call: Call, lists: BlockLists | None, *, split: bool, merged: bool) -> Lists:
+def _lists(call: Call, lists: BlockLists | None, *, split: bool, merged: bool) -> ListPointers:
     """The lists as the kernel takes them.
 
     Args:
@@ -232,11 +232,11 @@ def _lists(call: Call, lists: BlockLists | None, *, split: bool, merged: bool) -
     """
     if lists is None:
         origin = None if call.origins is None else call.origins.of_entry
-        return Lists(call.start.contiguous(), None, call.count.contiguous(), call.col, origin, None)
+        return ListPointers(call.start.contiguous(), None, call.count.contiguous(), call.col, origin, None)
     if merged:
-        return Lists(lists.start, None, lists.end - lists.start, lists.col, lists.origin, lists.order)
+        return ListPointers(lists.start, None, lists.end - lists.start, lists.col, lists.origin, lists.order)
     full = lists.full if split else lists.start
-    return Lists(lists.start, full, lists.end, lists.col, lists.origin, lists.order)
+    return ListPointers(lists.start, full, lists.end, lists.col, lists.origin, lists.order)
 
 
 def _hides(window: int | Tensor | None) -> bool:

@@ -17,7 +17,7 @@ class View(NamedTuple):
     row: Any
 
 
-class Lists(NamedTuple):
+class ListPointers(NamedTuple):
     """Lists of blocks: ``start, full, end`` of each list in ``col``; entries before ``full`` need no mask.
 
     ``origin`` lies beside ``col``. In lists of a layout as given, ``full`` is ``None`` and ``end`` is a count.

@@ -14,8 +14,8 @@ from torch import Tensor
 from attnzoo_kernels.cpu import bf16 as half
 from attnzoo_kernels.cpu import gates
 from attnzoo_kernels.cpu.gather import Source, tile, untile
-from attnzoo_kernels.cpu.nonfinite import are_numbers, hides, product_by_sight
-from attnzoo_kernels.cpu.pack_gqa import fold_groups, fold_rows, unfold_rows
+from attnzoo_kernels.cpu.nonfinite import are_numbers, hides, product_where_seen
+from attnzoo_kernels.cpu.pack_gqa import pack_gqa, pack_rows, unpack_rows
 from attnzoo_kernels.cpu.products import product
 from attnzoo_kernels.cpu.schedule import Bucket, Schedule, schedule_for
 from attnzoo_kernels.cpu.scores import Chunk, Inputs, rows_of, weigh
@@ -37,17 +37,17 @@ def chunks(call: Call, schedule: Schedule, *, tiled: bool = False) -> list[Bucke
 
 def forward(call: Call, *, need_lse: bool) -> tuple[Tensor, Tensor]:
     """Out ``[B, H, T, Dv]`` in q's dtype and lse ``[B, H, T]`` (empty where not needed)."""
-    folded = fold_groups(call)
-    schedule = schedule_for(folded)
-    if not need_lse and half.takes(folded):
-        found = half.forward(folded, schedule, chunks(folded, schedule, tiled=True))
+    packed = pack_gqa(call)
+    schedule = schedule_for(packed)
+    if not need_lse and half.takes(packed):
+        found = half.forward(packed, schedule, chunks(packed, schedule, tiled=True))
         if found is not None:
-            return unfold_rows(found, folded).contiguous(), call.q.new_empty(0, dtype=call.acc_dtype)
-    out, lse = _forward(folded, schedule, need_lse=need_lse)
-    if not are_numbers(out) and hides(folded, chunks(folded, schedule)):
-        out, lse = _forward(folded, schedule, need_lse=need_lse, careful=True)
-    out = unfold_rows(out, folded).contiguous()
-    lse = unfold_rows(lse.unsqueeze(-1), folded).squeeze(-1).contiguous() if need_lse else lse
+            return unpack_rows(found, packed).contiguous(), call.q.new_empty(0, dtype=call.acc_dtype)
+    out, lse = _forward(packed, schedule, need_lse=need_lse)
+    if not are_numbers(out) and hides(packed, chunks(packed, schedule)):
+        out, lse = _forward(packed, schedule, need_lse=need_lse, careful=True)
+    out = unpack_rows(out, packed).contiguous()
+    lse = unpack_rows(lse.unsqueeze(-1), packed).squeeze(-1).contiguous() if need_lse else lse
     return out, lse
 
 
@@ -56,7 +56,7 @@ def _forward(call: Call, schedule: Schedule, *, need_lse: bool, careful: bool = 
     dtype = _value_dtype(call)
     low = call.fast and dtype != call.acc_dtype and call.origins is None
     inputs = Inputs(call, schedule, dtype if low else None, careful=careful)
-    weighted = product_by_sight if careful else product
+    weighted = product_where_seen if careful else product
     values = Source(call.v, call.block_k, dtype, often=inputs.often)
     rows, block = batch * heads * call.grid[0], call.block_q
     parts = chunks(call, inputs.schedule)
@@ -125,16 +125,16 @@ class Gradients:
 
 def backward(call: Call, dout: Tensor | None, dlse: Tensor | None, need: list[bool]) -> tuple[Tensor | None, ...]:
     """Gradients of q, k, v, key_bias, q_aux, k_aux and the gate's keys, each ``None`` where ``need`` says so."""
-    folded = fold_groups(call)
+    packed = pack_gqa(call)
     if dout is None:
         dout = call.q.new_zeros(()).expand(*call.q.shape[:3], call.v.shape[3])
-    dout = fold_rows(dout, folded)
-    dlse = None if dlse is None else fold_rows(dlse.unsqueeze(-1), folded)
-    schedule = schedule_for(folded)
-    grads = _backward(folded, schedule, dout, dlse, need)
-    if not are_numbers(*grads.every) and hides(folded, chunks(folded, schedule)):
-        grads = _backward(folded, schedule, dout, dlse, need, careful=True)
-    return _as_given(call, folded, grads)
+    dout = pack_rows(dout, packed)
+    dlse = None if dlse is None else pack_rows(dlse.unsqueeze(-1), packed)
+    schedule = schedule_for(packed)
+    grads = _backward(packed, schedule, dout, dlse, need)
+    if not are_numbers(*grads.every) and hides(packed, chunks(packed, schedule)):
+        grads = _backward(packed, schedule, dout, dlse, need, careful=True)
+    return _as_given(call, packed, grads)
 
 
 def _backward(
@@ -199,7 +199,7 @@ def _accumulate(
         dscores, dgates = gates.unweigh(chunk.gated, dscores, dlse)
     else:
         _through_softmax(inputs, chunk, dscores, dlse)
-    multiply = product_by_sight if inputs.careful else product
+    multiply = product_where_seen if inputs.careful else product
     if grads.q is not None:
         here = None if part.span is None else grads.q[part.span]
         dq = multiply("dq", dscores, chunk.k, out=here, scale=call.scale)
@@ -236,7 +236,7 @@ def _through_softmax(inputs: Inputs, chunk: Chunk, dscores: Tensor, dlse: Tensor
 def _accumulate_rest(inputs: Inputs, chunk: Chunk, dscores: Tensor, grads: Gradients) -> None:
     """Gradients of the bias and of the auxiliary channels."""
     call, part = inputs.call, chunk.part
-    multiply = product_by_sight if inputs.careful else product
+    multiply = product_where_seen if inputs.careful else product
     if grads.bias is not None and inputs.bias is not None:
         _add(grads.bias, inputs.blocks_in(inputs.bias, part), dscores.sum(1))
     if grads.q_aux is not None and chunk.k_aux is not None:
@@ -252,7 +252,7 @@ def _add_product(
 ) -> None:
     """Adds ``weights^T rows``, gradients of a chunk's keys or values, to those of all."""
     weights, blocks = weights.transpose(1, 2), chunk.part.kv
-    multiply = product_by_sight if inputs.careful else product
+    multiply = product_where_seen if inputs.careful else product
     if chunk.in_place:
         first = chunk.part.firsts[0] * total.shape[1]
         here = total.view(1, -1, total.shape[2])[:, first : first + weights.shape[1]]
@@ -271,28 +271,28 @@ def _turn_back(inputs: Inputs, part: Bucket, dk: Tensor) -> None:
         inputs.turns.turn(dk, part.origin.reshape(-1), back=True)
 
 
-def _as_given(call: Call, folded: Call, grads: Gradients) -> tuple[Tensor | None, ...]:
+def _as_given(call: Call, packed: Call, grads: Gradients) -> tuple[Tensor | None, ...]:
     """The gradients in the shapes, orders and dtypes of the inputs."""
 
     def rows(grad: Tensor | None, like: Tensor | None, given: Tensor | None) -> Tensor | None:
         if grad is None or like is None or given is None:
             return None
-        return unfold_rows(untile(grad, like.shape), folded).to(given.dtype).contiguous()
+        return unpack_rows(untile(grad, like.shape), packed).to(given.dtype).contiguous()
 
     def keys(grad: Tensor | None, like: Tensor | None) -> Tensor | None:
         return None if grad is None or like is None else untile(grad, like.shape).to(like.dtype).contiguous()
 
     q_aux, k_aux = call.aux or (None, None)
-    folded_aux = folded.aux[0] if folded.aux is not None else None
+    packed_aux = packed.aux[0] if packed.aux is not None else None
     bias = None if call.key_bias is None else call.key_bias.unsqueeze(-1)
     dbias = keys(None if grads.bias is None else grads.bias.unsqueeze(-1), bias)
     gate_key = None if call.gate is None else call.gate.key
     return (
-        rows(grads.q, folded.q, call.q),
+        rows(grads.q, packed.q, call.q),
         keys(grads.k, call.k),
         keys(grads.v, call.v),
         None if dbias is None else dbias.squeeze(-1),
-        rows(grads.q_aux, folded_aux, q_aux),
+        rows(grads.q_aux, packed_aux, q_aux),
         keys(grads.k_aux, k_aux),
         None if grads.gate is None or gate_key is None else grads.gate.view_as(gate_key).to(gate_key.dtype),
     )

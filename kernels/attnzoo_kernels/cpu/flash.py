@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnzoo_kernels.cpu.row_tiles import Part, Seat, Strip, Strips, lists_runs, strips_of
+from attnzoo_kernels.cpu.row_tiles import HeadGroup, KeyRange, RowTile, RowTiles, lists_runs, row_tiles_of
 from attnzoo_kernels.runtime.plain import is_plain
 from attnzoo_kernels.runtime.processor import cpu_class
 from attnzoo_kernels.runtime.store import remembers
@@ -19,7 +19,7 @@ from attnzoo_kernels.spec.call import Call
 LEAST_ROWS = 512
 """Rows from which a call is handed over."""
 LEAST_SLOTS = 256
-"""Slots that a row sees on average, from which more than one strip is worth its calls."""
+"""Slots that a row sees on average, from which more than one row tile is worth its calls."""
 LEAST_SCALE = 1e-30
 MOST_WASTE = {torch.float32: 1.4, torch.bfloat16: 2.0}
 """Scores that may be computed for each one that is seen."""
@@ -40,14 +40,14 @@ def may_take(call: Call) -> bool:
     return rises and call.is_plain and quick and fits and seq_q >= LEAST_ROWS and single
 
 
-def plan(call: Call) -> Strips | None:
-    """The strips in which a call is computed here, or ``None`` where blocks are quicker or needed."""
-    strips = strips_of(call, torch.get_num_threads()) if may_take(call) else None
-    if strips is None:
+def plan(call: Call) -> RowTiles | None:
+    """The row tiles in which a call is computed here, or ``None`` where blocks are quicker or needed."""
+    tiles = row_tiles_of(call, torch.get_num_threads()) if may_take(call) else None
+    if tiles is None:
         return None
-    cheap = strips.computed(*call.q.shape[:2]) <= MOST_WASTE[call.q.dtype] * strips.visible
-    pays = all(len(seat.strips) == 1 for seat in strips.seats) or strips.visible >= LEAST_SLOTS
-    return strips if cheap and pays else None
+    cheap = tiles.computed(*call.q.shape[:2]) <= MOST_WASTE[call.q.dtype] * tiles.visible
+    pays = all(len(group.tiles) == 1 for group in tiles.head_groups) or tiles.visible >= LEAST_SLOTS
+    return tiles if cheap and pays else None
 
 
 def keeps(call: Call) -> bool:
@@ -71,29 +71,29 @@ def forward(call: Call, *, need_lse: bool) -> tuple[Tensor, Tensor] | None:
     They have to where out is not finite: what nobody may see may have spoiled it. And where lse is wanted in half
     precision, in which the kernel's exponential is good for five digits.
     """
-    strips = plan(call)
-    if strips is None or (need_lse and call.q.dtype != torch.float32):
+    tiles = plan(call)
+    if tiles is None or (need_lse and call.q.dtype != torch.float32):
         return None
-    q, k, v = (_packed(x, strips) for x in (call.q, call.k, call.v))
+    q, k, v = (_contiguous(x, tiles) for x in (call.q, call.k, call.v))
     out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[:3], dtype=torch.float32)
-    for seat in strips.seats:
-        own_q, own_out, own_lse = (seat.of_rows(x) for x in (q, out, lse))
-        own_k, own_v, edges = seat.of_slots(k), seat.of_slots(v), _Edges(seat, strips, q.dtype)
-        for strip in seat.strips:
-            rows, found = own_q[:, :, strip.rows], None
-            for part in strip.parts:
+    for group in tiles.head_groups:
+        own_q, own_out, own_lse = (group.of_rows(x) for x in (q, out, lse))
+        own_k, own_v, edges = group.of_slots(k), group.of_slots(v), _Edges(group, tiles, q.dtype)
+        for tile in group.tiles:
+            rows, found = own_q[:, :, tile.rows], None
+            for keys in tile.ranges:
                 one = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                    rows, own_k[:, :, part.slots], own_v[:, :, part.slots], 0.0, part.causal,
-                    attn_mask=edges.mask(strip, part), scale=call.scale,
+                    rows, own_k[:, :, keys.slots], own_v[:, :, keys.slots], 0.0, keys.causal,
+                    attn_mask=edges.mask(tile, keys), scale=call.scale,
                 )  # fmt: skip
                 found = one if found is None else _merged(found, one)
-            own_out[:, :, strip.rows] = 0.0 if found is None else found[0]
-            own_lse[:, :, strip.rows] = 0.0 if found is None else found[1]
-    if _is_spoiled(out, strips):
+            own_out[:, :, tile.rows] = 0.0 if found is None else found[0]
+            own_lse[:, :, tile.rows] = 0.0 if found is None else found[1]
+    if _is_spoiled(out, tiles):
         return None
-    if strips.dead is not None:
-        out.masked_fill_(strips.dead.unsqueeze(-1), 0.0)
-        lse.masked_fill_(strips.dead, -torch.inf)
+    if tiles.dead is not None:
+        out.masked_fill_(tiles.dead.unsqueeze(-1), 0.0)
+        lse.masked_fill_(tiles.dead, -torch.inf)
     return out, lse
 
 
@@ -105,58 +105,58 @@ def backward(call: Call, results: tuple[Tensor, Tensor], dout: Tensor) -> tuple[
         results: Out and lse of the forward, by whatever implementation.
         dout: ``[B, H, T, D]``.
     """
-    strips = plan(call) if _is_quick_backward(call) else None
-    if strips is None:
+    tiles = plan(call) if _is_quick_backward(call) else None
+    if tiles is None:
         return None
-    q, k, v, dout = (_packed(x, strips) for x in (call.q, call.k, call.v, dout))
+    q, k, v, dout = (_contiguous(x, tiles) for x in (call.q, call.k, call.v, dout))
     out, lse = results
-    if strips.dead is not None:
-        # Their weights become exp(-inf), which silences all that is finite.
-        lse = lse.masked_fill(strips.dead, torch.inf)
+    if tiles.dead is not None:
+        # Their weights become exp(-inf), which zeroes all that is finite.
+        lse = lse.masked_fill(tiles.dead, torch.inf)
         if not bool((q.sum() + dout.sum()).isfinite()):
-            q, dout = (x.masked_fill(strips.dead.unsqueeze(-1), 0.0) for x in (q, dout))
-    lone = strips.lone_part
+            q, dout = (x.masked_fill(tiles.dead.unsqueeze(-1), 0.0) for x in (q, dout))
+    lone = tiles.lone_range
     if lone is not None and lone.last - lone.first == k.shape[2]:
         dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             dout, q, k, v, out, lse, 0.0, lone.causal, scale=call.scale
         )
-        return None if _is_spoiled(dq, strips) else (dq.contiguous(), dk.contiguous(), dv.contiguous())
+        return None if _is_spoiled(dq, tiles) else (dq.contiguous(), dk.contiguous(), dv.contiguous())
     dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    for seat in strips.seats:
-        by_row = [seat.of_rows(x) for x in (dout, q, out, lse, dq)]
-        by_slot, edges = [seat.of_slots(x) for x in (k, v, dk, dv)], _Edges(seat, strips, q.dtype)
-        for strip in seat.strips:
-            of_dout, rows, *found, total = (x[:, :, strip.rows] for x in by_row)
-            for part in strip.parts:
-                *of_part, total_k, total_v = (x[:, :, part.slots] for x in by_slot)
+    for group in tiles.head_groups:
+        by_row = [group.of_rows(x) for x in (dout, q, out, lse, dq)]
+        by_slot, edges = [group.of_slots(x) for x in (k, v, dk, dv)], _Edges(group, tiles, q.dtype)
+        for tile in group.tiles:
+            of_dout, rows, *found, total = (x[:, :, tile.rows] for x in by_row)
+            for keys in tile.ranges:
+                *of_range, total_k, total_v = (x[:, :, keys.slots] for x in by_slot)
                 grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                    of_dout, rows, *of_part, *found, 0.0, part.causal,
-                    attn_mask=edges.mask(strip, part), scale=call.scale,
+                    of_dout, rows, *of_range, *found, 0.0, keys.causal,
+                    attn_mask=edges.mask(tile, keys), scale=call.scale,
                 )  # fmt: skip
                 for x, grad in zip((total, total_k, total_v), grads, strict=True):
                     x.add_(grad)
-    return None if _is_spoiled(dq, strips) else (dq, dk, dv)
+    return None if _is_spoiled(dq, tiles) else (dq, dk, dv)
 
 
-def _is_spoiled(by_row: Tensor, strips: Strips) -> bool:
+def _is_spoiled(by_row: Tensor, tiles: RowTiles) -> bool:
     """Whether something hidden may have spoiled a result: that which spoils anything spoils rows that compute it."""
-    return strips.hides and not bool(by_row.sum().isfinite())
+    return tiles.hides and not bool(by_row.sum().isfinite())
 
 
 class _Edges:
-    """Masks for what the rows of a seat do not see of their parts."""
+    """Masks for what the rows of a group do not see of their key ranges."""
 
-    def __init__(self, seat: Seat, strips: Strips, dtype: torch.dtype) -> None:
-        self.lo, self.hi, self.dtype = seat.of_rows(strips.lo), seat.of_rows(strips.hi), dtype
+    def __init__(self, group: HeadGroup, tiles: RowTiles, dtype: torch.dtype) -> None:
+        self.lo, self.hi, self.dtype = group.of_rows(tiles.lo), group.of_rows(tiles.hi), dtype
 
-    def mask(self, strip: Strip, part: Part) -> Tensor | None:
+    def mask(self, tile: RowTile, keys: KeyRange) -> Tensor | None:
         """What is added to scores, ``[i, g, R, s]`` in scratch memory, or ``None``."""
-        width = part.last - part.first
+        width = keys.last - keys.first
         found = None
-        if part.early:
-            found = _edge(self.hi[..., strip.rows] - part.first, width, self.dtype, hides_after=True)
-        if part.late:
-            other = _edge(self.lo[..., strip.rows] - part.first, width, self.dtype, hides_after=False)
+        if keys.early:
+            found = _edge(self.hi[..., tile.rows] - keys.first, width, self.dtype, hides_after=True)
+        if keys.late:
+            other = _edge(self.lo[..., tile.rows] - keys.first, width, self.dtype, hides_after=False)
             found = other if found is None else torch.minimum(found, other, out=found)
         return found
 
@@ -180,13 +180,13 @@ def _step(size: int, dtype: torch.dtype, *, hides_after: bool) -> Tensor:
 
 
 def _merged(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Out and lse over two parts; no row is without a slot in one of them."""
+    """Out and lse over two key ranges; no row is without a slot in one of them."""
     share = (other[1] - one[1]).sigmoid_().unsqueeze(-1)
     out = torch.lerp(one[0].to(share.dtype), other[0].to(share.dtype), share)
     return out, torch.logaddexp(one[1], other[1])
 
 
-def _packed(x: Tensor, strips: Strips) -> Tensor:
-    """A tensor as the kernel takes it; what is read strip by strip lies in one piece."""
-    once = strips.lone_part is not None
+def _contiguous(x: Tensor, tiles: RowTiles) -> Tensor:
+    """A tensor as the kernel takes it; what is read tile by tile lies in one piece."""
+    once = tiles.lone_range is not None
     return x if once and x.stride(-1) == 1 and x.stride(-2) >= x.shape[-1] else x.contiguous()

@@ -76,7 +76,7 @@ def weigh(
     if some_empty:
         inner.masked_fill_(empty.unsqueeze(-1), 0.0)
     if unseen is not None:
-        _silence(inner, unseen.view(inner.shape), is_last=is_last)
+        _zero_hidden(inner, unseen.view(inner.shape), is_last=is_last)
     mixed = logits
     if isinstance(mix, Tensor) or mix != 1:
         # A hidden gate times a mix of 0 would be NaN.
@@ -102,7 +102,7 @@ def weigh(
     return Gated(inner, outer, own, mix, careful=unseen is not None), weights.view(scores.shape), dead, lse
 
 
-def _silence(inner: Tensor, unseen: Tensor, *, is_last: bool) -> None:
+def _zero_hidden(inner: Tensor, unseen: Tensor, *, is_last: bool) -> None:
     """Zeroes the weights of hidden slots, and of landmarks, in rows all of whose weights are NaN."""
     inner.masked_fill_(unseen, 0.0)
     if is_last:

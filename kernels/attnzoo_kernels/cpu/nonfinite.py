@@ -1,6 +1,6 @@
-"""Products in which what is no number reaches only who sees it.
+"""Products in which non-finite values (NaN, infinity) reach only the rows that see them.
 
-Elsewhere a hidden pair counts for nothing because its weight is 0. That silences every number, but 0 times NaN is NaN.
+Elsewhere a hidden pair counts for nothing because its weight is 0. That is so for every number, but 0 times NaN is NaN.
 Calls are computed as if there were numbers alone; one whose results are none is computed again, by what stands here.
 
 Letters: R rows of a chunk, n key blocks of each, m rows and s slots of a product, D width.
@@ -35,10 +35,10 @@ def are_numbers(*tensors: Tensor | None) -> bool:
     return True
 
 
-def product_by_sight(
+def product_where_seen(
     name: str, weights: Tensor, x: Tensor, out: Tensor | None = None, *, scale: float = 1.0, add: bool = False
 ) -> Tensor:
-    """As :func:`~attnzoo_kernels.cpu.products.product`, where a weight of 0 silences even what is no number.
+    """As :func:`~attnzoo_kernels.cpu.products.product`, where a weight of 0 zeroes even non-finite values.
 
     Args:
         name: As there.

@@ -12,17 +12,17 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from attnzoo_kernels.spec.call import Call
-from attnzoo_kernels.spec.token_rule import Fold
+from attnzoo_kernels.spec.token_rule import PackedGQA
 
 MOST_TALL = 256
 """Rows of a query block that stays whole."""
 
 MOST_ROWS = 64
-"""Rows of a folded query block: larger blocks are as quick unfolded."""
+"""Rows of a packed query block: larger blocks are as quick as they are."""
 
 
-def fold_groups(call: Call) -> Call:
-    """The same call with the heads of each group folded into its query blocks, where they read the same blocks."""
+def pack_gqa(call: Call) -> Call:
+    """The same call with the heads of each group packed into its query blocks, where they read the same blocks."""
     batch, heads, groups, seq_q, _ = call.shape
     if seq_q == 0 or batch == 0:
         return call
@@ -31,15 +31,15 @@ def fold_groups(call: Call) -> Call:
     per_group = heads // groups
     if per_group == 1 or per_group * call.block_q > MOST_ROWS or not _heads_agree(call):
         return call
-    fold = Fold(per_group, call.block_q, seq_q)
+    packed = PackedGQA(per_group, call.block_q, seq_q)
     rule, aux = call.rule, call.aux
-    q_pos = None if rule.q_pos is None else _lay(rule.q_pos.unsqueeze(-1), fold, 1, absent=-1).squeeze(-1)
+    q_pos = None if rule.q_pos is None else _pack(rule.q_pos.unsqueeze(-1), packed, 1, absent=-1).squeeze(-1)
     return replace(
         call,
-        q=_lay(call.q, fold, per_group),
+        q=_pack(call.q, packed, per_group),
         block_q=per_group * call.block_q,
-        rule=replace(rule, q_pos=q_pos, fold=fold),
-        aux=None if aux is None else (_lay(aux[0], fold, per_group), aux[1]),
+        rule=replace(rule, q_pos=q_pos, packed=packed),
+        aux=None if aux is None else (_pack(aux[0], packed, per_group), aux[1]),
     )
 
 
@@ -63,9 +63,9 @@ def _heads_agree(call: Call) -> bool:
     )
 
 
-def _lay(x: Tensor, fold: Fold, split: int, absent: float = 0) -> Tensor:
+def _pack(x: Tensor, packed: PackedGQA, split: int, absent: float = 0) -> Tensor:
     """``[B, h, T, D]`` as ``[B, h / split, M * heads * block, D]``; heads that are one for all are repeated."""
-    heads, block, tokens = fold
+    heads, block, tokens = packed
     blocks = -(-tokens // block)
     x = pad(x, (0, 0, 0, blocks * block - tokens), value=absent) if tokens % block else x
     x = x.reshape(x.shape[0], x.shape[1] // split, split, blocks, block, x.shape[3])
@@ -73,18 +73,18 @@ def _lay(x: Tensor, fold: Fold, split: int, absent: float = 0) -> Tensor:
     return x.reshape(x.shape[0], x.shape[1], blocks * heads * block, x.shape[5])
 
 
-def fold_rows(x: Tensor, call: Call) -> Tensor:
-    """Lays something of the original call, ``[B, H, T, D]``, as the folded call has its rows."""
-    fold = call.rule.fold
-    return x if fold is None else _lay(x, fold, fold.heads)
+def pack_rows(x: Tensor, call: Call) -> Tensor:
+    """Lays something of the original call, ``[B, H, T, D]``, as the packed call has its rows."""
+    packed = call.rule.packed
+    return x if packed is None else _pack(x, packed, packed.heads)
 
 
-def unfold_rows(x: Tensor, call: Call) -> Tensor:
+def unpack_rows(x: Tensor, call: Call) -> Tensor:
     """The inverse: ``[B, G, M * heads * block, D]`` as ``[B, H, T, D]``."""
-    fold = call.rule.fold
-    if fold is None:
+    packed = call.rule.packed
+    if packed is None:
         return x
-    heads, block, tokens = fold
+    heads, block, tokens = packed
     batch, groups, rows, width = x.shape
     x = x.view(batch, groups, rows // (heads * block), heads, block, width).transpose(2, 3)
     return x.reshape(batch, groups * heads, -1, width)[:, :, :tokens]

@@ -1,4 +1,4 @@
-"""Strips of rows that read one run of slots each, and the parts in which a strip reads what its rows see.
+"""Row tiles, which read one run of slots each, and the key ranges in which a tile reads what its rows see.
 
 Letters: B batch, H heads, T rows, S slots, M query blocks; b and h are 1 where batch or heads agree.
 """
@@ -17,21 +17,21 @@ from torch.nn.functional import pad
 from attnzoo_kernels.layouts.entries import list_entries
 from attnzoo_kernels.layouts.memo import remembered
 from attnzoo_kernels.spec.call import Call
-from attnzoo_kernels.spec.token_rule import Rule
+from attnzoo_kernels.spec.token_rule import TokenRule
 
 CELL = 64
 """Rows that stay together: torch's kernel takes as many at a time."""
 HEIGHTS = (3, 4, 8)
-"""Cells in a strip; of these, what costs least."""
-PART_COST = 1 << 15
-"""Scores that take about as long as one more part of a strip."""
+"""Cells in a row tile; of these, what costs least."""
+RANGE_COST = 1 << 15
+"""Scores that take about as long as one more key range of a tile."""
 LEAST_INSIDE = 128
-"""Slots that all rows of a strip must see for a part of their own, without a mask."""
+"""Slots that all rows of a tile must see for a key range of their own, without a mask."""
 
 
 @dataclass(frozen=True)
-class Part:
-    """Slots that a strip reads together.
+class KeyRange:
+    """Slots that a tile reads together.
 
     Attributes:
         first: The first slot.
@@ -54,59 +54,59 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Strip:
-    """Neighbouring rows, and the parts that they read; no part where none of them sees anything."""
+class RowTile:
+    """Neighbouring rows, and the ranges that they read; no range where none of them sees anything."""
 
     rows: slice
-    parts: tuple[Part, ...]
+    ranges: tuple[KeyRange, ...]
 
     @property
     def area(self) -> int:
         """(row, slot) pairs that are computed."""
         rows = self.rows.stop - self.rows.start
-        return sum(rows * (rows + 1) // 2 if p.causal else rows * (p.last - p.first) for p in self.parts)
+        return sum(rows * (rows + 1) // 2 if p.causal else rows * (p.last - p.first) for p in self.ranges)
 
 
 @dataclass(frozen=True)
-class Seat:
-    """Heads that are computed together, and their strips.
+class HeadGroup:
+    """Heads that are computed together, and their tiles.
 
     Attributes:
-        strips: From the first row to the last.
+        tiles: From the first row to the last.
         items: Batch items.
         groups: KV heads.
         head: Which query head of each of them.
         ratio: Query heads of a KV head.
     """
 
-    strips: tuple[Strip, ...]
+    tiles: tuple[RowTile, ...]
     items: slice
     groups: slice
     head: int
     ratio: int
 
     def of_rows(self, x: Tensor) -> Tensor:
-        """Their part ``[i, g, T, ..]`` of ``[B, H, T, ..]``; either of the first two may be 1 in both. A view."""
+        """Their share ``[i, g, T, ..]`` of ``[B, H, T, ..]``; either of the first two may be 1 in both. A view."""
         if x.shape[1] > 1:
             x = x.unflatten(1, (-1, self.ratio))[:, self.groups, self.head]
         return x[self.items] if x.shape[0] > 1 else x
 
     def of_slots(self, x: Tensor) -> Tensor:
-        """Their part ``[i, g, S, D]`` of ``[B, G, S, D]``; a view."""
+        """Their share ``[i, g, S, D]`` of ``[B, G, S, D]``; a view."""
         return x[self.items, self.groups]
 
 
 @dataclass(frozen=True)
-class Strips:
-    """The strips of a call.
+class RowTiles:
+    """The row tiles of a call.
 
     Attributes:
-        seats: Head by head.
+        head_groups: Head by head.
         lo: The first slot that a row sees, int64 ``[b, h, T]``.
         hi: The slot behind the last; as ``lo`` or less where there is none.
     """
 
-    seats: tuple[Seat, ...]
+    head_groups: tuple[HeadGroup, ...]
     lo: Tensor
     hi: Tensor
 
@@ -119,17 +119,17 @@ class Strips:
     @cached_property
     def hides(self) -> bool:
         """Whether a row computes something that it does not see."""
-        return self.dead is not None or any(part.late or part.early or part.causal for part in self._parts())
+        return self.dead is not None or any(keys.late or keys.early or keys.causal for keys in self._key_ranges())
 
-    def _parts(self) -> Iterator[Part]:
-        return (part for seat in self.seats for strip in seat.strips for part in strip.parts)
+    def _key_ranges(self) -> Iterator[KeyRange]:
+        return (keys for group in self.head_groups for tile in group.tiles for keys in tile.ranges)
 
     @cached_property
-    def lone_part(self) -> Part | None:
+    def lone_range(self) -> KeyRange | None:
         """What all rows of all heads read, where they do so together and without a mask."""
-        parts = list(self._parts())
-        masked = self.dead is not None or any(part.late or part.early for part in parts)
-        return parts[0] if len(parts) == 1 and not masked else None
+        ranges = list(self._key_ranges())
+        masked = self.dead is not None or any(keys.late or keys.early for keys in ranges)
+        return ranges[0] if len(ranges) == 1 and not masked else None
 
     @cached_property
     def visible(self) -> float:
@@ -139,9 +139,9 @@ class Strips:
     def computed(self, batch: int, heads: int) -> float:
         """Slots that are computed for a row, on average over batch and heads."""
         total = 0
-        for seat in self.seats:
-            items, groups = len(range(batch)[seat.items]), len(range(heads // seat.ratio)[seat.groups])
-            total += sum(strip.area for strip in seat.strips) * items * groups
+        for group in self.head_groups:
+            items, groups = len(range(batch)[group.items]), len(range(heads // group.ratio)[group.groups])
+            total += sum(tile.area for tile in group.tiles) * items * groups
         return total / (batch * heads * self.lo.shape[2])
 
 
@@ -159,7 +159,7 @@ def lists_runs(call: Call) -> bool:
 
 
 def _runs(call: Call) -> _Runs | None:
-    return remembered(replace(call, rule=Rule(causal=False), origins=None), _find_runs)
+    return remembered(replace(call, rule=TokenRule(causal=False), origins=None), _find_runs)
 
 
 def _find_runs(call: Call) -> _Runs | None:
@@ -174,8 +174,8 @@ def _find_runs(call: Call) -> _Runs | None:
     return _Runs(first.view(entries.shape), last.view(entries.shape))
 
 
-def strips_of(call: Call, together: int) -> Strips | None:
-    """The strips of a call, or ``None`` where some row's slots do not follow one another.
+def row_tiles_of(call: Call, together: int) -> RowTiles | None:
+    """The row tiles of a call, or ``None`` where some row's slots do not follow one another.
 
     Args:
         call: The call; without a sink beside a window.
@@ -185,11 +185,11 @@ def strips_of(call: Call, together: int) -> Strips | None:
 
 
 @cache
-def _finder(together: int) -> Callable[[Call], Strips | None]:
-    return partial(_find_strips, together=together)
+def _finder(together: int) -> Callable[[Call], RowTiles | None]:
+    return partial(_find_row_tiles, together=together)
 
 
-def _find_strips(call: Call, together: int) -> Strips | None:
+def _find_row_tiles(call: Call, together: int) -> RowTiles | None:
     runs, rule = _runs(call), call.rule
     _, heads, groups, seq_q, seq_k = call.shape
     if runs is None:
@@ -200,15 +200,15 @@ def _find_strips(call: Call, together: int) -> Strips | None:
     whole = bool((runs.last - runs.first == call.grid[1]).all())
     if whole and rule.q_pos is None and rule.window is None and (not rule.causal or seq_q <= seq_k):
         inside = seq_k - seq_q if rule.causal else seq_k
-        ends = (Part(0, inside), Part(inside, seq_k, causal=True))
-        strips = (Strip(slice(0, seq_q), tuple(part for part in ends if part.first < part.last)),)
-        return Strips(_for_all_heads(strips, heads // groups), lo, hi)
+        ends = (KeyRange(0, inside), KeyRange(inside, seq_k, causal=True))
+        tiles = (RowTile(slice(0, seq_q), tuple(keys for keys in ends if keys.first < keys.last)),)
+        return RowTiles(_for_all_heads(tiles, heads // groups), lo, hi)
     if not whole:
         each = heads // runs.first.shape[1] if runs.first.shape[1] > 1 else 1
         first, last = (_by_row(x, call, each) * call.block_k for x in (runs.first, runs.last))
         lo, hi = torch.maximum(lo, first), torch.minimum(hi, last)
     lo, hi = torch.broadcast_tensors(lo, hi)
-    return Strips(tuple(_seats(call, lo, hi, together)), lo, hi)
+    return RowTiles(tuple(_head_groups(call, lo, hi, together)), lo, hi)
 
 
 def _by_row(x: Tensor, call: Call, each: int) -> Tensor:
@@ -216,11 +216,11 @@ def _by_row(x: Tensor, call: Call, each: int) -> Tensor:
     return x.repeat_interleave(each, 1).repeat_interleave(call.block_q, 2)[:, :, : call.q.shape[2]]
 
 
-def _for_all_heads(strips: tuple[Strip, ...], ratio: int) -> tuple[Seat, ...]:
-    return tuple(Seat(strips, slice(None), slice(None), head, ratio) for head in range(ratio))
+def _for_all_heads(tiles: tuple[RowTile, ...], ratio: int) -> tuple[HeadGroup, ...]:
+    return tuple(HeadGroup(tiles, slice(None), slice(None), head, ratio) for head in range(ratio))
 
 
-def _seats(call: Call, lo: Tensor, hi: Tensor, together: int) -> Iterator[Seat]:
+def _head_groups(call: Call, lo: Tensor, hi: Tensor, together: int) -> Iterator[HeadGroup]:
     _, heads, groups, _, _ = call.shape
     ratio, far, (batch, own_heads, rows) = heads // groups, 1 << 60, lo.shape
     live = lo < hi
@@ -229,7 +229,7 @@ def _seats(call: Call, lo: Tensor, hi: Tensor, together: int) -> Iterator[Seat]:
     ], -1)  # fmt: skip
     cells = pad(sides, (0, 0, 0, -rows % CELL), value=far).unflatten(2, (-1, CELL)).amin(3)  # [b, h, cells, 4]
     if batch == own_heads == 1:
-        yield from _for_all_heads(_strips(cells[0, 0].tolist(), rows, call.k.shape[0] * groups), ratio)
+        yield from _for_all_heads(_cheapest(cells[0, 0].tolist(), rows, call.k.shape[0] * groups), ratio)
         return
     for item in range(batch):
         items = slice(item, item + 1) if batch > 1 else slice(None)
@@ -237,39 +237,39 @@ def _seats(call: Call, lo: Tensor, hi: Tensor, together: int) -> Iterator[Seat]:
         for head, group in product(range(ratio), range(0, groups, width)):
             here = slice(group, min(group + width, groups))
             own = cells[item] if own_heads == 1 else cells[item, head::ratio][here]
-            yield Seat(_strips(own.amin(0).tolist(), rows, width), items, here, head, ratio)
+            yield HeadGroup(_cheapest(own.amin(0).tolist(), rows, width), items, here, head, ratio)
 
 
-def _strips(cells: list[list[int]], rows: int, heads: int) -> tuple[Strip, ...]:
-    """The strips of least cost for so many heads, of rows whose cells have these least lo, -lo, hi and -hi."""
+def _cheapest(cells: list[list[int]], rows: int, heads: int) -> tuple[RowTile, ...]:
+    """The tiles of least cost for so many heads, of rows whose cells have these least lo, -lo, hi and -hi."""
 
-    def cost(strips: tuple[Strip, ...]) -> int:
-        return sum(heads * strip.area + PART_COST * len(strip.parts) for strip in strips)
+    def cost(tiles: tuple[RowTile, ...]) -> int:
+        return sum(heads * tile.area + RANGE_COST * len(tile.ranges) for tile in tiles)
 
     return min((tuple(_of_height(cells, height, rows)) for height in HEIGHTS), key=cost)
 
 
-def _of_height(cells: list[list[int]], height: int, rows: int) -> Iterator[Strip]:
-    """Strips of so many cells; what is left over joins the last, if it is less than half a strip."""
+def _of_height(cells: list[list[int]], height: int, rows: int) -> Iterator[RowTile]:
+    """Row tiles of so many cells; what is left over joins the last, if it is less than half a tile."""
     begin = 0
     while begin < len(cells):
         end = begin + height
         if len(cells) - end < (height + 1) // 2:
             end = len(cells)
         first, highest, least, last = (min(side) for side in zip(*cells[begin:end], strict=True))
-        parts = _parts(first, -highest, least, -last) if first < 1 << 60 else ()
-        yield Strip(slice(begin * CELL, min(end * CELL, rows)), parts)
+        ranges = _key_ranges(first, -highest, least, -last) if first < 1 << 60 else ()
+        yield RowTile(slice(begin * CELL, min(end * CELL, rows)), ranges)
         begin = end
 
 
-def _parts(first: int, highest: int, least: int, last: int) -> tuple[Part, ...]:
-    """The parts of rows that begin at slots from ``first`` to ``highest`` and end before slots ``least`` to ``last``.
+def _key_ranges(first: int, highest: int, least: int, last: int) -> tuple[KeyRange, ...]:
+    """The ranges of rows that begin at slots from ``first`` to ``highest`` and end before slots ``least`` to ``last``.
 
-    A part that not all rows see whole holds a slot of each of them.
+    A range that not all rows see whole holds a slot of each of them.
     """
     begin = highest + 1 if first < highest else first
     end = least - 1 if least < last else last
     if end - begin < LEAST_INSIDE:
-        return (Part(first, last, late=first < highest, early=least < last),)
-    sides = (Part(first, begin, late=True), Part(begin, end), Part(end, last, early=True))
-    return tuple(part for part in sides if part.first < part.last)
+        return (KeyRange(first, last, late=first < highest, early=least < last),)
+    sides = (KeyRange(first, begin, late=True), KeyRange(begin, end), KeyRange(end, last, early=True))
+    return tuple(keys for keys in sides if keys.first < keys.last)

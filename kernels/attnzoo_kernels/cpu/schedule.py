@@ -256,7 +256,7 @@ def _seen_by_all(call: Call) -> tuple[int, int]:
     """The slots ``[lo, hi)`` that every row of a call sees, its positions being those of the last tokens."""
     rule, (_, _, _, seq_q, seq_k) = call.rule, call.shape
     window = rule.window if isinstance(rule.window, int) else None
-    first, last = seq_k - (seq_q if rule.fold is None else rule.fold.tokens), seq_k - 1
+    first, last = seq_k - (seq_q if rule.packed is None else rule.packed.tokens), seq_k - 1
     hi = first + 1 if rule.causal else seq_k if window is None else first + window
     lo = 0 if window is None else last - window + 1
     return max(lo, 0), min(hi, seq_k)

@@ -191,7 +191,7 @@ def weigh(inputs: Inputs, part: Bucket, *, need_lse: bool, training: bool = Fals
             # All weights of a row are NaN where one of its scores is.
             scores.masked_fill_(unseen, 0.0)
     if training and chunk.dead is not None:
-        # A dead query may hold NaN; its zero weight would not silence it in the gradients of keys.
+        # A dead query may hold NaN; its zero weight would not take it to 0 in the gradients of keys.
         chunk.q = q.masked_fill(chunk.dead, 0.0)
         chunk.q_aux = None if q_aux is None else q_aux.masked_fill(chunk.dead, 0.0)
     return chunk

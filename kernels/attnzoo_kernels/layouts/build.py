@@ -21,7 +21,7 @@ Sizes = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True, eq=False)
-class Lists:
+class LayoutLists:
     """The tensors of a layout: start, count int32 ``[B|1, h, M]``; col, origin int32 ``[cap]``."""
 
     start: Tensor
@@ -73,7 +73,7 @@ def check_grid(name: str, x: Tensor, grid: tuple[int, int | None], dtype: torch.
         raise ShapeError(f"{name}: expected [B, h, {rows}, {'K' if cols is None else cols}], got {list(x.shape)}")
 
 
-def check_lists(lists: Lists, rows: int) -> None:
+def check_lists(lists: LayoutLists, rows: int) -> None:
     """Raises unless dtypes, shapes and devices of a layout's tensors fit."""
     for name in ("start", "count", "col", "origin"):
         x = getattr(lists, name)
@@ -93,7 +93,7 @@ def check_lists(lists: Lists, rows: int) -> None:
         raise ShapeError("col, origin: expected one dimension and the same length")
 
 
-def check_values(lists: Lists, blocks_k: int) -> None:
+def check_values(lists: LayoutLists, blocks_k: int) -> None:
     """Raises unless lists lie inside ``col``, blocks exist, and none is listed twice in a row; reads values."""
     start, count = lists.start.long(), lists.count.long()
     if bool(((count < 0) | (start < 0) | (start + count > lists.col.shape[0])).any()):
@@ -107,7 +107,7 @@ def check_values(lists: Lists, blocks_k: int) -> None:
         raise ShapeError("col: expected no key block twice in a row's list, got a duplicate")
 
 
-def listed_places(lists: Lists) -> tuple[Tensor, Tensor]:
+def listed_places(lists: LayoutLists) -> tuple[Tensor, Tensor]:
     """Flat row and place in ``col`` of every entry, int64 ``[nnz]`` each; reads their number."""
     start, count = lists.start.reshape(-1).long(), lists.count.reshape(-1).long()
     row = torch.repeat_interleave(torch.arange(count.shape[0], device=count.device), count)
@@ -115,7 +115,7 @@ def listed_places(lists: Lists) -> tuple[Tensor, Tensor]:
     return row, start[row] + within
 
 
-def distinct_lists(lists: Lists) -> tuple[Tensor, Lists]:
+def distinct_lists(lists: LayoutLists) -> tuple[Tensor, LayoutLists]:
     """Which list each row reads, int64 ``[B, h, M]``, and the lists, each once (start, count ``[U]``): rows share some.
 
     Reads how many there are.
@@ -123,16 +123,16 @@ def distinct_lists(lists: Lists) -> tuple[Tensor, Lists]:
     room = lists.col.shape[0] + 1
     key, of_row = (lists.start.long() * room + lists.count.long()).unique(return_inverse=True)
     start, count = (x.to(torch.int32) for x in (key // room, key % room))
-    return of_row, Lists(start, count, lists.col, lists.origin)
+    return of_row, LayoutLists(start, count, lists.col, lists.origin)
 
 
-def compact_lists(lists: Lists) -> Lists:
+def compact_lists(lists: LayoutLists) -> LayoutLists:
     """The same lists without unused room; reads their number."""
     _, place = listed_places(lists)
     count = lists.count.reshape(-1)
     start = (count.cumsum(0) - count).to(torch.int32).view(lists.start.shape)
     origin = None if lists.origin is None else lists.origin[place]
-    return Lists(start, lists.count.clone(), lists.col[place], origin)
+    return LayoutLists(start, lists.count.clone(), lists.col[place], origin)
 
 
 def _rows_of(shape: tuple[int, ...], width: int, device: torch.device) -> Tensor:
@@ -141,32 +141,32 @@ def _rows_of(shape: tuple[int, ...], width: int, device: torch.device) -> Tensor
     return (torch.arange(batch * heads * rows, device=device) * width).to(torch.int32).view(batch, heads, rows)
 
 
-def lists_of_mask(keep: Tensor) -> Lists:
+def lists_of_mask(keep: Tensor) -> LayoutLists:
     """Lists of the true entries of ``[B, h, M, N]``."""
     count = keep.sum(-1, dtype=torch.int32)
     if is_readable(keep):
         flat = count.view(-1)
         start = (flat.cumsum(0, dtype=torch.int32) - flat).view(count.shape)
-        return Lists(start, count, keep.nonzero()[:, 3].to(torch.int32))
+        return LayoutLists(start, count, keep.nonzero()[:, 3].to(torch.int32))
     # Without reading back how many there are, every row keeps room for all.
     col = torch.argsort((~keep).to(torch.uint8), dim=-1, stable=True).to(torch.int32).reshape(-1)
-    return Lists(_rows_of(keep.shape[:3], keep.shape[3], keep.device), count, col)
+    return LayoutLists(_rows_of(keep.shape[:3], keep.shape[3], keep.device), count, col)
 
 
-def lists_of_indices(index: Tensor, origin: Tensor | None) -> Lists:
+def lists_of_indices(index: Tensor, origin: Tensor | None) -> LayoutLists:
     """Lists of the entries of ``[B, h, M, K]`` that are not -1."""
     order = torch.argsort((index < 0).to(torch.uint8), dim=-1, stable=True)
     col = index.gather(-1, order).to(torch.int32).reshape(-1)
     count = (index >= 0).sum(-1, dtype=torch.int32)
     moved = None if origin is None else origin.gather(-1, order).to(torch.int32).reshape(-1)
-    return Lists(_rows_of(index.shape[:3], index.shape[3], index.device), count, col, moved)
+    return LayoutLists(_rows_of(index.shape[:3], index.shape[3], index.device), count, col, moved)
 
 
-def dense_lists(blocks_q: int, blocks_k: int, device: torch.device | str | None) -> Lists:
+def dense_lists(blocks_q: int, blocks_k: int, device: torch.device | str | None) -> LayoutLists:
     """One list of all blocks, which every row shares."""
     start = torch.zeros(1, 1, blocks_q, dtype=torch.int32, device=device)
     col = torch.arange(blocks_k, dtype=torch.int32, device=device)
-    return Lists(start, torch.full_like(start, blocks_k), col)
+    return LayoutLists(start, torch.full_like(start, blocks_k), col)
 
 
 def first_slots(q_start: int | Tensor | None, seq_q: int, seq_k: int, device: torch.device | str | None) -> Tensor:

@@ -14,9 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from attnzoo_kernels.layouts.build import Lists, Sizes, distinct_lists, listed_places
+from attnzoo_kernels.layouts.build import LayoutLists, Sizes, distinct_lists, listed_places
 from attnzoo_kernels.spec.call import Call
-from attnzoo_kernels.spec.token_rule import Rule
+from attnzoo_kernels.spec.token_rule import TokenRule
 
 ROWS_AT_ONCE = 1 << 19
 """Rows that are counted together."""
@@ -36,13 +36,13 @@ def count_pairs(call: Call) -> tuple[int, int]:
     return visible * (batch // src_batch) * (heads // src_heads), _dense_pairs(call)
 
 
-def layout_density(lists: Lists, sizes: Sizes, *, causal: bool) -> float:
+def layout_density(lists: LayoutLists, sizes: Sizes, *, causal: bool) -> float:
     """Visible pairs of a layout over those of a dense call, aligned at the last key; 1 where there are none."""
     block_q, block_k, seq_q, seq_k = sizes
     batch, heads, _ = lists.start.shape
     q = torch.empty(batch, heads, seq_q, 0, device=lists.col.device)
     k = torch.empty(batch, heads, seq_k, 0, device=lists.col.device)
-    call = Call(q, k, k, lists.start, lists.count, lists.col, None, Rule(causal), block_q, block_k, 1.0)
+    call = Call(q, k, k, lists.start, lists.count, lists.col, None, TokenRule(causal), block_q, block_k, 1.0)
     visible, dense = count_pairs(call)
     return visible / dense if dense else 1.0
 
@@ -145,7 +145,7 @@ def _has_landmarks(call: Call) -> bool:
     return call.gate is not None and call.gate.is_last
 
 
-def _distinct(call: Call) -> tuple[Tensor, Lists, Tensor]:
+def _distinct(call: Call) -> tuple[Tensor, LayoutLists, Tensor]:
     """The list of each source row ``[Bs, Hs, M]``, the distinct lists, and the row of the bias that goes with each.
 
     Source rows are those of layout, rule and bias before broadcasting.
@@ -157,14 +157,18 @@ def _distinct(call: Call) -> tuple[Tensor, Lists, Tensor]:
     src_batch = batch if max(own_batch, bias_batch, 1 if q_pos is None else q_pos.shape[0]) > 1 else 1
     sizes = {own_heads, bias_heads, 1}
     src_heads = heads if call.rule.is_per_head or len(sizes) > 2 else max(sizes)
-    of_row, lists = distinct_lists(Lists(call.start, call.count, call.col))
+    of_row, lists = distinct_lists(LayoutLists(call.start, call.count, call.col))
     of_row = of_row.repeat_interleave(src_heads // own_heads, 1).expand(src_batch, -1, -1)
     # Lists under different rows of a bias count as different lists.
     source = torch.arange(bias_batch * bias_heads, device=call.col.device).view(bias_batch, bias_heads, 1)
     source = source.repeat_interleave(src_heads // bias_heads, 1).expand(src_batch, -1, blocks_q)
     pairs, list_of_row = (of_row * (bias_batch * bias_heads) + source).unique(return_inverse=True)
     chosen = pairs // (bias_batch * bias_heads)
-    return list_of_row, Lists(lists.start[chosen], lists.count[chosen], call.col), pairs % (bias_batch * bias_heads)
+    return (
+        list_of_row,
+        LayoutLists(lists.start[chosen], lists.count[chosen], call.col),
+        pairs % (bias_batch * bias_heads),
+    )
 
 
 def _live_keys(call: Call) -> tuple[Tensor, Tensor]:

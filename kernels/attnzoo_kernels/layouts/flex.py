@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from attnzoo_kernels.errors import ShapeError, UnsupportedError
-from attnzoo_kernels.layouts.build import Lists, Sizes
+from attnzoo_kernels.layouts.build import LayoutLists, Sizes
 from attnzoo_kernels.layouts.entries import classify, list_entries, spans_of
-from attnzoo_kernels.layouts.flex_mask import PAIRS_AT_ONCE, Chunk, Found, Listed, find_rule
+from attnzoo_kernels.layouts.flex_mask import PAIRS_AT_ONCE, Found, Listed, PairChunk, find_rule
 from attnzoo_kernels.runtime.warn import warn_caller
 from attnzoo_kernels.spec.call import Call
 from attnzoo_kernels.spec.extras import Extras
-from attnzoo_kernels.spec.token_rule import Rule, bounded
+from attnzoo_kernels.spec.token_rule import TokenRule, bounded
 
 
 class Read(NamedTuple):
@@ -99,7 +99,7 @@ def _seen(block_mask: Any, listed: Listed) -> Tensor:
     block_q, block_k, seq_q, _ = listed.sizes
     most, found = max(1, PAIRS_AT_ONCE // (block_q * block_k)), [listed.seen]
     for row, col in zip(*(x.split(most) for x in listed.partial if len(x)), strict=True):
-        part = Chunk.of(listed, row, col, listed.seen)
+        part = PairChunk.of(listed, row, col, listed.seen)
         # Beyond rows and slots the rule may read outside of what it was made for.
         rows, first = part.rows.clamp(max=seq_q - 1).reshape(-1), part.slots[:, 0].repeat_interleave(block_q)
         item, head = (x.repeat_interleave(block_q) for x in (part.item, part.head))
@@ -126,7 +126,7 @@ def _complaint(listed: Listed) -> str:
     block_q, _, seq_q, seq_k = listed.sizes
     blocks_q = -(-seq_q // block_q)
     for row, col, seen in zip(*listed.partial, listed.seen, strict=True):
-        part = Chunk.of(listed, row.view(1), col.view(1), seen)
+        part = PairChunk.of(listed, row.view(1), col.view(1), seen)
         causal = part.real & (part.slots.unsqueeze(1) <= part.rows.unsqueeze(2) + seq_k - seq_q)
         if not bool((seen == part.real).all()) and not bool((seen == causal).all()):
             place = f"block ({int(row) % blocks_q}, {int(col)}) of head {int(part.head)}"
@@ -145,7 +145,7 @@ class Shown(NamedTuple):
     separate_full: bool = True
 
 
-def make_block_mask(lists: Lists, sizes: Sizes, of_call: Shown) -> Any:
+def make_block_mask(lists: LayoutLists, sizes: Sizes, of_call: Shown) -> Any:
     """A BlockMask that lists the blocks that are read, with the token rule inside them."""
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -182,13 +182,13 @@ def make_block_mask(lists: Lists, sizes: Sizes, of_call: Shown) -> Any:
     )  # fmt: skip
 
 
-def _read_by(lists: Lists, sizes: Sizes, *, causal: bool, extras: Extras) -> tuple[Tensor, Tensor, Rule]:
+def _read_by(lists: LayoutLists, sizes: Sizes, *, causal: bool, extras: Extras) -> tuple[Tensor, Tensor, TokenRule]:
     """Which blocks the rule leaves to be read, and which of them whole: bool ``[B, H, M, N]`` each; and the rule."""
     block_q, block_k, seq_q, seq_k = sizes
     for name in ("key_bias", "aux", "gate", "rope"):
         if getattr(extras, name) is not None:
             raise UnsupportedError(f"{name}: a BlockMask says which keys are seen, and not how they are scored")
-    rule = Rule(causal, extras.q_pos, bounded(extras.window), bounded(extras.sink))
+    rule = TokenRule(causal, extras.q_pos, bounded(extras.window), bounded(extras.sink))
     of_heads = [x.shape[0] for x in (rule.window, rule.sink) if isinstance(x, Tensor)]
     pos_sizes = (1, 1) if rule.q_pos is None else rule.q_pos.shape[:2]
     batch, heads = max(lists.start.shape[0], pos_sizes[0]), max(lists.start.shape[1], pos_sizes[1], *of_heads, 1)

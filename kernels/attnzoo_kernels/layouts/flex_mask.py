@@ -35,18 +35,18 @@ class Listed:
     partial: tuple[Tensor, Tensor]
     seen: Tensor
 
-    def chunks(self) -> Iterator[Chunk]:
+    def chunks(self) -> Iterator[PairChunk]:
         """The partial blocks, some at a time."""
         block_q, block_k, _, _ = self.sizes
         most = max(1, PAIRS_AT_ONCE // (block_q * block_k))
         for row, col, seen in zip(*(x.split(most) for x in (*self.partial, self.seen)), strict=True):
             if len(row) == 0:
                 return
-            yield Chunk.of(self, row, col, seen)
+            yield PairChunk.of(self, row, col, seen)
 
 
 @dataclass(frozen=True)
-class Chunk:
+class PairChunk:
     """Some partial blocks: of each its item, head, rows ``[p, block_q]`` and slots ``[p, block_k]``."""
 
     item: Tensor
@@ -57,7 +57,7 @@ class Chunk:
     real: Tensor
 
     @classmethod
-    def of(cls, listed: Listed, row: Tensor, col: Tensor, seen: Tensor) -> Chunk:
+    def of(cls, listed: Listed, row: Tensor, col: Tensor, seen: Tensor) -> PairChunk:
         """The chunk of some row and key blocks."""
         block_q, block_k, seq_q, seq_k = listed.sizes
         blocks_q, heads = -(-seq_q // block_q), listed.shape[1]
@@ -168,7 +168,7 @@ def _one_or_each(values: Tensor) -> int | Tensor:
     return int(values[0]) if bool((values == values[0]).all()) else values.to(torch.int32)
 
 
-def _distances(part: Chunk, pos: Tensor, *, causal: bool, given: bool) -> tuple[Tensor, Tensor]:
+def _distances(part: PairChunk, pos: Tensor, *, causal: bool, given: bool) -> tuple[Tensor, Tensor]:
     """Distances of slots from rows' positions, and which pairs positions and causality allow."""
     item = part.item.unsqueeze(1) if pos.shape[0] > 1 else 0
     head = part.head.unsqueeze(1) if pos.shape[1] > 1 else 0
@@ -178,7 +178,7 @@ def _distances(part: Chunk, pos: Tensor, *, causal: bool, given: bool) -> tuple[
     return (at - slots).abs(), allowed & (at >= 0) if given else allowed
 
 
-def _is_shown(part: Chunk, pos: Tensor, limits: tuple[Tensor, Tensor], *, causal: bool, given: bool) -> bool:
+def _is_shown(part: PairChunk, pos: Tensor, limits: tuple[Tensor, Tensor], *, causal: bool, given: bool) -> bool:
     """Whether window and sink show all that is seen of partial blocks."""
     window, sink = (x[part.head].view(-1, 1, 1) for x in limits)
     distance, _ = _distances(part, pos, causal=causal, given=given)

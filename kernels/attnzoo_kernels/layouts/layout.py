@@ -57,7 +57,7 @@ class BlockLayout:
     def __post_init__(self) -> None:
         sizes = build.check_sizes(*self.sizes)
         self.__dict__.update(zip(("block_q", "block_k", "seq_q", "seq_k"), sizes, strict=True))
-        lists = build.Lists(self.start, self.count, self.col, self.origin)
+        lists = build.LayoutLists(self.start, self.count, self.col, self.origin)
         build.check_lists(lists, -(-self.seq_q // self.block_q))
         for name in ("start", "count", "col", "origin"):
             value = getattr(self, name)
@@ -67,7 +67,7 @@ class BlockLayout:
             self.validate()
 
     @classmethod
-    def _trusted(cls, sizes: build.Sizes, lists: build.Lists) -> Self:
+    def _trusted(cls, sizes: build.Sizes, lists: build.LayoutLists) -> Self:
         """A layout from parts that are fresh and known to be right."""
         layout = object.__new__(cls)
         names = ("block_q", "block_k", "seq_q", "seq_k", "start", "count", "col", "origin")
@@ -292,9 +292,9 @@ class BlockLayout:
         return self.block_q, self.block_k, self.seq_q, self.seq_k
 
     @property
-    def lists(self) -> build.Lists:
+    def lists(self) -> build.LayoutLists:
         """The tensors."""
-        return build.Lists(self.start, self.count, self.col, self.origin)
+        return build.LayoutLists(self.start, self.count, self.col, self.origin)
 
     def validate(self) -> None:
         """Checks the values: lists lie inside ``col``, blocks exist, none is listed twice in a row. Synchronises.
@@ -334,7 +334,7 @@ class BlockLayout:
     def to(self, device: torch.device | str) -> BlockLayout:
         """The layout on another device."""
         origin = None if self.origin is None else self.origin.to(device)
-        lists = build.Lists(self.start.to(device), self.count.to(device), self.col.to(device), origin)
+        lists = build.LayoutLists(self.start.to(device), self.count.to(device), self.col.to(device), origin)
         return BlockLayout._trusted(self.sizes, lists)
 
     def __or__(self, other: BlockLayout) -> BlockLayout:
@@ -378,7 +378,7 @@ def _flatten(layout: BlockLayout) -> tuple[list[Any], build.Sizes]:
 
 
 def _unflatten(leaves: Any, sizes: build.Sizes) -> BlockLayout:
-    return BlockLayout._trusted(sizes, build.Lists(*leaves))
+    return BlockLayout._trusted(sizes, build.LayoutLists(*leaves))
 
 
 def _flatten_with_keys(layout: BlockLayout) -> tuple[list[tuple[Any, Any]], build.Sizes]:

@@ -61,7 +61,7 @@ def remembered(call: Call, build: Callable[[Call], Value]) -> Value:
         rule.causal,
         rule.window,
         rule.sink,
-        rule.fold,
+        rule.packed,
         call.origins is None,
     )
     found = _memo.get(key)

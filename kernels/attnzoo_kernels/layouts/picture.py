@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from attnzoo_kernels.layouts.build import Lists, distinct_lists, listed_places
+from attnzoo_kernels.layouts.build import LayoutLists, distinct_lists, listed_places
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,7 +25,7 @@ def _shares(layout: BlockLayout, heads: int, most: int) -> Tensor:
 
     Counted from the lists, each once in each row of cells: a mask of all blocks would be many times as large.
     """
-    lists = Lists(layout.start[:1, :heads].cpu(), layout.count[:1, :heads].cpu(), layout.col.cpu())
+    lists = LayoutLists(layout.start[:1, :heads].cpu(), layout.count[:1, :heads].cpu(), layout.col.cpu())
     blocks_q, blocks_k = layout.grid
     rows, cols = min(blocks_q, most), min(blocks_k, most)
     row = torch.arange(blocks_q, device="cpu") * rows // blocks_q
@@ -36,7 +36,7 @@ def _shares(layout: BlockLayout, heads: int, most: int) -> Tensor:
     line = torch.arange(shown, device="cpu").unsqueeze(1) * rows + row
     pair, times = (of_row[0] * (shown * rows) + line).unique(return_counts=True)
     chosen, line = pair // (shown * rows), pair % (shown * rows)
-    entry, place = listed_places(Lists(once.start[chosen], once.count[chosen], lists.col))
+    entry, place = listed_places(LayoutLists(once.start[chosen], once.count[chosen], lists.col))
     cell = line[entry] * cols + col[lists.col.long()[place]]
     listed = torch.bincount(cell, times[entry].double(), shown * rows * cols).view(shown, rows, cols)
     return listed.float() / (row.bincount().unsqueeze(1) * col.bincount())

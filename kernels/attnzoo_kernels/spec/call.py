@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attnzoo_kernels.spec.token_rule import Rule
+from attnzoo_kernels.spec.token_rule import TokenRule
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Call:
     count: Tensor
     col: Tensor
     key_bias: Tensor | None
-    rule: Rule
+    rule: TokenRule
     block_q: int
     block_k: int
     scale: float

@@ -17,7 +17,7 @@ def bounded(value: Any) -> Any:
     return min(value, FARTHEST) if type(value) is int else value
 
 
-class Fold(NamedTuple):
+class PackedGQA(NamedTuple):
     """Query heads of a group laid along the rows: ``[.., M, heads, block, ..]`` in this order.
 
     Attributes:
@@ -32,7 +32,7 @@ class Fold(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Rule:
+class TokenRule:
     """The token rule: causality, row positions, window and sink.
 
     Attributes:
@@ -40,14 +40,14 @@ class Rule:
         q_pos: int32 ``[B|1, H|1, T]``, or ``None`` for ``t + S - T``; a negative entry is an absent row.
         window: Keys seen, own key included; an int or int32 ``[H]``; ``None`` means all.
         sink: Slots below it stay visible beside the window; an int or int32 ``[H]``.
-        fold: How the query heads of a group were laid along the rows, or ``None``.
+        packed: How the query heads of a group were laid along the rows, or ``None``.
     """
 
     causal: bool
     q_pos: Tensor | None = None
     window: int | Tensor | None = None
     sink: int | Tensor = 0
-    fold: Fold | None = None
+    packed: PackedGQA | None = None
 
     @property
     def is_static(self) -> bool:
@@ -64,9 +64,9 @@ class Rule:
         """The position of each row, int64 ``[B|1, H|1, T]``."""
         if self.q_pos is not None:
             return self.q_pos.long()
-        if self.fold is None:
+        if self.packed is None:
             return (torch.arange(seq_q, device=device) + (seq_k - seq_q)).view(1, 1, seq_q)
-        heads, block, tokens = self.fold
+        heads, block, tokens = self.packed
         token = torch.arange(seq_q // heads, device=device).clamp_(max=tokens - 1) + (seq_k - tokens)
         return token.view(-1, 1, block).expand(-1, heads, -1).reshape(1, 1, seq_q)
 
@@ -91,7 +91,7 @@ class Rule:
         return torch.where(pos < 0, 0, end) if self.q_pos is not None else end
 
 
-def token_mask(rule: Rule, heads: int, seq_q: int, seq_k: int, device: torch.device) -> Tensor:
+def token_mask(rule: TokenRule, heads: int, seq_q: int, seq_k: int, device: torch.device) -> Tensor:
     """The rule as a mask, bool ``[B|1, H|1, T, S]``: the definition, at O(T S) memory."""
     pos = rule.positions(seq_q, seq_k, device)
 

@@ -1,4 +1,4 @@
-"""Calls that torch's fused kernel computes strip by strip: against the oracle, and which calls are of that kind."""
+"""Calls that torch's fused kernel computes tile by tile: against the oracle, and which calls are of that kind."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from attnzoo_kernels import BlockLayout, Extras, block_sparse_attention, block_sparse_attention_with_lse, dispatch
 from attnzoo_kernels.cpu import flash, row_tiles
 from attnzoo_kernels.spec.call import Call
-from attnzoo_kernels.spec.token_rule import Rule
+from attnzoo_kernels.spec.token_rule import TokenRule
 from tests.attnzoo_kernels.cpu.cpu_classes import PROCESSORS, answering
 from tests.attnzoo_kernels.op.test_agreement import assert_agrees, seeds_of
 from tests.attnzoo_kernels.op.test_in_place import runs
@@ -152,9 +152,9 @@ def test_where_something_is_spoiled_blocks_compute_the_call(monkeypatch: pytest.
     calls = count_calls(monkeypatch)
     p = problem((1, 1, 1, 30, 30), 4)
     row = torch.arange(30, dtype=torch.int32).view(1, 1, 30)
-    # Nobody sees the last block, and no strip reads it.
+    # Nobody sees the last block, and no tile reads it.
     before_it = p.change(q_pos=row.clamp(max=24), window=4)
-    # Nobody sees the third block, but a strip has rows on both sides of it.
+    # Nobody sees the third block, but a tile has rows on both sides of it.
     around_it = p.change(q_pos=torch.where(row < 16, row // 2, row), window=2)
     for other, block, wanted in ((before_it, slice(25, 30), passes(p)), (around_it, slice(10, 15), [])):
         for name in ("k", "v"):
@@ -283,7 +283,7 @@ def test_the_op_keeps_its_promises_of_shape_and_stride(window: int | None) -> No
     p = problem((2, 2, 2, 16, 16), 8)
     layout = layout_for(p)
     call = Call(
-        p.q, p.k, p.v, layout.start, layout.count, layout.col, None, Rule(p.causal, window=window), p.block_q,
+        p.q, p.k, p.v, layout.start, layout.count, layout.col, None, TokenRule(p.causal, window=window), p.block_q,
         p.block_k, 0.25,
     )  # fmt: skip
     for need_lse in (False, True):
@@ -293,17 +293,17 @@ def test_the_op_keeps_its_promises_of_shape_and_stride(window: int | None) -> No
         assert lse.shape == ((2, 4, 16) if need_lse else (0,))
 
 
-def test_strips_are_cut_where_it_costs_least() -> None:
+def test_row_tiles_are_cut_where_it_costs_least() -> None:
     def heights(seen: int, rows: int, heads: int) -> set[int]:
         hi = torch.arange(1, rows + 1).view(1, 1, rows)
         shape = torch.empty(1, heads, rows, 4)
-        rule = Rule(True, window=seen)
+        rule = TokenRule(True, window=seen)
         layout = BlockLayout.dense(64, 64, rows, rows)
         call = Call(shape, shape, shape, layout.start, layout.count, layout.col, None, rule, 64, 64, 1.0)
-        found = row_tiles.strips_of(call, 1)
+        found = row_tiles.row_tiles_of(call, 1)
         assert found is not None
         assert torch.equal(found.hi, hi.expand_as(found.hi))
-        return {strip.rows.stop - strip.rows.start for strip in found.seats[0].strips}
+        return {tile.rows.stop - tile.rows.start for tile in found.head_groups[0].tiles}
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(row_tiles, "CELL", 64)
@@ -312,36 +312,36 @@ def test_strips_are_cut_where_it_costs_least() -> None:
 
 
 MUTANTS = {
-    "causality aligned at the first key": (row_tiles, "_find_strips", "inside = seq_k - seq_q if", "inside = 0 if"),
+    "causality aligned at the first key": (row_tiles, "_find_row_tiles", "inside = seq_k - seq_q if", "inside = 0 if"),
     "lists that are not looked at": (row_tiles, "_find_runs", "not bool(", "False and bool("),
     "sinks overlooked": (flash, "may_take", "and rule.sink == 0", ""),
-    "a run that goes on": (row_tiles, "_find_strips", "torch.minimum(hi, last)", "hi"),
-    "a run that began before": (row_tiles, "_find_strips", "torch.maximum(lo, first)", "lo"),
-    "one row's beginning for all": (row_tiles, "_parts", "late=first < highest, ", ""),
-    "one row's end for all": (row_tiles, "_parts", "early=least < last", ""),
-    "the slots inside a strip left out": (row_tiles, "_parts", "Part(begin, end), ", ""),
-    "query heads in another order": (row_tiles, "_seats", "cells[item, head::ratio][here]", "cells[item, here]"),
-    "the first item's strips for all": (row_tiles, "_seats", "own = cells[item] if", "own = cells[0] if"),
-    "parts that are added up": (flash, "_merged", "share)", "share.new_tensor(0.5))"),
-    "the larger share for the smaller part": (flash, "_merged", "(other[1] - one[1])", "(one[1] - other[1])"),
-    "rows that see nothing": (flash, "forward", "out.masked_fill_(row_tiles.dead.unsqueeze(-1), 0.0)", "pass"),
-    "rows that see nothing, on the way back": (flash, "backward", "if row_tiles.dead is not None", "if False"),
+    "a run that goes on": (row_tiles, "_find_row_tiles", "torch.minimum(hi, last)", "hi"),
+    "a run that began before": (row_tiles, "_find_row_tiles", "torch.maximum(lo, first)", "lo"),
+    "one row's beginning for all": (row_tiles, "_key_ranges", "late=first < highest, ", ""),
+    "one row's end for all": (row_tiles, "_key_ranges", "early=least < last", ""),
+    "the slots inside a tile left out": (row_tiles, "_key_ranges", "KeyRange(begin, end), ", ""),
+    "query heads in another order": (row_tiles, "_head_groups", "cells[item, head::ratio][here]", "cells[item, here]"),
+    "the first item's tiles for all": (row_tiles, "_head_groups", "own = cells[item] if", "own = cells[0] if"),
+    "key ranges that are added up": (flash, "_merged", "share)", "share.new_tensor(0.5))"),
+    "the larger share for the smaller range": (flash, "_merged", "(other[1] - one[1])", "(one[1] - other[1])"),
+    "rows that see nothing": (flash, "forward", "out.masked_fill_(tiles.dead.unsqueeze(-1), 0.0)", "pass"),
+    "rows that see nothing, on the way back": (flash, "backward", "if tiles.dead is not None", "if False"),
     "the log-sum-exp of half precision": (flash, "forward", "(need_lse and", "(False and"),
-    "no second look at what comes out": (flash, "forward", "_is_spoiled(out, row_tiles)", "False"),
+    "no second look at what comes out": (flash, "forward", "_is_spoiled(out, tiles)", "False"),
     "no second look on the way back": (
         flash,
         "backward",
-        "None if _is_spoiled(dq, row_tiles) else (dq, dk, dv)",
+        "None if _is_spoiled(dq, tiles) else (dq, dk, dv)",
         "(dq, dk, dv)",
     ),
     "the scale forgotten": (flash, "forward", ", scale=call.scale", ""),
     "the scale forgotten on the way back": (
         flash,
         "backward",
-        "attn_mask=edges.mask(strip, part), scale=call.scale",
-        "attn_mask=edges.mask(strip, part)",
+        "attn_mask=edges.mask(tile, keys), scale=call.scale",
+        "attn_mask=edges.mask(tile, keys)",
     ),
-    "all causal where they are one part": (flash, "backward", "0.0, lone.causal", "0.0, call.rule.causal"),
+    "all causal where they are one range": (flash, "backward", "0.0, lone.causal", "0.0, call.rule.causal"),
     "the edge a slot too far": (flash, "_edge", "place.neg_()", "place.add_(1).neg_()"),
 }
 

@@ -42,7 +42,7 @@ class Tensors(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Rule:
+class TokenRule:
     """What stays the same where inputs are spoiled."""
 
     causal: bool = True
@@ -57,19 +57,19 @@ class Rule:
 
 
 RULES = {
-    "causal": Rule(listed=1.0),
-    "window and sink": Rule(window=9, sink=3),
-    "rows anywhere, some absent": Rule(positions=True, window=11),
-    "padding": Rule(padding=True),
-    "aux and padding": Rule(aux=True, padding=True, positions=True),
-    "landmarks": Rule(gate="last", padding=True),
-    "gate keys": Rule(gate="keys", listed=1.0),
-    "origins": Rule(rope=True, positions=True),
-    "all of them": Rule(gate="keys", aux=True, rope=True, padding=True, positions=True, window=20),
+    "causal": TokenRule(listed=1.0),
+    "window and sink": TokenRule(window=9, sink=3),
+    "rows anywhere, some absent": TokenRule(positions=True, window=11),
+    "padding": TokenRule(padding=True),
+    "aux and padding": TokenRule(aux=True, padding=True, positions=True),
+    "landmarks": TokenRule(gate="last", padding=True),
+    "gate keys": TokenRule(gate="keys", listed=1.0),
+    "origins": TokenRule(rope=True, positions=True),
+    "all of them": TokenRule(gate="keys", aux=True, rope=True, padding=True, positions=True, window=20),
 }
 
 
-def layout_of(rule: Rule) -> BlockLayout:
+def layout_of(rule: TokenRule) -> BlockLayout:
     n, grid = Numbers.of(5), (1, GROUPS, -(-ROWS // BLOCK), -(-SLOTS // BLOCK))
     keep = n.chance(rule.listed, *grid)
     index = torch.where(keep, torch.arange(grid[3]).expand(grid), -1)
@@ -78,7 +78,7 @@ def layout_of(rule: Rule) -> BlockLayout:
     return BlockLayout.from_indices(index, BLOCK, BLOCK, ROWS, SLOTS, origin=origin)
 
 
-def tensors_of(rule: Rule, dtype: torch.dtype) -> Tensors:
+def tensors_of(rule: TokenRule, dtype: torch.dtype) -> Tensors:
     n = Numbers.of(6)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -99,7 +99,7 @@ def tensors_of(rule: Rule, dtype: torch.dtype) -> Tensors:
     )  # fmt: skip
 
 
-def extras_of(rule: Rule, x: Tensors) -> Extras:
+def extras_of(rule: TokenRule, x: Tensors) -> Extras:
     q_pos = Numbers.of(7).integers(0, SLOTS - 1, BATCH, 1, ROWS)
     q_pos[..., ::4] = -1
     return Extras(
@@ -115,7 +115,7 @@ def extras_of(rule: Rule, x: Tensors) -> Extras:
 
 
 @cache
-def seen_by(rule: Rule) -> tuple[Tensor, Tensor]:
+def seen_by(rule: TokenRule) -> tuple[Tensor, Tensor]:
     """Who sees whom, bool ``[B, H, T, S]``, and the blocks that hold rows' own positions, bool ``[B, H, T, N]``."""
     x = tensors_of(rule, torch.float32)
     call = make_call((x.q, x.k, x.v), layout_of(rule), causal=rule.causal, scale=1.0, extras=extras_of(rule, x))
@@ -127,7 +127,7 @@ def seen_by(rule: Rule) -> tuple[Tensor, Tensor]:
 LEAVES = ("q", "k", "v", "key_bias", "q_aux", "k_aux", "gate")
 
 
-def results(rule: Rule, x: Tensors, impl: str, *, with_lse: bool) -> dict[str, Tensor]:
+def results(rule: TokenRule, x: Tensors, impl: str, *, with_lse: bool) -> dict[str, Tensor]:
     leaves = {name: getattr(x, name).clone().requires_grad_() for name in LEAVES if getattr(x, name) is not None}
     given = x._replace(**leaves)
     call: dict[str, Any] = {"causal": rule.causal, "extras": extras_of(rule, given), "impl": impl}
@@ -142,7 +142,7 @@ def results(rule: Rule, x: Tensors, impl: str, *, with_lse: bool) -> dict[str, T
 
 
 @cache
-def clean_results(rule: Rule, dtype: torch.dtype, impl: str, *, with_lse: bool, path: str) -> dict[str, Tensor]:
+def clean_results(rule: TokenRule, dtype: torch.dtype, impl: str, *, with_lse: bool, path: str) -> dict[str, Tensor]:
     """As :func:`results`, remembered for each path of the CPU."""
     return results(rule, tensors_of(rule, dtype), impl, with_lse=with_lse)
 
@@ -207,7 +207,7 @@ def spoil(name: str, x: Tensors, seen: Tensor, own: Tensor, *, by_some: bool) ->
 
 
 def assert_apart(
-    rule: Rule, dtype: torch.dtype, impl: str, name: str, value: float, *, by_some: bool, path: str = "any"
+    rule: TokenRule, dtype: torch.dtype, impl: str, name: str, value: float, *, by_some: bool, path: str = "any"
 ) -> None:
     """What has no part in the spoiled places is as if they held numbers."""
     x, (seen, own) = tensors_of(rule, dtype), seen_by(rule)
@@ -243,7 +243,7 @@ def assert_apart(
             assert bool((~found["out"].isfinite()).any(-1)[rows].all()), "what is seen was lost"
 
 
-def inputs_of(rule: Rule) -> list[str]:
+def inputs_of(rule: TokenRule) -> list[str]:
     there = [name for name, x in tensors_of(rule, torch.float32)._asdict().items() if x is not None]
     return [name for name in there if name != "sin"]
 

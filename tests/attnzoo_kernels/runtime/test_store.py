@@ -27,7 +27,7 @@ from attnzoo_kernels.cpu import row_tiles, schedule
 from attnzoo_kernels.layouts import memo
 from attnzoo_kernels.runtime import store, workspace
 from attnzoo_kernels.spec.call import Call, Origins
-from attnzoo_kernels.spec.token_rule import Fold, Rule
+from attnzoo_kernels.spec.token_rule import PackedGQA, TokenRule
 from tests.strategies import Numbers
 
 SMALL = 200 << 10
@@ -215,10 +215,10 @@ def layout_for(tokens: int, **change: int) -> BlockLayout:
     return BlockLayout.dense(change.get("block_q", 16), change.get("block_k", 16), tokens, tokens)
 
 
-def call_of(layout: BlockLayout, rule: Rule | None = None, sizes: tuple[int, int, int] = (2, 4, 2)) -> Call:
+def call_of(layout: BlockLayout, rule: TokenRule | None = None, sizes: tuple[int, int, int] = (2, 4, 2)) -> Call:
     batch, heads, groups = sizes
     q, k = torch.empty(batch, heads, layout.seq_q, 2), torch.empty(batch, groups, layout.seq_k, 2)
-    rule = rule or Rule(causal=True, window=9, sink=2)
+    rule = rule or TokenRule(causal=True, window=9, sink=2)
     return Call(q, k, k, *_lists(layout), None, rule, layout.block_q, layout.block_k, 1.0)
 
 
@@ -241,8 +241,8 @@ OTHERS: dict[str, Call] = {
     "window": replace(CALL, rule=replace(CALL.rule, window=10)),
     "no window": replace(CALL, rule=replace(CALL.rule, window=None)),
     "sink": replace(CALL, rule=replace(CALL.rule, sink=3)),
-    "fold": replace(CALL, rule=replace(CALL.rule, fold=Fold(2, 8, 32))),
-    "another fold": replace(CALL, rule=replace(CALL.rule, fold=Fold(2, 16, 32))),
+    "packed heads": replace(CALL, rule=replace(CALL.rule, packed=PackedGQA(2, 8, 32))),
+    "other packed heads": replace(CALL, rule=replace(CALL.rule, packed=PackedGQA(2, 16, 32))),
     "origins": replace(CALL, origins=Origins(ORIGIN, ORIGIN, ORIGIN)),
     "other origins": replace(CALL, origins=Origins(ORIGIN.clone(), ORIGIN, ORIGIN)),
     "start": replace(CALL, start=CALL.start.clone()),

@@ -27,7 +27,7 @@ from tests.strategies import Numbers
 
 pytestmark = only_interpreted
 
-MODULES = ("tiles", "forward", "plan", "backward", "launch")
+MODULES = ("primitives", "forward", "block_lists", "backward", "launch")
 SOURCE = Path(launch.__file__).parent
 
 
@@ -101,25 +101,25 @@ def load(folder: Path, edits: dict[str, dict[str, str]]) -> ModuleType:
 
 Mutant = tuple[str, dict[str, dict[str, str]]]
 MUTANTS: dict[str, Mutant] = {
-    "causality shows the next key": ("causal", {"tiles": {"        hi = pos + 1\n": "        hi = pos + 2\n"}}),
-    "causality hides the own key": ("causal", {"tiles": {"        hi = pos + 1\n": "        hi = pos\n"}}),
-    "a window that starts one key early": ("window", {"tiles": {"lo = pos - wide + 1": "lo = pos - wide"}}),
-    "a window that ends one key late": ("one window", {"tiles": {"hi = pos + wide": "hi = pos + wide + 1"}}),
+    "causality shows the next key": ("causal", {"primitives": {"        hi = pos + 1\n": "        hi = pos + 2\n"}}),
+    "causality hides the own key": ("causal", {"primitives": {"        hi = pos + 1\n": "        hi = pos\n"}}),
+    "a window that starts one key early": ("window", {"primitives": {"lo = pos - wide + 1": "lo = pos - wide"}}),
+    "a window that ends one key late": ("one window", {"primitives": {"hi = pos + wide": "hi = pos + wide + 1"}}),
     "a sink without causality": (
         "early rows",
-        {"tiles": {"sink = tl.minimum(sink, pos + 1)": "sink = sink"}},
+        {"primitives": {"sink = tl.minimum(sink, pos + 1)": "sink = sink"}},
     ),
-    "windows of the first head for all": ("window", {"tiles": {"more.windows + head": "more.windows + head * 0"}}),
+    "windows of the first head for all": ("window", {"primitives": {"more.windows + head": "more.windows + head * 0"}}),
     "a tail of keys that are not there": (
         "full",
         {
-            "tiles": {
+            "primitives": {
                 "tl.minimum(tl.maximum(hi, 0), sizes.seq_k), 0)": "tl.maximum(hi, 0), 0)",
                 "hi = tl.zeros_like(pos) + sizes.seq_k": "hi = tl.zeros_like(pos) + sizes.seq_k + 3",
             }
         },
     ),
-    "the next block read with this one": ("causal", {"tiles": {"if c.BLOCK_K % c.BN != 0": "if False"}}),
+    "the next block read with this one": ("causal", {"primitives": {"if c.BLOCK_K % c.BN != 0": "if False"}}),
     "partial blocks without a mask": (
         "full causal",
         {"launch": {"full = lists.full if split else lists.start": "full = lists.end"}},
@@ -127,7 +127,7 @@ MUTANTS: dict[str, Mutant] = {
     "absent rows taken as present": (
         "absent",
         {
-            "tiles": {
+            "primitives": {
                 "valid = valid & (pos >= 0)": "valid = valid & (pos >= -9)",
                 "tl.where(pos < 0, -1, ": "tl.where(pos < -9, -1, ",
             },
@@ -159,24 +159,24 @@ MUTANTS: dict[str, Mutant] = {
     "lists of heads by remainder": (
         "causal",
         {
-            "tiles": {"+ h // c.PER\n    return place": "+ h % groups\n    return place"},
+            "primitives": {"+ h // c.PER\n    return place": "+ h % groups\n    return place"},
             "launch": {"pack = per if": "pack = 1 if"},
         },
     ),
     "transposed lists that are not": (
         "causal",
-        {"plan": {"keys = _sorted(column,": "keys = _sorted(entries.row % (blocks_k * batch * heads),"}},
+        {"block_lists": {"keys = _sorted(column,": "keys = _sorted(entries.row % (blocks_k * batch * heads),"}},
     ),
-    "bias scaled twice": ("bias", {"tiles": {".to(c.ACC) * LOG2E\n": ".to(c.ACC) * LOG2E * 2\n"}}),
+    "bias scaled twice": ("bias", {"primitives": {".to(c.ACC) * LOG2E\n": ".to(c.ACC) * LOG2E * 2\n"}}),
     "the bias of the first head for all": (
         "bias",
-        {"tiles": {"place_of(b, h, groups, c.BIAS": "place_of(b, h * 0, groups, c.BIAS"}},
+        {"primitives": {"place_of(b, h, groups, c.BIAS": "place_of(b, h * 0, groups, c.BIAS"}},
     ),
     "the own block gated": (
         "landmarks",
-        {"tiles": {"shift = tl.where(own, 0.0, ": "shift = tl.where(own & False, 0.0, "}},
+        {"primitives": {"shift = tl.where(own, 0.0, ": "shift = tl.where(own & False, 0.0, "}},
     ),
-    "landmarks read as ordinary keys": ("landmarks", {"tiles": {"keep = keep & (last == 0)": "keep = keep"}}),
+    "landmarks read as ordinary keys": ("landmarks", {"primitives": {"keep = keep & (last == 0)": "keep = keep"}}),
     "the gradient of landmarks lost": (
         "landmarks",
         {"backward": {"kept(dgate, AXIS), ds)": "kept(dgate * 0, AXIS), ds)"}},
@@ -187,9 +187,9 @@ MUTANTS: dict[str, Mutant] = {
     ),
     "origins turned the other way": (
         "origins",
-        {"tiles": {"tl.where(d < c.TURN, sin, -sin)": "tl.where(d < c.TURN, -sin, sin)"}},
+        {"primitives": {"tl.where(d < c.TURN, sin, -sin)": "tl.where(d < c.TURN, -sin, sin)"}},
     ),
-    "the wrong half of a plane": ("origins", {"tiles": {"tl.where(d < 2 * c.TURN, d - c.TURN, d)": "d"}}),
+    "the wrong half of a plane": ("origins", {"primitives": {"tl.where(d < 2 * c.TURN, d - c.TURN, d)": "d"}}),
     "gradients of turned keys not turned back": (
         "origins",
         {"backward": {"turn(key, partner, cos, -sin, c)": "turn(key, partner, cos, sin, c)"}},
@@ -200,10 +200,10 @@ MUTANTS: dict[str, Mutant] = {
     ),
     "the same channels at every step": (
         "wide stepped",
-        {"tiles": {"d = begin + tl.arange(0, c.STEP)": "d = tl.arange(0, c.STEP)"}},
+        {"primitives": {"d = begin + tl.arange(0, c.STEP)": "d = tl.arange(0, c.STEP)"}},
     ),
-    "the last step left out": ("wide stepped", {"tiles": {"a.shape[1], c.STEP)": "a.shape[1] - c.STEP, c.STEP)"}}),
-    "steps that do not turn": ("wide stepped", {"tiles": {"if origins is not None": "if False"}}),
+    "the last step left out": ("wide stepped", {"primitives": {"a.shape[1], c.STEP)": "a.shape[1] - c.STEP, c.STEP)"}}),
+    "steps that do not turn": ("wide stepped", {"primitives": {"if origins is not None": "if False"}}),
     "parts joined without weights": (
         "decoding",
         {"forward": {"weight = tl.exp2((found": "weight = tl.exp2(0 * (found"}},

@@ -181,12 +181,12 @@ def test_compiled_as_one_graph_it_is_the_eager_call(rule: dict[str, Any]) -> Non
 def test_the_op_passes_the_checks_of_torch() -> None:
     from attnzoo_kernels.registration import flatten
     from attnzoo_kernels.spec.call import Call
-    from attnzoo_kernels.spec.token_rule import Rule
+    from attnzoo_kernels.spec.token_rule import TokenRule
 
     n = Numbers.of(2)
     q, k, v = (n.normal(1, heads, 20, 4).float().requires_grad_() for heads in (2, 1, 1))
     layout = BlockLayout.dense(32, 32, 20, 20)
-    call = Call(q, k, v, layout.start, layout.count, layout.col, None, Rule(True), 32, 32, 0.5)
+    call = Call(q, k, v, layout.start, layout.count, layout.col, None, TokenRule(True), 32, 32, 0.5)
     torch.library.opcheck(torch.ops.attnzoo.bsa_fwd.default, (*flatten(call), "triton", True))
 
 

@@ -1,4 +1,4 @@
-"""Of the operation on CPUs: lists, schedules, folding, gathering, gates, strips and products; and of its meaning."""
+"""Of the operation on CPUs: lists, schedules, packed heads, gathering, gates, row tiles and products; and of its meaning."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ FOLDER, TESTS = "kernels/attnzoo_kernels", "tests/attnzoo_kernels"
 RIGHT = f"{TESTS}/test_mutants.py -k passes_every_check"
 entries = partial(Mutant, file=f"{FOLDER}/layouts/entries.py", tests=RIGHT)
 schedule = partial(Mutant, file=f"{FOLDER}/cpu/schedule.py", tests=RIGHT)
-fold = partial(Mutant, file=f"{FOLDER}/cpu/pack_gqa.py", tests=RIGHT)
+pack_gqa = partial(Mutant, file=f"{FOLDER}/cpu/pack_gqa.py", tests=RIGHT)
 tiles = partial(Mutant, file=f"{FOLDER}/cpu/gather.py", tests=RIGHT)
 gating = partial(Mutant, file=f"{FOLDER}/cpu/gates.py", tests=RIGHT)
 scores = partial(Mutant, file=f"{FOLDER}/cpu/scores.py", tests=RIGHT)
 blocked = partial(Mutant, file=f"{FOLDER}/cpu/blocked.py", tests=RIGHT)
 rule = partial(Mutant, file=f"{FOLDER}/spec/token_rule.py", tests=RIGHT)
 reference = partial(Mutant, file=f"{FOLDER}/reference.py", tests=RIGHT)
-strips = partial(Mutant, file=f"{FOLDER}/cpu/row_tiles.py", tests=f"{TESTS}/cpu/test_flash.py")
+row_tiles = partial(Mutant, file=f"{FOLDER}/cpu/row_tiles.py", tests=f"{TESTS}/cpu/test_flash.py")
 fused = partial(Mutant, file=f"{FOLDER}/cpu/flash.py", tests=f"{TESTS}/cpu/test_flash.py")
 half = partial(Mutant, file=f"{FOLDER}/cpu/bf16.py", tests=f"{TESTS}/cpu/test_bf16.py")
 
@@ -82,32 +82,32 @@ MUTANTS = (
         "schedule-safe", old="(~sources.safe[origin]).long()", new="(sources.safe[origin]).long()",
         wrong="rows that may see nothing are taken for safe",
     ),
-    fold(
-        "fold-absent", old="fold, 1, absent=-1)", new="fold, 1, absent=0)",
-        wrong="rows that fill a folded block stand at slot 0 instead of nowhere",
+    pack_gqa(
+        "pack-gqa-absent", old="packed, 1, absent=-1)", new="packed, 1, absent=0)",
+        wrong="rows that fill a packed block stand at slot 0 instead of nowhere",
         tests=f"{TESTS}/op/test_unseen.py",
     ),
-    fold(
-        "fold-lists-by-head", old="call.start.shape[1] in (1, groups)", new="call.start.shape[1] >= 1",
-        wrong="heads that read different blocks are folded together",
+    pack_gqa(
+        "pack-gqa-lists-by-head", old="call.start.shape[1] in (1, groups)", new="call.start.shape[1] >= 1",
+        wrong="heads that read different blocks are packed together",
     ),
-    fold(
-        "fold-bias-by-head", old="bias is None or bias.shape[1] in (1, groups)", new="bias is None or bias.shape[1] >= 1",
-        wrong="heads with different biases are folded together",
+    pack_gqa(
+        "pack-gqa-bias-by-head", old="bias is None or bias.shape[1] in (1, groups)", new="bias is None or bias.shape[1] >= 1",
+        wrong="heads with different biases are packed together",
     ),
-    fold(
-        "fold-windows-by-head", old="and not call.rule.is_per_head", new="", wrong="heads with different windows are folded together",
+    pack_gqa(
+        "pack-gqa-windows-by-head", old="and not call.rule.is_per_head", new="", wrong="heads with different windows are packed together",
     ),
-    fold(
-        "fold-mix-by-head", old="and (gate is None or not isinstance(gate.mix, Tensor))", new="",
-        wrong="heads with different mixes are folded together", tests=f"{TESTS}/op/test_switches.py -k 'gates_of_every'",
+    pack_gqa(
+        "pack-gqa-mix-by-head", old="and (gate is None or not isinstance(gate.mix, Tensor))", new="",
+        wrong="heads with different mixes are packed together", tests=f"{TESTS}/op/test_switches.py -k 'gates_of_every'",
     ),
-    fold(
-        "fold-heads-and-blocks-swapped", old=".expand(-1, -1, heads, -1, -1, -1).transpose(2, 3)", new=".expand(-1, -1, heads, -1, -1, -1)",
+    pack_gqa(
+        "pack-gqa-heads-and-blocks-swapped", old=".expand(-1, -1, heads, -1, -1, -1).transpose(2, 3)", new=".expand(-1, -1, heads, -1, -1, -1)",
         wrong="rows are laid head by head instead of block by block",
     ),
-    fold(
-        "fold-tall-rows", old="* block // call.block_q", new="// call.block_q",
+    pack_gqa(
+        "pack-gqa-tall-rows", old="* block // call.block_q", new="// call.block_q",
         wrong="shorter query blocks take the lists of the wrong tall ones", tests=f"{TESTS}/op/test_regressions.py -k tall",
     ),
     tiles(
@@ -188,7 +188,7 @@ MUTANTS = (
         wrong="positions by head count as shared", tests=f"{TESTS}/op/test_unseen.py",
     ),
     rule(
-        "rule-fold-tail", old=".clamp_(max=tokens - 1)", new=".clamp_(max=tokens)",
+        "rule-packed-tail", old=".clamp_(max=tokens - 1)", new=".clamp_(max=tokens)",
         wrong="rows behind the last see one key more, and a block counts as seen in full by fewer rows",
         survives="rows behind the last are cut off; that they stand one slot further costs a mask at most.",
     ),
@@ -205,40 +205,40 @@ MUTANTS = (
         "reference-spoilt-everywhere", old="torch.where(touched, clean + (spoilt - clean).detach(), clean)", new="clean",
         wrong="NaN values that a row reads do not show", tests=f"{TESTS}/op/test_surface.py",
     ),
-    strips(
-        "strips-window-begins", old="begin = highest + 1 if first < highest else first",
+    row_tiles(
+        "row-tiles-window-begins", old="begin = highest + 1 if first < highest else first",
         new="begin = highest if first < highest else first",
-        wrong="a part holds no slot of the row that begins last", tests=f"{TESTS}/cpu/test_row_tile_parts.py",
+        wrong="a range holds no slot of the row that begins last", tests=f"{TESTS}/cpu/test_key_ranges.py",
     ),
-    strips(
-        "strips-window-ends", old="end = least - 1 if least < last else last", new="end = least + 1 if least < last else last",
-        wrong="the unmasked part ends behind what all rows see", tests=f"{TESTS}/cpu/test_row_tile_parts.py",
+    row_tiles(
+        "row-tiles-window-ends", old="end = least - 1 if least < last else last", new="end = least + 1 if least < last else last",
+        wrong="the unmasked range ends behind what all rows see", tests=f"{TESTS}/cpu/test_key_ranges.py",
     ),
-    strips(
-        "strips-heads-of-a-group", old="x.unflatten(1, (-1, self.ratio))[:, self.groups, self.head]", new="x.unflatten(1, (self.ratio, -1))[:, self.head, self.groups]",
+    row_tiles(
+        "row-tiles-heads-of-a-group", old="x.unflatten(1, (-1, self.ratio))[:, self.groups, self.head]", new="x.unflatten(1, (self.ratio, -1))[:, self.head, self.groups]",
         wrong="query heads belong to KV heads by remainder", tests=f"{TESTS}/cpu/test_flash.py -k 'dense or runs'",
     ),
-    strips(
-        "strips-least-side", old="torch.where(live, lo, far), torch.where(live, -lo, far), torch.where(live, hi, far), torch.where(live, -hi, far)",
+    row_tiles(
+        "row-tiles-least-side", old="torch.where(live, lo, far), torch.where(live, -lo, far), torch.where(live, hi, far), torch.where(live, -hi, far)",
         new="torch.where(live, lo, far), torch.where(live, lo, far), torch.where(live, hi, far), torch.where(live, -hi, far)",
         wrong="where the last row begins is taken from the first", tests=f"{TESTS}/cpu/test_flash.py -k 'runs or cut'",
     ),
-    strips(
-        "strips-runs-with-gaps", old="((last - first).clamp(min=0) == count)", new="((last - first).clamp(min=0) >= count)",
+    row_tiles(
+        "row-tiles-runs-with-gaps", old="((last - first).clamp(min=0) == count)", new="((last - first).clamp(min=0) >= count)",
         wrong="lists with gaps are taken for runs", tests=f"{TESTS}/cpu/test_flash.py -k 'gap or other_calls'",
     ),
     fused(
         "fused-merge-share", old="(other[1] - one[1]).sigmoid_()", new="(one[1] - other[1]).sigmoid_()",
-        wrong="two parts are weighed with each other's weights", tests=f"{TESTS}/cpu/test_flash.py -k 'runs'",
+        wrong="two key ranges are weighed with each other's weights", tests=f"{TESTS}/cpu/test_flash.py -k 'runs'",
     ),
     fused(
-        "fused-dead-lse", old="lse = lse.masked_fill(strips.dead, torch.inf)", new="pass",
+        "fused-dead-lse", old="lse = lse.masked_fill(tiles.dead, torch.inf)", new="pass",
         wrong="rows that see nothing have weights in the backward", tests=f"{TESTS}/cpu/test_flash.py -k 'runs or nobody_sees'",
     ),
     fused(
-        "fused-key-gradients-of-last-part", old="for x, grad in zip((total, total_k, total_v), grads, strict=True):\n                    x.add_(grad)",
+        "fused-key-gradients-of-last-range", old="for x, grad in zip((total, total_k, total_v), grads, strict=True):\n                    x.add_(grad)",
         new="for x, grad in zip((total, total_k, total_v), grads, strict=True):\n                    x.copy_(grad)",
-        wrong="each part's gradients replace those before", tests=f"{TESTS}/cpu/test_flash.py -k 'runs'",
+        wrong="each range's gradients replace those before", tests=f"{TESTS}/cpu/test_flash.py -k 'runs'",
     ),
     half(
         "half-mask-of-full-blocks", old="mask[..., :-hidden] = 0.0", new="pass",

@@ -32,8 +32,8 @@ MUTANTS = (
         wrong="a ragged last block counts slots that are not there",
     ),
     density(
-        "density-lists-share-a-bias", old="Lists(lists.start[chosen], lists.count[chosen], call.col), pairs % (bias_batch * bias_heads)",
-        new="Lists(lists.start[chosen], lists.count[chosen], call.col), pairs * 0",
+        "density-lists-share-a-bias", old="        pairs % (bias_batch * bias_heads),",
+        new="        pairs * 0,",
         wrong="all rows count the keys of the first row of the bias", tests=f"{TESTS}/op/test_surface.py -k hidden",
     ),
     density(
@@ -66,7 +66,7 @@ MUTANTS = (
         wrong="calls with other origins share a plan", tests=f"{TESTS}/layouts/test_kept_plans.py",
     ),
     memo(
-        "memo-without-fold", old="        rule.fold,\n", new="", wrong="calls that are folded otherwise share a plan",
+        "memo-without-fold", old="        rule.packed,\n", new="", wrong="calls whose heads are packed otherwise share a plan",
     ),
     memo(
         "memo-without-causality", old="        rule.causal,\n", new="", wrong="causal calls and others share a plan",
@@ -200,7 +200,7 @@ MUTANTS = (
         "gradients-of-dead-rows", f"{FOLDER}/cpu/blocked.py",
         old="dlse_rows = None if dlse_rows is None else dlse_rows.masked_fill(chunk.dead, 0.0)", new="pass",
         wrong="what the log-sum-exp of a row that sees nothing is told comes into its products",
-        survives="Results that are no numbers are computed again with care, which silences it: only the time differs.",
+        survives="Results that are no numbers are computed again with care, which zeroes it: only the time differs.",
     ),
     Mutant(
         "aux-hidden-keys", f"{FOLDER}/cpu/blocked.py", old='dq_aux = multiply("dq_aux"', new='dq_aux = product("dq_aux"',

@@ -8,7 +8,7 @@ from tests.mutants.record import Mutant
 
 FOLDER, TESTS = "kernels/attnzoo_kernels", "tests/attnzoo_kernels"
 gemm = partial(Mutant, file=f"{FOLDER}/cpu/products.py", tests=f"{TESTS}/cpu/test_products.py")
-sight = partial(Mutant, file=f"{FOLDER}/cpu/nonfinite.py", tests=f"{TESTS}/cpu/test_nonfinite.py -k blocked")
+nonfinite = partial(Mutant, file=f"{FOLDER}/cpu/nonfinite.py", tests=f"{TESTS}/cpu/test_nonfinite.py -k blocked")
 checks = partial(Mutant, file=f"{FOLDER}/checks.py", tests=f"{TESTS}/op/test_scale.py -k refuse")
 
 MUTANTS = (
@@ -25,19 +25,19 @@ MUTANTS = (
         wrong="half of the smallest number is taken for one",
     ),
     gemm(
-        "gemm-zero-silences", old="torch.bmm(a, b).mul_(0.0)", new="torch.zeros_like(out)",
+        "gemm-zero-of-nonfinite", old="torch.bmm(a, b).mul_(0.0)", new="torch.zeros_like(out)",
         wrong="at a scale of 0 a NaN that is seen is lost",
     ),
-    sight(
-        "sight-touched-by-all", old=".float()) > 0", new=".float()) >= 0", wrong="a NaN reaches rows that give it no weight",
+    nonfinite(
+        "nonfinite-touched-by-all", old=".float()) > 0", new=".float()) >= 0", wrong="a NaN reaches rows that give it no weight",
     ),
-    sight(
-        "sight-bias-hides-nothing", old="return call.key_bias is not None and bool((call.key_bias == -torch.inf).any())",
+    nonfinite(
+        "nonfinite-bias-hides-nothing", old="return call.key_bias is not None and bool((call.key_bias == -torch.inf).any())",
         new="return False", wrong="calls in which the bias alone hides are not computed again",
         tests=f"{TESTS}/op/test_torture.py -k padded_keys",
     ),
-    sight(
-        "sight-rule-hides-nothing", old="call.gate is not None or any(part.partial for part in parts)",
+    nonfinite(
+        "nonfinite-rule-hides-nothing", old="call.gate is not None or any(part.partial for part in parts)",
         new="call.gate is not None", wrong="calls in which the rule alone hides are not computed again",
     ),
     Mutant(
