@@ -14,7 +14,7 @@ from torch import Tensor
 from attnzoo.base.steps import Memory, Plan
 from attnzoo_kernels import BlockLayout
 from attnzoo_kernels.errors import UnsupportedError
-from attnzoo_kernels.layouts.build import listed_places
+from attnzoo_kernels.layouts.build import listed_indices
 
 
 def fetch_blocks(memory: Memory, plan: Plan) -> tuple[Memory, Plan]:
@@ -71,7 +71,7 @@ def _gather(x: Tensor, slot: Tensor, device: torch.device) -> Tensor:
 def _renumbered(layout: BlockLayout, upto: Tensor, most: int) -> BlockLayout:
     """The layout over the fetched blocks."""
     _, heads, blocks_q = layout.start.shape
-    row, place = listed_places(layout.lists)
+    row, place = listed_indices(layout.lists)
     # Where items or heads share their lists, they share what is fetched.
     item, head = row // (heads * blocks_q), row // blocks_q % heads
     group = head * upto.shape[1] // heads

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from attnzoo_kernels.errors import ShapeError
-from attnzoo_kernels.layouts.build import distinct_lists, listed_places
+from attnzoo_kernels.layouts.build import distinct_lists, listed_indices
 from attnzoo_kernels.layouts.layout import BlockLayout
 from attnzoo_kernels.runtime.plain import advice, is_readable
 from attnzoo_kernels.spec.extras import Extras
@@ -211,7 +211,7 @@ def _check_origins(layout: BlockLayout, positions: int) -> None:
     """Reads values, where that costs no synchronisation."""
     if layout.origin is None or not is_readable(layout.origin):
         return
-    listed = layout.origin[listed_places(distinct_lists(layout.lists)[1])[1]]
+    listed = layout.origin[listed_indices(distinct_lists(layout.lists)[1])[1]]
     if listed.numel() and positions == 0:
         raise ShapeError("rope: expected tables of at least one position for layout.origin to name, got none")
     if listed.numel() and not (int(listed.min()) >= 0 and int(listed.max()) < positions):

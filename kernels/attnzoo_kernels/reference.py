@@ -17,9 +17,9 @@ from attnzoo_kernels.spec.token_rule import token_mask
 
 
 def _listed_blocks(call: Call) -> Tensor:
-    """The key block at each place of ``col`` for each row, int64 ``[B|1, h, M, cap]``; N beyond a row's own list."""
-    place = torch.arange(call.col.shape[0], device=call.col.device)
-    inside = (place >= call.start.unsqueeze(-1)) & (place < (call.start + call.count).unsqueeze(-1))
+    """The key block at each index of ``col`` for each row, int64 ``[B|1, h, M, cap]``; N beyond a row's own list."""
+    index = torch.arange(call.col.shape[0], device=call.col.device)
+    inside = (index >= call.start.unsqueeze(-1)) & (index < (call.start + call.count).unsqueeze(-1))
     return torch.where(inside, call.col.long(), call.grid[1])
 
 
@@ -123,8 +123,8 @@ def _products(call: Call, q: Tensor, k: Tensor, block: int) -> Tensor:
     for m, rows in enumerate(q.split(call.block_q, 2)):
         at = table[:, :, m].repeat_interleave(block, -1)[..., : k.shape[2]]
         # R(-o) q . k = q . R(o) k
-        turned = _rotate(k, call.origins.cos[at].to(k.dtype), call.origins.sin[at].to(k.dtype))
-        tiles.append(torch.matmul(rows, turned.transpose(-1, -2)))
+        rotated = _rotate(k, call.origins.cos[at].to(k.dtype), call.origins.sin[at].to(k.dtype))
+        tiles.append(torch.matmul(rows, rotated.transpose(-1, -2)))
     return torch.cat(tiles, 2)
 
 

@@ -27,12 +27,12 @@ _SCALARS = (
     "int block_q", "int block_k", "bool causal", "int? window_size", "int sink_size", "float scale", "bool gate_last",
     "float gate_mix_size", "bool fast", "str impl",
 )  # fmt: skip
-_PLACES = {text.rpartition(" ")[2]: place for place, text in enumerate(_TENSORS)}
+_INDEX_OF = {text.rpartition(" ")[2]: index for index, text in enumerate(_TENSORS)}
 _COUNT = len(_TENSORS)
-WITH_GRADIENT = tuple(_PLACES[name] for name in ("q", "k", "v", "key_bias", "q_aux", "k_aux", "gate"))
-"""Places of the inputs that have gradients, in the order of the backward's results."""
-_LISTS = tuple(_PLACES[name] for name in ("start", "count", "col", "origin"))
-_SHARED = tuple(_PLACES[name] for name in ("window", "sink", "gate_mix", "cos", "sin"))
+WITH_GRADIENT = tuple(_INDEX_OF[name] for name in ("q", "k", "v", "key_bias", "q_aux", "k_aux", "gate"))
+"""Indices of the inputs that have gradients, in the order of the backward's results."""
+_LISTS = tuple(_INDEX_OF[name] for name in ("start", "count", "col", "origin"))
+_SHARED = tuple(_INDEX_OF[name] for name in ("window", "sink", "gate_mix", "cos", "sin"))
 _INPUTS = ", ".join((*_TENSORS, *_SCALARS))
 _GRADIENTS = ", ".join(["Tensor"] * len(WITH_GRADIENT))
 
@@ -103,7 +103,7 @@ def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
 def _backward_fake(
     dout: Tensor | None, dlse: Tensor | None, out: Tensor | None, lse: Tensor | None, *args: Any
 ) -> tuple[Tensor, ...]:
-    likes = [args[place] for place in WITH_GRADIENT]
+    likes = [args[index] for index in WITH_GRADIENT]
     return tuple(
         like.new_empty(like.shape) if needed and like is not None else args[0].new_empty(0)
         for like, needed in zip(likes, args[-1], strict=True)
@@ -132,13 +132,13 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *given: Tensor | None) -> tuple[Tensor | None, ...]:
         dout, dlse = given
-        need = [ctx.needs_input_grad[place] for place in WITH_GRADIENT]
+        need = [ctx.needs_input_grad[index] for index in WITH_GRADIENT]
         dlse = dlse if ctx.need_lse else None
         *inputs, out, lse = ctx.saved_tensors
         grads = torch.ops.attnzoo.bsa_bwd(dout, dlse, out, lse, *inputs, *ctx.scalars, need)
         result: list[Tensor | None] = [None] * (_COUNT + len(ctx.scalars) + 1)
-        for place, grad, needed in zip(WITH_GRADIENT, grads, need, strict=True):
-            result[place] = grad if needed else None
+        for index, grad, needed in zip(WITH_GRADIENT, grads, need, strict=True):
+            result[index] = grad if needed else None
         return tuple(result)
 
 
@@ -181,21 +181,21 @@ def _backward_autograd(*args: Any) -> Any:
 
 
 def _batch(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-    """Folds the mapped dimension into the batch."""
+    """Moves the mapped dimension into the batch."""
     size = info.batch_size
-    for place in _SHARED:
-        if in_dims[place] is not None:
-            name = _TENSORS[place].rpartition(" ")[2]
+    for index in _SHARED:
+        if in_dims[index] is not None:
+            name = _TENSORS[index].rpartition(" ")[2]
             raise UnsupportedError(f"vmap: {name} may not be mapped over; impl='reference' with a loop does it")
     moved = list(args)
     apart = {*_SHARED, *_LISTS}
-    folded = [place for place in range(_COUNT) if place not in apart and args[place] is not None]
-    for i in folded:
+    batched = [index for index in range(_COUNT) if index not in apart and args[index] is not None]
+    for i in batched:
         x = args[i].movedim(in_dims[i], 0) if in_dims[i] is not None else args[i].unsqueeze(0)
         shared = i > 2 and in_dims[i] is None and x.shape[1] == 1
         moved[i] = x[0] if shared else x.expand(size, *x.shape[1:]).flatten(0, 1)
     batch = moved[0].shape[0] // max(size, 1)
-    for i in folded:
+    for i in batched:
         if moved[i].shape[0] not in (1, size * batch):
             moved[i] = moved[i].repeat_interleave(batch, 0)
     for i, x in zip(_LISTS, _batch_lists(size, batch, [(args[i], in_dims[i]) for i in _LISTS]), strict=True):

@@ -80,10 +80,10 @@ def _refuse_shared_gradients(extras: Extras, placements: Any) -> None:
 
 def _cut(x: Tensor, cuts: list[tuple[int, int, int]], shift: int = 0) -> Tensor:
     """The part of a plain tensor that belongs to this process; dimensions of size 1 are shared."""
-    for dim, parts, place in cuts:
+    for dim, parts, index in cuts:
         at = dim - shift
         if at >= 0 and x.shape[at] > 1:
-            x = x.chunk(parts, at)[place]
+            x = x.chunk(parts, at)[index]
     return x
 
 

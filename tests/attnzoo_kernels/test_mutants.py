@@ -218,11 +218,11 @@ BLOCKED: dict[str, Callable[[Patch], None]] = {
     "any blocks taken for a run": text(schedule, "_buckets", "not broken[i]", "True"),
     "runs of the first head for all": text(gather.Source, "view", "of_head % self.heads * head", "0 * head"),
     "runs at unequal distances viewed": text(
-        gather.Source, "view", "any(later - earlier != distance for earlier, later in pairwise(places))", "False"
+        gather.Source, "view", "any(later - earlier != distance for earlier, later in pairwise(offsets))", "False"
     ),
     "a run longer than the keys": text(gather.Source, "view", "rows -= beyond", "pass"),
     "rows taken for neighbours": lambda patch: patch.setattr(
-        schedule.Bucket, "span", property(lambda part: slice(part.places[0], part.places[0] + len(part.rows)))
+        schedule.Bucket, "span", property(lambda part: slice(part.row_indices[0], part.row_indices[0] + len(part.rows)))
     ),
     "softmax backward without delta": text(
         blocked, "_through_softmax",
@@ -250,8 +250,10 @@ BLOCKED: dict[str, Callable[[Patch], None]] = {
     "auxiliary channels forgotten": text(
         blocked, "weigh", 'product("scores", q_aux, k_aux.transpose(1, 2), out=scores, scale=scale, add=True)', "pass"
     ),
-    "origins turned the other way": text(scores.Turns, "turn", "if back", "if not back"),
-    "gradients of turned keys not turned back": text(scores.Turns, "turn", "angle.conj() if back else angle", "angle"),
+    "origins turned the other way": text(scores.Rotation, "rotate", "if back", "if not back"),
+    "gradients of rotated keys not rotated back": text(
+        scores.Rotation, "rotate", "angle.conj() if back else angle", "angle"
+    ),
     "the own block gated": text(gating, "weigh", "torch.where(own, total, mixed)", "mixed"),
     "blocks of hidden landmarks kept": text(
         gating, "weigh", "where(logits == -torch.inf, -torch.inf, mix", "where(logits == -torch.inf, total, mix",

@@ -65,7 +65,7 @@ def _build(call: Call) -> BlockListPair:
     batch, heads, blocks_q = entries.shape
     blocks_k = call.grid[1]
     column = torch.div(entries.row, blocks_q, rounding_mode="floor") * blocks_k + entries.col
-    origin = None if call.origins is None else call.origins.of_entry[entries.place]
+    origin = None if call.origins is None else call.origins.of_entry[entries.index]
     queries = _sorted(entries.row, state, there, (batch, heads, blocks_q), (entries.col, origin))
     keys = _sorted(column, state, there, (batch, heads, blocks_k), (entries.row % blocks_q, origin))
     return BlockListPair(queries, keys)
@@ -96,5 +96,5 @@ def _sorted(
     start = listed.cumsum(0) - listed
     origin = None if values[1] is None else values[1][order].to(torch.int32)
     longest = torch.argsort(read.view(shape), dim=-1, descending=True, stable=True)
-    start, full, end = ((start + more).to(torch.int32).view(shape) for more in (torch.zeros_like(read), full, read))
+    start, full, end = ((start + length).to(torch.int32).view(shape) for length in (torch.zeros_like(read), full, read))
     return BlockLists(start, full, end, values[0][order].to(torch.int32), origin, longest.to(torch.int32))

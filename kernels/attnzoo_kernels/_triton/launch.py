@@ -129,7 +129,7 @@ class Job:
         """Programs that cover all query blocks."""
         call, c = self.call, self.shape
         batch, heads, _, _, _ = call.shape
-        return batch * heads // int(c.PACK) * call.grid[0] * -(-int(c.PACK) * call.block_q // int(c.BM))
+        return batch * heads // int(c.PACK_GQA) * call.grid[0] * -(-int(c.PACK_GQA) * call.block_q // int(c.BM))
 
     @property
     def key_tiles(self) -> int:
@@ -207,9 +207,9 @@ def job(call: Call, of: Pass, lists: BlockLists | None) -> Job:
         "BLOCK_Q": call.block_q, "BLOCK_K": call.block_k, "BM": rows, "BN": keys,
         "D": width, "DV": value_width, "DA": aux_width,
         "DP": padded(width), "DVP": padded(value_width), "DAP": padded(aux_width),
-        "PER": per, "PACK": pack, "CAUSAL": call.rule.causal, "WINDOW": _hides(call.rule.window),
+        "PER": per, "PACK_GQA": pack, "CAUSAL": call.rule.causal, "WINDOW": _hides(call.rule.window),
         "SINK": isinstance(call.rule.sink, Tensor) or call.rule.sink > 0, "GATE": gate,
-        "TURN": 0 if call.origins is None else call.origins.cos.shape[1],
+        "ROTARY": 0 if call.origins is None else call.origins.cos.shape[1],
         "LIST_BATCH": listed[0], "LIST_HEADS": listed[1], "POS_BATCH": pos[0], "POS_HEADS": pos[1],
         "BIAS_BATCH": bias[0], "BIAS_HEADS": bias[1],
         "ACC": tl.float64 if call.acc_dtype == torch.float64 else tl.float32,
@@ -288,7 +288,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     with _on(call.q.device):
         work = job(call, "decode", None)
         splits = _splits(work.row_tiles, -(-call.grid[1] // 2), call.q.device)
-        if splits == 1 and call.grid[0] > 1 and work.shape.PACK * call.block_q > FEW_ROWS:
+        if splits == 1 and call.grid[0] > 1 and work.shape.PACK_GQA * call.block_q > FEW_ROWS:
             work = job(call, "forward", lists_of(call).queries)
         c = work.shape
         total = batch * heads * seq_q

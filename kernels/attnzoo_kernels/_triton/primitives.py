@@ -31,29 +31,29 @@ def shared(x, AXIS: tl.constexpr):
 
 
 @triton.jit
-def place_of(b, h, groups, BATCH: tl.constexpr, HEADS: tl.constexpr, c: tl.constexpr):
-    """The place of an item's query head among things that items, heads of a group or all heads may share."""
-    place = b * BATCH
+def index_of(b, h, groups, BATCH: tl.constexpr, HEADS: tl.constexpr, c: tl.constexpr):
+    """The index of an item's query head among things that items, heads of a group or all heads may share."""
+    index = b * BATCH
     if HEADS == 2:
-        place = place * groups * c.PER + h
+        index = index * groups * c.PER + h
     elif HEADS == 1:
-        place = place * groups + h // c.PER
-    return place
+        index = index * groups + h // c.PER
+    return index
 
 
 @triton.jit
-def rows_of(b, h, m, part, more, sizes, c: tl.constexpr):
+def rows_of(b, h, m, part, optional, sizes, c: tl.constexpr):
     """The rows of part ``part`` of query block m; h is the first of the tile's heads."""
     r = part * c.BM + tl.arange(0, c.BM)
     head = h + r // c.BLOCK_Q
     token = m * c.BLOCK_Q + r % c.BLOCK_Q
-    valid = (r < c.PACK * c.BLOCK_Q) & (token < sizes.seq_q)
+    valid = (r < c.PACK_GQA * c.BLOCK_Q) & (token < sizes.seq_q)
     pos = token + (sizes.seq_k - sizes.seq_q)
-    if more.q_pos is not None:
-        place = place_of(b, head, sizes.groups, c.POS_BATCH, c.POS_HEADS, c).to(tl.int64) * sizes.seq_q
-        pos = tl.load(more.q_pos + place + token, mask=valid, other=-1)
+    if optional.q_pos is not None:
+        index = index_of(b, head, sizes.groups, c.POS_BATCH, c.POS_HEADS, c).to(tl.int64) * sizes.seq_q
+        pos = tl.load(optional.q_pos + index + token, mask=valid, other=-1)
         valid = valid & (pos >= 0)
-    if c.WINDOW or more.q_pos is not None:
+    if c.WINDOW or optional.q_pos is not None:
         # A position, or its sum with a sizes.window, may be as large as 32 bits hold.
         pos = pos.to(tl.int64)
     lo = tl.zeros_like(pos)
@@ -61,14 +61,14 @@ def rows_of(b, h, m, part, more, sizes, c: tl.constexpr):
     hi = tl.zeros_like(pos) + sizes.seq_k
     if c.WINDOW:
         wide = tl.zeros_like(pos) + sizes.window
-        if more.windows is not None:
-            wide = tl.load(more.windows + head, mask=valid, other=1).to(tl.int64)
+        if optional.windows is not None:
+            wide = tl.load(optional.windows + head, mask=valid, other=1).to(tl.int64)
         lo = pos - wide + 1
         hi = pos + wide
         if c.SINK:
             sink += sizes.sink_size
-            if more.sinks is not None:
-                sink = tl.load(more.sinks + head, mask=valid, other=0).to(tl.int64)
+            if optional.sinks is not None:
+                sink = tl.load(optional.sinks + head, mask=valid, other=0).to(tl.int64)
             if c.CAUSAL:
                 sink = tl.minimum(sink, pos + 1)
     if c.CAUSAL:
@@ -82,9 +82,9 @@ def rows_of(b, h, m, part, more, sizes, c: tl.constexpr):
 
 
 @triton.jit
-def load_queries(x, b, rows, d, turned: tl.constexpr, WIDTH: tl.constexpr, c: tl.constexpr):
-    """Channels ``d`` of rows of a view, ``[BM, d]``; ``turned`` gives each one's partner in its rotary plane."""
-    at = partners(d, c) if turned else d
+def load_queries(x, b, rows, d, partner: tl.constexpr, WIDTH: tl.constexpr, c: tl.constexpr):
+    """Channels ``d`` of rows of a view, ``[BM, d]``; ``partner`` gives each one's partner in its rotary plane."""
+    at = partners(d, c) if partner else d
     base = x.ptr + b.to(tl.int64) * x.batch + rows.head.to(tl.int64) * x.head + rows.token.to(tl.int64) * x.row
     return tl.load(base[:, None] + at[None, :], mask=rows.valid[:, None] & (d < WIDTH)[None, :], other=0.0)
 
@@ -100,12 +100,12 @@ def open_keys(x, b, g, seq, WIDTH: tl.constexpr, PADDED: tl.constexpr, c: tl.con
 
 
 @triton.jit
-def load_keys(x, source, first, seq, d, turned: tl.constexpr, WIDTH: tl.constexpr, c: tl.constexpr):
+def load_keys(x, source, first, seq, d, partner: tl.constexpr, WIDTH: tl.constexpr, c: tl.constexpr):
     """Channels ``d`` of slots ``first`` onwards, ``[BN, d]``, all where a descriptor reads; zeros behind the last."""
-    if c.TMA and not turned:
+    if c.TMA and not partner:
         return source.load([first, 0])
     else:
-        at = partners(d, c) if turned else d
+        at = partners(d, c) if partner else d
         s = first + tl.arange(0, c.BN)
         where = s.to(tl.int64)[:, None] * x.row + at[None, :]
         return tl.load(source + where, mask=(s < seq)[:, None] & (d < WIDTH)[None, :], other=0.0)
@@ -122,21 +122,21 @@ def store_rows(x, values, row, inside, WIDTH: tl.constexpr, PADDED: tl.constexpr
 @triton.jit
 def partners(d, c: tl.constexpr):
     """The other value of each one's rotary plane."""
-    return tl.where(d < c.TURN, d + c.TURN, tl.where(d < 2 * c.TURN, d - c.TURN, d))
+    return tl.where(d < c.ROTARY, d + c.ROTARY, tl.where(d < 2 * c.ROTARY, d - c.ROTARY, d))
 
 
 @triton.jit
-def angles(more, origin, d, c: tl.constexpr):
-    """Cosine and signed sine of an origin for channels ``d``; 1 and 0 where nothing turns."""
-    at = origin.to(tl.int64) * c.TURN + tl.where(d < c.TURN, d, d - c.TURN)
-    inside = d < 2 * c.TURN
-    cos = tl.load(more.cos + at, mask=inside, other=1.0).to(c.ACC)
-    sin = tl.load(more.sin + at, mask=inside, other=0.0).to(c.ACC)
-    return cos, tl.where(d < c.TURN, sin, -sin)
+def angles(optional, origin, d, c: tl.constexpr):
+    """Cosine and signed sine of an origin for channels ``d``; 1 and 0 where nothing is rotated."""
+    at = origin.to(tl.int64) * c.ROTARY + tl.where(d < c.ROTARY, d, d - c.ROTARY)
+    inside = d < 2 * c.ROTARY
+    cos = tl.load(optional.cos + at, mask=inside, other=1.0).to(c.ACC)
+    sin = tl.load(optional.sin + at, mask=inside, other=0.0).to(c.ACC)
+    return cos, tl.where(d < c.ROTARY, sin, -sin)
 
 
 @triton.jit
-def turn(x, partner, cos, sin, c: tl.constexpr):
+def rotate(x, partner, cos, sin, c: tl.constexpr):
     """Rows rotated by minus an origin; with the sine negated, by the origin."""
     moved = x.to(c.ACC) * cos[None, :] + partner.to(c.ACC) * sin[None, :]
     return moved.to(x.dtype)
@@ -158,38 +158,38 @@ def visible(first, within, rows, AXIS: tl.constexpr, c: tl.constexpr):
 
 
 @triton.jit
-def bias_of(more, b, h, first, groups, seq_k, c: tl.constexpr):
+def bias_of(optional, b, h, first, groups, seq_k, c: tl.constexpr):
     """The bias of a tile's keys ``[BN]``, base 2; -inf behind the last."""
     s = first + tl.arange(0, c.BN)
-    place = place_of(b, h, groups, c.BIAS_BATCH, c.BIAS_HEADS, c).to(tl.int64) * seq_k
-    return tl.load(more.bias + place + s, mask=s < seq_k, other=-float("inf")).to(c.ACC) * LOG2E
+    index = index_of(b, h, groups, c.BIAS_BATCH, c.BIAS_HEADS, c).to(tl.int64) * seq_k
+    return tl.load(optional.bias + index + s, mask=s < seq_k, other=-float("inf")).to(c.ACC) * LOG2E
 
 
 @triton.jit
-def product(a, b, total, c: tl.constexpr):
-    """A product in the accumulator's dtype, added to ``total``."""
-    return tl.dot(a, b, total, input_precision=c.PRECISION, out_dtype=c.ACC)
+def product(a, b, acc, c: tl.constexpr):
+    """A product in the accumulator's dtype, added to ``acc``."""
+    return tl.dot(a, b, acc, input_precision=c.PRECISION, out_dtype=c.ACC)
 
 
 @triton.jit
-def pairs(a, e, total, x, y, spot, origins, more, AXIS: tl.constexpr, WIDTH: tl.constexpr, c: tl.constexpr):
-    """Products of a tile's rows ``a``, of ``x`` turned by ``origins``, and slots ``e``, of ``y``, added to ``total``.
+def pairs(a, e, acc, x, y, spot, origins, optional, AXIS: tl.constexpr, WIDTH: tl.constexpr, c: tl.constexpr):
+    """Products of a tile's rows ``a``, of ``x`` rotated by ``origins``, and slots ``e``, of ``y``, added to ``acc``.
 
     Registers hold fp32 in two parts, too many where heads are wide: then ``c.STEP`` channels at a time are read again.
     """
     if c.STEP == 0:
-        total = product(a, tl.trans(e), total, c) if AXIS == 1 else product(e, tl.trans(a), total, c)
+        acc = product(a, tl.trans(e), acc, c) if AXIS == 1 else product(e, tl.trans(a), acc, c)
     else:
         source = open_keys(y, spot.b, spot.g, spot.seq_k, WIDTH, c.STEP, c)
         for begin in tl.range(0, a.shape[1], c.STEP):
             d = begin + tl.arange(0, c.STEP)
             rows = load_queries(x, spot.b, spot.rows, d, False, WIDTH, c)
             if origins is not None:
-                cos, sin = angles(more, tl.load(origins + spot.entry), d, c)
-                rows = turn(rows, load_queries(x, spot.b, spot.rows, d, True, WIDTH, c), cos, sin, c)
+                cos, sin = angles(optional, tl.load(origins + spot.entry), d, c)
+                rows = rotate(rows, load_queries(x, spot.b, spot.rows, d, True, WIDTH, c), cos, sin, c)
             slots = load_keys(y, source, spot.first, spot.seq_k, d, False, WIDTH, c)
-            total = product(rows, tl.trans(slots), total, c) if AXIS == 1 else product(slots, tl.trans(rows), total, c)
-    return total
+            acc = product(rows, tl.trans(slots), acc, c) if AXIS == 1 else product(slots, tl.trans(rows), acc, c)
+    return acc
 
 
 @triton.jit
@@ -199,12 +199,12 @@ def blank(ROWS: tl.constexpr, WIDTH: tl.constexpr, c: tl.constexpr):
 
 
 @triton.jit
-def gate_keys(more, b, g, block, turned: tl.constexpr, c: tl.constexpr):
+def gate_keys(optional, b, g, block, partner: tl.constexpr, c: tl.constexpr):
     """The gate key of a block ``[DP]``, or its partners."""
     d = tl.arange(0, c.DP)
-    at = partners(d, c) if turned else d
-    base = more.gate.ptr + b.to(tl.int64) * more.gate.batch + g.to(tl.int64) * more.gate.head
-    return tl.load(base + block.to(tl.int64) * more.gate.row + at, mask=d < c.D, other=0.0).to(c.ACC)
+    at = partners(d, c) if partner else d
+    base = optional.gate.ptr + b.to(tl.int64) * optional.gate.batch + g.to(tl.int64) * optional.gate.head
+    return tl.load(base + block.to(tl.int64) * optional.gate.row + at, mask=d < c.D, other=0.0).to(c.ACC)
 
 
 @triton.jit
@@ -215,7 +215,7 @@ def gate_logit(q, key, scale):
 
 @triton.jit
 def gated(s, keep, own, logit, mix, AXIS: tl.constexpr, c: tl.constexpr):
-    """The pairs of a gated block that count, its log-sum-exp ``total``, and the ``shift`` that gating adds to scores.
+    """The pairs of a gated block that count, its log-sum-exp ``lse``, and the ``shift`` that gating adds to scores.
 
     Rows whose own block this is are not gated; a gated block without a visible gate or an ordinary key vanishes.
     """
@@ -227,10 +227,10 @@ def gated(s, keep, own, logit, mix, AXIS: tl.constexpr, c: tl.constexpr):
         keep = keep & (last == 0)
     else:
         opened = own | True
-    peak = tl.max(tl.where(keep, s, -float("inf")), AXIS)
-    alive = peak > -float("inf")
-    peak = tl.where(alive, peak, 0.0)
-    weight = tl.sum(tl.where(keep, tl.exp2(s - kept(peak, AXIS)), 0.0), AXIS)
-    total = peak + tl.log2(tl.where(alive, weight, 1.0))
-    shift = tl.where(own, 0.0, mix * (logit - total))
-    return keep & kept(alive & opened, AXIS), total, shift
+    m_i = tl.max(tl.where(keep, s, -float("inf")), AXIS)
+    alive = m_i > -float("inf")
+    m_i = tl.where(alive, m_i, 0.0)
+    weight = tl.sum(tl.where(keep, tl.exp2(s - kept(m_i, AXIS)), 0.0), AXIS)
+    lse = m_i + tl.log2(tl.where(alive, weight, 1.0))
+    shift = tl.where(own, 0.0, mix * (logit - lse))
+    return keep & kept(alive & opened, AXIS), lse, shift

@@ -54,10 +54,10 @@ class Shape(NamedTuple):
         BM, BN: Sides of a tile.
         D, DV, DA: Widths of keys, values and auxiliary channels; 0 for none.
         DP, DVP, DAP: The same, padded to powers of two.
-        PER: Query heads of a group. PACK: How many of them a tile holds, 1 or PER.
+        PER: Query heads of a group. PACK_GQA: How many of them a tile holds, 1 or PER.
         CAUSAL, WINDOW, SINK: The token rule.
         GATE: 0 none, 1 each block's last key, 2 a key tensor.
-        TURN: Planes that rotary origins turn; 0 for none.
+        ROTARY: Planes that rotary origins rotate; 0 for none.
         LIST_BATCH, LIST_HEADS, POS_BATCH, POS_HEADS, BIAS_BATCH, BIAS_HEADS: Whether lists, positions and bias differ
             between items (0 or 1), and between nothing, groups or heads (0, 1, 2).
         ACC: Dtype of scores and accumulators.
@@ -78,12 +78,12 @@ class Shape(NamedTuple):
     DVP: Any
     DAP: Any
     PER: Any
-    PACK: Any
+    PACK_GQA: Any
     CAUSAL: Any
     WINDOW: Any
     SINK: Any
     GATE: Any
-    TURN: Any
+    ROTARY: Any
     LIST_BATCH: Any
     LIST_HEADS: Any
     POS_BATCH: Any
@@ -109,7 +109,7 @@ class Sizes(NamedTuple):
     sink_size: Any
 
 
-class Place(NamedTuple):
+class TileIndex(NamedTuple):
     """Where a tile is: item, KV head, first query head; and N."""
 
     b: Any
@@ -165,9 +165,9 @@ class Keys(NamedTuple):
     v_view: Any
 
 
-class Running(NamedTuple):
+class SoftmaxState(NamedTuple):
     """The softmax so far: weighted values ``[BM, DVP]``, the largest score and the sum of weights ``[BM]``."""
 
     acc: Any
-    peak: Any
-    total: Any
+    m_i: Any
+    l_i: Any

@@ -148,7 +148,7 @@ def _backward(
     def zeros(needed: bool, *shape: int) -> Tensor | None:
         return torch.zeros(shape, dtype=acc, device=device) if needed else None
 
-    width = call.q.shape[3] if inputs.turns is None else inputs.turns.padded
+    width = call.q.shape[3] if inputs.rotation is None else inputs.rotation.padded
     parts = chunks(call, inputs.schedule)
     q_shape = (rows, call.block_q, width)
     grads = Gradients(
@@ -176,10 +176,10 @@ def _backward(
             dout_rows = dout_rows.masked_fill(chunk.dead, 0.0)
             dlse_rows = None if dlse_rows is None else dlse_rows.masked_fill(chunk.dead, 0.0)
         _accumulate(inputs, chunk, dout_rows, dlse_rows, values, grads)
-    if inputs.turns is not None:
+    if inputs.rotation is not None:
         for name in ("q", "k", "gate"):
             paired = getattr(grads, name)
-            setattr(grads, name, None if paired is None else inputs.turns.in_halves(paired))
+            setattr(grads, name, None if paired is None else inputs.rotation.in_halves(paired))
     return grads
 
 
@@ -211,11 +211,11 @@ def _accumulate(
         _add_product(inputs, grads.k, chunk, dscores, chunk.q, scale=call.scale)
     elif grads.k is not None:
         dk = multiply("dkv", dscores.transpose(1, 2), chunk.q, scale=call.scale).view(kv.shape[0], call.block_k, -1)
-        _turn_back(inputs, part, dk)
+        _rotate_back(inputs, part, dk)
         _add(grads.k, kv, dk)
     if grads.gate is not None and dgates is not None:
         dkey = multiply("dgate", dgates.transpose(1, 2), chunk.q, scale=call.scale).view(kv.shape[0], 1, -1)
-        _turn_back(inputs, part, dkey)
+        _rotate_back(inputs, part, dkey)
         grads.gate.index_add_(0, kv, dkey.squeeze(1))
     _accumulate_rest(inputs, chunk, dscores, grads)
 
@@ -266,9 +266,9 @@ def _add(total: Tensor, blocks: Tensor, x: Tensor) -> None:
     total.index_add_(0, blocks, x.view(blocks.shape[0], *total.shape[1:]))
 
 
-def _turn_back(inputs: Inputs, part: Bucket, dk: Tensor) -> None:
-    if inputs.turns is not None and part.origin is not None:
-        inputs.turns.turn(dk, part.origin.reshape(-1), back=True)
+def _rotate_back(inputs: Inputs, part: Bucket, dk: Tensor) -> None:
+    if inputs.rotation is not None and part.origin is not None:
+        inputs.rotation.rotate(dk, part.origin.reshape(-1), back=True)
 
 
 def _as_given(call: Call, packed: Call, grads: Gradients) -> tuple[Tensor | None, ...]:

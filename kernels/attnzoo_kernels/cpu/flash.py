@@ -161,14 +161,14 @@ class _Edges:
         return found
 
 
-def _edge(place: Tensor, width: int, dtype: torch.dtype, *, hides_after: bool) -> Tensor:
-    """Rows of ``width`` values that change from 0 to -inf at ``place [i, g, R]``, or from -inf to 0."""
+def _edge(index: Tensor, width: int, dtype: torch.dtype, *, hides_after: bool) -> Tensor:
+    """Rows of ``width`` values that change from 0 to -inf at ``index [i, g, R]``, or from -inf to 0."""
     size = 1 << (width - 1).bit_length()
-    out = scratch(f"edge {hides_after}", (place.numel(), width), dtype, place.device)
+    out = scratch(f"edge {hides_after}", (index.numel(), width), dtype, index.device)
     # Row i is what a window that begins i values further on shows of a single step.
     windows = _step(size, dtype, hides_after=hides_after).as_strided((size + 1, width), (1, 1))
-    shape = (*place.shape, width)
-    torch.index_select(windows, 0, place.neg_().add_(size).clamp_(size - width, size).view(-1), out=out)
+    shape = (*index.shape, width)
+    torch.index_select(windows, 0, index.neg_().add_(size).clamp_(size - width, size).view(-1), out=out)
     return out.view(shape)
 
 

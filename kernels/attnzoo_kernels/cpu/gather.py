@@ -52,21 +52,21 @@ class Source:
             return None
         item, head, row, _ = x.stride()
         beyond, rows = self.blocks * self.block - self.length, count * self.block
-        places = []
+        offsets = []
         missing = 0
         for first in firsts:
             of_head, block = divmod(first, self.blocks)
-            places.append(of_head // self.heads * item + of_head % self.heads * head + block * self.block * row)
+            offsets.append(of_head // self.heads * item + of_head % self.heads * head + block * self.block * row)
             missing += block + count == self.blocks
         if beyond and missing:
             if missing != len(firsts):
                 return None
             rows -= beyond
         # A single run gets the stride of a batch that is one block of memory.
-        distance = places[1] - places[0] if len(places) > 1 else rows * x.shape[3]
-        if distance < 0 or any(later - earlier != distance for earlier, later in pairwise(places)):
+        distance = offsets[1] - offsets[0] if len(offsets) > 1 else rows * x.shape[3]
+        if distance < 0 or any(later - earlier != distance for earlier, later in pairwise(offsets)):
             return None
-        return x.as_strided((len(firsts), rows, x.shape[3]), (distance, row, 1), x.storage_offset() + places[0])
+        return x.as_strided((len(firsts), rows, x.shape[3]), (distance, row, 1), x.storage_offset() + offsets[0])
 
     def _lay_out(self, x: Tensor) -> None:
         """Views the tensor as rows of memory, and notes where each (batch, head) begins and how rows follow."""

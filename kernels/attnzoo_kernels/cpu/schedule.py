@@ -55,11 +55,11 @@ class Limits(NamedTuple):
     def of_rows(self, partial: int) -> Limits:
         """Those of ``[R * partial, block_q, 1]`` entries, ``partial`` to a row, as ``[R, block_q, partial]``."""
 
-        def turned(x: Tensor) -> Tensor:
+        def by_row(x: Tensor) -> Tensor:
             return x.view(-1, partial, x.shape[1]).transpose(1, 2).contiguous()
 
         hi, lo, sink = self
-        return Limits(turned(hi), None if lo is None else turned(lo), None if sink is None else turned(sink))
+        return Limits(by_row(hi), None if lo is None else by_row(lo), None if sink is None else by_row(sink))
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Bucket:
         safe: Whether every row surely sees a key, the bias left aside.
         limits: Of the partial columns, where they are the same at every call.
         runs: Whether each row's blocks follow one another.
-        places: The rows as numbers.
+        row_indices: The rows as numbers.
         firsts: The first block of each row, as in ``kv``, as numbers.
     """
 
@@ -87,18 +87,18 @@ class Bucket:
     safe: bool
     limits: Limits | None
     runs: bool
-    places: list[int]
+    row_indices: list[int]
     firsts: list[int]
 
     @cached_property
     def span(self) -> slice | None:
         """The rows as a slice, where they follow one another."""
-        first, last = self.places[0], self.places[-1]
-        return slice(first, last + 1) if last - first == len(self.places) - 1 else None
+        first, last = self.row_indices[0], self.row_indices[-1]
+        return slice(first, last + 1) if last - first == len(self.row_indices) - 1 else None
 
     def split(self, size: int) -> Iterator[Bucket]:
         """The bucket in chunks of at most so many rows."""
-        if len(self.places) <= size:
+        if len(self.row_indices) <= size:
             yield self
             return
         limits = None if self.limits is None else self.limits.split(size)
@@ -108,7 +108,7 @@ class Bucket:
             here = slice(i * size, (i + 1) * size)
             yield Bucket(
                 rows, cols, kv, None if origin is None else origin[i], self.partial, self.safe,
-                None if limits is None else limits[i], self.runs, self.places[here], self.firsts[here],
+                None if limits is None else limits[i], self.runs, self.row_indices[here], self.firsts[here],
             )  # fmt: skip
 
 
@@ -138,7 +138,7 @@ class Schedule:
             parts: list[Bucket] = []
             for bucket in self.buckets:
                 parts += bucket.split(max(1, scores // (block_q * bucket.cols.shape[1] * block_k)))
-            self._chunks[scores] = sorted(parts, key=lambda part: part.places[0])
+            self._chunks[scores] = sorted(parts, key=lambda part: part.row_indices[0])
             note_growth(bytes_of(self._chunks[scores]))
         return self._chunks[scores]
 
@@ -212,7 +212,7 @@ def build_schedule(call: Call) -> Schedule:
         masked=torch.bincount(row[partial], minlength=rows),
         safe=torch.bincount(entries.row[anchored], minlength=rows) > 0,
         col=entries.col[read][order],
-        origin=None if call.origins is None else call.origins.of_entry.long()[entries.place[read][order]],
+        origin=None if call.origins is None else call.origins.of_entry.long()[entries.index[read][order]],
     )
     source = torch.arange(rows, device=row.device).view(src_batch, src_heads, blocks_q)
     source = source.repeat_interleave(heads // src_heads, 1).expand(batch, heads, blocks_q).reshape(-1)
@@ -246,8 +246,8 @@ def _one_block(call: Call) -> Schedule | None:
     cols = cols.reshape(batch * heads, length)
     runs = int(cols[0, -1] - cols[0, 0]) == length - 1 and bool((cols.diff(dim=1) == 1).all())
     kv = cols + _first_blocks(call, rows).unsqueeze(1)
-    places, firsts = list(range(batch * heads)), kv[:, 0].tolist()
-    bucket = Bucket(rows, cols, kv, None, 0, safe=True, limits=None, runs=runs, places=places, firsts=firsts)
+    row_indices, firsts = list(range(batch * heads)), kv[:, 0].tolist()
+    bucket = Bucket(rows, cols, kv, None, 0, safe=True, limits=None, runs=runs, row_indices=row_indices, firsts=firsts)
     pos = call.rule.positions(seq_q, seq_k, start.device)
     return Schedule((bucket,), pos.view(1, 1, 1, seq_q), torch.zeros_like(rows), _no_spans(call))
 
@@ -302,15 +302,15 @@ def _buckets(call: Call, spans: Spans, source: Tensor, sources: _Sources) -> Ite
     limits = _limits_by_bucket(call, spans, cols, (origin, lengths, partial[of_row]), (partial * sizes).tolist())
     entries, rows = (values * sizes).tolist(), order.split(sizes.tolist())
     origins = [None] * len(entries) if sources.origin is None else sources.origin[at].split(entries)
-    places, firsts, first = order.tolist(), kv[at_row].tolist(), 0
+    row_indices, firsts, first = order.tolist(), kv[at_row].tolist(), 0
     parts = zip(values.tolist(), rows, cols.split(entries), kv.split(entries), partial.tolist(), strict=True)
     for i, (length, of_bucket, *blocks, masked) in enumerate(parts):
         here, first = slice(first, first + of_bucket.shape[0]), first + of_bucket.shape[0]
-        turned = origins[i]
+        own_origin = origins[i]
         yield Bucket(
             of_bucket, blocks[0].view(-1, length), blocks[1].view(-1, length),
-            None if turned is None else turned.view(-1, length), masked, not unsafe[i],
-            limits[i].of_rows(masked) if masked and limits else None, not broken[i], places[here], firsts[here],
+            None if own_origin is None else own_origin.view(-1, length), masked, not unsafe[i],
+            limits[i].of_rows(masked) if masked and limits else None, not broken[i], row_indices[here], firsts[here],
         )  # fmt: skip
 
 

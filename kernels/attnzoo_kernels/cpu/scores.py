@@ -69,10 +69,10 @@ class Inputs:
         q, k = call.q, call.k
         # A step that gathers few keys of a long memory must not copy all of it.
         self.often = schedule.reads_often(call)
-        self.turns = None
+        self.rotation = None
         if call.origins is not None:
-            self.turns = Turns(call.origins, call.q.shape[3], call.acc_dtype)
-            q, k = self.turns.in_pairs(q), self.turns.in_pairs(k) if self.often else k
+            self.rotation = Rotation(call.origins, call.q.shape[3], call.acc_dtype)
+            q, k = self.rotation.in_pairs(q), self.rotation.in_pairs(k) if self.often else k
         self.q, self.k = tile(q, call.block_q).to(acc), Source(k, call.block_k, acc, often=self.often)
         self.q_aux: Tensor | None = None
         self.k_aux = self.bias = self.gate_key = None
@@ -84,7 +84,7 @@ class Inputs:
             self.bias = Source(call.key_bias.unsqueeze(-1), call.block_k, call.acc_dtype)
             self.bias_hides = bool((call.key_bias == -torch.inf).any())
         if call.gate is not None and call.gate.key is not None:
-            key = call.gate.key if self.turns is None else self.turns.in_pairs(call.gate.key)
+            key = call.gate.key if self.rotation is None else self.rotation.in_pairs(call.gate.key)
             self.gate_key = Source(key, 1, acc)
 
     def reads_in_place(self, part: Bucket, *, training: bool) -> bool:
@@ -93,7 +93,7 @@ class Inputs:
         In training that goes for one row at a time, whose gradients are added where they belong.
         """
         call, single = self.call, part.rows.shape[0] == 1
-        plain = call.aux is None and call.gate is None and self.turns is None and not self.bias_hides
+        plain = call.aux is None and call.gate is None and self.rotation is None and not self.bias_hides
         if not (part.runs and plain):
             return False
         return not training or (single and call.key_bias is None)
@@ -108,7 +108,7 @@ class Inputs:
         return (index.unsqueeze(1) * self.call.grid[1] + part.cols).reshape(-1)
 
 
-class Turns:
+class Rotation:
     """Rotation by ``-origin`` of the queries, as rotation by ``+origin`` of the gathered keys.
 
     Columns that are rotated together lie side by side here, so that a rotation is one complex product.
@@ -134,7 +134,7 @@ class Turns:
         pairs = x[..., : self.width].unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
         return torch.cat([pairs, x[..., self.width : self.full]], -1)
 
-    def turn(self, x: Tensor, origin: Tensor, *, back: bool = False) -> None:
+    def rotate(self, x: Tensor, origin: Tensor, *, back: bool = False) -> None:
         """Rotates blocks ``[R * n, rows, D]`` by their origins, int64 ``[R * n]``, in place."""
         angle = self.table.index_select(0, origin).unsqueeze(1)
         rotated = torch.view_as_complex(x[..., : self.width].unflatten(-1, (-1, 2)))
@@ -204,11 +204,11 @@ def _widen(scores: Tensor, call: Call, name: str = "wide scores") -> Tensor:
 
 def _keys(inputs: Inputs, part: Bucket) -> Tensor:
     k = inputs.k.gather("k", part.kv.reshape(-1))
-    if inputs.turns is not None and part.origin is not None:
+    if inputs.rotation is not None and part.origin is not None:
         if not inputs.often:
-            shape = (*k.shape[:-1], inputs.turns.padded)
-            k = inputs.turns.in_pairs(k, scratch("k in pairs", shape, k.dtype, k.device))
-        inputs.turns.turn(k, part.origin.reshape(-1))
+            shape = (*k.shape[:-1], inputs.rotation.padded)
+            k = inputs.rotation.in_pairs(k, scratch("k in pairs", shape, k.dtype, k.device))
+        inputs.rotation.rotate(k, part.origin.reshape(-1))
     return k.view(part.rows.shape[0], -1, k.shape[2])
 
 
@@ -256,8 +256,8 @@ def _gate(inputs: Inputs, chunk: Chunk, scores: Tensor, unseen: Tensor | None, *
     key = logits = None
     if inputs.gate_key is not None:
         key = inputs.gate_key.gather("gate key", part.kv.reshape(-1))
-        if inputs.turns is not None and part.origin is not None:
-            inputs.turns.turn(key, part.origin.reshape(-1))
+        if inputs.rotation is not None and part.origin is not None:
+            inputs.rotation.rotate(key, part.origin.reshape(-1))
         key = key.view(part.rows.shape[0], -1, key.shape[2])
         wide = inputs.compute == call.acc_dtype
         logits = product("gate logits", chunk.q, key.transpose(1, 2), scale=call.scale if wide else 1.0)

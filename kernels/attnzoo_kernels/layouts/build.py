@@ -98,8 +98,8 @@ def check_values(lists: LayoutLists, blocks_k: int) -> None:
     start, count = lists.start.long(), lists.count.long()
     if bool(((count < 0) | (start < 0) | (start + count > lists.col.shape[0])).any()):
         raise ShapeError(f"start, count: expected lists inside col, which has {lists.col.shape[0]} entries")
-    row, place = listed_places(distinct_lists(lists)[1])
-    col = lists.col.long()[place]
+    row, index = listed_indices(distinct_lists(lists)[1])
+    col = lists.col.long()[index]
     if bool(((col < 0) | (col >= blocks_k)).any()):
         raise ShapeError(f"col: expected key blocks from 0 to {blocks_k - 1}, got {int(col.min())} to {int(col.max())}")
     key = torch.sort(row * blocks_k + col).values
@@ -107,8 +107,8 @@ def check_values(lists: LayoutLists, blocks_k: int) -> None:
         raise ShapeError("col: expected no key block twice in a row's list, got a duplicate")
 
 
-def listed_places(lists: LayoutLists) -> tuple[Tensor, Tensor]:
-    """Flat row and place in ``col`` of every entry, int64 ``[nnz]`` each; reads their number."""
+def listed_indices(lists: LayoutLists) -> tuple[Tensor, Tensor]:
+    """Flat row and index in ``col`` of every entry, int64 ``[nnz]`` each; reads their number."""
     start, count = lists.start.reshape(-1).long(), lists.count.reshape(-1).long()
     row = torch.repeat_interleave(torch.arange(count.shape[0], device=count.device), count)
     within = torch.arange(row.shape[0], device=count.device) - (count.cumsum(0) - count)[row]
@@ -128,15 +128,15 @@ def distinct_lists(lists: LayoutLists) -> tuple[Tensor, LayoutLists]:
 
 def compact_lists(lists: LayoutLists) -> LayoutLists:
     """The same lists without unused room; reads their number."""
-    _, place = listed_places(lists)
+    _, index = listed_indices(lists)
     count = lists.count.reshape(-1)
     start = (count.cumsum(0) - count).to(torch.int32).view(lists.start.shape)
-    origin = None if lists.origin is None else lists.origin[place]
-    return LayoutLists(start, lists.count.clone(), lists.col[place], origin)
+    origin = None if lists.origin is None else lists.origin[index]
+    return LayoutLists(start, lists.count.clone(), lists.col[index], origin)
 
 
 def _rows_of(shape: tuple[int, ...], width: int, device: torch.device) -> Tensor:
-    """Starts of rows that have ``width`` places each, int32 of a shape."""
+    """Starts of rows that have ``width`` entries each, int32 of a shape."""
     batch, heads, rows = shape
     return (torch.arange(batch * heads * rows, device=device) * width).to(torch.int32).view(batch, heads, rows)
 
@@ -187,8 +187,8 @@ def _row_slots(sizes: Sizes, first: Tensor) -> tuple[Tensor, Tensor]:
     block_q, _, seq_q, _ = sizes
     begin = torch.arange(-(-seq_q // block_q), device=first.device) * block_q
     end = (begin + block_q).clamp(max=seq_q) - 1
-    place = first.view(-1, 1, 1, 1)
-    return place + begin.view(1, 1, -1, 1), place + end.view(1, 1, -1, 1)
+    first_slot = first.view(-1, 1, 1, 1)
+    return first_slot + begin.view(1, 1, -1, 1), first_slot + end.view(1, 1, -1, 1)
 
 
 def _widest(sizes: Sizes, reach: int) -> int:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from attnzoo_kernels.layouts.build import LayoutLists, Sizes, distinct_lists, listed_places
+from attnzoo_kernels.layouts.build import LayoutLists, Sizes, distinct_lists, listed_indices
 from attnzoo_kernels.spec.call import Call
 from attnzoo_kernels.spec.token_rule import TokenRule
 
@@ -78,9 +78,9 @@ class _Counts:
     def find(self, lists: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
         """The first entry from a block on, and whether it is that block's, ``[R]`` each."""
         wanted = lists * self.blocks + block
-        place = torch.searchsorted(self.key, wanted)
-        found = self.key[place.clamp(max=self.key.shape[0] - 1)] == wanted
-        return place, found & (place < self.key.shape[0]) & (block < self.blocks)
+        index = torch.searchsorted(self.key, wanted)
+        found = self.key[index.clamp(max=self.key.shape[0] - 1)] == wanted
+        return index, found & (index < self.key.shape[0]) & (block < self.blocks)
 
     def alive(self, lists: Tensor, least: Tensor, most: Tensor) -> Tensor:
         """Ordinary keys alive in slots ``[least, most)``, listed or not."""
@@ -90,20 +90,20 @@ class _Counts:
     def listed(self, lists: Tensor, end: Tensor) -> Tensor:
         """Keys of the lists before a slot."""
         block = end // self.block_k
-        place, found = self.find(lists, block)
-        whole = self.before[place] - self.before[self.begin[lists]]
+        index, found = self.find(lists, block)
+        whole = self.before[index] - self.before[self.begin[lists]]
         return whole + torch.where(found, self.alive(lists, block * self.block_k, end), 0)
 
     def gated(self, lists: Tensor, end: Tensor) -> Tensor:
         """Keys of the listed blocks whose landmark is alive and before a slot."""
-        place, _ = self.find(lists, end // self.block_k)
-        return self.opened[place] - self.opened[self.begin[lists]]
+        index, _ = self.find(lists, end // self.block_k)
+        return self.opened[index] - self.opened[self.begin[lists]]
 
     def cut_off(self, lists: Tensor, end: Tensor) -> Tensor:
         """Keys before a slot in its own block, where that is listed and its landmark is alive."""
         block = end // self.block_k
-        place, found = self.find(lists, block)
-        is_open = found & self.is_open[place.clamp(max=self.key.shape[0] - 1)]
+        index, found = self.find(lists, block)
+        is_open = found & self.is_open[index.clamp(max=self.key.shape[0] - 1)]
         return torch.where(is_open, self.alive(lists, block * self.block_k, end), 0)
 
 
@@ -118,8 +118,8 @@ class _Seen(NamedTuple):
 def _counts_of(call: Call) -> _Counts:
     seq_k, blocks = call.k.shape[2], call.grid[1]
     list_of_row, lists, source = _distinct(call)
-    row, place = listed_places(lists)
-    key = (row * blocks + call.col.long()[place]).sort().values
+    row, index = listed_indices(lists)
+    key = (row * blocks + call.col.long()[index]).sort().values
     row, block = key // blocks, key % blocks
     upto, is_alive = _live_keys(call)
     first = block * call.block_k
@@ -137,7 +137,7 @@ def _counts_of(call: Call) -> _Counts:
 
 
 def _running(x: Tensor) -> Tensor:
-    """Sums of what stands before each place, and of all: ``[..., n]`` to ``[..., n + 1]``."""
+    """Sums of what stands before each entry, and of all: ``[..., n]`` to ``[..., n + 1]``."""
     return torch.nn.functional.pad(x.cumsum(-1), (1, 0))
 
 
@@ -230,11 +230,11 @@ def _gated(counts: _Counts, lists: Tensor, pos: Tensor, seen: _Seen) -> Tensor:
     hidden = counts.cut_off(lists, lo) - torch.where(sink // block_k == lo // block_k, counts.cut_off(lists, sink), 0)
     found -= torch.where(lo // block_k < hi // block_k, hidden, 0)
     own = pos.clamp(min=0) // block_k
-    place, is_listed = counts.find(lists, own)
+    index, is_listed = counts.find(lists, own)
     first = (own * block_k).clamp(max=counts.upto.shape[1] - 1)
     last = (first + block_k).clamp(max=counts.upto.shape[1] - 1)
     landmark = first + block_k - 1
-    is_open = counts.is_open[place.clamp(max=counts.key.shape[0] - 1)]
+    is_open = counts.is_open[index.clamp(max=counts.key.shape[0] - 1)]
     is_counted = is_open & ((landmark < sink) | ((landmark >= lo) & (landmark < hi)))
     within = [torch.minimum(torch.maximum(x, first), last) for x in seen]
     of_own = counts.alive(lists, first, within[0]) + counts.alive(lists, within[1], within[2])

@@ -23,14 +23,14 @@ class Entries:
         shape: ``Bs, Hs, M`` of the source rows.
         row: int64 ``[nnz]``, the source row of each entry.
         col: int64 ``[nnz]``, its key block.
-        place: int64 ``[nnz]``, where it stands in the layout's ``col``.
+        index: int64 ``[nnz]``, where it stands in the layout's ``col``.
         pos: int64 ``[B|1, H|1, M, block_q]``, row positions; a ragged tail repeats the last row.
     """
 
     shape: tuple[int, int, int]
     row: Tensor
     col: Tensor
-    place: Tensor
+    index: Tensor
     pos: Tensor
 
 
@@ -73,19 +73,19 @@ def list_entries(call: Call, room: int | None = None) -> tuple[Entries, Tensor]:
         row = torch.repeat_interleave(torch.arange(count.shape[0], device=device), count)
         there = torch.ones_like(row, dtype=torch.bool)
     else:
-        index = torch.arange(count.shape[0] * room, device=device)
-        row = torch.searchsorted(ends, index, right=True).clamp_(max=max(count.shape[0] - 1, 0))
-        there = index < ends[-1:]
+        entry = torch.arange(count.shape[0] * room, device=device)
+        row = torch.searchsorted(ends, entry, right=True).clamp_(max=max(count.shape[0] - 1, 0))
+        there = entry < ends[-1:]
     within = torch.arange(row.shape[0], device=device) - (ends - count)[row]
-    place = start[row] + within
+    index = start[row] + within
     if room is not None:
-        place = torch.where(there, place, 0)
-    # Between lists anything may stand, at the very first place too.
-    col = torch.where(there, call.col.long()[place], 0)
+        index = torch.where(there, index, 0)
+    # Between lists anything may stand, at the very first entry too.
+    col = torch.where(there, call.col.long()[index], 0)
     tail = torch.arange(blocks_q * call.block_q, device=device).clamp(max=max(seq_q - 1, 0))
     # Positions without a batch or head dimension broadcast against the source rows as they are.
     tiles = pos[..., tail].view(*pos.shape[:2], blocks_q, call.block_q)
-    return Entries((src_batch, src_heads, blocks_q), row, col, place, tiles), there
+    return Entries((src_batch, src_heads, blocks_q), row, col, index, tiles), there
 
 
 def spans_of(call: Call, entries: Entries) -> Spans:

@@ -112,9 +112,9 @@ def _of_blocks(block_mask: Any, item: Tensor, head: Tensor, rows: Tensor, first:
     """A mask's rule of the rows of blocks laid one after the other, and the slots within them."""
     last = block_mask.seq_lengths[1] - 1
 
-    def rule(_b: Tensor, _h: Tensor, place: Tensor, slot: Tensor) -> Tensor:
+    def rule(_b: Tensor, _h: Tensor, index: Tensor, slot: Tensor) -> Tensor:
         found: Tensor = block_mask.mask_mod(
-            item[place], head[place], rows[place], (first[place] + slot).clamp(max=last)
+            item[index], head[index], rows[index], (first[index] + slot).clamp(max=last)
         )  # fmt: skip
         return found
 
@@ -129,9 +129,9 @@ def _complaint(listed: Listed) -> str:
         part = PairChunk.of(listed, row.view(1), col.view(1), seen)
         causal = part.real & (part.slots.unsqueeze(1) <= part.rows.unsqueeze(2) + seq_k - seq_q)
         if not bool((seen == part.real).all()) and not bool((seen == causal).all()):
-            place = f"block ({int(row) % blocks_q}, {int(col)}) of head {int(part.head)}"
+            where = f"block ({int(row) % blocks_q}, {int(col)}) of head {int(part.head)}"
             return (
-                f"block_mask: {place} follows a token rule that causality, one position for each row, a window and a "
+                f"block_mask: {where} follows a token rule that causality, one position for each row, a window and a "
                 "sink do not say; give such a mask as key_bias, or keep it in FlexAttention"
             )
     return "block_mask: some partial blocks are causal and others see the future; a call has one causality"
@@ -162,14 +162,14 @@ def make_block_mask(lists: LayoutLists, sizes: Sizes, of_call: Shown) -> Any:
     def shown(b: Tensor, h: Tensor, t: Tensor, s: Tensor) -> Tensor:
         at = keep.shape[0] > 1, keep.shape[1] > 1, pos.shape[0] > 1, pos.shape[1] > 1
         listed = keep[b if at[0] else 0, h if at[1] else 0, t // block_q, s // block_k]
-        place = pos[b if at[2] else 0, h if at[3] else 0, t]
+        position = pos[b if at[2] else 0, h if at[3] else 0, t]
         if causal:
-            listed = listed & (s <= place)
+            listed = listed & (s <= position)
         if rule.q_pos is not None:
-            listed = listed & (place >= 0)
+            listed = listed & (position >= 0)
         if rule.window is None:
             return listed
-        return listed & (((place - s).abs() < of_head(rule.window, h)) | (s < of_head(rule.sink, h)))
+        return listed & (((position - s).abs() < of_head(rule.window, h)) | (s < of_head(rule.sink, h)))
 
     def listing(mask: Tensor) -> tuple[Tensor, Tensor]:
         order = torch.argsort((~mask).to(torch.uint8), dim=-1, stable=True)

@@ -100,9 +100,9 @@ def find_rule(listed: Listed, *, prefer_causal: bool = True) -> Found | None:
         found = _fit(listed, from_last, causal=causal, given=False)
         if found is not None and found.is_bare:
             return found
-    places = [(from_last, False)] if seq_q == seq_k else [(from_last, False), (from_first, True)]
+    candidates = [(from_last, False)] if seq_q == seq_k else [(from_last, False), (from_first, True)]
     for causal in (True, False):
-        for pos, given in places:
+        for pos, given in candidates:
             found = _fit(listed, pos, causal=causal, given=given)
             if found is not None:
                 return found
@@ -121,8 +121,8 @@ def _last_seen(listed: Listed) -> Tensor:
     last = torch.maximum(last, whole.repeat_interleave(block_q).view(last.shape))
     for part in listed.chunks():
         most = torch.where(part.seen, part.slots.unsqueeze(1), -1).amax(2)
-        place = ((part.item * listed.shape[1] + part.head) * last.shape[1]).unsqueeze(1) + part.rows
-        last.view(-1).scatter_reduce_(0, place.reshape(-1), most.reshape(-1), "amax")
+        index = ((part.item * listed.shape[1] + part.head) * last.shape[1]).unsqueeze(1) + part.rows
+        last.view(-1).scatter_reduce_(0, index.reshape(-1), most.reshape(-1), "amax")
     q_pos = last[:, :seq_q].to(torch.int32).view(*listed.shape, seq_q)
     for dim in (0, 1):
         first = q_pos.narrow(dim, 0, 1)

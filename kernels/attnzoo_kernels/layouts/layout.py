@@ -306,8 +306,8 @@ class BlockLayout:
 
     def entries(self) -> tuple[Tensor, Tensor]:
         """Flat row and key block of every entry, int64 ``[nnz]`` each. Synchronises."""
-        row, place = build.listed_places(self.lists)
-        return row, self.col.long()[place]
+        row, index = build.listed_indices(self.lists)
+        return row, self.col.long()[index]
 
     def to_mask(self) -> Tensor:
         """The layout as a mask, bool ``[B|1, h, M, N]``. Synchronises off the CPU."""

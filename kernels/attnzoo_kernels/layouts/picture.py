@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from attnzoo_kernels.layouts.build import LayoutLists, distinct_lists, listed_places
+from attnzoo_kernels.layouts.build import LayoutLists, distinct_lists, listed_indices
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,8 +36,8 @@ def _shares(layout: BlockLayout, heads: int, most: int) -> Tensor:
     line = torch.arange(shown, device="cpu").unsqueeze(1) * rows + row
     pair, times = (of_row[0] * (shown * rows) + line).unique(return_counts=True)
     chosen, line = pair // (shown * rows), pair % (shown * rows)
-    entry, place = listed_places(LayoutLists(once.start[chosen], once.count[chosen], lists.col))
-    cell = line[entry] * cols + col[lists.col.long()[place]]
+    entry, listed = listed_indices(LayoutLists(once.start[chosen], once.count[chosen], lists.col))
+    cell = line[entry] * cols + col[lists.col.long()[listed]]
     listed = torch.bincount(cell, times[entry].double(), shown * rows * cols).view(shown, rows, cols)
     return listed.float() / (row.bincount().unsqueeze(1) * col.bincount())
 

@@ -342,7 +342,7 @@ MUTANTS = {
         "attn_mask=edges.mask(tile, keys)",
     ),
     "all causal where they are one range": (flash, "backward", "0.0, lone.causal", "0.0, call.rule.causal"),
-    "the edge a slot too far": (flash, "_edge", "place.neg_()", "place.add_(1).neg_()"),
+    "the edge a slot too far": (flash, "_edge", "index.neg_()", "index.add_(1).neg_()"),
 }
 
 

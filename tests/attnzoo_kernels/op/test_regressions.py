@@ -98,7 +98,7 @@ def test_a_step_at_rotary_origins_copies_the_keys_that_it_gathers_and_no_others(
     angles = torch.arange(10).double().unsqueeze(1) * torch.tensor([1.0, 0.1, 0.01])
     extras = Extras(rope=(angles.cos(), angles.sin()))
     q, k = q.requires_grad_(), k.requires_grad_()
-    copied, in_pairs = [], scores.Turns.in_pairs
+    copied, in_pairs = [], scores.Rotation.in_pairs
 
     def listening(self: Any, x: Tensor, *rest: Any) -> Tensor:
         copied.append(x.numel())
@@ -107,7 +107,7 @@ def test_a_step_at_rotary_origins_copies_the_keys_that_it_gathers_and_no_others(
     results = []
     for impl in ("reference", "blocked"):
         with monkeypatch.context() as patch:
-            patch.setattr(scores.Turns, "in_pairs", listening)
+            patch.setattr(scores.Rotation, "in_pairs", listening)
             out = block_sparse_attention(q, k, v, layout, extras=extras, impl=impl)
             results.append([out, *torch.autograd.grad(out.square().sum(), (q, k))])
     for actual, expected in zip(*reversed(results), strict=True):

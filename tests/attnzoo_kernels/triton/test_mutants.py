@@ -109,7 +109,10 @@ MUTANTS: dict[str, Mutant] = {
         "early rows",
         {"primitives": {"sink = tl.minimum(sink, pos + 1)": "sink = sink"}},
     ),
-    "windows of the first head for all": ("window", {"primitives": {"more.windows + head": "more.windows + head * 0"}}),
+    "windows of the first head for all": (
+        "window",
+        {"primitives": {"optional.windows + head": "optional.windows + head * 0"}},
+    ),
     "a tail of keys that are not there": (
         "full",
         {
@@ -131,24 +134,24 @@ MUTANTS: dict[str, Mutant] = {
                 "valid = valid & (pos >= 0)": "valid = valid & (pos >= -9)",
                 "tl.where(pos < 0, -1, ": "tl.where(pos < -9, -1, ",
             },
-            "forward": {"live = run.total > 0": "live = run.total > -1"},
+            "forward": {"live = state.l_i > 0": "live = state.l_i > -1"},
         },
     ),
-    "no rescale when the peak rises": (
+    "no rescale when the maximum rises": (
         "causal",
         {
             "forward": {
-                "acc = product(p.to(v.dtype), v, run.acc * fade[:, None]": "acc = product(p.to(v.dtype), v, run.acc"
+                "product(p.to(v.dtype), v, state.acc * alpha[:, None]": "product(p.to(v.dtype), v, state.acc",
             }
         },
     ),
-    "the sum of weights not rescaled": ("causal", {"forward": {"run.total * fade + tl": "run.total + tl"}}),
+    "the sum of weights not rescaled": ("causal", {"forward": {"state.l_i * alpha + tl": "state.l_i + tl"}}),
     "log-sum-exp of empty rows 0": ("absent", {"forward": {'* LN2, -float("inf"))\n    row': "* LN2, 0.0)\n    row"}}),
     "log-sum-exp to base two": ("causal", {"forward": {"1.0))) * LN2, -f": "1.0))), -f"}}),
     "no delta": ("causal", {"backward": {"p * (dp - kept(delta, AXIS))": "p * dp"}}),
     "the gradient of the log-sum-exp lost": ("causal", {"backward": {"if dlse is not None": "if False"}}),
-    "dK without the scale": ("causal", {"backward": {"total_k * natural": "total_k"}}),
-    "dQ without the scale": ("causal", {"backward": {"store_rows(dq, total * natural": "store_rows(dq, total"}}),
+    "dK without the scale": ("causal", {"backward": {"dk_acc * natural": "dk_acc"}}),
+    "dQ without the scale": ("causal", {"backward": {"store_rows(dq, dq_acc * natural": "store_rows(dq, dq_acc"}}),
     "heads on KV heads by remainder": (
         "causal",
         {
@@ -159,7 +162,7 @@ MUTANTS: dict[str, Mutant] = {
     "lists of heads by remainder": (
         "causal",
         {
-            "primitives": {"+ h // c.PER\n    return place": "+ h % groups\n    return place"},
+            "primitives": {"+ h // c.PER\n    return index": "+ h % groups\n    return index"},
             "launch": {"pack = per if": "pack = 1 if"},
         },
     ),
@@ -170,7 +173,7 @@ MUTANTS: dict[str, Mutant] = {
     "bias scaled twice": ("bias", {"primitives": {".to(c.ACC) * LOG2E\n": ".to(c.ACC) * LOG2E * 2\n"}}),
     "the bias of the first head for all": (
         "bias",
-        {"primitives": {"place_of(b, h, groups, c.BIAS": "place_of(b, h * 0, groups, c.BIAS"}},
+        {"primitives": {"index_of(b, h, groups, c.BIAS": "index_of(b, h * 0, groups, c.BIAS"}},
     ),
     "the own block gated": (
         "landmarks",
@@ -187,16 +190,16 @@ MUTANTS: dict[str, Mutant] = {
     ),
     "origins turned the other way": (
         "origins",
-        {"primitives": {"tl.where(d < c.TURN, sin, -sin)": "tl.where(d < c.TURN, -sin, sin)"}},
+        {"primitives": {"tl.where(d < c.ROTARY, sin, -sin)": "tl.where(d < c.ROTARY, -sin, sin)"}},
     ),
-    "the wrong half of a plane": ("origins", {"primitives": {"tl.where(d < 2 * c.TURN, d - c.TURN, d)": "d"}}),
+    "the wrong half of a plane": ("origins", {"primitives": {"tl.where(d < 2 * c.ROTARY, d - c.ROTARY, d)": "d"}}),
     "gradients of turned keys not turned back": (
         "origins",
-        {"backward": {"turn(key, partner, cos, -sin, c)": "turn(key, partner, cos, sin, c)"}},
+        {"backward": {"rotate(key, partner, cos, -sin, c)": "rotate(key, partner, cos, sin, c)"}},
     ),
     "auxiliary channels forgotten": (
         "origins",
-        {"forward": {"s = pairs(queries.aux, aux, s, more.q_aux": "s + pairs(queries.aux, aux, s, more.q_aux"}},
+        {"forward": {"s = pairs(queries.aux, aux, s, optional.q_aux": "s + pairs(queries.aux, aux, s, optional.q_aux"}},
     ),
     "the same channels at every step": (
         "wide stepped",

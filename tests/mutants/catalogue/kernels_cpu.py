@@ -27,7 +27,7 @@ MUTANTS = (
         wrong="layout heads go to query heads by remainder",
     ),
     entries(
-        "entries-place", old="place = start[row] + within", new="place = (ends - count)[row] + within",
+        "entries-index", old="index = start[row] + within", new="index = (ends - count)[row] + within",
         wrong="lists are taken to lie one after the other without gaps",
     ),
     entries(
@@ -119,7 +119,7 @@ MUTANTS = (
         wrong="heads begin a row and not a head apart", tests=f"{TESTS}/op/test_agreement.py -k 'definition_in_double'",
     ),
     tiles(
-        "tiles-view-offset", old="x.storage_offset() + places[0]", new="places[0]",
+        "tiles-view-offset", old="x.storage_offset() + offsets[0]", new="offsets[0]",
         wrong="views of slices begin at the start of the memory", tests=f"{TESTS}/op/test_surface.py",
     ),
     tiles(

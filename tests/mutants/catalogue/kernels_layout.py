@@ -49,7 +49,7 @@ MUTANTS = (
         wrong="origins do not move with their blocks", tests=f"{TESTS}/layouts/test_layout.py -k origins",
     ),
     build(
-        "build-compact-origin", old="origin = None if lists.origin is None else lists.origin[place]", new="origin = lists.origin",
+        "build-compact-origin", old="origin = None if lists.origin is None else lists.origin[index]", new="origin = lists.origin",
         wrong="compacting leaves origins where they were", tests=f"{TESTS}/layouts/test_layout.py -k 'compact or origins'",
     ),
     build(
@@ -57,7 +57,7 @@ MUTANTS = (
         wrong="a block may stand twice in a list", tests=f"{TESTS}/layouts/test_layout.py -k refused",
     ),
     build(
-        "build-start-of-item", old="place = first.view(-1, 1, 1, 1)", new="place = first[:1].view(-1, 1, 1, 1)",
+        "build-start-of-item", old="first_slot = first.view(-1, 1, 1, 1)", new="first_slot = first[:1].view(-1, 1, 1, 1)",
         wrong="all items begin where the first one does", tests=f"{TESTS}/layouts/test_layout.py -k each_item",
     ),
     layout(
@@ -86,11 +86,11 @@ MUTANTS = (
         within="_flatten_with_keys", wrong="a pytree names the lists' tensors wrongly", tests=f"{TESTS}/layouts/test_layout_moves.py",
     ),
     flex(
-        "flex-causality", old="listed = listed & (s <= place)", new="listed = listed & (s < place)",
+        "flex-causality", old="listed = listed & (s <= position)", new="listed = listed & (s < position)",
         wrong="FlexAttention is told to hide the own key",
     ),
     flex(
-        "flex-positions-of-items", old="place = pos[b if at[2] else 0,", new="place = pos[0,",
+        "flex-positions-of-items", old="position = pos[b if at[2] else 0,", new="position = pos[0,",
         wrong="all items get the first one's positions inside FlexAttention's rule",
     ),
     flex(

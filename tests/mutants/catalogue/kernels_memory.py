@@ -23,8 +23,8 @@ unseen = partial(Mutant, tests=f"{TESTS}/op/test_unseen.py")
 
 MUTANTS = (
     density(
-        "density-found-behind-the-last", old="found & (place < self.key.shape[0]) & (block < self.blocks)",
-        new="found & (place < self.key.shape[0])", wrong="the end of the keys is taken for the next list's first block",
+        "density-found-behind-the-last", old="found & (index < self.key.shape[0]) & (block < self.blocks)",
+        new="found & (index < self.key.shape[0])", wrong="the end of the keys is taken for the next list's first block",
         survives="Behind the last block there are no keys to count: what is found there counts for 0.",
     ),
     density(
@@ -162,7 +162,7 @@ MUTANTS = (
         "checks-origin-before", old="int(listed.min()) >= 0 and", new="True and", wrong="an origin of -1 is read",
     ),
     checks(
-        "checks-origin-of-nobody", old="listed = layout.origin[listed_places(distinct_lists(layout.lists)[1])[1]]",
+        "checks-origin-of-nobody", old="listed = layout.origin[listed_indices(distinct_lists(layout.lists)[1])[1]]",
         new="listed = layout.origin", wrong="what stands behind the lists has to be on the table",
     ),
     schedule(

@@ -17,7 +17,7 @@ config = partial(Mutant, file=f"{FOLDER}/tile_table.py", tests=f"{TESTS}/triton/
 
 MUTANTS = (
     tiles(
-        "triton-group-of-head", old="place = place * groups + h // c.PER", new="place = place * groups + h % c.PER",
+        "triton-group-of-head", old="index = index * groups + h // c.PER", new="index = index * groups + h % c.PER",
         wrong="lists of groups are found by remainder",
     ),
     tiles(
@@ -25,7 +25,7 @@ MUTANTS = (
         wrong="the sink has one key more",
     ),
     tiles(
-        "triton-gate-shift", old="shift = tl.where(own, 0.0, mix * (logit - total))", new="shift = tl.where(own, 0.0, (1.0 - mix) * (logit - total))",
+        "triton-gate-shift", old="shift = tl.where(own, 0.0, mix * (logit - lse))", new="shift = tl.where(own, 0.0, (1.0 - mix) * (logit - lse))",
         wrong="the gate's share and the block's are swapped",
     ),
     tiles(
@@ -34,7 +34,7 @@ MUTANTS = (
         tests=f"{TESTS}/triton/test_switches.py -k gates_of_every",
     ),
     tiles(
-        "triton-partner", old="tl.where(d < c.TURN, d + c.TURN,", new="tl.where(d < c.TURN, d + c.TURN - 1,",
+        "triton-partner", old="tl.where(d < c.ROTARY, d + c.ROTARY,", new="tl.where(d < c.ROTARY, d + c.ROTARY - 1,",
         wrong="planes pair the wrong dimensions",
     ),
     forward(
@@ -42,23 +42,23 @@ MUTANTS = (
         wrong="the last key block is never read",
     ),
     forward(
-        "triton-fade-of-values", old="run.acc * fade[:, None], c)", new="run.acc, c)", wrong="values so far are not rescaled as the peak rises",
+        "triton-alpha-of-values", old="state.acc * alpha[:, None], c)", new="state.acc, c)", wrong="values so far are not rescaled as the maximum rises",
     ),
     forward(
-        "triton-heads-of-a-pack", old="return b, h // c.PER, h, m, part, place + m", new="return b, h // c.PACK, h, m, part, place + m",
+        "triton-heads-of-a-pack", old="return b, h // c.PER, h, m, part, index + m", new="return b, h // c.PACK_GQA, h, m, part, index + m",
         wrong="keys are those of the pack instead of the group",
     ),
     forward(
-        "triton-join-lse", old="peak + tl.log2(total) * LN2", new="peak + tl.log2(total)", wrong="the joined lse mixes bases",
+        "triton-join-lse", old="m_i + tl.log2(l_i) * LN2", new="m_i + tl.log2(l_i)", wrong="the joined lse mixes bases",
     ),
     backward(
         "triton-delta-of-lse", old="change -= tl.load(dlse + row", new="change += tl.load(dlse + row", wrong="the gradient of lse has the wrong sign",
     ),
     backward(
-        "triton-aux-unscaled", old="store_rows(dq_aux, total_aux * natural", new="store_rows(dq_aux, total_aux", wrong="gradients of auxiliary queries lack the scale",
+        "triton-aux-unscaled", old="store_rows(dq_aux, dq_aux_acc * natural", new="store_rows(dq_aux, dq_aux_acc", wrong="gradients of auxiliary queries lack the scale",
     ),
     backward(
-        "triton-bias-of-last-pack", old="total_bias += tl.sum(ds, 1)", new="total_bias = tl.sum(ds, 1)", wrong="the gradient of the bias is that of the last tile of rows",
+        "triton-bias-of-last-pack", old="dbias_acc += tl.sum(ds, 1)", new="dbias_acc = tl.sum(ds, 1)", wrong="the gradient of the bias is that of the last tile of rows",
     ),
     backward(
         "triton-dead-rows-in-keys", old="keep = visible(first, within, rows, 0, c) & live[None, :]", new="keep = visible(first, within, rows, 0, c)",
