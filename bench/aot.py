@@ -113,7 +113,8 @@ def measure(compiled: Any, kernel: str, tiles: Tiles | None, architecture: str, 
     if architecture.startswith("gfx"):
         text = compiled.asm["amdgcn"]
         spill = _first(r"\.vgpr_spill_count:\s+(\d+)", text)
-        registers, mma = _first(r"\.vgpr_count:\s+(\d+)", text), text.count("v_mfma")
+        registers = _first(r"\.vgpr_count:\s+(\d+)", text)
+        mma = text.count("v_mfma")
         return Resources(*common, registers, spill, shared, 0, mma, 0, 0, False, False, seconds)
     ptx = compiled.asm["ptx"]
     log = _assemble(ptx, int(architecture.removeprefix("sm_")))
@@ -212,7 +213,8 @@ def compile_pass(of: Pass, call: Call) -> None:
     lists = launch.lists_of(call)
     out = torch.zeros_like(call.q)
     lse = torch.zeros(call.q.shape[:3], device=out.device)
-    aux, gate = call.aux is not None, call.gate is not None and call.gate.key is not None
+    aux = call.aux is not None
+    gate = call.gate is not None and call.gate.key is not None
     need = [True, True, True, call.key_bias is not None, aux, aux, gate]
     given: tuple[Tensor | None, ...] = (out, out, lse, None, lse)
     if of == "query":
@@ -265,7 +267,8 @@ def compile_table(
 
 def switches() -> dict[str, Extras]:
     """Each switch of the operation alone, at width 64; and in fp32 all that go together."""
-    tokens, planes = torch.zeros(1, 1, TOKENS), torch.zeros(TOKENS, 32)
+    tokens = torch.zeros(1, 1, TOKENS)
+    planes = torch.zeros(TOKENS, 32)
     half = torch.zeros(1, 1, TOKENS, 64, dtype=torch.bfloat16)
     return {
         "q_pos": Extras(q_pos=tokens.int()),
@@ -328,7 +331,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         made = compile_switches(architecture)
     else:
         made = compile_table(architecture, entries(options.widths, options.sizes, options.passes))
-    rows, red = [], 0
+    rows = []
+    red = 0
     for name, found, wrong in made:
         red += bool(wrong)
         rows.append({"name": name, "faults": wrong, **asdict(found)})

@@ -24,11 +24,14 @@ from attnzoo.variants.moh.routed_rows import Rows
 from attnzoo.variants.moh.router import Counts, best
 from attnzoo_kernels import BlockLayout, Extras, block_sparse_attention
 from attnzoo_kernels.cpu import flash
-from bench import clock, gate
-from bench.cpu.__main__ import about, choose, report
+from bench.cpu import clock, gate
+from bench.cpu.report import about, choose, report
 from bench.cpu.rows import Row
 
-TOKENS, HEADS, WIDTH, BLOCK = 4096, 8, 64, 64
+TOKENS = 4096
+HEADS = 8
+WIDTH = 64
+BLOCK = 64
 OPERATION_MUST = (0.66, 0.62)
 LAYER_MUST = (0.84, 0.76)
 LENGTHS = (256, 512, 768, 1024, 2048, 4096)
@@ -64,7 +67,8 @@ def operation() -> Iterator[Row]:
 
             def routed(q: Tensor = q, k: Tensor = k, v: Tensor = v, active: Callable[[], Tensor] = active) -> Tensor:
                 rows = Rows.of(active())
-                own, pos = rows.gather(q), rows.positions(None, 0)
+                own = rows.gather(q)
+                pos = rows.positions(None, 0)
                 layout = BlockLayout.dense(query_block(BLOCK, own.shape[2]), BLOCK, own.shape[2], TOKENS)
                 return rows.scatter(block_sparse_attention(own, k, v, layout, extras=Extras(q_pos=pos), impl="blocked"))
 
@@ -84,7 +88,8 @@ def operation() -> Iterator[Row]:
 @contextmanager
 def _in_blocks() -> Iterator[None]:
     """Everything is computed in blocks, the implementation of our own, and nothing by torch's kernel."""
-    before, flash.LEAST_ROWS = flash.LEAST_ROWS, TOKENS + 1
+    before = flash.LEAST_ROWS
+    flash.LEAST_ROWS = TOKENS + 1
     try:
         yield
     finally:
@@ -260,7 +265,8 @@ def main(
 ) -> None:
     """Measures mixture-of-head attention on this CPU: rows that are not routed are not computed."""
     chosen = choose(PARTS, only)
-    where, rows = about(), []
+    where = about()
+    rows = []
     with Bar() as progress:
         for done, name in enumerate(chosen):
             progress(name, done, len(chosen))

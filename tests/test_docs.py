@@ -114,7 +114,7 @@ def test_documented_flags_exist() -> None:
     }
     known |= {"--help", "--version", "--debug"}
     # Scripts of the benchmarks name their parameters as their options.
-    source = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "bench").glob("*.py")))
+    source = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "bench").rglob("*.py")))
     for page in PAGES:
         for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", page.read_text(encoding="utf-8")):
             assert flag in known or flag[2:].replace("-", "_") in source, f"{page.relative_to(ROOT)}: {flag}"

@@ -34,7 +34,8 @@ def show(report: Report) -> None:
 
 
 def _checks(checks: list[Check]) -> Grid:
-    rows, bad = [], set()
+    rows = []
+    bad = set()
     for i, group in enumerate(_groups(checks)):
         worst = max(group, key=lambda check: check.error / check.limit if check.limit else float("inf"))
         good = sum(check.holds for check in group)

@@ -172,7 +172,9 @@ class Comparer:
     def __init__(
         self, model: Any, windows: Tensor, calibration: Tensor | None, *, progress: Progress | None = None
     ) -> None:
-        self.model, self.windows, self.progress = model, windows, progress
+        self.model = model
+        self.windows = windows
+        self.progress = progress
         self.batches = [] if calibration is None else [row.unsqueeze(0) for row in calibration]
         self._statistics: surgery.Statistics | None = None
         self._dense: tuple[Score, Decoding] | None = None

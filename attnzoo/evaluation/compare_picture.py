@@ -92,7 +92,8 @@ def _losses(axes: Axes, rows: Sequence[Row]) -> None:
 
 def _marks(end: float) -> list[float]:
     """Marks of the axis up to ``end``, at least a ninth of it apart."""
-    least, found = math.log(end) / 9, [1.0]
+    least = math.log(end) / 9
+    found = [1.0]
     for mark in MARKS[1:]:
         if mark <= end * 1.0001 and math.log(mark / found[-1]) >= least:
             found.append(mark)

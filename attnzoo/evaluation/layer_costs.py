@@ -36,7 +36,8 @@ CHECKED_SCORES = 2**26
 LEAST_VALUE = 1e-2
 """What counts as the largest value where all are smaller: gradients that cancel are nothing but roundings."""
 
-LEAST, MOST = 5, 100
+LEAST = 5
+MOST = 100
 """Rounds."""
 
 PLAIN = "plain attention"
@@ -133,8 +134,11 @@ class PlainAttention(MHAAttention):
 
     def operate(self, memory: Memory, plan: Plan) -> Tensor:
         """Torch's own operation: all tokens of one sequence, or one more token."""
-        q, k, v = memory.q, memory.k, memory.v
-        causal, grouped = q.shape[2] > 1, q.shape[1] != k.shape[1]
+        q = memory.q
+        k = memory.k
+        v = memory.v
+        causal = q.shape[2] > 1
+        grouped = q.shape[1] != k.shape[1]
         return scaled_dot_product_attention(q, k, v, is_causal=causal, scale=self.config.scale, enable_gqa=grouped)
 
 
@@ -196,7 +200,8 @@ def measure(setting: Setting, specs: list[str], progress: Progress) -> list[Cost
     layers = build(setting, specs)
     with _seeded():
         plain = PlainAttention(**setting.heads(), device=setting.device, dtype=setting.dtype)
-    costs, runs_of_plain = [], {kind: list[float]() for kind in KINDS}
+    costs = []
+    runs_of_plain = {kind: list[float]() for kind in KINDS}
     total = len(layers) * (1 + len(KINDS))
     for row, (name, layer) in enumerate(layers.items()):
         done = row * (1 + len(KINDS))
@@ -228,7 +233,8 @@ def check(name: str, layer: AttentionLayer, setting: Setting) -> Cost:
     except UnsupportedError as error:
         return Cost(name, problem=str(error))
     errors = {what: _difference(found[what], wanted[what]) for what in wanted}
-    worst, bound = max(errors, key=lambda what: errors[what]), BOUND[setting.dtype]
+    worst = max(errors, key=lambda what: errors[what])
+    bound = BOUND[setting.dtype]
     problem = None
     if errors[worst] > bound:
         problem = f"wrong: {worst} is off by {errors[worst]:.1e} of the largest value, {bound:.0e} is right"
@@ -259,10 +265,12 @@ def _train(layer: AttentionLayer, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]
     """The output, and gradients of x and all weights, those of an auxiliary loss included."""
     result = layer.attend(x)
     leaves = [x, *(weight for _, weight in _weights(layer))]
-    ends, weights = [result.out], [torch.ones_like(result.out)]
+    ends = [result.out]
+    weights = [torch.ones_like(result.out)]
     aux = result.plan.aux_loss
     if aux is not None and aux.requires_grad:
-        ends, weights = [*ends, aux], [*weights, torch.ones_like(aux)]
+        ends = [*ends, aux]
+        weights = [*weights, torch.ones_like(aux)]
     return result.out, torch.autograd.grad(ends, leaves, weights, materialize_grads=True, allow_unused=True)
 
 

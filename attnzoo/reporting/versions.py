@@ -42,7 +42,8 @@ def transformers_version() -> str | None:
 
 def untested_transformers(found: str | None) -> str | None:
     """What to say of a version of transformers that lies outside the tested range; ``None`` of one inside."""
-    oldest, newest = TRANSFORMERS[0], TRANSFORMERS[-1]
+    oldest = TRANSFORMERS[0]
+    newest = TRANSFORMERS[-1]
     # A repair of a tested version counts as tested.
     if found is None or release(oldest)[:2] <= release(found)[:2] <= release(newest)[:2]:
         return None

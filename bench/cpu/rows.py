@@ -13,7 +13,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from attnzoo.evaluation import timing
 from attnzoo_kernels import BlockLayout, Extras, block_sparse_attention
-from bench import cases, clock, gate, peers
+from bench.contestants import Missing, Run
+from bench.cpu import cases, clock, gate, peers
 
 
 @dataclass
@@ -55,7 +56,7 @@ FEW_ROWS = {1: 8.0, 16: 5.0, 64: 2.0}
 """Rows of a small call, and how many times SDPA's time it may take."""
 
 
-def ours(layout: BlockLayout, extras: Extras | None = None) -> peers.Run:
+def ours(layout: BlockLayout, extras: Extras | None = None) -> Run:
     """The blocked implementation."""
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -71,12 +72,13 @@ def forward(dtype: torch.dtype, threads: int) -> Iterator[Row]:
     with clock.threads(threads):
         for case, must in zip(cases.FORWARD, FLEX_MUST[short], strict=True):
             case = case.with_dtype(dtype)
-            layout, (q, k, v) = case.layout(), case.inputs()
+            layout = case.layout()
+            (q, k, v) = case.inputs()
             row = Row(part, case.name, must=must)
-            contestants: dict[str, peers.Run] = {"ours": ours(layout)}
+            contestants: dict[str, Run] = {"ours": ours(layout)}
             try:
                 contestants["flex"] = peers.flex(layout)
-            except peers.Missing as reason:
+            except Missing as reason:
                 row.notes.append(f"flex: {reason}")
             expected = gate.truth(q, k, v, layout)
             for name, run in contestants.items():
@@ -90,8 +92,8 @@ def forward(dtype: torch.dtype, threads: int) -> Iterator[Row]:
             yield row
 
 
-def _bind(contestants: dict[str, peers.Run], *inputs: Tensor) -> dict[str, Callable[[], Any]]:
-    def bind(run: peers.Run) -> Callable[[], Any]:
+def _bind(contestants: dict[str, Run], *inputs: Tensor) -> dict[str, Callable[[], Any]]:
+    def bind(run: Run) -> Callable[[], Any]:
         return lambda: run(*inputs)
 
     return {name: bind(run) for name, run in contestants.items()}
@@ -104,7 +106,7 @@ def training() -> Iterator[Row]:
             layout = case.layout()
             leaves = [x.requires_grad_() for x in case.inputs()]
 
-            def step(run: peers.Run, leaves: list[Tensor] = leaves) -> Callable[[], Any]:
+            def step(run: Run, leaves: list[Tensor] = leaves) -> Callable[[], Any]:
                 return lambda: torch.autograd.grad(run(*leaves).sum(), leaves)
 
             expected = _gradients(layout, leaves)
@@ -147,8 +149,9 @@ def decoding() -> Iterator[Row]:
             yield row
 
 
-def _decoders(case: cases.Decode) -> dict[str, peers.Run]:
-    index, group = case.index(), case.heads // case.groups
+def _decoders(case: cases.Decode) -> dict[str, Run]:
+    index = case.index()
+    group = case.heads // case.groups
 
     def step(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         layout = BlockLayout.from_indices(index, 1, case.block, 1, case.cache)
@@ -173,17 +176,18 @@ def few_rows() -> Iterator[Row]:
             case = cases.Case(f"T = {tokens}", tokens=tokens)
             q, k, v = case.inputs()
             layout = BlockLayout.dense(case.block, case.block, tokens, tokens)
-            contestants: dict[str, peers.Run] = {"ours": ours(layout), "sdpa": peers.sdpa}
+            contestants: dict[str, Run] = {"ours": ours(layout), "sdpa": peers.sdpa}
             gate.check("ours", contestants["ours"](q, k, v), gate.truth(q, k, v, layout))
             row = Row("a call of few rows, fp32, 1 thread", case.name, must=must, at_most=True)
             found = timing.rounds(_bind(contestants, q, k, v), wall=False, seconds=1, most=401)
-            row.figures, row.ratio = timing.middle(found), timing.paired(found, "ours", "sdpa")
+            row.figures = timing.middle(found)
+            row.ratio = timing.paired(found, "ours", "sdpa")
             yield row
 
 
 _MEMORY = """
 import sys, torch
-from bench import cases
+from bench.cpu import cases
 from attnzoo_kernels import block_sparse_attention
 torch.set_num_threads(1)
 case = getattr(cases, sys.argv[1])
@@ -216,8 +220,10 @@ def memory() -> Iterator[Row]:
 
 def switches() -> Iterator[Row]:
     """What each switch costs against the same layout without it, its own gradients included."""
-    case, small = cases.FORWARD[1], cases.Case("small", tokens=512, density=0.3)
-    layout, inputs = case.layout(), case.inputs()
+    case = cases.FORWARD[1]
+    small = cases.Case("small", tokens=512, density=0.3)
+    layout = case.layout()
+    inputs = case.inputs()
     with clock.threads(1):
         for name in cases.SWITCHES:
             if name == "none":
@@ -241,7 +247,8 @@ def _switch_costs(
     layout: BlockLayout, turned: BlockLayout, extras: Extras, inputs: tuple[Tensor, Tensor, Tensor]
 ) -> dict[str, float]:
     leaves = [x.clone().requires_grad_() for x in inputs]
-    plain, run = ours(layout), ours(turned, extras)
+    plain = ours(layout)
+    run = ours(turned, extras)
     trained = replace(
         extras,
         key_bias=_leaf(extras.key_bias),
@@ -267,11 +274,12 @@ def _leaf(x: Any) -> Any:
 def dense_peers() -> Iterator[Row]:
     """Who computes dense causal attention how fast: for orientation."""
     case = cases.Case("T = 1024, dense", tokens=1024, density=1.0)
-    layout, (q, k, v) = case.layout(), case.inputs()
+    layout = case.layout()
+    (q, k, v) = case.inputs()
     expected = gate.truth(q, k, v, layout)
     row = Row("dense, fp32, 1 thread", case.name)
     every = BlockLayout.dense(case.block, case.block, case.tokens, case.tokens)
-    contestants: dict[str, peers.Run] = {
+    contestants: dict[str, Run] = {
         "ours": ours(every),
         "ours, block by block": ours(layout),
         "sdpa": peers.sdpa,
@@ -279,7 +287,7 @@ def dense_peers() -> Iterator[Row]:
     }
     try:
         contestants["x-transformers"] = peers.x_transformers()
-    except peers.Missing as reason:
+    except Missing as reason:
         row.notes.append(str(reason))
     with clock.threads(1):
         for name, run in contestants.items():
@@ -294,7 +302,8 @@ def scaling() -> Iterator[Row]:
     points = []
     with clock.threads(1):
         for case in cases.SCALING:
-            layout, (q, k, v) = case.layout(), case.inputs()
+            layout = case.layout()
+            (q, k, v) = case.inputs()
             run = ours(layout)
             if case is cases.SCALING[0]:
                 gate.check("ours", run(q, k, v), gate.truth(q, k, v, layout))

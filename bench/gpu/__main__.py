@@ -128,7 +128,8 @@ def check_folder(given: argparse.Namespace, device: torch.device) -> dict[str, A
     Raises:
         SystemExit: If results of another machine or other versions lie there.
     """
-    there, here = report.read(given.out / MACHINE), gpu_machine.settings(device, tuned=given.tuned)
+    there = report.read(given.out / MACHINE)
+    here = gpu_machine.settings(device, tuned=given.tuned)
     if there is not None:
         other = [name for name, value in here.items() if there.get(name) != value]
         if other:
@@ -144,7 +145,8 @@ def run(given: argparse.Namespace, cells: list[Cell]) -> tuple[int, bool]:
     """Measures; how many cells are left, and whether something was wrong."""
     device = torch.device(given.device)
     about = check_folder(given, device)
-    begin, wrong = time.monotonic(), False
+    begin = time.monotonic()
+    wrong = False
     for place, cell in enumerate(cells):
         data = report.read(given.out / f"{cell.name}.json") if is_done(given, cell) else None
         if data is None:

@@ -146,7 +146,8 @@ def tiny() -> list[Cell]:
 def pairs(cell: Cell, count: int) -> list[Cell]:
     """Cells of random lengths and layouts, for counting what is compiled."""
     generator = torch.Generator().manual_seed(3)
-    low, high = math.log(max(cell.tokens / 8, 4)), math.log(cell.tokens * 2)
+    low = math.log(max(cell.tokens / 8, 4))
+    high = math.log(cell.tokens * 2)
     found = []
     for _ in range(count):
         draw = torch.rand(2, generator=generator)

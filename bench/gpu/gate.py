@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from attnzoo_kernels import BlockLayout
-from bench.gate import Wrong
+from bench.contestants import Wrong
 
 UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 CHUNK = 1 << 27
@@ -51,7 +51,8 @@ def solve(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, group: int, dout
     """Attention of one KV head and its query heads, causal, with gradients where ``dout`` is given."""
     per = q.shape[1] // k.shape[1]
     heads = range(group * per, (group + 1) * per)
-    keys, values = k[0, group].float(), v[0, group].float()
+    keys = k[0, group].float()
+    values = v[0, group].float()
     scale = q.shape[3] ** -0.5
     keep = layout.to_mask()[0]
     step = max(1, CHUNK // layout.seq_k)
@@ -87,10 +88,12 @@ def _check(name: str, found: Tensor, true: Tensor, dtype: torch.dtype) -> float:
     if not bool(found.isfinite().all()):
         raise Wrong(f"{name}: not finite")
     unit = UNIT[dtype]
-    largest, most = float((found - true).abs().max()), 4 * unit * float(true.abs().max())
+    largest = float((found - true).abs().max())
+    most = 4 * unit * float(true.abs().max())
     if not largest <= most:
         raise Wrong(f"{name}: differs by {largest:.1e}, at most {most:.1e} is right")
-    error, size = (found - true).norm(dim=-1), true.norm(dim=-1)
+    error = (found - true).norm(dim=-1)
+    size = true.norm(dim=-1)
     # Gradients of rows that read one key are nothing but rounding: they are measured by the others.
     mean = float((error / (size + 0.1 * size.mean())).mean())
     if not mean <= 3 * unit:

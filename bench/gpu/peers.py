@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from attnzoo_kernels import BlockLayout, block_sparse_attention
+from bench.contestants import Missing, Run
 from bench.gpu.cells import Cell
-from bench.peers import Missing, Run
 
 DENSE = ("sdpa flash", "sdpa cudnn", "xformers", "flash-attn")
 """Those that read everything, whatever the layout."""
@@ -87,7 +87,8 @@ def sdpa(cell: Cell, backend: str, device: torch.device) -> Run:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     chosen = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}[backend]
-    grouped, causal = cell.heads != cell.groups, cell.queries > 1
+    grouped = cell.heads != cell.groups
+    causal = cell.queries > 1
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with sdpa_kernel(chosen):

@@ -77,19 +77,22 @@ def teraflops(data: Data, name: str = "ours") -> float | None:
 
 def bandwidth(data: Data, machine: Data) -> float | None:
     """The share of the memory's bandwidth with which a decoding step reads its blocks."""
-    time, peak = ours(data), machine["peak"].get("copy")
+    time = ours(data)
+    peak = machine["peak"].get("copy")
     return None if time is None or not peak else data["bytes"] / time * 1e3 / peak
 
 
 def roofline(data: Data, machine: Data) -> float | None:
     """The share of the device's products."""
-    speed, peak = teraflops(data), machine["peak"].get("product")
+    speed = teraflops(data)
+    peak = machine["peak"].get("product")
     return None if speed is None or not peak else speed * 1e12 / peak
 
 
 def ratio(data: Data, *names: str) -> float | None:
     """How many times faster we are than the best of others."""
-    mine, other = best(data, "ours"), best(data, *names)
+    mine = best(data, "ours")
+    other = best(data, *names)
     return None if mine is None or other is None else other / mine
 
 

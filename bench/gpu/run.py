@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from attnzoo_kernels import BlockLayout, visible_pairs
-from bench.gate import Wrong
+from bench.contestants import Missing, Run, Wrong
 from bench.gpu import gate, peers
 from bench.gpu.cells import PAIRS, Cell, pairs
 from bench.gpu.machine import LONG, milliseconds
-from bench.peers import Missing, Run
 
 ROUNDS = 3
 OURS = "ours"
@@ -35,7 +34,8 @@ def measure(cell: Cell, device: torch.device, *, tuned: bool, without: Sequence[
     result: dict[str, Any] = {"cell": asdict(cell), "ms": {}, "reasons": {}, "errors": {}}
     if cell.what == "recompilations":
         return result | recompilations(cell, device)
-    layout, inputs = cell.layout(device), cell.inputs(device)
+    layout = cell.layout(device)
+    inputs = cell.inputs(device)
     visible, dense = visible_pairs(layout, causal=True, batch=1, heads=cell.heads)
     # As an honest kernel counts: multiplications and additions of the pairs that are seen, five products backwards.
     per_pair = 4 * cell.width * (2.5 if cell.what == "backward" else 1.0)
@@ -155,7 +155,8 @@ def _graphed(
 
 def _forms(cell: Cell, layout: BlockLayout, inputs: tuple[Tensor, Tensor, Tensor]) -> dict[str, Any]:
     """A form of the forward loop beside the plain one: checked against it, then timed side by side."""
-    device, run = inputs[0].device, peers.ours(layout)
+    device = inputs[0].device
+    run = peers.ours(layout)
     truth = gate.solve(*inputs, layout, cell.groups - 1)
     with peers.form("plain"):
         plain = run(*inputs)

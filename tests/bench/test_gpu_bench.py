@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from attnzoo_kernels import BlockLayout, block_sparse_attention
-from bench.gate import Wrong
+from bench.contestants import Run, Wrong
 from bench.gpu import __main__ as gpu
 from bench.gpu import cells as gpu_cells
 from bench.gpu import gate, peers
@@ -22,7 +22,6 @@ from bench.gpu import machine as gpu_machine
 from bench.gpu import report as gpu_report
 from bench.gpu import run as gpu_run
 from bench.gpu.cells import Cell
-from bench.peers import Run
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -351,7 +350,7 @@ def test_nothing_of_the_table_needs_what_a_gpu_machine_lacks() -> None:
     program = (
         "import sys\n"
         "for name in ('typer', 'rich', 'matplotlib', 'hypothesis', 'einops'): sys.modules[name] = None\n"
-        "import bench.gate, bench.gpu.gate, bench.gpu.peers, bench.gpu.report, bench.gpu.run\n"
+        "import bench.contestants, bench.gpu.gate, bench.gpu.peers, bench.gpu.report, bench.gpu.run\n"
         "from bench.gpu import __main__ as gpu\n"
         "assert gpu.main(['--dry-run', '--only', 's2']) == 0\n"
         "assert 'triton' not in sys.modules\n"

@@ -1,23 +1,19 @@
-"""Pictures that tell their rows apart: no outlier squeezes the others, no two lines look the same."""
+"""A picture that tells its rows apart: no outlier squeezes the others."""
 
 from __future__ import annotations
 
 import json
 import math
 from dataclasses import replace
-from itertools import combinations, pairwise
 from pathlib import Path
 
 import pytest
 
 from attnzoo.evaluation import compare_picture
 from attnzoo.evaluation.compare import Comparison, Row
-from bench import longheads_picture
-from bench.longheads import Row as LongRow
 
 RESULTS = Path(__file__).resolve().parents[3] / "bench" / "results"
 DEMO = [Row(**row) for row in json.loads((RESULTS / "smollm2-demo.json").read_text(encoding="utf-8"))["rows"]]
-LONG = [LongRow(**row) for row in json.loads((RESULTS / "smollm2-longheads.json").read_text(encoding="utf-8"))["rows"]]
 
 RATIOS = [
     # One outlier among many is broken, wherever it lies.
@@ -61,21 +57,3 @@ def test_a_broken_bar_says_its_value(tmp_path: Path, monkeypatch: pytest.MonkeyP
             assert (math.log(last) - math.log(first)) / (high - low) > 0.015, row.name
     monkeypatch.undo()
     pyplot.close(kept[0])
-
-
-def test_no_two_lines_of_longheads_look_the_same() -> None:
-    looks = [
-        (line.label, line.style["color"], line.style["marker"], line.style["linestyle"])
-        for line in longheads_picture.close_up(LONG)
-    ]
-    assert len(looks) == 8
-    for one, other in combinations(looks, 2):
-        assert sum(x == y for x, y in zip(one, other, strict=True)) <= 1, (one, other)
-
-
-@pytest.mark.parametrize("heights", [[0.5] * 8, [0.0, 1.0, 0.99, 0.98], [-0.2, 1.3], [0.3, 0.31, 0.9], []])
-def test_labels_keep_apart_and_in_order(heights: list[float]) -> None:
-    moved = longheads_picture.spread(heights, gap=0.05)
-    order = sorted(range(len(heights)), key=lambda i: heights[i])
-    assert all(moved[b] - moved[a] > 0.0499 for a, b in pairwise(order))
-    assert all(-1e-9 <= height <= 1 for height in moved)

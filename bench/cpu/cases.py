@@ -49,7 +49,8 @@ class Case:
         blocks = -(-self.tokens // self.block)
         generator = torch.Generator().manual_seed(seed)
         score = torch.rand(1, self.heads, blocks, blocks, generator=generator)
-        row, col = torch.arange(blocks).unsqueeze(1), torch.arange(blocks)
+        row = torch.arange(blocks).unsqueeze(1)
+        col = torch.arange(blocks)
         score = score.masked_fill(col > row, -1.0).masked_fill(col == row, 2.0)
         wanted = (row + 1) * self.density if self.blocks_each is None else torch.full_like(row, self.blocks_each)
         count = wanted.round().clamp(min=1).minimum(row + 1).long().squeeze(1)
@@ -102,7 +103,8 @@ class Decode:
     def index(self) -> Tensor:
         """Blocks that are read, int64 ``[1, G, 1, K]``, others for each KV head."""
         generator = torch.Generator().manual_seed(0)
-        blocks, count = self.cache // self.block, self.selected // self.block
+        blocks = self.cache // self.block
+        count = self.selected // self.block
         score = torch.rand(1, self.groups, 1, blocks, generator=generator)
         score[..., -1] = 2.0
         return score.topk(count, -1).indices
@@ -125,7 +127,10 @@ def switch(name: str, case: Case, layout: BlockLayout) -> tuple[BlockLayout, Ext
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
-    heads, groups, tokens, blocks = case.heads, case.groups, case.tokens, layout.grid[1]
+    heads = case.heads
+    groups = case.groups
+    tokens = case.tokens
+    blocks = layout.grid[1]
     if name == "origin":
         angle = torch.arange(blocks, dtype=torch.float64).unsqueeze(1) * case.block * 0.01
         tables = (angle.cos().float().repeat(1, case.width // 2), angle.sin().float().repeat(1, case.width // 2))

@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from attnzoo_kernels import BlockLayout
-
-Run = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-class Missing(Exception):  # noqa: N818  (no error: a reason)
-    """Why a peer takes no part."""
+from bench.contestants import Missing, Run
 
 
 def flex(layout: BlockLayout) -> Run:

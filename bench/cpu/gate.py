@@ -7,14 +7,11 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from attnzoo_kernels import BlockLayout
-from bench.peers import token_mask
+from bench.contestants import Wrong
+from bench.cpu.peers import token_mask
 
 BOUND = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 """Largest difference to fp32 attention with a mask, for normal inputs: a few roundings of values of size 1."""
-
-
-class Wrong(Exception):  # noqa: N818  (no error of ours: the finding)
-    """A contestant's output differs from what the definition gives."""
 
 
 def truth(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout) -> Tensor:

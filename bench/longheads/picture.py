@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from bench.longheads import Row
+    from bench.longheads.rows import Reading
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#8a6d00", "#5b4ea8", "#000000")
 LINES = ("-", "--", "-.", ":")
@@ -34,12 +34,12 @@ class Line:
     style: dict[str, Any]
 
 
-def is_ours(row: Row) -> bool:
+def is_ours(row: Reading) -> bool:
     """Whether a row reads with LongHeads."""
     return row.options.get("variant") == "longheads"
 
 
-def overview(rows: list[Row]) -> list[Line]:
+def overview(rows: list[Reading]) -> list[Line]:
     """Every row; LongHeads' are one bundle under one label."""
     plain = [row for row in rows if not is_ours(row)]
     ours = [row for row in rows if is_ours(row)]
@@ -53,7 +53,7 @@ def overview(rows: list[Row]) -> list[Line]:
     return lines
 
 
-def close_up(rows: list[Row]) -> list[Line]:
+def close_up(rows: list[Reading]) -> list[Line]:
     """LongHeads' settings in percent over the best of them in each span."""
     ours = [row for row in rows if is_ours(row)]
     best = [min(values) for values in zip(*(row.perplexity for row in ours), strict=True)]
@@ -107,7 +107,7 @@ def draw(axes: Axes, place: Sequence[float], lines: list[Line]) -> None:
         )
 
 
-def picture(rows: list[Row], where: dict[str, Any], span: int, path: Path) -> None:
+def picture(rows: list[Reading], where: dict[str, Any], span: int, path: Path) -> None:
     """Draws perplexity against position, over spans of so many positions."""
     import matplotlib
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import cases, gate
+from bench.cpu import cases, gate
 from bench.cpu.rows import ours
 
 SMALL = cases.Case("small", tokens=1024, density=0.12)
@@ -16,7 +16,8 @@ SMALL = cases.Case("small", tokens=1024, density=0.12)
 @pytest.mark.parametrize("name", cases.SWITCHES)
 def test_forward(benchmark: Any, name: str) -> None:
     layout, extras = cases.switch(name, SMALL, SMALL.layout())
-    run, inputs = ours(layout, extras), SMALL.inputs()
+    run = ours(layout, extras)
+    inputs = SMALL.inputs()
     if name == "none":
         gate.check("ours", run(*inputs), gate.truth(*inputs, layout))
     benchmark(run, *inputs)
