@@ -19,7 +19,7 @@ from attnzoo.base.recording import Recording
 from attnzoo.base.registry import register
 from attnzoo.base.rope import apply_rotary, rotary_tables
 from attnzoo.base.shared_layouts import dense_layout
-from attnzoo.base.steps import AttentionOutput, Heads, Memory, Plan, Step
+from attnzoo.base.steps import AttentionInputs, AttentionOutput, Heads, Plan, Step
 from attnzoo.base.weights import WeightedModule
 from attnzoo.base.whole_blocks import Filled
 from attnzoo.cache.kv_cache import KVCache, Stream
@@ -28,7 +28,7 @@ from attnzoo_kernels import Extras, block_sparse_attention
 from attnzoo_kernels.errors import ConfigError, UnsupportedError
 from attnzoo_kernels.runtime.plain import is_open
 
-__all__ = ["AttentionConfig", "AttentionLayer", "AttentionOutput", "Heads", "Memory", "Plan", "Step"]
+__all__ = ["AttentionConfig", "AttentionInputs", "AttentionLayer", "AttentionOutput", "Heads", "Plan", "Step"]
 
 DENSE_BLOCK = 64
 LONG_CALL = 512
@@ -242,9 +242,9 @@ class AttentionLayer(WeightedModule):
 
     def _run(self, step: Step) -> AttentionOutput:
         heads = self.project(step)
-        memory = self.remember(step, heads)
-        plan = _settle(self.plan(step, heads, memory), memory)
-        return AttentionOutput(self.conclude(step, memory, plan), plan)
+        inputs = self.remember(step, heads)
+        plan = _settle(self.plan(step, heads, inputs), inputs)
+        return AttentionOutput(self.conclude(step, inputs, plan), plan)
 
     def check_context(self, cache: KVCache | None, positions: Tensor | None) -> None:
         """Raises unless this variant can read another sequence.
@@ -284,7 +284,7 @@ class AttentionLayer(WeightedModule):
             )
         check_slice(self.config, held, self.o_proj, held[0] * v.shape[3])
 
-    def remember(self, step: Step, heads: Heads) -> Memory:
+    def remember(self, step: Step, heads: Heads) -> AttentionInputs:
         """Rotates, writes the cache's streams, and gives what the operation sees."""
         q, k, v = heads.q, heads.k, heads.v
         if self.config.rotary is not None and step.context is None:
@@ -292,7 +292,7 @@ class AttentionLayer(WeightedModule):
         if step.cache is not None:
             seen = step.cache.append({"k": k, "v": v}, step.lengths, differentiable=is_training(q, k, v))
             k, v = seen["k"], seen["v"]
-        return self.memory(step, q, k, v)
+        return self.attention_inputs(step, q, k, v)
 
     def rotate(self, positions: Tensor, *heads: Tensor) -> tuple[Tensor, ...]:
         """Rotates tensors ``[B, h, T, D]`` by positions ``[B|1, T]``; in fp32 at least."""
@@ -303,49 +303,49 @@ class AttentionLayer(WeightedModule):
         cos, sin = rotary_tables(rotary, self.config.head_width, positions, dtype)
         return tuple(apply_rotary(x, cos, sin, rotary.interleaved) for x in heads)
 
-    def memory(self, step: Step, q: Tensor, k: Tensor, v: Tensor) -> Memory:
+    def attention_inputs(self, step: Step, q: Tensor, k: Tensor, v: Tensor) -> AttentionInputs:
         """Rotated q, k, v together with the slots that rows have and that nobody may read."""
         lengths, offset = step.lengths, step.offset
         if step.context is not None:
-            return Memory(q, k, v, key_bias=None if step.padding is None else _hide(step.padding, q.dtype))
+            return AttentionInputs(q, k, v, key_bias=None if step.padding is None else _hide(step.padding, q.dtype))
         if not isinstance(lengths, Tensor) and not isinstance(offset, Tensor):
-            return Memory(q, k, v)
+            return AttentionInputs(q, k, v)
         token = torch.arange(q.shape[2], device=q.device)
         first = offset.unsqueeze(1) if isinstance(offset, Tensor) else offset
         count = lengths.unsqueeze(1) if isinstance(lengths, Tensor) else lengths
         q_pos = torch.where(token < count, token + first, -1).to(torch.int32).unsqueeze(1)  # [B, 1, T]
         slot = torch.arange(k.shape[2], device=k.device)
         bias = None if self.config.causal else _hide(slot >= count + first, q.dtype)
-        return Memory(q, k, v, q_pos, bias)
+        return AttentionInputs(q, k, v, q_pos, bias)
 
-    def plan(self, step: Step, heads: Heads, memory: Memory) -> Plan:
+    def plan(self, step: Step, heads: Heads, inputs: AttentionInputs) -> Plan:
         """What is read: here, everything."""
-        layout = dense_layout(DENSE_BLOCK, memory.q.shape[2], memory.k.shape[2], memory.q)
+        layout = dense_layout(DENSE_BLOCK, inputs.q.shape[2], inputs.k.shape[2], inputs.q)
         return Plan(layout, Extras(), self.config.causal and step.context is None)
 
-    def plan_for(self, memory: Memory, *, offset: int | Tensor, lengths: int | Tensor | None = None) -> Plan:
+    def plan_for(self, inputs: AttentionInputs, *, offset: int | Tensor, lengths: int | Tensor | None = None) -> Plan:
         """The plan for queries, keys and values that something else has made; weights are not touched.
 
         Args:
-            memory: Rotated q, k, v, with slot == position in each item.
+            inputs: Rotated q, k, v, with slot == position in each item.
             offset: The slot of each item's first row: an int where all share it, else int64 ``[B]``.
             lengths: Rows of each item that are tokens; ``None`` means all.
         """
-        rows = memory.q.shape[2] if lengths is None else lengths
-        nothing = memory.q.new_empty(0)
+        rows = inputs.q.shape[2] if lengths is None else lengths
+        nothing = inputs.q.new_empty(0)
         step = Step(x=nothing, positions=nothing, lengths=rows, offset=offset)
-        if memory.q_pos is None and (isinstance(rows, Tensor) or isinstance(offset, Tensor)):
-            made = self.memory(step, memory.q, memory.k, memory.v)
-            memory = replace(memory, q_pos=made.q_pos)
-        return _settle(self.plan(step, Heads(memory.q, memory.k, memory.v), memory), memory)
+        if inputs.q_pos is None and (isinstance(rows, Tensor) or isinstance(offset, Tensor)):
+            made = self.attention_inputs(step, inputs.q, inputs.k, inputs.v)
+            inputs = replace(inputs, q_pos=made.q_pos)
+        return _settle(self.plan(step, Heads(inputs.q, inputs.k, inputs.v), inputs), inputs)
 
-    def operate(self, memory: Memory, plan: Plan) -> Tensor:
+    def operate(self, inputs: AttentionInputs, plan: Plan) -> Tensor:
         """The operation: ``[B, H, T, Dv]``."""
-        rows, tokens = plan.layout.seq_q, memory.q.shape[2]
+        rows, tokens = plan.layout.seq_q, inputs.q.shape[2]
         out = block_sparse_attention(
-            add_front(memory.q, plan.front, rows),
-            memory.k,
-            memory.v,
+            add_front(inputs.q, plan.front, rows),
+            inputs.k,
+            inputs.v,
             plan.layout,
             causal=plan.causal,
             scale=self.config.scale,
@@ -354,9 +354,9 @@ class AttentionLayer(WeightedModule):
         )
         return drop_front(out, plan.front, tokens)
 
-    def conclude(self, step: Step, memory: Memory, plan: Plan) -> Tensor:
+    def conclude(self, step: Step, inputs: AttentionInputs, plan: Plan) -> Tensor:
         """The layer's output from what the operation sees."""
-        return self.combine(step, self.operate(memory, plan), plan)
+        return self.combine(step, self.operate(inputs, plan), plan)
 
     def combine(self, step: Step, out: Tensor, plan: Plan) -> Tensor:
         """Joins the heads, and puts the tokens back where the caller had them."""
@@ -424,13 +424,13 @@ class AttentionLayer(WeightedModule):
         )
 
 
-def _settle(plan: Plan, memory: Memory) -> Plan:
+def _settle(plan: Plan, inputs: AttentionInputs) -> Plan:
     """A variant's plan with what the call itself says: rows, their slots, and hidden keys."""
-    q_pos = front_positions(memory.q_pos, plan.front, plan.layout.seq_q)
+    q_pos = front_positions(inputs.q_pos, plan.front, plan.layout.seq_q)
     extras = plan.extras
-    if q_pos is not None or memory.key_bias is not None:
-        extras = replace(extras, q_pos=q_pos, key_bias=memory.key_bias)
-    return replace(plan, extras=extras, batch=memory.q.shape[0], heads=memory.q.shape[1])
+    if q_pos is not None or inputs.key_bias is not None:
+        extras = replace(extras, q_pos=q_pos, key_bias=inputs.key_bias)
+    return replace(plan, extras=extras, batch=inputs.q.shape[0], heads=inputs.q.shape[1])
 
 
 def _hide(hidden: Tensor, dtype: torch.dtype) -> Tensor:

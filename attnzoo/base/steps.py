@@ -53,7 +53,7 @@ class Heads:
 
 
 @dataclass(frozen=True, eq=False)
-class Memory:
+class AttentionInputs:
     """What the operation sees: everything that may be read, rotated.
 
     Attributes:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from attnzoo.base.layer import AttentionLayer, Memory, Plan
+from attnzoo.base.layer import AttentionInputs, AttentionLayer, Plan
 from attnzoo.evaluation import timing
 from attnzoo.factory import create, read_spec
 from attnzoo.reporting.choices import check_choice
@@ -132,11 +132,11 @@ class Cost:
 class PlainAttention(MHAAttention):
     """Plain attention on ``scaled_dot_product_attention``: what every variant is measured against."""
 
-    def operate(self, memory: Memory, plan: Plan) -> Tensor:
+    def operate(self, inputs: AttentionInputs, plan: Plan) -> Tensor:
         """Torch's own operation: all tokens of one sequence, or one more token."""
-        q = memory.q
-        k = memory.k
-        v = memory.v
+        q = inputs.q
+        k = inputs.k
+        v = inputs.v
         causal = q.shape[2] > 1
         grouped = q.shape[1] != k.shape[1]
         return scaled_dot_product_attention(q, k, v, is_causal=causal, scale=self.config.scale, enable_gqa=grouped)

@@ -1,4 +1,4 @@
-"""Keys and values that stay in the host's memory: a call fetches the blocks that its layout lists.
+"""Keys and values that stay in CPU memory: a call fetches the blocks that its layout lists.
 
 Letters: B batch, T query tokens, S key tokens, H query heads, G KV heads, h heads of a layout, N key blocks, U blocks
 fetched, D width.
@@ -11,13 +11,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from attnzoo.base.steps import Memory, Plan
+from attnzoo.base.steps import AttentionInputs, Plan
 from attnzoo_kernels import BlockLayout
 from attnzoo_kernels.errors import UnsupportedError
 from attnzoo_kernels.layouts.build import listed_indices
 
 
-def fetch_blocks(memory: Memory, plan: Plan) -> tuple[Memory, Plan]:
+def fetch_blocks(inputs: AttentionInputs, plan: Plan) -> tuple[AttentionInputs, Plan]:
     """The same call with the listed blocks alone, side by side in their order, on the device of the queries.
 
     For each item and KV head the blocks that any row lists are gathered where they lie. Rows keep which keys they see:
@@ -25,7 +25,7 @@ def fetch_blocks(memory: Memory, plan: Plan) -> tuple[Memory, Plan]:
     that of the whole call; its ``q_pos`` and the layout's columns count fetched slots.
 
     Args:
-        memory: Keys and values ``[B, G, S, D]`` wherever they lie; slot s of an item is its s-th token.
+        inputs: Keys and values ``[B, G, S, D]`` wherever they lie; slot s of an item is its s-th token.
         plan: Settled: with the positions of the layout's rows in its extras, where rows are not the last slots.
 
     Raises:
@@ -36,18 +36,18 @@ def fetch_blocks(memory: Memory, plan: Plan) -> tuple[Memory, Plan]:
     by_slot = (extras.window, extras.key_bias, extras.aux, extras.gate if isinstance(extras.gate, Tensor) else None)
     if not plan.causal or any(x is not None for x in by_slot):
         raise UnsupportedError("offload: expected a causal plan without window, bias, auxiliary channels and gate keys")
-    batch, groups, slots, _ = memory.k.shape
-    block, device = layout.block_k, memory.q.device
+    batch, groups, slots, _ = inputs.k.shape
+    block, device = layout.block_k, inputs.q.device
     if not slots:
-        return replace(memory, k=memory.k.to(device), v=memory.v.to(device)), plan
-    used = _used(layout, memory.q.shape[1], groups).expand(batch, groups, -1)  # [B, G, N]
+        return replace(inputs, k=inputs.k.to(device), v=inputs.v.to(device)), plan
+    used = _used(layout, inputs.q.shape[1], groups).expand(batch, groups, -1)  # [B, G, N]
     upto = used.cumsum(-1)
     most = max(1, int(upto[..., -1].max())) if used.numel() else 1
     order = torch.argsort((~used).to(torch.uint8), dim=-1, stable=True)[..., :most]  # [B, G, U]
     slot = (order.unsqueeze(-1) * block + torch.arange(block, device=device)).flatten(2).clamp(max=max(slots - 1, 0))
-    k, v = (_gather(x, slot, device) for x in (memory.k, memory.v))
-    q_pos = _moved_positions(plan, used, upto, memory.q.shape[1], slots)
-    fetched = replace(memory, k=k, v=v)
+    k, v = (_gather(x, slot, device) for x in (inputs.k, inputs.v))
+    q_pos = _moved_positions(plan, used, upto, inputs.q.shape[1], slots)
+    fetched = replace(inputs, k=k, v=v)
     return fetched, replace(plan, layout=_renumbered(layout, upto, most), extras=replace(extras, q_pos=q_pos))
 
 

@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from attnzoo.base.config import AttentionConfig, check_bool, check_flag, check_int
-from attnzoo.base.layer import LONG_CALL, AttentionLayer, Heads, Memory, Plan, Step, is_training
+from attnzoo.base.layer import LONG_CALL, AttentionInputs, AttentionLayer, Heads, Plan, Step, is_training
 from attnzoo.base.padding import attend_in_chunks, for_heads, in_chunks, leading_rows
 from attnzoo.base.rope import RotaryConfig as RotaryConfig
 from attnzoo.base.rope import apply_rotary, rotary_tables, shared_turns, turns_of_places
@@ -135,13 +135,13 @@ class LongHeadsConfig(AttentionConfig):
 
 
 @dataclass(frozen=True, eq=False)
-class ChunkMemory(Memory):
+class ChunkInputs(AttentionInputs):
     """Keys rotated to their place in their chunk, and what chunks are chosen by.
 
     Attributes:
         chunk_keys: ``[B, H, N, D]``; rows of chunks that are not complete have no meaning.
         queries: This call's queries behind some earlier ones, not rotated, ``[B, H, before + T, D]``.
-        offloaded: Whether keys and values lie in the host's memory, from where chosen chunks are fetched.
+        offloaded: Whether keys and values lie in CPU memory, from where chosen chunks are fetched.
     """
 
     chunk_keys: Tensor = field(kw_only=True)
@@ -184,7 +184,7 @@ class LongHeadsAttention(AttentionLayer, name="longheads"):
         cos, sin = rotary_tables(rotary, self.config.head_width, positions, dtype)
         return tuple(apply_rotary(x, cos, sin) for x in heads)
 
-    def remember(self, step: Step, heads: Heads) -> Memory:
+    def remember(self, step: Step, heads: Heads) -> AttentionInputs:
         """Rotates keys to their place in their chunk, and keeps what later choices need."""
         config, cache, tokens = self.config, step.cache, heads.q.shape[2]
         if cache is None and not is_open(tokens) and tokens <= config.first:
@@ -196,10 +196,10 @@ class LongHeadsAttention(AttentionLayer, name="longheads"):
         if cache is None:
             whole = tokens // size * size
             keys = self.chunk_keys(*(leading_rows(x.detach(), whole) for x in (heads.q, heads.k, heads.v)))
-            return self._chunk_memory(step, (q, k, heads.v), keys, heads.q)
+            return self._chunk_inputs(step, (q, k, heads.v), keys, heads.q)
         return self._remember_in(cache, step, heads, (q, k))
 
-    def _remember_in(self, cache: KVCache, step: Step, heads: Heads, rotated: tuple[Tensor, Tensor]) -> Memory:
+    def _remember_in(self, cache: KVCache, step: Step, heads: Heads, rotated: tuple[Tensor, Tensor]) -> AttentionInputs:
         config, (q, k) = self.config, rotated
         grows = self._may_complete(cache, step, q.shape[2])
         now = {name: {"key": heads.k, "query": heads.q}[name] for name in self._rings}
@@ -214,8 +214,8 @@ class LongHeadsAttention(AttentionLayer, name="longheads"):
         if grows:
             self._complete(cache, step, recent, seen["v"])
         keys = cache.groups("chunk_key").to(q.dtype)
-        memory = self._chunk_memory(step, (q, seen["k"], seen["v"]), keys, recent.get("query", heads.q))
-        return replace(memory, offloaded=cache.host_nbytes > 0)
+        inputs = self._chunk_inputs(step, (q, seen["k"], seen["v"]), keys, recent.get("query", heads.q))
+        return replace(inputs, offloaded=cache.host_nbytes > 0)
 
     @property
     def needs_length(self) -> bool:
@@ -233,16 +233,16 @@ class LongHeadsAttention(AttentionLayer, name="longheads"):
         config = self.config
         return ("key", "query") if config.chunk_rep == "attention" or config.block_q > 1 else ("key",)
 
-    def _chunk_memory(
+    def _chunk_inputs(
         self, step: Step, heads: tuple[Tensor, Tensor, Tensor], chunk_keys: Tensor, queries: Tensor
-    ) -> ChunkMemory:
-        seen = self.memory(step, *heads)
+    ) -> ChunkInputs:
+        seen = self.attention_inputs(step, *heads)
         q_pos = seen.q_pos
         if self.config.official_quirks and not _is_step(step, heads[0].shape[2]):
             slot = _slots(step, heads[0].shape[2], heads[0].device).unsqueeze(1)
             q_pos = (slot if q_pos is None else q_pos) - (slot >= self.config.first).long()
             q_pos = q_pos.clamp(min=-1).to(torch.int32)
-        return ChunkMemory(
+        return ChunkInputs(
             seen.q, seen.k, seen.v, q_pos, seen.key_bias, chunk_keys=chunk_keys, queries=queries.detach()
         )
 
@@ -312,28 +312,28 @@ class LongHeadsAttention(AttentionLayer, name="longheads"):
         weights = torch.softmax(scale * torch.matmul(keys, query), 3)
         return (weights * keys).sum(3).to(k.dtype)
 
-    def plan(self, step: Step, heads: Heads, memory: Memory) -> Plan:
+    def plan(self, step: Step, heads: Heads, inputs: AttentionInputs) -> Plan:
         """The chosen chunks of each query block at their slots; everything where no row selects."""
-        config, tokens, slots = self.config, memory.q.shape[2], memory.k.shape[2]
-        if not isinstance(memory, ChunkMemory):
+        config, tokens, slots = self.config, inputs.q.shape[2], inputs.k.shape[2]
+        if not isinstance(inputs, ChunkInputs):
             if slots > config.first:
                 raise UnsupportedError("plan_for: longheads chooses by queries that are not rotated, got rotated ones")
-            return super().plan(step, heads, memory)
+            return super().plan(step, heads, inputs)
         if not is_open(slots) and slots <= config.first:
-            return Plan(_plain_layout(config, tokens, slots, memory.q), self._extras(memory.q, slots), True)
+            return Plan(_plain_layout(config, tokens, slots, inputs.q), self._extras(inputs.q, slots), True)
         if config.select == "token" and not is_open(tokens) and tokens >= LONG_CALL:
             self.caution(_SLOW)
         offset = step.offset
         block_q = config.block_q if tokens >= config.block_q else 1
         front = offset % block_q if block_q > 1 else 0
         rows = tokens + (block_q - 1 if isinstance(front, Tensor) else front)
-        begin = torch.arange(-(-rows // block_q), device=memory.q.device).unsqueeze(0) * block_q
+        begin = torch.arange(-(-rows // block_q), device=inputs.q.device).unsqueeze(0) * block_q
         place = begin + _column(offset - front)  # [B|1, M]
-        chunks, origin = self._choose(step, memory, place)
+        chunks, origin = self._choose(step, inputs, place)
         index, origin = _blocks(config, chunks, origin, slots)
         origins = None if config.rotary is None else origin
         layout = BlockLayout.from_indices(index, block_q, config.block_k, rows, slots, origins)
-        extras = self._extras(memory.q, config.first)
+        extras = self._extras(inputs.q, config.first)
         return Plan(layout, extras, True, front=front, info={"chunks": chunks})
 
     def _extras(self, q: Tensor, places: int) -> Extras:
@@ -347,7 +347,7 @@ class LongHeadsAttention(AttentionLayer, name="longheads"):
             length *= 2
         return Extras(rope=make(rotary, config.head_width, length, dtype, q.device))
 
-    def _choose(self, step: Step, memory: ChunkMemory, place: Tensor) -> tuple[Tensor, Tensor]:
+    def _choose(self, step: Step, inputs: ChunkInputs, place: Tensor) -> tuple[Tensor, Tensor]:
         """Chunks ``[B|1, h, M, n]`` of query blocks that begin at places ``[B|1, M]``, and their origins."""
         config = self.config
         own = place // config.chunk_size
@@ -355,7 +355,7 @@ class LongHeadsAttention(AttentionLayer, name="longheads"):
         pieces: Any = [(place, own)]
         if not is_open(place.shape[1]):
             pieces = zip(*(x.split(ROWS_AT_ONCE, 1) for x in (place, own)), strict=True)
-        chosen = torch.cat([self._chosen(step, memory, *piece) for piece in pieces], 2)
+        chosen = torch.cat([self._chosen(step, inputs, *piece) for piece in pieces], 2)
         own, plain = own[:, None, :, None], config.first // config.chunk_size
         width = max(config.slots, plain)
         slot = torch.arange(width, device=place.device)
@@ -363,41 +363,41 @@ class LongHeadsAttention(AttentionLayer, name="longheads"):
         chunks = torch.where(own >= plain, pad(chosen, (0, width - config.slots), value=-1), everything)
         return chunks, torch.where(chunks >= 0, slot * config.chunk_size, 0)
 
-    def _chosen(self, step: Step, memory: ChunkMemory, place: Tensor, own: Tensor) -> Tensor:
+    def _chosen(self, step: Step, inputs: ChunkInputs, place: Tensor, own: Tensor) -> Tensor:
         """The chunks ``[B|1, h, M, K]`` of rows that select, ascending; the published step may use one less."""
         config = self.config
         last = own - 1
-        if config.official_quirks and _is_step(step, memory.q.shape[2]):
+        if config.official_quirks and _is_step(step, inputs.q.shape[2]):
             last = torch.where(place % config.chunk_size == config.chunk_size - 1, own, last)
         asking = place - place % config.block_q
-        best = self._best(memory, asking - _column(step.offset), last)
+        best = self._best(inputs, asking - _column(step.offset), last)
         last, own = last[:, None, :, None], own[:, None, :, None]
         forced = torch.cat((last, torch.where(own > last, own, -1)), -1).expand(*best.shape[:-1], 2)
         return torch.cat((torch.zeros_like(best[..., :1]), best, forced), -1)
 
-    def _best(self, memory: ChunkMemory, token: Tensor, last: Tensor) -> Tensor:
+    def _best(self, inputs: ChunkInputs, token: Tensor, last: Tensor) -> Tensor:
         """The best of the chunks between 0 and ``last [B|1, M]``, ``[B, h, M, K - 3]``.
 
         Args:
-            memory: What is chosen by.
+            inputs: What is chosen by.
             token: The tokens of this call that ask, int64 ``[B|1, M]``; negative before the call.
             last: The last complete chunk that is read in any case.
         """
-        keys, queries = memory.chunk_keys, memory.queries
+        keys, queries = inputs.chunk_keys, inputs.queries
         dtype = torch.promote_types(keys.dtype, torch.float32)
-        row = (token + queries.shape[2] - memory.q.shape[2]).clamp(min=0, max=queries.shape[2] - 1)
+        row = (token + queries.shape[2] - inputs.q.shape[2]).clamp(min=0, max=queries.shape[2] - 1)
         scores = torch.matmul(_take(queries, row).to(dtype), keys.to(dtype).transpose(-1, -2))  # [B, H, M, N]
         if self.config.group_select:
-            scores = scores.unflatten(1, (memory.k.shape[1], -1)).sum(2)
+            scores = scores.unflatten(1, (inputs.k.shape[1], -1)).sum(2)
         chunk = torch.arange(keys.shape[2], device=keys.device)
         allowed = (chunk >= 1) & (chunk < last[:, None, :, None])
         return top_blocks(scores, self.config.slots - 3, allowed=allowed)
 
-    def operate(self, memory: Memory, plan: Plan) -> Tensor:
+    def operate(self, inputs: AttentionInputs, plan: Plan) -> Tensor:
         """The operation, on the chosen chunks alone where keys and values are offloaded."""
-        if isinstance(memory, ChunkMemory) and memory.offloaded:
-            memory, plan = fetch_blocks(memory, plan)
-        return super().operate(memory, plan)
+        if isinstance(inputs, ChunkInputs) and inputs.offloaded:
+            inputs, plan = fetch_blocks(inputs, plan)
+        return super().operate(inputs, plan)
 
     @property
     def _local_heads(self) -> int:
@@ -429,7 +429,7 @@ class LongHeadsAttention(AttentionLayer, name="longheads"):
             max_length: Tokens that fit, for each item.
             device: Where it lies; ``None`` means with the weights.
             dtype: Of its values; ``None`` means the weights'.
-            offload: Whether keys and values stay in the host's memory. Chunk keys and the last tokens lie on the
+            offload: Whether keys and values stay in CPU memory. Chunk keys and the last tokens lie on the
                 device; a call fetches the chunks that its rows read, which for one token are at most
                 ``attention_length`` tokens for each query head. Not for training.
 

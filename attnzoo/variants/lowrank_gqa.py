@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from attnzoo.base.config import AttentionConfig, check_int
-from attnzoo.base.layer import AttentionLayer, Heads, Memory, Step, is_training
+from attnzoo.base.layer import AttentionInputs, AttentionLayer, Heads, Step, is_training
 from attnzoo.base.rope import RotaryConfig as RotaryConfig
 from attnzoo.cache.kv_cache import Stream
 from attnzoo_kernels.errors import UnsupportedError
@@ -116,7 +116,7 @@ class LowRankGQAAttention(AttentionLayer, name="lowrank_gqa"):
             )
         return Heads(q, latent, latent[..., :0])
 
-    def remember(self, step: Step, heads: Heads) -> Memory:
+    def remember(self, step: Step, heads: Heads) -> AttentionInputs:
         """Caches the latent and each token's position; expands and rotates whatever may be read."""
         if self.config.latent_dim is None:
             return super().remember(step, heads)
@@ -130,7 +130,7 @@ class LowRankGQAAttention(AttentionLayer, name="lowrank_gqa"):
         q = heads.q
         if step.context is None:
             (q,), (k,) = self.rotate(step.positions, q), self.rotate(positions, k)
-        return self.memory(step, q, k, v)
+        return self.attention_inputs(step, q, k, v)
 
     def expand(self, latent: Tensor) -> tuple[Tensor, Tensor]:
         """Keys ``[B, G, S, D]``, not rotated, and values ``[B, G, S, Dv]`` from latents ``[B, 1, S, r]``."""

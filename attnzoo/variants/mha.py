@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from attnzoo.base.config import AttentionConfig, check_int
-from attnzoo.base.layer import AttentionLayer, Heads, Memory, Plan, Step
+from attnzoo.base.layer import AttentionInputs, AttentionLayer, Heads, Plan, Step
 from attnzoo.base.rope import RotaryConfig as RotaryConfig
 from attnzoo.base.shared_layouts import Cover, dense_layout, sink_window_layout
 from attnzoo_kernels import Extras
@@ -62,9 +62,9 @@ class MHAAttention(AttentionLayer, name="mha"):
     causal_promise = "bidirectional-capable"
     dense_limit: ClassVar[dict[str, Any]] = {"window": None, "sink": 0}
 
-    def plan(self, step: Step, heads: Heads, memory: Memory) -> Plan:
+    def plan(self, step: Step, heads: Heads, inputs: AttentionInputs) -> Plan:
         """Everything, or the window's blocks; the token rule does the rest."""
-        config, q, tokens, slots = self.config, memory.q, memory.q.shape[2], memory.k.shape[2]
+        config, q, tokens, slots = self.config, inputs.q, inputs.q.shape[2], inputs.k.shape[2]
         if config.window is None:
             layout = dense_layout(config.block_size, tokens, slots, q)
             return Plan(layout, Extras(), config.causal and step.context is None)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from attnzoo.base.layer import AttentionLayer, Memory
+from attnzoo.base.layer import AttentionInputs, AttentionLayer
 from attnzoo.base.padding import Alignment
 from attnzoo.base.recording import RULE
 from attnzoo.surgery.hosts.calls import read_call
@@ -320,11 +320,11 @@ def _dense_layer(heads: int, groups: int, width: int, scale: float | None) -> At
         return MHAAttention(config)
 
 
-def _run(layer: AttentionLayer, memory: Memory, offset: int | Tensor, lengths: int | Tensor | None) -> Tensor:
-    plan = layer.plan_for(memory, offset=offset, lengths=lengths)
+def _run(layer: AttentionLayer, inputs: AttentionInputs, offset: int | Tensor, lengths: int | Tensor | None) -> Tensor:
+    plan = layer.plan_for(inputs, offset=offset, lengths=lengths)
     for recording in layer.recordings:
         recording.add(layer, plan)
-    return layer.operate(memory, plan)
+    return layer.operate(inputs, plan)
 
 
 def _attend_plain(layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, first: int | Tensor) -> Tensor:
@@ -334,8 +334,8 @@ def _attend_plain(layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, first:
         if held > k.shape[2]:
             raise ShapeError(f"attention_mask: expected at most {k.shape[2]} slots, got queries up to slot {held - 1}")
         # A static cache is longer than what it holds.
-        return _run(layer, Memory(q, k[:, :, :held], v[:, :, :held]), first, None)
-    return _run(layer, Memory(q, k, v), first.view(1).expand(q.shape[0]), None)
+        return _run(layer, AttentionInputs(q, k[:, :, :held], v[:, :, :held]), first, None)
+    return _run(layer, AttentionInputs(q, k, v), first.view(1).expand(q.shape[0]), None)
 
 
 def _attend_padded(layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, geometry: Geometry) -> Tensor:
@@ -351,7 +351,7 @@ def _attend_padded(layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, geome
     longest = int(slots.lengths.max())
     k, v = (_take(x[:, :, :held], slots.order[:, :longest]) for x in (k, v))
     rows = Alignment.of(~real[:, first:])
-    out = _run(layer, Memory(_take(q, rows.order), k, v), real[:, :first].sum(1), rows.lengths)
+    out = _run(layer, AttentionInputs(_take(q, rows.order), k, v), real[:, :first].sum(1), rows.lengths)
     return _take(out, rows.place).masked_fill(~real[:, None, first:, None], 0.0)
 
 

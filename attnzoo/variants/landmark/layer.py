@@ -31,7 +31,16 @@ import torch
 from torch import Tensor
 
 from attnzoo.base.config import AttentionConfig, check_bool, check_flag, check_int
-from attnzoo.base.layer import DENSE_BLOCK, LONG_CALL, AttentionLayer, AttentionOutput, Heads, Memory, Plan, Step
+from attnzoo.base.layer import (
+    DENSE_BLOCK,
+    LONG_CALL,
+    AttentionInputs,
+    AttentionLayer,
+    AttentionOutput,
+    Heads,
+    Plan,
+    Step,
+)
 from attnzoo.base.padding import Alignment
 from attnzoo.base.rope import RotaryConfig as RotaryConfig
 from attnzoo.base.rope import apply_rotary, rotary_tables
@@ -119,17 +128,17 @@ def check_mix(mix: object) -> None:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class _IrregularStep(Step):
+class IrregularStep(Step):
     """A call whose blocks have unequal lengths."""
 
     grid: LandmarkGrid
 
-    def memory(self, q: Tensor, k: Tensor, v: Tensor) -> Memory:
+    def attention_inputs(self, q: Tensor, k: Tensor, v: Tensor) -> AttentionInputs:
         """Rotated q, and k and v on the grid."""
         acc = torch.float64 if q.dtype == torch.float64 else torch.float32
         holes = self.grid.holes.unsqueeze(1)  # [B, 1, S]
         bias = torch.zeros(holes.shape, dtype=acc, device=q.device).masked_fill(holes, -torch.inf)
-        return Memory(q, self.grid.spread(k), self.grid.spread(v), self.grid.q_pos, bias)
+        return AttentionInputs(q, self.grid.spread(k), self.grid.spread(v), self.grid.q_pos, bias)
 
 
 class LandmarkAttention(AttentionLayer, name="landmark"):
@@ -226,7 +235,7 @@ class LandmarkAttention(AttentionLayer, name="landmark"):
         if positions is None and not self.config.landmark_positions:
             counted = torch.arange(x.shape[1], device=x.device) - is_landmark.long().cumsum(1)
             step = replace(step, positions=counted.clamp(min=0))
-        result = self._run(_IrregularStep(**vars(step), grid=LandmarkGrid.of(is_landmark, step.lengths)))
+        result = self._run(IrregularStep(**vars(step), grid=LandmarkGrid.of(is_landmark, step.lengths)))
         for recording in self.recordings:
             recording.add(self, result.plan)
         return result
@@ -260,42 +269,42 @@ class LandmarkAttention(AttentionLayer, name="landmark"):
         cos, sin = rotary_tables(rotary, self.config.head_width, positions, dtype)
         return tuple(apply_rotary(_apart(x, width), cos, sin) for x in heads)
 
-    def remember(self, step: Step, heads: Heads) -> Memory:
-        """As ever, or from the host's memory: the blocks that are read are known only once they are chosen."""
-        if isinstance(step, _IrregularStep):
+    def remember(self, step: Step, heads: Heads) -> AttentionInputs:
+        """As ever, or from CPU memory: the blocks that are read are known only once they are chosen."""
+        if isinstance(step, IrregularStep):
             q, k = self.rotate(step.positions, heads.q, heads.k)
-            return step.memory(q, k, heads.v)
-        memory = super().remember(step, heads)
+            return step.attention_inputs(q, k, heads.v)
+        inputs = super().remember(step, heads)
         cache = step.cache
         if cache is None or not cache.host_nbytes:
-            return memory
-        _complete(cache, step, memory.k, self.config.block_size)
-        return OffloadedMemory(
-            memory.q, memory.k, memory.v, memory.q_pos, memory.key_bias, landmarks=cache.groups("landmark")
+            return inputs
+        _complete(cache, step, inputs.k, self.config.block_size)
+        return OffloadedInputs(
+            inputs.q, inputs.k, inputs.v, inputs.q_pos, inputs.key_bias, landmarks=cache.groups("landmark")
         )
 
     def _reads_all(self, slots: int) -> bool:
         """Whether a call over so many slots reads all blocks: among few of them, top-k takes all, and moves none."""
         return self.effective_mode == "soft" or slots <= (self.config.top_k + 1) * self.config.block_size
 
-    def plan(self, step: Step, heads: Heads, memory: Memory) -> Plan:
+    def plan(self, step: Step, heads: Heads, inputs: AttentionInputs) -> Plan:
         """All blocks through their landmarks, or the own one and those that each query chooses."""
-        config, tokens, slots = self.config, memory.q.shape[2], memory.k.shape[2]
+        config, tokens, slots = self.config, inputs.q.shape[2], inputs.k.shape[2]
         check_mix(self.gate_mix)
         extras = Extras(gate="last", gate_mix=self.gate_mix)
-        if isinstance(step, _IrregularStep):
-            return Plan(dense_layout(step.grid.block, tokens, slots, memory.q), extras, True)
+        if isinstance(step, IrregularStep):
+            return Plan(dense_layout(step.grid.block, tokens, slots, inputs.q), extras, True)
         if slots < config.block_size:
-            return Plan(dense_layout(DENSE_BLOCK, tokens, slots, memory.q), Extras(), True)
+            return Plan(dense_layout(DENSE_BLOCK, tokens, slots, inputs.q), Extras(), True)
         if self._reads_all(slots):
-            return Plan(dense_layout(config.block_size, tokens, slots, memory.q), extras, True)
-        return self._choose(step, memory, extras)
+            return Plan(dense_layout(config.block_size, tokens, slots, inputs.q), extras, True)
+        return self._choose(step, inputs, extras)
 
-    def operate(self, memory: Memory, plan: Plan) -> Tensor:
+    def operate(self, inputs: AttentionInputs, plan: Plan) -> Tensor:
         """The operation, over what had to be fetched for it."""
-        if isinstance(memory, OffloadedMemory):
-            memory, plan = fetch_blocks(memory, plan)
-        return super().operate(memory, plan)
+        if isinstance(inputs, OffloadedInputs):
+            inputs, plan = fetch_blocks(inputs, plan)
+        return super().operate(inputs, plan)
 
     def new_cache(
         self,
@@ -313,7 +322,7 @@ class LandmarkAttention(AttentionLayer, name="landmark"):
             max_length: Tokens that fit, for each item.
             device: Where it lies; ``None`` means with the weights.
             dtype: Of its values; ``None`` means the weights'.
-            offload: Whether keys and values stay in the host's memory. The keys of landmarks lie on the device too; a
+            offload: Whether keys and values stay in CPU memory. The keys of landmarks lie on the device too; a
                 call in mode "topk" fetches the blocks that its queries read, one in mode "soft" all. Not for training.
 
         Raises:
@@ -326,12 +335,12 @@ class LandmarkAttention(AttentionLayer, name="landmark"):
             streams["landmark"] = Stream(streams["k"].heads, streams["k"].width, every=self.config.block_size)
         return self.make_cache(streams, batch, max_length, device=device, dtype=dtype)
 
-    def _choose(self, step: Step, memory: Memory, extras: Extras) -> Plan:
-        config, q, slots, size = self.config, memory.q, memory.k.shape[2], self.config.block_size
+    def _choose(self, step: Step, inputs: AttentionInputs, extras: Extras) -> Plan:
+        config, q, slots, size = self.config, inputs.q, inputs.k.shape[2], self.config.block_size
         if not is_open(q.shape[2]) and q.shape[2] >= LONG_CALL:
             self.caution(_SLOW)
-        offloaded = isinstance(memory, OffloadedMemory)
-        own = torch.div(_slots(step, memory), size, rounding_mode="floor")  # [B|1, T]
+        offloaded = isinstance(inputs, OffloadedInputs)
+        own = torch.div(_slots(step, inputs), size, rounding_mode="floor")  # [B|1, T]
         turns = None
         if config.rotary is not None:
             turns = BlockTurns.of(config.rotary, config.head_width, config.stride, slots // size, q)
@@ -341,7 +350,7 @@ class LandmarkAttention(AttentionLayer, name="landmark"):
             complete, near = _whole_call(step, own, size, q.shape[2])
         found = retrieve(
             q,
-            memory.landmarks if isinstance(memory, OffloadedMemory) else memory.k[:, :, size - 1 :: size],
+            inputs.landmarks if isinstance(inputs, OffloadedInputs) else inputs.k[:, :, size - 1 :: size],
             complete,
             top_k=config.top_k,
             scale=1 / math.sqrt(config.head_width) if config.scale is None else config.scale,
@@ -357,8 +366,8 @@ class LandmarkAttention(AttentionLayer, name="landmark"):
 
 
 @dataclass(frozen=True, eq=False)
-class OffloadedMemory(Memory):
-    """Keys and values in the host's memory, and landmarks on the device.
+class OffloadedInputs(AttentionInputs):
+    """Keys and values in CPU memory, and landmarks on the device.
 
     Attributes:
         landmarks: The keys of complete blocks' landmarks, ``[B, G, N, D]``.
@@ -380,11 +389,11 @@ def _complete(cache: KVCache, step: Step, k: Tensor, size: int) -> None:
     cache.complete({"landmark": landmarks.to(cache.device)}, step.offset)
 
 
-def _slots(step: Step, memory: Memory) -> Tensor:
+def _slots(step: Step, inputs: AttentionInputs) -> Tensor:
     """The slot of each row, int64 ``[B|1, T]``, -1 where there is no token."""
-    if memory.q_pos is not None:
-        return memory.q_pos[:, 0].long()
-    return torch.arange(memory.q.shape[2], device=memory.q.device).unsqueeze(0) + step.offset
+    if inputs.q_pos is not None:
+        return inputs.q_pos[:, 0].long()
+    return torch.arange(inputs.q.shape[2], device=inputs.q.device).unsqueeze(0) + step.offset
 
 
 def _whole_call(step: Step, own: Tensor, size: int, tokens: int) -> tuple[Tensor, Tensor]:

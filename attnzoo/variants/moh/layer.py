@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from attnzoo.base.config import AttentionConfig, check_bool, check_int
-from attnzoo.base.layer import AttentionLayer, Heads, Memory, Plan, Step
+from attnzoo.base.layer import AttentionInputs, AttentionLayer, Heads, Plan, Step
 from attnzoo.base.projections import is_plain, is_untouched
 from attnzoo.base.rope import RotaryConfig as RotaryConfig
 from attnzoo.base.shared_layouts import Cover, dense_layout, sink_window_layout
@@ -194,7 +194,7 @@ class Kept:
 
 
 @dataclass(frozen=True, eq=False)
-class MoHMemory(Memory):
+class MoHInputs(AttentionInputs):
     """What the operation sees; ``kept`` where some rows of heads are left out."""
 
     kept: Kept | None = None
@@ -298,27 +298,27 @@ class MoHAttention(AttentionLayer, name="moh"):
         said = iter(every)
         return [None if one is None else next(said) for one in routers]
 
-    def _leaves_out(self, routing: Routing, memory: Memory) -> bool:
+    def _leaves_out(self, routing: Routing, inputs: AttentionInputs) -> bool:
         """Whether rows that are not routed are left out; either way computes the same."""
         config = self.config
         training = torch.is_grad_enabled() and routing.gates.requires_grad
         if config.router == "norm" and config.ste_scope == "all" and training:
             return False
-        if is_open(memory.q.shape[2]):
+        if is_open(inputs.q.shape[2]):
             # How many rows a head computes would be asked.
             return False
         if config.compute != "auto":
             return config.compute == "routed"
-        if memory.q.shape[2] == 1:
-            return memory.q.device.type == "cuda" or (memory.k.shape[2] >= LEAST_SLOTS and is_readable(memory.q))
-        return gathering_pays(memory.q.shape[2], config.head_density, training=training)
+        if inputs.q.shape[2] == 1:
+            return inputs.q.device.type == "cuda" or (inputs.k.shape[2] >= LEAST_SLOTS and is_readable(inputs.q))
+        return gathering_pays(inputs.q.shape[2], config.head_density, training=training)
 
-    def remember(self, step: Step, heads: Heads) -> Memory:
+    def remember(self, step: Step, heads: Heads) -> AttentionInputs:
         """As the base; of the queries only the rows that heads compute."""
-        memory = super().remember(step, heads)
-        if not isinstance(heads, MoHHeads) or not self._leaves_out(heads.routing, memory):
-            return memory
-        q, k, v, q_pos = memory.q, memory.k, memory.v, memory.q_pos
+        inputs = super().remember(step, heads)
+        if not isinstance(heads, MoHHeads) or not self._leaves_out(heads.routing, inputs):
+            return inputs
+        q, k, v, q_pos = inputs.q, inputs.k, inputs.v, inputs.q_pos
         active = heads.routing.active & _real(step, heads.routing.active)
         first = k.shape[2] - q.shape[2] if step.context is None else 0
         if q.shape[2] == 1:
@@ -326,74 +326,74 @@ class MoHAttention(AttentionLayer, name="moh"):
             each = q.shape[1] // k.shape[1]
             groups = active.view(q.shape[0], k.shape[1], each).any(2).repeat_interleave(each, 1)
             place = torch.where(groups.unsqueeze(2), first if q_pos is None else q_pos.expand(*q.shape[:3]), -1)
-            return MoHMemory(q, k, v, place.to(torch.int32), memory.key_bias, Kept(None, q_pos))
+            return MoHInputs(q, k, v, place.to(torch.int32), inputs.key_bias, Kept(None, q_pos))
         active = active.transpose(1, 2)
-        if self._goes_apart(memory):
+        if self._goes_apart(inputs):
             place = torch.where(active, torch.arange(q.shape[2], device=q.device) + first, -1).to(torch.int32)
-            return MoHMemory(q, k, v, place, kept=Kept(None, None, Rows.of(active[:, self.config.counts.shared :])))
+            return MoHInputs(q, k, v, place, kept=Kept(None, None, Rows.of(active[:, self.config.counts.shared :])))
         rows = Rows.of(active)
-        return MoHMemory(rows.gather(q), k, v, rows.positions(q_pos, first), memory.key_bias, Kept(rows, q_pos))
+        return MoHInputs(rows.gather(q), k, v, rows.positions(q_pos, first), inputs.key_bias, Kept(rows, q_pos))
 
-    def plan(self, step: Step, heads: Heads, memory: Memory) -> Plan:
+    def plan(self, step: Step, heads: Heads, inputs: AttentionInputs) -> Plan:
         """Everything or the window's blocks, for the rows that heads compute."""
         config, causal = self.config, self.config.causal and step.context is None
         if config.window is not None and step.context is not None:
             raise UnsupportedError("context: expected None with a window, which counts tokens of one sequence")
         extras = Extras() if config.window is None else Extras(window=config.window, sink=config.sink)
         if not isinstance(heads, MoHHeads):
-            return Plan(self._dense_cover(step, memory), extras, causal)
+            return Plan(self._dense_cover(step, inputs), extras, causal)
         routing, counts = heads.routing, config.counts
-        weight = routing.gates.transpose(1, 2).unsqueeze(-1).to(memory.q.dtype)  # [B, H, T, 1]
+        weight = routing.gates.transpose(1, 2).unsqueeze(-1).to(inputs.q.dtype)  # [B, H, T, 1]
         loss = balance_loss(routing, counts, _real_or_none(step, routing.active), config.aux_scale)
         info = {"gates": routing.gates.detach(), "active": routing.active}
-        kept = memory.kept if isinstance(memory, MoHMemory) else None
-        if kept is None or kept.rows is None or memory.q_pos is None:
-            return MoHPlan(self._dense_cover(step, memory), extras, causal, 0, weight, loss, info, kept=kept)
-        slots, rows = memory.k.shape[2], memory.q.shape[2]
+        kept = inputs.kept if isinstance(inputs, MoHInputs) else None
+        if kept is None or kept.rows is None or inputs.q_pos is None:
+            return MoHPlan(self._dense_cover(step, inputs), extras, causal, 0, weight, loss, info, kept=kept)
+        slots, rows = inputs.k.shape[2], inputs.q.shape[2]
         blocks = (query_block(config.block_size, rows), config.block_size)
         if config.window is None or not causal:
-            layout = BlockLayout.dense(*blocks, rows, slots, device=memory.q.device)
+            layout = BlockLayout.dense(*blocks, rows, slots, device=inputs.q.device)
         else:
-            layout = windowed_layout(memory.q_pos, blocks, slots, config.window, config.sink)
+            layout = windowed_layout(inputs.q_pos, blocks, slots, config.window, config.sink)
         return MoHPlan(layout, extras, causal, 0, weight, loss, info, kept=kept)
 
-    def _dense_cover(self, step: Step, memory: Memory) -> Any:
-        config, tokens, slots = self.config, memory.q.shape[2], memory.k.shape[2]
+    def _dense_cover(self, step: Step, inputs: AttentionInputs) -> Any:
+        config, tokens, slots = self.config, inputs.q.shape[2], inputs.k.shape[2]
         if config.window is None:
-            return dense_layout(config.block_size, tokens, slots, memory.q)
+            return dense_layout(config.block_size, tokens, slots, inputs.q)
         cover = Cover(config.window, config.sink, config.causal, step.offset)
-        return sink_window_layout(config.block_size, tokens, slots, cover, memory.q)
+        return sink_window_layout(config.block_size, tokens, slots, cover, inputs.q)
 
-    def operate(self, memory: Memory, plan: Plan) -> Tensor:
+    def operate(self, inputs: AttentionInputs, plan: Plan) -> Tensor:
         """As the base; one token reads the KV heads that it needs where they lie."""
-        kept = memory.kept if isinstance(memory, MoHMemory) else None
+        kept = inputs.kept if isinstance(inputs, MoHInputs) else None
         if kept is not None and kept.routed is not None:
-            return _in_order(*self._apart(memory, plan, kept.routed), kept.routed)
+            return _in_order(*self._apart(inputs, plan, kept.routed), kept.routed)
         single = kept is not None and kept.rows is None
-        if single and plan.causal and self._may_divide(memory.q):
-            return self._read_in_place(memory)
-        return super().operate(memory, plan)
+        if single and plan.causal and self._may_divide(inputs.q):
+            return self._read_in_place(inputs)
+        return super().operate(inputs, plan)
 
     def _may_divide(self, q: Tensor) -> bool:
         """Whether several calls without positions may stand for one with them: it pays on CPUs, without a window."""
         return self.config.window is None and self.impl in ("auto", "blocked") and q.numel() > 0 and is_readable(q)
 
-    def _goes_apart(self, memory: Memory) -> bool:
+    def _goes_apart(self, inputs: AttentionInputs) -> bool:
         """Whether shared and routed heads are two calls: on a CPU a dense call is quicker than one with positions."""
-        counts, heads = self.config.counts, memory.q.shape[1]
-        each = heads // memory.k.shape[1]
+        counts, heads = self.config.counts, inputs.q.shape[1]
+        each = heads // inputs.k.shape[1]
         splits = 0 < counts.shared < heads and counts.shared % each == 0 and counts.active > 0
-        return splits and memory.q_pos is None and memory.key_bias is None and self._may_divide(memory.q)
+        return splits and inputs.q_pos is None and inputs.key_bias is None and self._may_divide(inputs.q)
 
-    def _apart(self, memory: Memory, plan: Plan, rows: Rows) -> tuple[Tensor, Tensor]:
+    def _apart(self, inputs: AttentionInputs, plan: Plan, rows: Rows) -> tuple[Tensor, Tensor]:
         """The shared heads in one call, which computes every row, and the rows of the routed heads in another."""
         shared, block = self.config.counts.shared, self.config.block_size
-        tokens, slots = memory.q.shape[2], memory.k.shape[2]
-        heads = [shared, memory.q.shape[1] - shared]
-        groups = [n * memory.k.shape[1] // memory.q.shape[1] for n in heads]
-        q, routed_q = memory.q.split(heads, 1)
-        k, routed_k = memory.k.split(groups, 1)
-        v, routed_v = memory.v.split(groups, 1)
+        tokens, slots = inputs.q.shape[2], inputs.k.shape[2]
+        heads = [shared, inputs.q.shape[1] - shared]
+        groups = [n * inputs.k.shape[1] // inputs.q.shape[1] for n in heads]
+        q, routed_q = inputs.q.split(heads, 1)
+        k, routed_k = inputs.k.split(groups, 1)
+        v, routed_v = inputs.v.split(groups, 1)
         rule: dict[str, Any] = {"causal": plan.causal, "scale": self.config.scale, "impl": self.impl}
         whole = block_sparse_attention(q, k, v, dense_layout(block, tokens, slots, q), **rule)
         routed_q = rows.gather(routed_q)
@@ -403,15 +403,15 @@ class MoHAttention(AttentionLayer, name="moh"):
         routed = block_sparse_attention(routed_q, routed_k, routed_v, layout, extras=Extras(q_pos=pos), **rule)
         return whole, routed
 
-    def conclude(self, step: Step, memory: Memory, plan: Plan) -> Tensor:
+    def conclude(self, step: Step, inputs: AttentionInputs, plan: Plan) -> Tensor:
         """As the base; heads computed apart are projected apart too, of the routed ones the routed rows alone."""
-        rows = memory.kept.routed if isinstance(memory, MoHMemory) and memory.kept is not None else None
-        if rows is None or plan.head_weight is None or not is_plain(self.o_proj, memory.v):
-            return super().conclude(step, memory, plan)
+        rows = inputs.kept.routed if isinstance(inputs, MoHInputs) and inputs.kept is not None else None
+        if rows is None or plan.head_weight is None or not is_plain(self.o_proj, inputs.v):
+            return super().conclude(step, inputs, plan)
         if not (self.runs_own("operate", MoHAttention) and self.runs_own("combine", MoHAttention)):
             # Steps that somebody has replaced are run.
-            return super().conclude(step, memory, plan)
-        return self._project_apart(*self._apart(memory, plan, rows), plan.head_weight, rows)
+            return super().conclude(step, inputs, plan)
+        return self._project_apart(*self._apart(inputs, plan, rows), plan.head_weight, rows)
 
     def _project_apart(self, whole: Tensor, routed: Tensor, gates: Tensor, rows: Rows) -> Tensor:
         batch, shared, tokens, width = whole.shape
@@ -422,12 +422,12 @@ class MoHAttention(AttentionLayer, name="moh"):
         rows.add_products(y, routed * rows.gather(of_routed), weights[shared:])
         return y.view(batch, tokens, -1)
 
-    def _read_in_place(self, memory: Memory) -> Tensor:
+    def _read_in_place(self, inputs: AttentionInputs) -> Tensor:
         """One call for each run of neighbouring KV heads that an item needs: keys and values are not copied."""
-        q, k, v = memory.q, memory.k, memory.v
+        q, k, v = inputs.q, inputs.k, inputs.v
         each = q.shape[1] // k.shape[1]
         outs = []
-        for item, positions in enumerate(memory.q_pos[:, ::each, 0].tolist() if memory.q_pos is not None else []):
+        for item, positions in enumerate(inputs.q_pos[:, ::each, 0].tolist() if inputs.q_pos is not None else []):
             parts, head = [], 0
             for position, run in groupby(positions):
                 end = head + len(list(run))

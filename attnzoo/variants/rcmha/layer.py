@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from attnzoo.base.config import AttentionConfig, check_bool, check_int
-from attnzoo.base.layer import DENSE_BLOCK, AttentionLayer, Heads, Memory, Plan, Step, is_training
+from attnzoo.base.layer import DENSE_BLOCK, AttentionInputs, AttentionLayer, Heads, Plan, Step, is_training
 from attnzoo.base.rope import RotaryConfig
 from attnzoo.base.shared_layouts import dense_layout
 from attnzoo.cache.kv_cache import KVCache, Stream
@@ -125,28 +125,28 @@ class RCMHAConfig(AttentionConfig):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class _Step(Step):
+class PlacedStep(Step):
     """A call, and whether the caller gave positions."""
 
     given: bool = False
 
 
 @dataclass(frozen=True, eq=False)
-class _Heads(Heads):
+class ConvolvedHeads(Heads):
     """Convolved heads, and by stream what the convolutions of later calls need: this call's values before them."""
 
     before: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
-class _Memory(Memory):
+class PlacedInputs(AttentionInputs):
     """What the operation sees, and the keys' positions ``[B|1, S]`` where the caller gave some."""
 
     places: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
-class _ClippedPlan(Plan):
+class ClippedPlan(Plan):
     """A plan whose scores have a learned part for each distance."""
 
     tau: Tensor | None = None
@@ -270,7 +270,7 @@ class RCMHAAttention(AttentionLayer, name="rcmha"):
         step = super().begin(x, positions, key_padding, cache, context)
         if positions is not None and self.config.rel == "learned":
             raise UnsupportedError("positions: learned distances are those of tokens; expected None, got a Tensor")
-        return _Step(**vars(step), given=positions is not None)
+        return PlacedStep(**vars(step), given=positions is not None)
 
     def project(self, step: Step) -> Heads:
         """Projections with the convolutions behind or before them."""
@@ -279,14 +279,14 @@ class RCMHAAttention(AttentionLayer, name="rcmha"):
             plain = super().project(step)
             given = {"q": plain.q, "k": plain.k, "v": plain.v}
             made = {name: self._convolve(name, x, f"conv_{name}", step) for name, x in given.items()}
-            return _Heads(**made, before={f"conv_{name}": given[name] for name in self._convolved()})
+            return ConvolvedHeads(**made, before={f"conv_{name}": given[name] for name in self._convolved()})
         x = step.x.unsqueeze(1)  # [B, 1, T, C]
         made = {}
         for name, project in (("q", self.q_proj), ("k", self.k_proj), ("v", self.v_proj)):
             source = self._convolve(name, x, "conv_x", step).squeeze(1)
             made[name] = project(source).unflatten(-1, (-1, config.head_width)).transpose(1, 2)  # [B, h, T, D]
         self.check_slice(**made)
-        return _Heads(**made, before={"conv_x": x} if self._convolved() else {})
+        return ConvolvedHeads(**made, before={"conv_x": x} if self._convolved() else {})
 
     def _convolved(self) -> tuple[str, ...]:
         """What a convolution that sees more than its own token changes."""
@@ -305,18 +305,18 @@ class RCMHAAttention(AttentionLayer, name="rcmha"):
         convolved: Tensor = self.conv[name](x, history)
         return convolved
 
-    def remember(self, step: Step, heads: Heads) -> Memory:
+    def remember(self, step: Step, heads: Heads) -> AttentionInputs:
         """Caches convolved keys and values, and the last values before the convolutions."""
         q, k, v = heads.q, heads.k, heads.v
         if self.config.rel is not None:
             q = q + self.rel_u.unsqueeze(1).to(q.dtype)  # [H, 1, D]
         if self.config.rotary is not None:
             q, k = self.rotate(step.positions, q, k)
-        given = isinstance(step, _Step) and step.given and self.config.rel == "sinusoidal"
+        given = isinstance(step, PlacedStep) and step.given and self.config.rel == "sinusoidal"
         places = step.positions if given else None
         cache = step.cache
         if cache is not None:
-            values = {"k": k, "v": v, **(heads.before if isinstance(heads, _Heads) else {})}
+            values = {"k": k, "v": v, **(heads.before if isinstance(heads, ConvolvedHeads) else {})}
             if isinstance(cache, PlacedCache) and given:
                 cache.place()
             placed = isinstance(cache, PlacedCache) and cache.placed
@@ -327,29 +327,29 @@ class RCMHAAttention(AttentionLayer, name="rcmha"):
             seen = cache.append(values, step.lengths, differentiable=training)
             k, v = seen["k"], seen["v"]
             places = seen["position"].flatten(1) if placed else None  # [B, S]
-        return _Memory(**vars(self.memory(step, q, k, v)), places=places)
+        return PlacedInputs(**vars(self.attention_inputs(step, q, k, v)), places=places)
 
-    def plan(self, step: Step, heads: Heads, memory: Memory) -> Plan:
+    def plan(self, step: Step, heads: Heads, inputs: AttentionInputs) -> Plan:
         """Everything is read; distances come as auxiliary channels, or as a learned part."""
-        config, tokens, slots = self.config, memory.q.shape[2], memory.k.shape[2]
-        layout = dense_layout(DENSE_BLOCK, tokens, slots, memory.q)
+        config, tokens, slots = self.config, inputs.q.shape[2], inputs.k.shape[2]
+        layout = dense_layout(DENSE_BLOCK, tokens, slots, inputs.q)
         if config.rel is None:
             return Plan(layout, Extras(), config.causal)
         q = heads.q + self.rel_v.unsqueeze(1).to(heads.q.dtype)  # [B, H, T, D]
         if config.rel == "learned":
             tau = q @ self.rel_table.transpose(1, 2)  # [B, H, T, distances]
-            return _ClippedPlan(layout, Extras(), config.causal, tau=tau, first=step.offset)
+            return ClippedPlan(layout, Extras(), config.causal, tau=tau, first=step.offset)
         gamma = q @ self.rel_proj  # [B, H, T, Da]
-        places = memory.places if isinstance(memory, _Memory) else None
+        places = inputs.places if isinstance(inputs, PlacedInputs) else None
         if places is None:
-            q_aux, k_aux = channels_by_slot(gamma, memory.q_pos, slots)
+            q_aux, k_aux = channels_by_slot(gamma, inputs.q_pos, slots)
         else:
-            present = None if memory.q_pos is None else memory.q_pos.squeeze(1) >= 0
+            present = None if inputs.q_pos is None else inputs.q_pos.squeeze(1) >= 0
             q_aux, k_aux = channels_by_position(gamma, step.positions, places, present)
-        dtype = memory.q.dtype
+        dtype = inputs.q.dtype
         return Plan(layout, Extras(aux=(q_aux.to(dtype), k_aux.to(dtype))), config.causal)
 
-    def plan_for(self, memory: Memory, *, offset: int | Tensor, lengths: int | Tensor | None = None) -> Plan:
+    def plan_for(self, inputs: AttentionInputs, *, offset: int | Tensor, lengths: int | Tensor | None = None) -> Plan:
         """Refuses: what rcmha reads depends on its weights.
 
         Raises:
@@ -357,13 +357,13 @@ class RCMHAAttention(AttentionLayer, name="rcmha"):
         """
         raise UnsupportedError("rcmha: a plan needs the layer's weights, it cannot be made for another's queries")
 
-    def operate(self, memory: Memory, plan: Plan) -> Tensor:
+    def operate(self, inputs: AttentionInputs, plan: Plan) -> Tensor:
         """The operation; with learned distances, joined parts of it."""
-        if not isinstance(plan, _ClippedPlan) or plan.tau is None:
-            return super().operate(memory, plan)
+        if not isinstance(plan, ClippedPlan) or plan.tau is None:
+            return super().operate(inputs, plan)
         scale = self.config.head_width**-0.5 if self.config.scale is None else float(self.config.scale)
-        call = Clipped(memory.q, memory.k, memory.v, plan.extras, plan.first, scale, self.impl)
-        return attend_clipped(call, plan.tau.to(memory.q.dtype), causal=plan.causal, block=DENSE_BLOCK)
+        call = Clipped(inputs.q, inputs.k, inputs.v, plan.extras, plan.first, scale, self.impl)
+        return attend_clipped(call, plan.tau.to(inputs.q.dtype), causal=plan.causal, block=DENSE_BLOCK)
 
     def streams(self) -> dict[str, Stream]:
         """Keys and values, and rings of what the convolutions still need."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from attnzoo.base.layer import is_training
 from attnzoo.base.padding import add_front, drop_front, front_positions
 from attnzoo.base.shared_layouts import dense_layout
-from attnzoo.base.steps import Memory
+from attnzoo.base.steps import AttentionInputs
 from attnzoo.cache.kv_cache import KVCache, Stream
 from attnzoo.cache.replay import refuse_transforms
 from attnzoo_kernels import BlockLayout, Extras, block_sparse_attention_with_lse, merge_states
@@ -141,7 +141,7 @@ class PoolCache(KVCache):
             self._lengths, self.length = self.lengths + lengths, None
             self.bound = min(self.bound + tokens, self.max_length)
 
-    def past(self, call: PoolMemory, scale: float | None, impl: str) -> tuple[Tensor, Tensor]:
+    def past(self, call: PoolInputs, scale: float | None, impl: str) -> tuple[Tensor, Tensor]:
         """The state of a call's rows over what is held: ``[B, H, T, Dv]`` and ``[B, H, T]``."""
         batch, heads, tokens, width = call.q.shape
         grid = _Grid.of(self.pattern.block, self.offset, tokens)
@@ -161,7 +161,7 @@ class PoolCache(KVCache):
         out, lse = out.view(batch, heads, rows, -1), lse.view(batch, heads, rows, 1)
         return drop_front(out, grid.front, tokens), drop_front(lse, grid.front, tokens).squeeze(-1)
 
-    def _pool(self, name: str, call: PoolMemory) -> Tensor:
+    def _pool(self, name: str, call: PoolInputs) -> Tensor:
         """All regions, ``[1, 1, B (P + 1) w, D]``; a copy where a later write would break a backward."""
         pool = self._buffers[name]
         pool = pool.clone() if is_training(call.q, call.k, call.v) else pool
@@ -198,7 +198,7 @@ class PoolCache(KVCache):
         bias[place] = part.unsqueeze(1).expand(-1, place.shape[1], -1)
         return bias.view(1, 1, -1)
 
-    def own(self, call: PoolMemory, scale: float | None, impl: str) -> tuple[Tensor, Tensor]:
+    def own(self, call: PoolInputs, scale: float | None, impl: str) -> tuple[Tensor, Tensor]:
         """The state of a call's rows over the call's own tokens: ``[B, H, T, Dv]`` and ``[B, H, T]``."""
         tokens, size = call.q.shape[2], self.pattern.block
         shared = not isinstance(self.offset, Tensor)
@@ -239,14 +239,14 @@ class PoolCache(KVCache):
 
 
 @dataclass(frozen=True, eq=False)
-class PoolMemory(Memory):
+class PoolInputs(AttentionInputs):
     """A call's own tokens and rows, ``[B, G|H, T, D]``; what is remembered lies in a pool."""
 
     cache: PoolCache | None = None
     slots: int = 0
 
 
-def attend_pool(call: PoolMemory, cache: PoolCache, scale: float | None, impl: str) -> Tensor:
+def attend_pool(call: PoolInputs, cache: PoolCache, scale: float | None, impl: str) -> Tensor:
     """Attention over a pool and the call's own tokens, ``[B, H, T, Dv]``."""
     if 0 in call.q.shape:
         return call.q.new_zeros(*call.q.shape[:3], call.v.shape[3])

@@ -25,12 +25,12 @@ import torch
 from torch import Tensor
 
 from attnzoo.base.config import AttentionConfig, check_bool, check_flag, check_int
-from attnzoo.base.layer import AttentionLayer, Heads, Memory, Plan, Step
+from attnzoo.base.layer import AttentionInputs, AttentionLayer, Heads, Plan, Step
 from attnzoo.base.projections import slice_index
 from attnzoo.base.rope import RotaryConfig as RotaryConfig
 from attnzoo.base.shared_layouts import may_share
 from attnzoo.cache.kv_cache import KVCache
-from attnzoo.variants.s2.evicting_cache import Pattern, PoolCache, PoolMemory, attend_pool
+from attnzoo.variants.s2.evicting_cache import Pattern, PoolCache, PoolInputs, attend_pool
 from attnzoo_kernels import BlockLayout, Extras, remembers
 from attnzoo_kernels.errors import ConfigError, UnsupportedError
 
@@ -142,7 +142,7 @@ class S2Attention(AttentionLayer, name="s2"):
         """Refuses: the shards are blocks of the layer's own sequence."""
         raise UnsupportedError("context: s2 shards the blocks of its own sequence, it cannot read another")
 
-    def remember(self, step: Step, heads: Heads) -> Memory:
+    def remember(self, step: Step, heads: Heads) -> AttentionInputs:
         """As every layer; a cache that frees blocks gives nothing back, and is written when the call has succeeded."""
         cache = step.cache
         if not isinstance(cache, PoolCache):
@@ -150,30 +150,30 @@ class S2Attention(AttentionLayer, name="s2"):
         q, k = self.rotate(step.positions, heads.q, heads.k)
         cache.stage({"k": k, "v": heads.v}, step.lengths)
         held = min(cache.bound + q.shape[2], cache.max_length)
-        return PoolMemory(**vars(self.memory(step, q, k, heads.v)), cache=cache, slots=held)
+        return PoolInputs(**vars(self.attention_inputs(step, q, k, heads.v)), cache=cache, slots=held)
 
-    def plan(self, step: Step, heads: Heads, memory: Memory) -> Plan:
+    def plan(self, step: Step, heads: Heads, inputs: AttentionInputs) -> Plan:
         """The shards of each item's own blocks."""
-        config, tokens = self.config, memory.q.shape[2]
-        slots = memory.slots if isinstance(memory, PoolMemory) else memory.k.shape[2]
+        config, tokens = self.config, inputs.q.shape[2]
+        slots = inputs.slots if isinstance(inputs, PoolInputs) else inputs.k.shape[2]
         offset = step.offset if config.causal else 0
-        groups = self._groups(memory.k.shape[1])
+        groups = self._groups(inputs.k.shape[1])
         if not isinstance(offset, Tensor):
             block_q = config.block_size if offset == 0 or tokens >= config.block_size else 1
             front = offset % block_q
             place = _Place(offset - front, block_q, front + tokens, slots, *groups)
-            build = _shared_layout if may_share(memory.q) else _layout
-            return Plan(build(config, place, memory.q.device), Extras(), config.causal, front=front)
+            build = _shared_layout if may_share(inputs.q) else _layout
+            return Plan(build(config, place, inputs.q.device), Extras(), config.causal, front=front)
         block_q = config.block_size if tokens >= config.block_size else 1
         first = offset - offset % block_q
         place = _Place(first, block_q, tokens + block_q - 1, slots, *groups)
-        return Plan(_layout(config, place, memory.q.device), Extras(), config.causal, front=offset - first)
+        return Plan(_layout(config, place, inputs.q.device), Extras(), config.causal, front=offset - first)
 
-    def operate(self, memory: Memory, plan: Plan) -> Tensor:
+    def operate(self, inputs: AttentionInputs, plan: Plan) -> Tensor:
         """The operation; over a pool, and over what this call brings."""
-        if not isinstance(memory, PoolMemory) or memory.cache is None:
-            return super().operate(memory, plan)
-        return attend_pool(memory, memory.cache, self.config.scale, self.impl)
+        if not isinstance(inputs, PoolInputs) or inputs.cache is None:
+            return super().operate(inputs, plan)
+        return attend_pool(inputs, inputs.cache, self.config.scale, self.impl)
 
     def combine(self, step: Step, out: Tensor, plan: Plan) -> Tensor:
         """As every layer; then nothing can fail any more, and a pool is written."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import attnzoo
 from attnzoo import BlockLayout, Extras
-from attnzoo.base.steps import Memory, Plan
+from attnzoo.base.steps import AttentionInputs, Plan
 from attnzoo.cache.kv_cache import KVCache, Stream
 from attnzoo.selection.offloaded_blocks import fetch_blocks
 from tests.attnzoo.cases import assert_same, build, tokens
@@ -27,9 +27,9 @@ def longheads(**options: Any) -> Any:
     return build(attnzoo.get_config("longheads")(**{**SMALL, **options}), dtype=torch.float64)
 
 
-def call(layer: Any, memory: Memory, plan: Plan) -> Tensor:
+def call(layer: Any, inputs: AttentionInputs, plan: Plan) -> Tensor:
     """The operation of a plain layer on a memory and a plan."""
-    out: Tensor = layer.operate(memory, plan)
+    out: Tensor = layer.operate(inputs, plan)
     return out
 
 
@@ -54,10 +54,10 @@ def test_a_fetched_call_is_the_whole_call(data: st.DataObject) -> None:
         q_pos = torch.randint(-1, seq_k, (batch, 1, seq_q), generator=generator).to(torch.int32)
     q = torch.randn(batch, heads, seq_q, 4, generator=generator, dtype=torch.float64)
     k, v = (torch.randn(batch, groups, seq_k, 4, generator=generator, dtype=torch.float64) for _ in range(2))
-    memory, plan = Memory(q, k, v, q_pos), Plan(layout, Extras(q_pos=q_pos, rope=(cos, sin)), True)
-    fetched, moved = fetch_blocks(memory, plan)
+    inputs, plan = AttentionInputs(q, k, v, q_pos), Plan(layout, Extras(q_pos=q_pos, rope=(cos, sin)), True)
+    fetched, moved = fetch_blocks(inputs, plan)
     layer = build(attnzoo.get_config("mha")(dim=4 * heads, num_heads=heads), dtype=torch.float64)
-    assert_same(call(layer, fetched, moved), call(layer, memory, plan))
+    assert_same(call(layer, fetched, moved), call(layer, inputs, plan))
     listed = keep.any(2).expand(batch, -1, -1)
     listed = listed.unflatten(1, (groups, -1)).any(2) if listed.shape[1] == heads else listed
     assert fetched.k.shape[2] == block_k * max(1, int(listed.sum(-1).max()))
@@ -67,8 +67,8 @@ def test_the_order_of_fetched_blocks_is_theirs() -> None:
     k = torch.arange(12.0).view(1, 1, 12, 1)
     keep = torch.tensor([[[[True, False, False, True]]]])
     layout = BlockLayout.from_mask(keep, 1, 3, 1, 12)
-    memory = Memory(torch.zeros(1, 1, 1, 1), k, k)
-    fetched, plan = fetch_blocks(memory, Plan(layout, Extras(), True))
+    inputs = AttentionInputs(torch.zeros(1, 1, 1, 1), k, k)
+    fetched, plan = fetch_blocks(inputs, Plan(layout, Extras(), True))
     assert fetched.k.flatten().tolist() == [0, 1, 2, 9, 10, 11]
     assert plan.extras.q_pos is not None
     assert plan.extras.q_pos.flatten().tolist() == [5]
@@ -86,7 +86,7 @@ def test_the_order_of_fetched_blocks_is_theirs() -> None:
 def test_rules_that_count_slots_are_refused(extras: Extras, causal: bool) -> None:
     x = torch.zeros(1, 1, 4, 2)
     with pytest.raises(attnzoo.UnsupportedError, match="offload: expected a causal plan without"):
-        fetch_blocks(Memory(x, x, x), Plan(BlockLayout.dense(4, 4, 4, 4), extras, causal))
+        fetch_blocks(AttentionInputs(x, x, x), Plan(BlockLayout.dense(4, 4, 4, 4), extras, causal))
 
 
 @pytest.mark.parametrize(
@@ -137,9 +137,9 @@ def test_what_is_held_where_and_what_a_step_fetches() -> None:
     assert kept == {"k": length, "v": length, "chunk_key": length // 4, "key": 131, "query": 131}
     operate = attnzoo.AttentionLayer.operate
 
-    def listening(self: Any, memory: Any, plan: Any) -> Tensor:
-        seen.append(memory.k.shape[2])
-        return operate(self, memory, plan)
+    def listening(self: Any, inputs: Any, plan: Any) -> Tensor:
+        seen.append(inputs.k.shape[2])
+        return operate(self, inputs, plan)
 
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(attnzoo.AttentionLayer, "operate", listening)

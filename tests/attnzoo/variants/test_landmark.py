@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import attnzoo
-from attnzoo.base.steps import Memory
+from attnzoo.base.steps import AttentionInputs
 from attnzoo.oracles.landmark import Landmarks, landmark
 from tests.attnzoo.cases import assert_same, build, gradients, recipe_of, tokens
 
@@ -148,8 +148,8 @@ def heads_of(layer: Any, length: int, *, batch: int = 1, seed: int = 0) -> list[
 
 
 def operated(layer: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    memory = Memory(q, k, v)
-    out: Tensor = layer.operate(memory, layer.plan_for(memory, offset=k.shape[2] - q.shape[2]))
+    inputs = AttentionInputs(q, k, v)
+    out: Tensor = layer.operate(inputs, layer.plan_for(inputs, offset=k.shape[2] - q.shape[2]))
     return out
 
 

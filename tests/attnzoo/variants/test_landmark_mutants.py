@@ -143,7 +143,7 @@ MUTANTS: dict[str, Callable[[Patch], None]] = {
     ),
     "half of a neighbouring pair lost": text(variant, "_apart", ".transpose(-1, -2)", ""),
     "absent rows in the first block": text(
-        variant, "_slots", "memory.q_pos[:, 0].long()", "memory.q_pos[:, 0].long() + 1"
+        variant, "_slots", "inputs.q_pos[:, 0].long()", "inputs.q_pos[:, 0].long() + 1"
     ),
     "landmarks of the block before": text(variant, "_complete", "* size + size - 1 :: size", "* size :: size"),
     "landmarks of padded items from the wrong block": text(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import attnzoo
-from attnzoo.base.steps import Memory
+from attnzoo.base.steps import AttentionInputs
 from attnzoo.oracles.landmark import Landmarks, landmark
 from attnzoo.oracles.mha import Recipe
 
@@ -77,8 +77,8 @@ def test_published_weights_are_those_of_the_operation() -> None:
     q, k = file["q"].double(), file["k"].double()
     layer = attnzoo.create("landmark", dim=32, num_heads=2, block_size=8, mode="soft", rotary=None).double()
     one_hot = torch.eye(q.shape[2], dtype=torch.float64).expand(1, 2, -1, -1)
-    memory = Memory(q, k, one_hot)
-    near(layer.operate(memory, layer.plan_for(memory, offset=0)), file["weights"], SOURCE)
+    inputs = AttentionInputs(q, k, one_hot)
+    near(layer.operate(inputs, layer.plan_for(inputs, offset=0)), file["weights"], SOURCE)
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, SOURCE), (torch.float32, 2e-5)])

@@ -320,9 +320,9 @@ def test_a_longer_query_chooses_the_same() -> None:
     x = tokens(layer, 1, 40)
     step = layer.begin(x, None, None, None, None)
     heads = layer.project(step)
-    memory = layer.remember(step, heads)
-    plan = layer.plan(step, heads, memory)
-    longer = layer.plan(step, heads, replace(memory, queries=7 * memory.queries))
+    inputs = layer.remember(step, heads)
+    plan = layer.plan(step, heads, inputs)
+    longer = layer.plan(step, heads, replace(inputs, queries=7 * inputs.queries))
     assert torch.equal(plan.info["chunks"], longer.info["chunks"])
 
 
@@ -331,18 +331,18 @@ def test_slots_apart_and_merged_are_one_call() -> None:
     layer = build(config_of(), dtype=torch.float64)
     x = tokens(layer, 1, 40)
     step = layer.begin(x, None, None, None, None)
-    memory = layer.remember(step, layer.project(step))
-    plan = layer.plan(step, layer.project(step), memory)
+    inputs = layer.remember(step, layer.project(step))
+    plan = layer.plan(step, layer.project(step), inputs)
     chunks, outs, lses = plan.info["chunks"][..., 24:, :], [], []
-    q = memory.q[:, :, 24:]
+    q = inputs.q[:, :, 24:]
     for slot in range(4):
         index = chunks[..., slot : slot + 1]
         layout = attnzoo.BlockLayout.from_indices(index, 1, 4, 16, 40, torch.full_like(index, 4 * slot))
-        out, lse = block_sparse_attention_with_lse(q, memory.k, memory.v, layout, extras=plan.extras)
+        out, lse = block_sparse_attention_with_lse(q, inputs.k, inputs.v, layout, extras=plan.extras)
         outs.append(out)
         lses.append(lse)
     merged, _ = merge_states(torch.stack(outs), torch.stack(lses))
-    assert_same(merged, layer.operate(memory, plan)[:, :, 24:])
+    assert_same(merged, layer.operate(inputs, plan)[:, :, 24:])
 
 
 def test_a_longer_context_does_not_change_what_the_first_rows_choose() -> None:
@@ -387,10 +387,10 @@ def test_a_factor_on_the_rotation_counts_once_on_each_side() -> None:
 def test_no_gradient_goes_through_a_choice() -> None:
     layer = build(config_of(), dtype=torch.float64)
     x = tokens(layer, 1, 40)
-    memory = layer.remember(step := layer.begin(x, None, None, None, None), layer.project(step))
-    assert memory.q.requires_grad
-    assert not memory.chunk_keys.requires_grad
-    assert not memory.queries.requires_grad
+    inputs = layer.remember(step := layer.begin(x, None, None, None, None), layer.project(step))
+    assert inputs.q.requires_grad
+    assert not inputs.chunk_keys.requires_grad
+    assert not inputs.queries.requires_grad
 
 
 def test_a_gradient_reaches_chosen_chunks_alone() -> None:
@@ -421,10 +421,10 @@ def test_the_cache_holds_a_key_for_a_chunk_and_the_last_tokens() -> None:
 def test_queries_that_something_else_has_rotated_are_refused_where_they_would_choose() -> None:
     layer = build(config_of())
     q = torch.randn(1, 4, 20, 8)
-    memory = attnzoo.base.layer.Memory(q, q, q)
+    inputs = attnzoo.base.layer.AttentionInputs(q, q, q)
     with pytest.raises(attnzoo.UnsupportedError, match="plan_for: longheads chooses by queries"):
-        layer.plan_for(memory, offset=0)
-    short = attnzoo.base.layer.Memory(*3 * [q[:, :, :16]])
+        layer.plan_for(inputs, offset=0)
+    short = attnzoo.base.layer.AttentionInputs(*3 * [q[:, :, :16]])
     assert layer.plan_for(short, offset=0).density == 1
 
 

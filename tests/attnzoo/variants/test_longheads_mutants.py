@@ -70,7 +70,7 @@ def check(monkeypatch: pytest.MonkeyPatch) -> None:
 MUTANTS: dict[str, tuple[Any, str, str, str]] = {
     "the query a slot too near": (LongHeadsAttention, "_moved", "config.slots - 1", "config.slots - 2"),
     "the threshold moved by one": (LongHeadsAttention, "_moved", "slot < config.first", "slot <= config.first"),
-    "quirks moved by one": (LongHeadsAttention, "_chunk_memory", "slot >= self", "slot > self"),
+    "quirks moved by one": (LongHeadsAttention, "_chunk_inputs", "slot >= self", "slot > self"),
     "the chunk before not forced": (LongHeadsAttention, "_chosen", "last = own - 1", "last = own - 2"),
     "every row asks": (LongHeadsAttention, "_chosen", "place - place % config.block_q", "place"),
     "chunk 0 among the candidates": (LongHeadsAttention, "_best", "chunk >= 1", "chunk >= 0"),

@@ -95,7 +95,7 @@ MUTANTS = (
         "interface-padded-offset", old="real[:, :first].sum(1), rows.lengths)", new="real[:, :first].sum(1) * 0, rows.lengths)", wrong="padded items decode as if nothing came before",
     ),
     interface(
-        "interface-static-cache", old="Memory(q, k[:, :, :held], v[:, :, :held])", new="Memory(q, k, v)", wrong="a static cache is read beyond what it holds", tests=f"{TESTS}/hosts/test_generate.py -k static",
+        "interface-static-cache", old="AttentionInputs(q, k[:, :, :held], v[:, :, :held])", new="AttentionInputs(q, k, v)", wrong="a static cache is read beyond what it holds", tests=f"{TESTS}/hosts/test_generate.py -k static",
     ),
     interface(
         "interface-mask-function", old='getattr(mask_function, "__name__", "") != "causal_mask_function"', new='getattr(mask_function, "__name__", "") == ""', wrong="a further rule of the host's is dropped silently",

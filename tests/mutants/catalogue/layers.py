@@ -217,7 +217,7 @@ MUTANTS = (
         "s2-dense-heads", old="dense = [n >= config.kv_heads - config.num_dense_heads for n in heads]", new="dense = [n >= config.num_dense_heads for n in heads]", wrong="the wrong heads are dense",
     ),
     s2(
-        "s2-front", old="return Plan(build(config, place, memory.q.device), Extras(), config.causal, front=front)", new="return Plan(build(config, place, memory.q.device), Extras(), config.causal, front=0)",
+        "s2-front", old="return Plan(build(config, place, inputs.q.device), Extras(), config.causal, front=front)", new="return Plan(build(config, place, inputs.q.device), Extras(), config.causal, front=0)",
         wrong="query blocks of a chunk lie off the sequence's grid", tests=f"{TESTS}/laws/test_contract_memory.py -k 's2 and (chunks or token)'",
     ),
     s2(
@@ -253,7 +253,7 @@ MUTANTS = (
         "longheads-moved", old="moved = own - (config.slots - 1)", new="moved = own - config.slots", wrong="queries stand one slot too far from what they read",
     ),
     longheads(
-        "longheads-group-select", old="scores = scores.unflatten(1, (memory.k.shape[1], -1)).sum(2)", new="scores = scores.unflatten(1, (memory.k.shape[1], -1))[:, :, 0]",
+        "longheads-group-select", old="scores = scores.unflatten(1, (inputs.k.shape[1], -1)).sum(2)", new="scores = scores.unflatten(1, (inputs.k.shape[1], -1))[:, :, 0]",
         wrong="a group's first head chooses for all",
     ),
     landmark(
