@@ -87,6 +87,7 @@ OFFENCES = [
     Offence(INSIDE, "attnzoo_kernels.reference", "from attnzoo_kernels import registration"),
     Offence(INSIDE, "attnzoo_kernels.dispatch", "from attnzoo_kernels import op"),
     Offence(IMPLEMENTATIONS, "attnzoo_kernels.cpu.flash", "from attnzoo_kernels.cpu import blocked"),
+    Offence(IMPLEMENTATIONS, "attnzoo_kernels.cpu.blocked", "from attnzoo_kernels.cpu import bf16"),
     Offence(IMPLEMENTATIONS, "attnzoo_kernels._triton.brand_new", "from attnzoo_kernels.reference import attend"),
     Offence(GPU, "attnzoo_kernels._triton.block_lists", "from attnzoo_kernels.runtime.workspace import clear_scratch"),
 ]

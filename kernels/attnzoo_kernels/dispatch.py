@@ -11,8 +11,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from attnzoo_kernels.cpu import blocked, flash
-from attnzoo_kernels.errors import KernelError
+from attnzoo_kernels.cpu import PATHS
+from attnzoo_kernels.cpu.path import CPUPath
+from attnzoo_kernels.errors import KernelError, UnsupportedError
 from attnzoo_kernels.runtime.warn import warn_caller
 from attnzoo_kernels.spec.call import Call
 
@@ -26,9 +27,25 @@ _failed: dict[tuple[object, ...], str] = {}
 _warned: set[str] = set()
 
 
-def reasons_against(impl: str, call: Call) -> tuple[str, ...]:
+PATH_NAMES = tuple(f"blocked/{path.name}" for path in PATHS)
+"""A path of the CPU as an ``impl`` of its own, inside dispatch and for ``why_not``: "blocked" is all of them."""
+
+
+def reasons_against(impl: str, call: Call, *, need_lse: bool = False) -> tuple[str, ...]:
     """Why an implementation cannot run a call; empty if it can. Reads metadata alone."""
+    if impl in PATH_NAMES:
+        return _paths_from(impl)[0].reasons(call, need_lse=need_lse)
     return _against_triton(call) if impl == "triton" else ()
+
+
+def _paths_from(impl: str) -> tuple[CPUPath, ...]:
+    """The paths that are asked, in order: all of them, or a forced one and those behind it."""
+    return PATHS[PATH_NAMES.index(impl) :] if impl in PATH_NAMES else PATHS
+
+
+def path_of(call: Call, *, need_lse: bool = False) -> str:
+    """The path that a forward takes, unless its result is not finite. Reads values: for reports, not for calls."""
+    return next(path.name for path in PATHS if not path.reasons(call, need_lse=need_lse) and not path.declines(call))
 
 
 @cache
@@ -96,22 +113,40 @@ def choose(impl: str, call: Call) -> str:
 def keeps_results(impl: str, call: Call) -> bool:
     """Whether the backward reads what the forward found; where it does not, it is computed again."""
     chosen = choose(impl, call)
-    return chosen == "triton" or (chosen == "blocked" and flash.keeps(call))
+    return chosen == "triton" or any(path.keeps_results(call) for path in _paths_from(chosen))
 
 
 def forward(impl: str, call: Call, *, need_lse: bool) -> tuple[Tensor, Tensor]:
-    """Out ``[B, H, T, Dv]`` and lse ``[B, H, T]`` (empty where not needed) by an implementation or "auto"."""
+    """Out ``[B, H, T, Dv]`` and lse ``[B, H, T]`` (empty where not needed) by an implementation or "auto".
+
+    Raises:
+        KernelError: If the Triton kernels were asked for by name and fail.
+        UnsupportedError: If a path of the CPU was asked for that has reasons against the call.
+    """
+    found = None
     if choose(impl, call) == "triton":
         try:
-            out, lse = _kernels().forward(call)
+            found = _kernels().forward(call)
         except KernelError as error:
             _give_up(impl, call, error)
-        else:
-            return out, lse if need_lse else lse.new_empty(0)
-    found = flash.forward(call, need_lse=need_lse)
-    if found is not None:
-        return found if need_lse else (found[0], found[1].new_empty(0))
-    return blocked.forward(call, need_lse=need_lse)
+    if found is None:
+        found = _forward_on_cpu(impl, call, need_lse=need_lse)
+    out, lse = found
+    return out, lse if need_lse else lse.new_empty(0)
+
+
+def _forward_on_cpu(impl: str, call: Call, *, need_lse: bool) -> tuple[Tensor, Tensor]:
+    """The first path that has no reason against a call, and does not give up at its values, computes it."""
+    paths = _paths_from(impl)
+    for path in paths:
+        reasons = path.reasons(call, need_lse=need_lse)
+        if not reasons:
+            found = path.forward(call, need_lse=need_lse)
+            if found is not None:
+                return found
+        elif impl in PATH_NAMES and path is paths[0]:
+            raise UnsupportedError(f"impl: {impl!r} cannot run this call: {'; '.join(reasons)}", reasons)
+    raise UnsupportedError(f"impl: no path of the CPU takes this call, of {', '.join(PATH_NAMES)}")
 
 
 def backward(
@@ -140,11 +175,12 @@ def backward(
             _give_up(impl, call, error)
         else:
             return found
-    if out is not None and lse is not None and dout is not None and dlse is None:
-        grads = flash.backward(call, (out, lse), dout)
-        if grads is not None:
-            return (*(grad if needed else None for grad, needed in zip(grads, need, strict=False)), *[None] * 4)
-    return blocked.backward(call, dout, dlse, list(need))
+    for path in _paths_from(impl):
+        if not path.backward_reasons(call, dlse=dlse is not None):
+            grads = path.backward(call, results, dout=dout, dlse=dlse, need=list(need))
+            if grads is not None:
+                return grads
+    raise UnsupportedError(f"impl: no path of the CPU takes this backward, of {', '.join(PATH_NAMES)}")
 
 
 def _give_up(impl: str, call: Call, error: KernelError) -> None:

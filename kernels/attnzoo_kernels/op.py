@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from attnzoo_kernels import reference
 from attnzoo_kernels.checks import check_arguments, check_counting
 from attnzoo_kernels.cpu.products import rounds_to_zero
-from attnzoo_kernels.dispatch import reasons_against
+from attnzoo_kernels.dispatch import PATH_NAMES, reasons_against
 from attnzoo_kernels.errors import UnsupportedError
 from attnzoo_kernels.flops import register_when_counting
 from attnzoo_kernels.layouts.density import count_pairs
@@ -109,14 +109,52 @@ def why_not(
 ) -> tuple[str, ...]:
     """The reasons why an implementation cannot run these inputs; empty if it runs them.
 
-    Reads metadata only, so that it also answers on fake and meta tensors.
+    Reads metadata only, so that it also answers on fake and meta tensors. ``"blocked"`` runs everything, on the first
+    of its paths that takes a call; ``"blocked/flash"``, ``"blocked/bf16"`` and ``"blocked/blocked"`` ask for the
+    reasons of one path. A path without a reason may still leave a call to the next at what it finds in the values.
 
     Raises:
         TypeError: If an argument has the wrong type.
         ValueError: If the inputs are wrong for every implementation.
     """
-    check_arguments((q, k, v), layout, causal=causal, scale=scale, extras=extras, impl=impl)
-    return reasons_against(impl, make_call((q, k, v), layout, causal=causal, scale=1.0, extras=extras or Extras()))
+    known = "blocked" if impl in PATH_NAMES else impl
+    check_arguments((q, k, v), layout, causal=causal, scale=scale, extras=extras, impl=known)
+    factor = _scale_of(q, scale)
+    return reasons_against(impl, make_call((q, k, v), layout, causal=causal, scale=factor, extras=extras or Extras()))
+
+
+def attend_on_path(
+    path: str,
+    tensors: tuple[Tensor, Tensor, Tensor],
+    layout: BlockLayout,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    extras: Extras | None = None,
+    need_lse: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Runs a call on one path of the CPU: for tests and benches, which want to know each by itself.
+
+    What the path leaves to the next at its values, the next computes; a backward goes to the first from this path on
+    that takes it.
+
+    Args:
+        path: A name in :data:`attnzoo_kernels.cpu.PATHS`.
+        tensors: q, k and v, as in :func:`block_sparse_attention`.
+        layout: As there.
+        causal: As there.
+        scale: As there.
+        extras: As there.
+        need_lse: Whether lse is wanted; else it is empty.
+
+    Raises:
+        TypeError: As there.
+        ValueError: As there, or if no path has this name.
+        UnsupportedError: If the path has reasons against the call.
+    """
+    if f"blocked/{path}" not in PATH_NAMES:
+        raise ValueError(f"path: expected one of {', '.join(PATH_NAMES)} without 'blocked/', got {path!r}")
+    return _attend(tensors, layout, causal, scale, extras, "blocked", need_lse=need_lse, path=path)
 
 
 def visible_pairs(
@@ -157,6 +195,7 @@ def _attend(
     impl: str,
     *,
     need_lse: bool,
+    path: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     if "DTensor" in (type(tensors[0]).__name__, type(tensors[1]).__name__, type(tensors[2]).__name__):
         from attnzoo_kernels.sharding import attend_locally
@@ -164,7 +203,7 @@ def _attend(
         def locally(
             part: tuple[Tensor, Tensor, Tensor], own: BlockLayout, more: Extras | None
         ) -> tuple[Tensor, Tensor]:
-            return _attend(part, own, causal, scale, more, impl, need_lse=need_lse)
+            return _attend(part, own, causal, scale, more, impl, need_lse=need_lse, path=path)
 
         return attend_locally(locally, tensors, layout, extras, need_lse=need_lse)
     check_arguments(tensors, layout, causal=causal, scale=scale, extras=extras, impl=impl)
@@ -173,13 +212,13 @@ def _attend(
     q, k, v = tensors
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         q, k, v = (x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(device)) for x in tensors)
-    factor = q.shape[3] ** -0.5 if scale is None else float(scale)
-    call = make_call((q, k, v), layout, causal=causal, scale=factor, extras=extras)
+    call = make_call((q, k, v), layout, causal=causal, scale=_scale_of(q, scale), extras=extras)
     if impl == "reference":
         with no_autocast(device):
             return reference.attend(call)
     _refuse_onnx()
-    reasons = reasons_against(impl, call)
+    impl = impl if path is None else f"blocked/{path}"
+    reasons = reasons_against(impl, call, need_lse=need_lse)
     if reasons:
         raise UnsupportedError(f"impl: {impl!r} cannot run this call: {'; '.join(reasons)}", reasons)
     _refuse_transforms((q, k, v, extras.key_bias, *(extras.aux or ()), extras.gate))
@@ -187,6 +226,11 @@ def _attend(
         register_when_counting()
     out, lse = torch.ops.attnzoo.bsa_fwd(*flatten(call), impl, need_lse)
     return out, lse
+
+
+def _scale_of(q: Tensor, scale: float | None) -> float:
+    """The factor on scores."""
+    return q.shape[3] ** -0.5 if scale is None else float(scale)
 
 
 def make_call(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from attnzoo_kernels import BlockLayout, dispatch
+from attnzoo_kernels.cpu import flash
 from attnzoo_kernels.errors import KernelError
 from attnzoo_kernels.spec.call import Call, Gate, Origins
 from attnzoo_kernels.spec.token_rule import TokenRule
@@ -227,7 +228,9 @@ def test_gradients_come_back_where_they_are_wanted_alone() -> None:
 
 def test_what_the_fused_backward_gives_beside_what_is_wanted_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     call = KINDS["the same"]
-    monkeypatch.setattr(dispatch.flash, "backward", lambda call, results, dout: (call.q + 1, call.k + 2, call.v + 3))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(flash, "LEAST_ROWS", 1)
+    monkeypatch.setattr(flash, "backward", lambda call, results, dout: (call.q + 1, call.k + 2, call.v + 3))
     for at in range(3):
         need = [place == at for place in range(7)]
         grads = dispatch.backward("blocked", call, (call.q, call.q[..., 0]), call.q, None, need)

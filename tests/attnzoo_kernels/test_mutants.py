@@ -185,7 +185,7 @@ BLOCKED: dict[str, Callable[[Patch], None]] = {
     "partial blocks without a mask": lambda patch: wrap(patch, scores, "_hide", lambda f, *args: None),
     "every block taken as full": lambda patch: wrap(patch, schedule, "classify", every_block_full),
     "hidden blocks read": lambda patch: wrap(patch, schedule, "classify", every_block_read),
-    "the last chunk forgotten": lambda patch: wrap(patch, blocked, "chunks", without_last_chunk),
+    "the last chunk forgotten": lambda patch: wrap(patch, blocked, "chunks_of", without_last_chunk),
     "a schedule remembered for another rule": lambda patch: wrap(
         patch, blocked, "schedule_for", schedule_of_layout_alone
     ),

@@ -8,8 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from attnzoo_kernels.cpu.chunks import chunks_of
 from attnzoo_kernels.cpu.gather import Source, tile, untile
-from attnzoo_kernels.cpu.schedule import Bucket, Schedule
+from attnzoo_kernels.cpu.pack_gqa import pack_gqa, packed_rows, unpack_rows
+from attnzoo_kernels.cpu.path import CPUPath
+from attnzoo_kernels.cpu.schedule import Bucket, Schedule, schedule_for
 from attnzoo_kernels.cpu.scores import ceiling, rows_of
 from attnzoo_kernels.runtime.processor import cpu_class
 from attnzoo_kernels.runtime.workspace import scratch
@@ -19,11 +22,47 @@ LEAST_BLOCK = 16
 """Rows of a query block from which the kernel is quicker."""
 
 
-def takes(call: Call) -> bool:
-    """Whether a call may be computed here, unless its log-sum-exp is wanted: the kernel's is good for five digits."""
-    widths = call.q.shape[3] == call.v.shape[3] and call.q.numel() > 0
-    half = call.q.dtype == torch.bfloat16 and cpu_class() == "amx"
-    return call.is_plain and widths and half and call.block_q >= LEAST_BLOCK
+class BF16Path(CPUPath):
+    """The forward of plain calls in bf16 on CPUs with AMX."""
+
+    name = "bf16"
+
+    def reasons(self, call: Call, *, need_lse: bool = False) -> tuple[str, ...]:
+        """As :func:`reasons`."""
+        return reasons(call, need_lse=need_lse)
+
+    def forward(self, call: Call, *, need_lse: bool) -> tuple[Tensor, Tensor] | None:
+        """Out and an empty lse, or ``None`` where out is not finite."""
+        packed = pack_gqa(call)
+        schedule = schedule_for(packed)
+        found = forward(packed, schedule, chunks_of(packed, schedule, tiled=True))
+        if found is None:
+            return None
+        return unpack_rows(found, packed).contiguous(), call.q.new_empty(0, dtype=call.acc_dtype)
+
+
+def reasons(call: Call, *, need_lse: bool = False) -> tuple[str, ...]:
+    """Why a call is not computed here; reads metadata alone."""
+    if call.q.dtype != torch.bfloat16:
+        return (f"bf16: the inputs are {call.q.dtype}; it takes torch.bfloat16 alone",)
+    if not isinstance(call.q.shape[2], int):
+        return ("bf16: the number of queries is a symbol, as while a program is traced",)
+    found = []
+    if call.q.device.type != "cpu":
+        found.append(f"bf16: q is on {call.q.device}; it runs on CPUs alone")
+    if cpu_class() != "amx":
+        found.append("bf16: the CPU has no AMX, and without it products of fp32 are quicker")
+    if need_lse:
+        found.append("bf16: the log-sum-exp is wanted, and the kernel's is good for five digits")
+    if not call.is_plain:
+        found.append("bf16: the call has a bias, auxiliary channels, gates or origins, which the kernel does not know")
+    if call.q.shape[3] != call.v.shape[3]:
+        found.append(f"bf16: keys and values have widths {call.q.shape[3]} and {call.v.shape[3]}; it takes equal ones")
+    if call.q.numel() == 0:
+        found.append("bf16: there are no queries")
+    elif packed_rows(call) < LEAST_BLOCK:
+        found.append(f"bf16: query blocks have fewer than {LEAST_BLOCK} rows, for which it is slower")
+    return tuple(found)
 
 
 def forward(call: Call, schedule: Schedule, parts: list[Bucket]) -> Tensor | None:

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attnzoo_kernels.cpu import bf16 as half
 from attnzoo_kernels.cpu import gates
+from attnzoo_kernels.cpu.chunks import chunks_of
 from attnzoo_kernels.cpu.gather import Source, tile, untile
 from attnzoo_kernels.cpu.nonfinite import are_numbers, hides, product_where_seen
 from attnzoo_kernels.cpu.pack_gqa import pack_gqa, pack_rows, unpack_rows
+from attnzoo_kernels.cpu.path import CPUPath, Gradients
 from attnzoo_kernels.cpu.products import product
 from attnzoo_kernels.cpu.schedule import Bucket, Schedule, schedule_for
 from attnzoo_kernels.cpu.scores import Chunk, Inputs, rows_of, weigh
@@ -23,28 +24,43 @@ from attnzoo_kernels.runtime.processor import multiplies_bf16
 from attnzoo_kernels.runtime.workspace import scratch
 from attnzoo_kernels.spec.call import Call
 
-CHUNK_SCORES = 1 << 18
-"""Scores in one chunk and thread: what stays in a core's cache between the two products."""
 
+class BlockedPath(CPUPath):
+    """Every call, forward and backward."""
 
-def chunks(call: Call, schedule: Schedule, *, tiled: bool = False) -> list[Bucket]:
-    """The call's rows in chunks; larger ones where scores are few beside the keys, or not kept: ``tiled``."""
-    few = tiled or call.grid[0] == 1
-    budget = CHUNK_SCORES * min(torch.get_num_threads(), 4) * (4 if few else 1)
-    # Small query blocks gather as many keys as large ones: their chunks are bounded by the keys.
-    return schedule.chunks(budget, max(call.block_q, 64), call.block_k)
+    name = "blocked"
+
+    def reasons(self, call: Call, *, need_lse: bool = False) -> tuple[str, ...]:
+        """None."""
+        return ()
+
+    def forward(self, call: Call, *, need_lse: bool) -> tuple[Tensor, Tensor]:
+        """As :func:`forward`."""
+        return forward(call, need_lse=need_lse)
+
+    def backward_reasons(self, call: Call, *, dlse: bool = False) -> tuple[str, ...]:
+        """None."""
+        return ()
+
+    def backward(
+        self,
+        call: Call,
+        results: tuple[Tensor | None, Tensor | None],
+        *,
+        dout: Tensor | None,
+        dlse: Tensor | None,
+        need: list[bool],
+    ) -> Gradients:
+        """As :func:`backward`, which recomputes what it needs of the forward."""
+        return backward(call, dout, dlse, need)
 
 
 def forward(call: Call, *, need_lse: bool) -> tuple[Tensor, Tensor]:
     """Out ``[B, H, T, Dv]`` in q's dtype and lse ``[B, H, T]`` (empty where not needed)."""
     packed = pack_gqa(call)
     schedule = schedule_for(packed)
-    if not need_lse and half.takes(packed):
-        found = half.forward(packed, schedule, chunks(packed, schedule, tiled=True))
-        if found is not None:
-            return unpack_rows(found, packed).contiguous(), call.q.new_empty(0, dtype=call.acc_dtype)
     out, lse = _forward(packed, schedule, need_lse=need_lse)
-    if not are_numbers(out) and hides(packed, chunks(packed, schedule)):
+    if not are_numbers(out) and hides(packed, chunks_of(packed, schedule)):
         out, lse = _forward(packed, schedule, need_lse=need_lse, careful=True)
     out = unpack_rows(out, packed).contiguous()
     lse = unpack_rows(lse.unsqueeze(-1), packed).squeeze(-1).contiguous() if need_lse else lse
@@ -59,7 +75,7 @@ def _forward(call: Call, schedule: Schedule, *, need_lse: bool, careful: bool = 
     weighted = product_where_seen if careful else product
     values = Source(call.v, call.block_k, dtype, often=inputs.often)
     rows, block = batch * heads * call.grid[0], call.block_q
-    parts = chunks(call, inputs.schedule)
+    parts = chunks_of(call, inputs.schedule)
     shape = (rows, block, call.v.shape[3])
     out = call.q.new_empty(shape) if _cover(parts, rows) else call.q.new_zeros(shape)
     lse = torch.full((rows, block, 1), -torch.inf, dtype=call.acc_dtype, device=call.q.device) if need_lse else None
@@ -101,7 +117,7 @@ def _values(values: Source, chunk: Chunk) -> Tensor:
 
 
 @dataclass
-class Gradients:
+class TiledGradients:
     """Gradients of the tiled tensors in the accumulator's dtype; ``None`` where not needed."""
 
     q: Tensor | None = None
@@ -123,7 +139,7 @@ class Gradients:
         return any(x is not None for x in (self.q, self.k, self.bias, self.q_aux, self.k_aux, self.gate))
 
 
-def backward(call: Call, dout: Tensor | None, dlse: Tensor | None, need: list[bool]) -> tuple[Tensor | None, ...]:
+def backward(call: Call, dout: Tensor | None, dlse: Tensor | None, need: list[bool]) -> Gradients:
     """Gradients of q, k, v, key_bias, q_aux, k_aux and the gate's keys, each ``None`` where ``need`` says so."""
     packed = pack_gqa(call)
     if dout is None:
@@ -132,14 +148,14 @@ def backward(call: Call, dout: Tensor | None, dlse: Tensor | None, need: list[bo
     dlse = None if dlse is None else pack_rows(dlse.unsqueeze(-1), packed)
     schedule = schedule_for(packed)
     grads = _backward(packed, schedule, dout, dlse, need)
-    if not are_numbers(*grads.every) and hides(packed, chunks(packed, schedule)):
+    if not are_numbers(*grads.every) and hides(packed, chunks_of(packed, schedule)):
         grads = _backward(packed, schedule, dout, dlse, need, careful=True)
     return _as_given(call, packed, grads)
 
 
 def _backward(
     call: Call, schedule: Schedule, dout: Tensor, dlse: Tensor | None, need: list[bool], *, careful: bool = False
-) -> Gradients:
+) -> TiledGradients:
     inputs = Inputs(call, schedule, careful=careful)
     acc, device = call.acc_dtype, call.q.device
     batch, heads, groups, _, _ = call.shape
@@ -149,9 +165,9 @@ def _backward(
         return torch.zeros(shape, dtype=acc, device=device) if needed else None
 
     width = call.q.shape[3] if inputs.rotation is None else inputs.rotation.padded
-    parts = chunks(call, inputs.schedule)
+    parts = chunks_of(call, inputs.schedule)
     q_shape = (rows, call.block_q, width)
-    grads = Gradients(
+    grads = TiledGradients(
         q=call.q.new_empty(q_shape, dtype=acc) if need[0] and _cover(parts, rows) else zeros(need[0], *q_shape),
         k=zeros(need[1], keys, call.block_k, width),
         v=zeros(need[2], keys, call.block_k, call.v.shape[3]),
@@ -184,7 +200,7 @@ def _backward(
 
 
 def _accumulate(
-    inputs: Inputs, chunk: Chunk, dout: Tensor, dlse: Tensor | None, values: Source, grads: Gradients
+    inputs: Inputs, chunk: Chunk, dout: Tensor, dlse: Tensor | None, values: Source, grads: TiledGradients
 ) -> None:
     """Adds what one chunk contributes."""
     call, part = inputs.call, chunk.part
@@ -233,7 +249,7 @@ def _through_softmax(inputs: Inputs, chunk: Chunk, dscores: Tensor, dlse: Tensor
         dscores.masked_fill_(unseen, 0.0)
 
 
-def _accumulate_rest(inputs: Inputs, chunk: Chunk, dscores: Tensor, grads: Gradients) -> None:
+def _accumulate_rest(inputs: Inputs, chunk: Chunk, dscores: Tensor, grads: TiledGradients) -> None:
     """Gradients of the bias and of the auxiliary channels."""
     call, part = inputs.call, chunk.part
     multiply = product_where_seen if inputs.careful else product
@@ -271,7 +287,7 @@ def _rotate_back(inputs: Inputs, part: Bucket, dk: Tensor) -> None:
         inputs.rotation.rotate(dk, part.origin.reshape(-1), back=True)
 
 
-def _as_given(call: Call, packed: Call, grads: Gradients) -> tuple[Tensor | None, ...]:
+def _as_given(call: Call, packed: Call, grads: TiledGradients) -> Gradients:
     """The gradients in the shapes, orders and dtypes of the inputs."""
 
     def rows(grad: Tensor | None, like: Tensor | None, given: Tensor | None) -> Tensor | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from attnzoo_kernels.cpu.path import CPUPath, Gradients
 from attnzoo_kernels.cpu.row_tiles import HeadGroup, KeyRange, RowTile, RowTiles, lists_runs, row_tiles_of
 from attnzoo_kernels.runtime.plain import is_plain
 from attnzoo_kernels.runtime.processor import cpu_class
@@ -25,24 +26,105 @@ MOST_WASTE = {torch.float32: 1.4, torch.bfloat16: 2.0}
 """Scores that may be computed for each one that is seen."""
 
 
-def may_take(call: Call) -> bool:
-    """Whether a call may be of the kind that :func:`plan` takes; reads metadata alone."""
-    q, k, v, rule = call.q, call.k, call.v, call.rule
-    seq_q, seq_k = q.shape[2], k.shape[2]
-    if not isinstance(seq_q, int) or not isinstance(seq_k, int) or q.device.type != "cpu":
-        return False
-    quick = q.dtype == torch.float32 or (q.dtype == torch.bfloat16 and cpu_class() == "amx")
-    fits = 0 not in (q.numel(), k.numel(), v.numel()) and q.shape[3] == v.shape[3]
-    # A sink beside a window is a second run.
-    single = rule.window is None or (type(rule.sink) is int and rule.sink == 0)
+class FlashPath(CPUPath):
+    """Long rows that read one run of slots each, forward and backward."""
+
+    name = "flash"
+
+    def reasons(self, call: Call, *, need_lse: bool = False) -> tuple[str, ...]:
+        """As :func:`reasons`."""
+        return reasons(call, need_lse=need_lse)
+
+    def forward(self, call: Call, *, need_lse: bool) -> tuple[Tensor, Tensor] | None:
+        """As :func:`forward`."""
+        return forward(call)
+
+    def declines(self, call: Call) -> bool:
+        """Whether :func:`plan` finds lists with gaps, or too much that would be computed and not seen."""
+        return plan(call) is None
+
+    def keeps_results(self, call: Call) -> bool:
+        """As :func:`keeps`."""
+        return keeps(call)
+
+    def backward_reasons(self, call: Call, *, dlse: bool = False) -> tuple[str, ...]:
+        """As :func:`backward_reasons`."""
+        return backward_reasons(call, dlse=dlse)
+
+    def backward(
+        self,
+        call: Call,
+        results: tuple[Tensor | None, Tensor | None],
+        *,
+        dout: Tensor | None,
+        dlse: Tensor | None,
+        need: list[bool],
+    ) -> Gradients | None:
+        """As :func:`backward`; ``None`` too where results were not kept, or where out has no gradient."""
+        out, lse = results
+        if out is None or lse is None or dout is None:
+            return None
+        grads = backward(call, (out, lse), dout)
+        if grads is None:
+            return None
+        return (*(grad if needed else None for grad, needed in zip(grads, need, strict=False)), *[None] * 4)
+
+
+def reasons(call: Call, *, need_lse: bool = False) -> tuple[str, ...]:
+    """Why a call is not of the kind that :func:`plan` takes; reads metadata alone."""
+    q, k, v = call.q, call.k, call.v
+    if not isinstance(q.shape[2], int) or not isinstance(k.shape[2], int):
+        return ("flash: a length is a symbol, as while a program is traced",)
+    found = []
+    if q.device.type != "cpu":
+        found.append(f"flash: q is on {q.device}; it runs on CPUs alone")
+    if q.dtype == torch.bfloat16:
+        if cpu_class() != "amx":
+            found.append("flash: the inputs are bf16 and the CPU has no AMX, without which blocks are quicker")
+        if need_lse:
+            found.append("flash: the log-sum-exp of bf16 inputs is wanted, and the kernel's is good for five digits")
+    elif q.dtype != torch.float32:
+        found.append(f"flash: the inputs are {q.dtype}; it takes torch.float32 and torch.bfloat16")
+    if 0 in (q.numel(), k.numel(), v.numel()):
+        found.append("flash: there are no queries, keys or values")
+    if q.shape[3] != v.shape[3]:
+        found.append(f"flash: keys and values have widths {q.shape[3]} and {v.shape[3]}; it takes equal ones")
+    if q.shape[2] < LEAST_ROWS:
+        found.append(f"flash: there are {q.shape[2]} queries; it pays from {LEAST_ROWS}")
+    return (*found, *_rule_reasons(call))
+
+
+def _rule_reasons(call: Call) -> list[str]:
+    found = []
+    if not call.is_plain:
+        found.append("flash: the call has a bias, auxiliary channels, gates or origins, which the kernel does not know")
+    rule = call.rule
+    if rule.window is not None and not (type(rule.sink) is int and rule.sink == 0):
+        found.append("flash: there is a sink beside the window; it reads one run of slots")
     # The kernel hides what is not causal before it scales: -inf times 0 or less is no longer -inf.
-    rises = call.scale >= LEAST_SCALE
-    return rises and call.is_plain and quick and fits and seq_q >= LEAST_ROWS and single
+    if not call.scale >= LEAST_SCALE:
+        found.append(f"flash: the scale is {call.scale}; the kernel hides scores before it scales them, by more than 0")
+    return found
+
+
+def backward_reasons(call: Call, *, dlse: bool = False) -> tuple[str, ...]:
+    """Why a backward is not computed here, where it would not be quicker or is not known; reads metadata alone."""
+    found = list(reasons(call))
+    if dlse:
+        found.append("flash: the log-sum-exp has a gradient, which the kernel does not know")
+    if call.q.dtype != torch.float32:
+        found.append(f"flash: the inputs are {call.q.dtype}; the kernel's backward is quicker in torch.float32 alone")
+    heads = call.k.shape[0] * call.k.shape[1]
+    if heads < torch.get_num_threads():
+        found.append(
+            f"flash: there are {heads} KV heads in all; the backward divides its work by them over the threads"
+        )
+    return tuple(found)
 
 
 def plan(call: Call) -> RowTiles | None:
-    """The row tiles in which a call is computed here, or ``None`` where blocks are quicker or needed."""
-    tiles = row_tiles_of(call, torch.get_num_threads()) if may_take(call) else None
+    """The row tiles of a call without :func:`reasons`, or ``None`` where blocks are quicker or needed."""
+    tiles = row_tiles_of(call, torch.get_num_threads())
     if tiles is None:
         return None
     cheap = tiles.computed(*call.q.shape[:2]) <= MOST_WASTE[call.q.dtype] * tiles.visible
@@ -52,7 +134,7 @@ def plan(call: Call) -> RowTiles | None:
 
 def keeps(call: Call) -> bool:
     """Whether the backward may want out and log-sum-exp; while tracing, of dense calls alone."""
-    if not may_take(call) or not _is_quick_backward(call):
+    if backward_reasons(call):
         return False
     if is_plain(call.col):
         # What follows from positions is not remembered, and costs more than to keep what may not be needed.
@@ -60,19 +142,13 @@ def keeps(call: Call) -> bool:
     return call.col.shape[0] == call.grid[1] and call.rule.is_static and call.rule.window is None
 
 
-def _is_quick_backward(call: Call) -> bool:
-    """Whether the kernel's backward is quicker: in half precision it is not, and it divides its work by heads."""
-    return call.q.dtype == torch.float32 and call.k.shape[0] * call.k.shape[1] >= torch.get_num_threads()
-
-
-def forward(call: Call, *, need_lse: bool) -> tuple[Tensor, Tensor] | None:
+def forward(call: Call) -> tuple[Tensor, Tensor] | None:
     """Out ``[B, H, T, D]`` and lse ``[B, H, T]``, or ``None`` where blocks have to compute the call.
 
-    They have to where out is not finite: what nobody may see may have spoiled it. And where lse is wanted in half
-    precision, in which the kernel's exponential is good for five digits.
+    They have to where out is not finite: what nobody may see may have spoiled it.
     """
     tiles = plan(call)
-    if tiles is None or (need_lse and call.q.dtype != torch.float32):
+    if tiles is None:
         return None
     q, k, v = (_contiguous(x, tiles) for x in (call.q, call.k, call.v))
     out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[:3], dtype=torch.float32)
@@ -105,7 +181,7 @@ def backward(call: Call, results: tuple[Tensor, Tensor], dout: Tensor) -> tuple[
         results: Out and lse of the forward, by whatever implementation.
         dout: ``[B, H, T, D]``.
     """
-    tiles = plan(call) if _is_quick_backward(call) else None
+    tiles = plan(call)
     if tiles is None:
         return None
     q, k, v, dout = (_contiguous(x, tiles) for x in (call.q, call.k, call.v, dout))

@@ -29,7 +29,7 @@ def pack_gqa(call: Call) -> Call:
     # One short query block needs no rows that hold nothing.
     call = cut_tall(replace(call, block_q=min(call.block_q, seq_q)))
     per_group = heads // groups
-    if per_group == 1 or per_group * call.block_q > MOST_ROWS or not _heads_agree(call):
+    if not _packs(call):
         return call
     packed = PackedGQA(per_group, call.block_q, seq_q)
     rule, aux = call.rule, call.aux
@@ -43,10 +43,33 @@ def pack_gqa(call: Call) -> Call:
     )
 
 
+def packed_rows(call: Call) -> int:
+    """Rows of a query block of :func:`pack_gqa`'s result, without making it. Reads metadata alone."""
+    batch, heads, groups, seq_q, _ = call.shape
+    if seq_q == 0 or batch == 0:
+        return call.block_q
+    call = replace(call, block_q=_cut_block(min(call.block_q, seq_q)))
+    return call.block_q * (heads // groups if _packs(call) else 1)
+
+
+def _packs(call: Call) -> bool:
+    """Whether the heads of a group are packed into query blocks of this size."""
+    _, heads, groups, _, _ = call.shape
+    per_group = heads // groups
+    return per_group > 1 and per_group * call.block_q <= MOST_ROWS and _heads_agree(call)
+
+
+def _cut_block(rows: int) -> int:
+    """The largest divisor of a tall block's rows that is not tall, or the rows themselves."""
+    if rows <= MOST_TALL:
+        return rows
+    return next((n for n in range(MOST_TALL, 15, -1) if rows % n == 0), rows)
+
+
 def cut_tall(call: Call) -> Call:
     """The same call with shorter query blocks where they are so tall that one row of blocks would not fit a chunk."""
-    block = next((n for n in range(MOST_TALL, 15, -1) if call.block_q % n == 0), call.block_q)
-    if call.block_q <= MOST_TALL or block == call.block_q or call.q.shape[2] == 0:
+    block = _cut_block(call.block_q)
+    if block == call.block_q or call.q.shape[2] == 0:
         return call
     rows = torch.arange(-(-call.q.shape[2] // block), device=call.col.device) * block // call.block_q
     return replace(call, block_q=block, start=call.start[..., rows], count=call.count[..., rows])

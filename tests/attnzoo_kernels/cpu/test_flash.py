@@ -314,7 +314,7 @@ def test_row_tiles_are_cut_where_it_costs_least() -> None:
 MUTANTS = {
     "causality aligned at the first key": (row_tiles, "_find_row_tiles", "inside = seq_k - seq_q if", "inside = 0 if"),
     "lists that are not looked at": (row_tiles, "_find_runs", "not bool(", "False and bool("),
-    "sinks overlooked": (flash, "may_take", "and rule.sink == 0", ""),
+    "sinks overlooked": (flash, "_rule_reasons", "and rule.sink == 0", ""),
     "a run that goes on": (row_tiles, "_find_row_tiles", "torch.minimum(hi, last)", "hi"),
     "a run that began before": (row_tiles, "_find_row_tiles", "torch.maximum(lo, first)", "lo"),
     "one row's beginning for all": (row_tiles, "_key_ranges", "late=first < highest, ", ""),
@@ -326,7 +326,7 @@ MUTANTS = {
     "the larger share for the smaller range": (flash, "_merged", "(other[1] - one[1])", "(one[1] - other[1])"),
     "rows that see nothing": (flash, "forward", "out.masked_fill_(tiles.dead.unsqueeze(-1), 0.0)", "pass"),
     "rows that see nothing, on the way back": (flash, "backward", "if tiles.dead is not None", "if False"),
-    "the log-sum-exp of half precision": (flash, "forward", "(need_lse and", "(False and"),
+    "the log-sum-exp of half precision": (flash, "reasons", "if need_lse", "if False"),
     "no second look at what comes out": (flash, "forward", "_is_spoiled(out, tiles)", "False"),
     "no second look on the way back": (
         flash,

@@ -249,7 +249,7 @@ MUTANTS = (
         wrong="what is hidden spoils results in bf16", tests=f"{TESTS}/cpu/test_bf16.py -k 'spoils'",
     ),
     half(
-        "half-widths", old="widths = call.q.shape[3] == call.v.shape[3] and", new="widths =",
+        "half-widths", old="if call.q.shape[3] != call.v.shape[3]:", new="if False:",
         wrong="values of another width are taken", tests=f"{TESTS}/cpu/test_bf16.py -k 'otherwise or definition'",
     ),
 )  # fmt: skip

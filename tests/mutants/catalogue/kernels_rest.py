@@ -10,6 +10,7 @@ FOLDER, TESTS = "kernels/attnzoo_kernels", "tests/attnzoo_kernels"
 merge = partial(Mutant, file=f"{FOLDER}/merge.py", tests=f"{TESTS}/test_merge.py")
 sharding = partial(Mutant, file=f"{FOLDER}/sharding.py", tests=f"{TESTS}/test_sharding.py")
 dispatch = partial(Mutant, file=f"{FOLDER}/dispatch.py", tests=f"{TESTS}/test_dispatch.py")
+flash = partial(Mutant, file=f"{FOLDER}/cpu/flash.py")
 workspace = partial(Mutant, file=f"{FOLDER}/runtime/workspace.py", tests=f"{TESTS}/runtime/test_workspace.py")
 flops = partial(Mutant, file=f"{FOLDER}/flops.py", tests=f"{TESTS}/op/test_tools.py -k flop")
 density = partial(Mutant, file=f"{FOLDER}/layouts/density.py", tests=f"{TESTS}/layouts/test_density.py")
@@ -134,18 +135,27 @@ MUTANTS = (
         "dispatch-lse-where-not-needed", old="lse if need_lse else lse.new_empty(0)", new="lse",
         wrong="the kernels' lse comes back where the op promised an empty one",
     ),
-    dispatch(
-        "dispatch-gradients-nobody-wanted", old="*(grad if needed else None for grad, needed in zip(grads, need, strict=False)),",
+    flash(
+        "flash-gradients-nobody-wanted", old="*(grad if needed else None for grad, needed in zip(grads, need, strict=False)),",
         new="*grads,", wrong="the fused backward gives gradients that nobody asked for",
-        tests=f"{TESTS}/cpu/test_flash.py -k asked_for",
+        tests=f"{TESTS}/test_dispatch.py -k fused",
     ),
-    dispatch(
-        "dispatch-fused-without-dlse", old="and dout is not None and dlse is None:", new="and dout is not None:",
+    flash(
+        "flash-without-dlse", old="    if dlse:\n", new="    if False:\n",
         wrong="the gradient of lse is dropped where the fused kernel takes the backward",
         tests=f"{TESTS}/cpu/test_flash.py -k log_sum_exp",
     ),
     dispatch(
-        "dispatch-results-not-kept", old='return chosen == "triton" or (', new="return (",
+        "dispatch-forced-path-falls-back", old="elif impl in PATH_NAMES and path is paths[0]:", new="elif False:",
+        wrong="a path that is forced and has reasons leaves the call to the next without an error",
+        tests=f"{TESTS}/cpu/test_paths.py -k raises",
+    ),
+    dispatch(
+        "dispatch-forced-path-not-first", old="PATHS[PATH_NAMES.index(impl) :] if", new="PATHS if",
+        wrong="a forced path is asked after those before it", tests=f"{TESTS}/cpu/test_paths.py -k forced",
+    ),
+    dispatch(
+        "dispatch-results-not-kept", old='return chosen == "triton" or any(', new="return any(",
         wrong="the kernels' backward finds no results of the forward",
     ),
     workspace(
@@ -284,7 +294,7 @@ MUTANTS = (
         wrong="precise calls round their scores",
     ),
     op(
-        "op-reasons-of-auto", old="reasons = reasons_against(impl, call)", new="reasons = ()",
+        "op-reasons-of-auto", old="reasons = reasons_against(impl, call, need_lse=need_lse)", new="reasons = ()",
         wrong="a named implementation that cannot run is not refused", tests=f"{TESTS}/op/test_errors.py -k 'triton_on or no_reason'",
     ),
     op(
