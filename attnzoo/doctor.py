@@ -10,7 +10,7 @@ import os
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from importlib.util import find_spec
@@ -20,13 +20,20 @@ from typing import Any, cast
 import torch
 
 from attnzoo.reporting.versions import FLOORS, TESTED, TRANSFORMERS, release, untested_transformers
-from attnzoo_kernels import selftest, why_not
+from attnzoo_kernels import BlockLayout, selftest, why_not
 from attnzoo_kernels._triton import tile_table
+from attnzoo_kernels.cpu import PATHS
 from attnzoo_kernels.runtime import processor
 
 PEERS = ("xformers", "flash-attn")
 LEVELS = ("problem", "untested", "note")
 IMPLEMENTATIONS = ("reference", "blocked", "triton")
+PATH_CALLS = (
+    ("long calls in fp32", 1024, torch.float32),
+    ("long calls in bf16", 1024, torch.bfloat16),
+    ("short calls in fp32", 64, torch.float32),
+)
+"""Kinds of calls, their tokens and dtypes, for which the paths of the CPU are told."""
 
 
 @dataclass(frozen=True)
@@ -81,12 +88,15 @@ class Device:
         facts: What it is.
         runs: The implementation that "auto" stands for.
         refused: Implementations that do not run, and why.
+        paths: Of a CPU, by kind of call: each path of the blocked implementation in the order in which they are asked,
+            and why a call of this kind is not for it. The first without a reason computes the call.
     """
 
     name: str
     facts: dict[str, Any]
     runs: str
     refused: dict[str, tuple[str, ...]]
+    paths: dict[str, dict[str, tuple[str, ...]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -312,9 +322,19 @@ def _device(name: str, facts: dict[str, Any]) -> Device:
     return Device(name, facts, runs, {impl: why for impl, why in reasons.items() if why})
 
 
+def _paths() -> dict[str, dict[str, tuple[str, ...]]]:
+    """Which path of the CPU takes dense calls of some kinds, and why others do not; from metadata alone."""
+    found = {}
+    for what, tokens, dtype in PATH_CALLS:
+        q, k, v = (torch.empty(1, 1, tokens, 64, dtype=dtype, device="cpu") for _ in range(3))
+        layout = BlockLayout.dense(64, 64, tokens, tokens, device="cpu")
+        found[what] = {path.name: why_not(f"blocked/{path.name}", q, k, v, layout) for path in PATHS}
+    return found
+
+
 def devices() -> list[Device]:
     """The CPU, and each CUDA or ROCm device."""
-    found = [_device("cpu", _cpu_facts())]
+    found = [replace(_device("cpu", _cpu_facts()), paths=_paths())]
     if torch.cuda.is_available():
         found += [_device(f"cuda:{i}", _gpu_facts(i)) for i in range(torch.cuda.device_count())]
     return found

@@ -18,6 +18,7 @@ def show(report: Report) -> None:
             (name, ", ".join(value) if isinstance(value, list) else str(value)) for name, value in device.facts.items()
         ]
         rows += [(impl, "; ".join(device.refused.get(impl, ("can run",)))) for impl in IMPLEMENTATIONS]
+        rows += [(f"blocked, {what}", _path_line(reasons)) for what, reasons in device.paths.items()]
         screen.table(Grid(("device", device.name), rows, f"{device.name}: {device.runs} runs"))
     for finding in report.findings:
         style = "bold red" if finding.level == "problem" else "yellow"
@@ -65,3 +66,13 @@ def explain(check: Check) -> str:
     if check.problem is not None:
         return f"{named}: {check.problem}"
     return f"{named}: {check.quantity} is off by {check.error:.1e}, {check.limit:.1e} is right"
+
+
+def _path_line(paths: dict[str, tuple[str, ...]]) -> str:
+    """The path that takes a call, and why those before it do not."""
+    lines: list[str] = []
+    for name, reasons in paths.items():
+        if not reasons:
+            return "; ".join([f"{name} runs", *lines])
+        lines.append(f"not {'; '.join(reasons)}")
+    return "; ".join(lines)

@@ -13,6 +13,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from attnzoo.evaluation import timing
 from attnzoo_kernels import BlockLayout, Extras, block_sparse_attention
+from attnzoo_kernels.dispatch import path_of
+from attnzoo_kernels.op import make_call
 from bench.contestants import Missing, Run
 from bench.cpu import cases, clock, gate, peers
 
@@ -29,7 +31,7 @@ class Row:
         ratio: The row's verdict: how many times faster than the baseline, or a cost; ``None`` where there is none.
         must: The bound on the ratio, on any machine: it is one to a peer or a floor of the same run; or ``None``.
         at_most: Whether the bound is an upper one.
-        notes: Reasons of those that are missing.
+        notes: Which path of the CPU ran, and reasons of those that are missing.
     """
 
     part: str
@@ -65,6 +67,12 @@ def ours(layout: BlockLayout, extras: Extras | None = None) -> Run:
     return run
 
 
+def path_taken(layout: BlockLayout, q: Tensor, k: Tensor, v: Tensor) -> str:
+    """Which path of the CPU computes a plain causal call."""
+    call = make_call((q, k, v), layout, causal=True, scale=q.shape[3] ** -0.5, extras=Extras())
+    return f"path: {path_of(call)}"
+
+
 def forward(dtype: torch.dtype, threads: int) -> Iterator[Row]:
     """Forward against compiled FlexAttention, with dense attention beside it."""
     short = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
@@ -74,7 +82,7 @@ def forward(dtype: torch.dtype, threads: int) -> Iterator[Row]:
             case = case.with_dtype(dtype)
             layout = case.layout()
             (q, k, v) = case.inputs()
-            row = Row(part, case.name, must=must)
+            row = Row(part, case.name, must=must, notes=[path_taken(layout, q, k, v)])
             contestants: dict[str, Run] = {"ours": ours(layout)}
             try:
                 contestants["flex"] = peers.flex(layout)
@@ -113,6 +121,7 @@ def training() -> Iterator[Row]:
             for found, wanted in zip(step(ours(layout))(), expected, strict=True):
                 gate.check("ours", found, wanted)
             row = Row("training step, fp32, 1 thread", case.name, must=must, at_most=True)
+            row.notes.append(path_taken(layout, *(x.detach() for x in leaves)))
             contestants = {"ours": step(ours(layout)), "dense sdpa": step(peers.sdpa)}
             found = timing.rounds(contestants, wall=False, seconds=8, least=3)
             row.figures = timing.middle(found)
@@ -142,6 +151,7 @@ def decoding() -> Iterator[Row]:
             gate.check("ours", contestants["ours"](q, k, v), gate.truth(q, k, v, layout))
             gate.check("folded", contestants["folded sdpa"](q, k, v), contestants["dense sdpa"](q, k, v))
             row = Row("decoding, fp32, 2k of 16k tokens, 2 threads", case.name, must=DECODE_MUST, at_most=True)
+            row.notes.append(path_taken(layout, q, k, v))
             found = timing.rounds(_bind(contestants, q, k, v), wall=True, most=201)
             row.figures = timing.middle(found)
             row.figures["times faster than dense"] = timing.paired(found, "dense sdpa", "ours")
@@ -179,6 +189,7 @@ def few_rows() -> Iterator[Row]:
             contestants: dict[str, Run] = {"ours": ours(layout), "sdpa": peers.sdpa}
             gate.check("ours", contestants["ours"](q, k, v), gate.truth(q, k, v, layout))
             row = Row("a call of few rows, fp32, 1 thread", case.name, must=must, at_most=True)
+            row.notes.append(path_taken(layout, q, k, v))
             found = timing.rounds(_bind(contestants, q, k, v), wall=False, seconds=1, most=401)
             row.figures = timing.middle(found)
             row.ratio = timing.paired(found, "ours", "sdpa")
@@ -277,7 +288,7 @@ def dense_peers() -> Iterator[Row]:
     layout = case.layout()
     (q, k, v) = case.inputs()
     expected = gate.truth(q, k, v, layout)
-    row = Row("dense, fp32, 1 thread", case.name)
+    row = Row("dense, fp32, 1 thread", case.name, notes=[path_taken(layout, q, k, v)])
     every = BlockLayout.dense(case.block, case.block, case.tokens, case.tokens)
     contestants: dict[str, Run] = {
         "ours": ours(every),

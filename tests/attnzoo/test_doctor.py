@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from attnzoo import doctor
-from attnzoo.cli import main
+from attnzoo.cli import doctor_view, main
 from attnzoo_kernels import selftest
 from attnzoo_kernels.cpu import blocked
 from attnzoo_kernels.spec.call import Call
@@ -148,12 +148,22 @@ def test_a_gpu_is_described_with_its_tiles(monkeypatch: pytest.MonkeyPatch) -> N
     finally:
         doctor.tile_table.architecture_of.cache_clear()
     assert (cpu.runs, cpu.refused) == ("blocked", {"triton": ("why",)})
-    assert (gpu.name, gpu.runs, gpu.refused) == ("cuda:0", "triton", {})
+    assert (gpu.name, gpu.runs, gpu.refused, gpu.paths) == ("cuda:0", "triton", {}, {})
     assert gpu.facts == {
         "model": "H", "capability": "9.0", "processors": 132, "memory GiB": 80.0, "free GiB": 3.0, "tiles": "sm_90"
     }  # fmt: skip
     monkeypatch.setattr(doctor, "_reasons", lambda impl, place: ("no driver",) if impl == "triton" else ())
     assert [device.runs for device in doctor.devices()] == ["blocked", "blocked"]
+
+
+def test_the_paths_of_the_cpu_are_told_with_their_reasons(capsys: pytest.CaptureFixture[str]) -> None:
+    cpu = doctor.devices()[0]
+    assert list(cpu.paths) == [what for what, _, _ in doctor.PATH_CALLS]
+    assert all(list(reasons) == ["flash", "bf16", "blocked"] for reasons in cpu.paths.values())
+    assert cpu.paths["long calls in fp32"]["flash"] == ()
+    assert "64 queries" in " ".join(cpu.paths["short calls in fp32"]["flash"])
+    assert doctor_view._path_line(cpu.paths["long calls in fp32"]) == "flash runs"
+    assert doctor_view._path_line(cpu.paths["short calls in fp32"]).startswith("blocked runs; not flash: ")
 
 
 def run_cases(monkeypatch: pytest.MonkeyPatch, *cases: str) -> list[selftest.Check]:
@@ -254,7 +264,7 @@ def test_json_has_a_stable_shape(monkeypatch: pytest.MonkeyPatch, command: Calla
     assert set(data) == {"versions", "devices", "findings", "checks", "seconds", "healthy"}
     assert {"python", "torch", "triton", "transformers", "numpy"} <= set(data["versions"])
     assert data["devices"][0]["name"] == "cpu"
-    assert set(data["devices"][0]) == {"name", "facts", "runs", "refused"}
+    assert set(data["devices"][0]) == {"name", "facts", "runs", "refused", "paths"}
     assert {"class", "features", "threads"} <= set(data["devices"][0]["facts"])
     assert {check["impl"] for check in data["checks"]} >= {"reference", "blocked"}
     assert all(check["holds"] and check["error"] <= check["limit"] for check in data["checks"])
