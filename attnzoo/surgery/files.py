@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnzoo.surgery import stored as written
-from attnzoo.surgery.convert import apply_recipe, recipe_of
+from attnzoo.surgery import stored
 from attnzoo.surgery.hosts import checkpoint, folders, weights
-from attnzoo.surgery.replacements import SEATS
+from attnzoo.surgery.hosts.families import block_of
+from attnzoo.surgery.kinds import kind_of
+from attnzoo.surgery.recipes import Recipe, apply_recipe, recipe_of
 from attnzoo.surgery.sites import find, share_blocks, shared_blocks
 from attnzoo_kernels.errors import ConversionError, UnsupportedError
 
@@ -52,7 +53,8 @@ def save(
             was not converted, or loading would not read it back. Nothing is written then.
         OSError: If the disk refuses. Nothing is left of it then.
     """
-    folder, recipe = Path(folder), recipe_of(model)
+    folder = Path(folder)
+    recipe = recipe_of(model)
     if not recipe:
         raise ConversionError("model: expected a converted model, got one without conversions")
     if folder.exists() and not folder.is_dir():
@@ -71,13 +73,13 @@ def save(
     return folder
 
 
-def _whole_writer(model: Any, recipe: list[dict[str, Any]]) -> Callable[[Path], None]:
+def _whole_writer(model: Any, recipe: Recipe) -> Callable[[Path], None]:
     """Writes a self-contained folder; all that may be wrong with the model has been found when this returns."""
     from safetensors.torch import save_file
 
-    settings = written.settings_of(model)
-    tensors = written.whole_tensors(model, recipe, settings)
-    ordinary = written.is_ordinary(model, recipe)
+    settings = stored.settings_of(model)
+    tensors = stored.whole_tensors(model, recipe, settings)
+    ordinary = stored.is_ordinary(model, recipe)
     about: dict[str, Any] = {"format": FORMAT, "recipe": recipe, "adapter": False}
     shared = shared_blocks(model)
     if shared:
@@ -87,7 +89,7 @@ def _whole_writer(model: Any, recipe: list[dict[str, Any]]) -> Callable[[Path], 
     def write(folder: Path) -> None:
         file = folders.WHOLE if ordinary else folders.CONVERTED
         save_file(tensors, folder / file, metadata={"format": "pt"})
-        written.write_config(settings, folder, ordinary=ordinary)
+        stored.write_config(settings, folder, ordinary=ordinary)
         if getattr(model, "generation_config", None) is not None:
             model.generation_config.to_json_file(folder / "generation_config.json")
         has_tokenizer = any(folder.glob("tokenizer*"))
@@ -99,12 +101,12 @@ def _whole_writer(model: Any, recipe: list[dict[str, Any]]) -> Callable[[Path], 
     return write
 
 
-def _adapter_writer(model: Any, recipe: list[dict[str, Any]]) -> Callable[[Path], None]:
+def _adapter_writer(model: Any, recipe: Recipe) -> Callable[[Path], None]:
     """Writes the changed blocks alone, with a hash of all else."""
     from safetensors.torch import save_file
 
     changed = _changed_prefixes(recipe)
-    mine = written.adapter_tensors(model, recipe, changed)
+    mine = stored.adapter_tensors(model, recipe, changed)
     about = {"format": FORMAT, "recipe": recipe, "adapter": True, "base_sha256": _base_hash(model, changed, "model")}
 
     def write(folder: Path) -> None:
@@ -139,7 +141,7 @@ def _swap(temporary: Path, folder: Path) -> None:
 
 
 def load(folder: str | Path, *, base: Any = None, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
-    """Loads what :func:`save` has written.
+    """Loads what :func:`save` has stored.
 
     Args:
         folder: Where from.
@@ -164,7 +166,8 @@ def _load(given: str | Path, base: Any, dtype: torch.dtype | None) -> tuple[Any,
     if not folder.is_dir():
         raise ConversionError(f"{folder}: no such folder")
     about = checkpoint.read_json(folder / RECIPE, checkpoint.INDEX_BYTES)
-    recipe, shared = about.get("recipe"), about.get("shared", [])
+    recipe = about.get("recipe")
+    shared = about.get("shared", [])
     if about.get("format") != FORMAT or not isinstance(recipe, list) or not all(isinstance(e, dict) for e in recipe):
         raise ConversionError(f"{folder / RECIPE}: expected format {FORMAT} with a recipe")
     if about.get("adapter"):
@@ -180,7 +183,7 @@ def _load(given: str | Path, base: Any, dtype: torch.dtype | None) -> tuple[Any,
     return checkpoint.finished(model, folder), checkpoint.load_tokenizer(folder, model.config)
 
 
-def _load_adapter(folder: Path, about: dict[str, Any], recipe: list[dict[str, Any]], base: Any) -> Any:
+def _load_adapter(folder: Path, about: dict[str, Any], recipe: Recipe, base: Any) -> Any:
     if base is None:
         raise ConversionError(f"base: expected the model that the adapter in {folder} was made from, got None")
     changed = _changed_prefixes(recipe)
@@ -191,7 +194,7 @@ def _load_adapter(folder: Path, about: dict[str, Any], recipe: list[dict[str, An
     tensors = checkpoint.read_tensors(folder, [folder / ADAPTER]) if changed else {}
     undo = _apply(base, recipe, folder)
     own = base.state_dict(keep_vars=True)
-    expected = {name for name in written.once(base) if name.startswith(changed)} if changed else set()
+    expected = {name for name in stored.once(base) if name.startswith(changed)} if changed else set()
     odd = sorted(expected ^ set(tensors)) or sorted(n for n, x in tensors.items() if x.shape != own[n].shape)
     if odd:
         undo()
@@ -204,29 +207,37 @@ def _load_adapter(folder: Path, about: dict[str, Any], recipe: list[dict[str, An
     return base
 
 
-def _refuse_absent(base: Any, recipe: list[dict[str, Any]]) -> None:
+def _refuse_absent(base: Any, recipe: Recipe) -> None:
     """Raises if blocks that an adapter replaces have weights that are not here: nothing could take their place."""
     blocks = {site.path: base.get_submodule(site.path) for site in find(base)}
     for entry in recipe:
         module = blocks.get(str(entry.get("path")))
-        reasons = () if module is None or entry.get("kind") == "read" else weights.reasons_against(module)
+        if module is None or not _changes_weights(entry):
+            continue
+        reasons = weights.reasons_against(block_of(module).projections)
         if reasons:
             raise ConversionError(f"base: {entry['path']}: cannot be converted: {'; '.join(reasons)}")
 
 
-def _apply(model: Any, recipe: list[dict[str, Any]], folder: Path) -> Callable[[], None]:
+def _apply(model: Any, recipe: Recipe, folder: Path) -> Callable[[], None]:
     try:
         return apply_recipe(model, recipe)
     except (ConversionError, UnsupportedError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise ConversionError(f"{folder / RECIPE}: does not fit the model: {error}") from error
 
 
-def _changed_prefixes(recipe: list[dict[str, Any]]) -> tuple[str, ...]:
-    changed = [entry for entry in recipe if entry.get("kind") != "read"]
-    added = (SEATS[v].model_state for entry in changed if (v := entry.get("variant")) in SEATS)
+def _changed_prefixes(recipe: Recipe) -> tuple[str, ...]:
+    changed = [entry for entry in recipe if _changes_weights(entry)]
+    added = (kind.model_state(entry) for entry in changed if (kind := kind_of(entry)) is not None)
     return tuple(
         sorted({*(f"{entry.get('path')}." for entry in changed), *(name for names in added for name in names)})
     )
+
+
+def _changes_weights(entry: dict[str, Any]) -> bool:
+    """Whether an adapter stores the block of an entry; one of no kind is refused when the recipe is applied."""
+    kind = kind_of(entry)
+    return kind is None or kind.changes_weights
 
 
 def _base_hash(model: Any, changed: tuple[str, ...], who: str) -> str:
@@ -235,7 +246,7 @@ def _base_hash(model: Any, changed: tuple[str, ...], who: str) -> str:
     Raises:
         ConversionError: If a weight is not here, or no plain tensor.
     """
-    kept = {name: x for name, x in written.once(model).items() if not name.startswith(changed)}
+    kept = {name: x for name, x in stored.once(model).items() if not name.startswith(changed)}
     for name, x in kept.items():
         reason = weights.why_not_plain(x, floating=False)
         if reason is not None:

@@ -8,7 +8,7 @@ from typing import NoReturn
 
 from torch import nn
 
-from attnzoo.surgery.hosts import llama
+from attnzoo.surgery.hosts.families import is_block, known_classes
 from attnzoo_kernels.errors import ConfigError
 
 _CLASS = re.compile(r"attention|attn", re.IGNORECASE)
@@ -29,7 +29,8 @@ def lookalikes(model: nn.Module) -> dict[tuple[str, str], int]:
     for path, module in model.named_modules():
         if not path or (outer is not None and path.startswith(f"{outer}.")):
             continue
-        name, known = type(module).__name__, llama.matches(module)
+        name = type(module).__name__
+        known = is_block(module)
         if not (known or _CLASS.search(name) or _PLACE.fullmatch(path.rpartition(".")[2])):
             continue
         outer = path
@@ -47,5 +48,5 @@ def refuse_unknown(model: nn.Module) -> NoReturn:
     """
     found = [f"{count} {name} at {pattern}" for (name, pattern), count in lookalikes(model).items()]
     got = f"found {', '.join(found)}" if found else f"{type(model).__name__} has no module that says attention"
-    known = ", ".join(llama.CLASSES)
+    known = ", ".join(known_classes())
     raise ConfigError(f"model: expected attention blocks of a known family, {got}; known are {known}")

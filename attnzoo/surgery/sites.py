@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from attnzoo.surgery.hosts import llama
+from attnzoo.surgery.hosts.families import is_block, site_of
 from attnzoo.surgery.hosts.site import Site
 from attnzoo_kernels.errors import ConversionError
 
@@ -20,9 +20,9 @@ def find(model: nn.Module) -> tuple[Site, ...]:
     found: list[Site] = []
     seen: set[int] = set()
     for path, module in model.named_modules():
-        if llama.matches(module) and id(module) not in seen:
+        if is_block(module) and id(module) not in seen:
             seen.add(id(module))
-            found.append(llama.site_of(path, len(found), module))
+            found.append(site_of(path, len(found), module))
     return tuple(found)
 
 
@@ -42,7 +42,7 @@ def shared_blocks(model: nn.Module) -> list[list[str]]:
     """The paths of each attention block that a model applies at several places."""
     paths: dict[int, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        if llama.matches(module):
+        if is_block(module):
             paths.setdefault(id(module), []).append(path)
     return [found for found in paths.values() if len(found) > 1]
 
@@ -53,7 +53,7 @@ def share_blocks(model: nn.Module, groups: Sequence[Any]) -> None:
     Raises:
         ConversionError: If a group is no list of paths to different blocks.
     """
-    blocks = {path for path, module in model.named_modules(remove_duplicate=False) if llama.matches(module)}
+    blocks = {path for path, module in model.named_modules(remove_duplicate=False) if is_block(module)}
     for paths in groups:
         if not isinstance(paths, list) or not set(map(str, paths)) <= blocks or len(set(map(str, paths))) < 2:
             raise ConversionError(f"shared: expected paths of attention blocks, got {paths!r}")

@@ -18,19 +18,19 @@ import torch
 from torch import Tensor, nn
 
 from attnzoo.reporting.warn import warn_caller
-from attnzoo.surgery.convert import apply_recipe
 from attnzoo.surgery.hosts import checkpoint
 from attnzoo.surgery.hosts.weights import FLOATING, why_not_plain
+from attnzoo.surgery.kinds import kind_of
+from attnzoo.surgery.recipes import Recipe, apply_recipe
 from attnzoo.surgery.sites import find, share_blocks, shared_blocks
 from attnzoo_kernels.errors import ConversionError, UnsupportedError
-
-Recipe = list[dict[str, Any]]
 
 
 def is_ordinary(model: Any, recipe: Recipe) -> bool:
     """Whether a converted model is a checkpoint of its host still: other weights alone, equal KV heads everywhere."""
     heads = {site.kv_heads for site in find(model)}
-    plain = all(entry["kind"] == "weights" for entry in recipe)
+    kinds = [kind_of(entry) for entry in recipe]
+    plain = all(kind is not None and kind.keeps_class for kind in kinds)
     return plain and heads == {model.config.num_key_value_heads} and not shared_blocks(model)
 
 
@@ -42,7 +42,8 @@ def settings_of(model: Any) -> Any:
     if hasattr(settings, "quantization_config"):
         # Nothing but plain weights is written.
         del settings.quantization_config
-    inner, outer = model.get_input_embeddings(), model.get_output_embeddings()
+    inner = model.get_input_embeddings()
+    outer = model.get_output_embeddings()
     if inner is not None and outer is not None:
         settings.tie_word_embeddings = getattr(outer, "weight", None) is getattr(inner, "weight", None)
     return settings
@@ -79,7 +80,8 @@ def whole_tensors(model: Any, recipe: Recipe, settings: Any) -> dict[str, Tensor
             ) from error
     if type(expected).__name__ != _class_name(model):
         _refuse_class(model, expected)
-    own, wanted = model.state_dict(keep_vars=True), expected.state_dict()
+    own = model.state_dict(keep_vars=True)
+    wanted = expected.state_dict()
     _check(own, wanted)
     twice = {name: names[0] for names in checkpoint.shared_names(expected) for name in names[1:]}
     for name, first in twice.items():

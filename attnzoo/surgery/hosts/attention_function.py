@@ -1,6 +1,6 @@
-"""Reading rules inside transformers models, through its public attention and mask interfaces.
+"""Read patterns inside transformers models, through its public attention and mask interfaces.
 
-One attention function and one mask function are registered under the name "attnzoo"; what a block reads is a rule on
+One attention function and one mask function are registered under the name "attnzoo"; what a block reads is a pattern on
 its module. A name registered for attention alone would lose every padding mask without a word.
 
 Letters: B batch, T query tokens, S slots of the host's cache, H query heads, G KV heads, D head width.
@@ -30,7 +30,7 @@ NAME = "attnzoo"
 
 
 @dataclass(frozen=True, eq=False)
-class Rule:
+class ReadPattern:
     """What a block reads: a layer without weights whose plan is followed. No module, so that no state is added."""
 
     layer: AttentionLayer
@@ -60,33 +60,41 @@ class Geometry:
         return self
 
 
-def set_rule(module: nn.Module, rule: Rule | None) -> None:
-    """Puts a rule on a module, or takes it off; with it goes the check that the rule is followed."""
+def set_pattern(module: nn.Module, pattern: ReadPattern | None) -> None:
+    """Puts a pattern on a module, or takes it off; with it goes the check that it is followed."""
     for key, hook in list(module._forward_pre_hooks.items()):
         if hook is _check_block:
             del module._forward_pre_hooks[key]
-    if rule is None:
+    if pattern is None:
         module.__dict__.pop(RULE, None)
     else:
-        module.__dict__[RULE] = rule
+        module.__dict__[RULE] = pattern
         module.register_forward_pre_hook(_check_block)
 
 
-def rule_of(module: nn.Module) -> Rule | None:
-    """The rule on a module."""
-    rule = module.__dict__.get(RULE)
-    return rule if isinstance(rule, Rule) else None
+def pattern_of(module: nn.Module) -> ReadPattern | None:
+    """The read pattern on a module."""
+    pattern = module.__dict__.get(RULE)
+    return pattern if isinstance(pattern, ReadPattern) else None
 
 
-def with_groups(rule: Rule, groups: int) -> Rule:
-    """The same rule for another number of KV heads."""
-    layer = rule.layer
+def with_groups(pattern: ReadPattern, groups: int) -> ReadPattern:
+    """The same pattern for another number of KV heads."""
+    layer = pattern.layer
     if layer.config.kv_heads == groups:
-        return rule
+        return pattern
     with torch.device("meta"):
         other = type(layer)(replace(layer.config, num_kv_heads=groups))
     other.impl = layer.impl
-    return Rule(other)
+    return ReadPattern(other)
+
+
+def take_over(new: nn.Module, old: nn.Module, groups: int) -> None:
+    """Gives a new block the mode of an old one, and its read pattern where there is one, for so many KV heads."""
+    new.train(old.training)
+    pattern = pattern_of(old)
+    if pattern is not None:
+        set_pattern(new, with_groups(pattern, groups))
 
 
 def register() -> None:
@@ -161,7 +169,7 @@ def switch_back(model: Any, switched: Switched) -> None:
 
 def needs_interface(module: nn.Module) -> bool:
     """Whether a module is called through the registered functions, and wrong through others."""
-    return rule_of(module) is not None or getattr(module, "needs_interface", False)
+    return pattern_of(module) is not None or getattr(module, "needs_interface", False)
 
 
 def describe_mask(
@@ -228,8 +236,8 @@ def attend(
         raise UnsupportedError(f"is_causal: expected True, got False on a {type_name(module)}")
     query, key, value = _as_autocast_does(query, key, value)
     geometry = geometry_of(attention_mask, query.shape[2], key.shape[2])
-    rule = rule_of(module)
-    layer = _dense_layer(query.shape[1], key.shape[1], query.shape[3], scaling) if rule is None else rule.layer
+    pattern = pattern_of(module)
+    layer = _dense_layer(query.shape[1], key.shape[1], query.shape[3], scaling) if pattern is None else pattern.layer
     if geometry.real is not None:
         out = _attend_padded(layer, query, key, value, geometry)
     else:

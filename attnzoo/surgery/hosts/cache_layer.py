@@ -1,4 +1,4 @@
-"""A seat's memory inside the cache of transformers: one cache layer, whatever streams the variant has.
+"""A replacement's memory inside the cache of transformers: one cache layer, whatever streams the variant has.
 
 The host counts slots, padding among them; a layer's own cache holds each item's real tokens alone. Both are kept here.
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
 from attnzoo.base.layer import AttentionLayer
 from attnzoo.cache.kv_cache import KVCache
@@ -22,8 +22,8 @@ from attnzoo_kernels.errors import ShapeError, UnsupportedError
 _LEAST_ROOM = 64
 
 
-class SeatCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """What one seat remembers: a cache that its layer made, which grows as tokens come.
+class ReplacementCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
+    """What one replacement remembers: a cache that its layer made, which grows as tokens come.
 
     Attributes:
         seen: Slots that the host counts.
@@ -99,7 +99,10 @@ class SeatCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def reset(self) -> None:
         """Forgets everything."""
-        self.seen, self.real, self.memory, self.is_initialized = 0, None, None, False
+        self.seen = 0
+        self.real = None
+        self.memory = None
+        self.is_initialized = False
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the last ``-tokens_to_remove`` slots.
@@ -119,7 +122,8 @@ class SeatCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         real = None if self.real is None else self.real[:, :left]
         # Padding takes no room in the layer's cache: each item keeps its tokens among the slots that stay.
         memory.crop(left if real is None else real.sum(1))
-        self.seen, self.real = left, real if left else None
+        self.seen = left
+        self.real = real if left else None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Takes the items of the chosen beams."""
@@ -141,13 +145,20 @@ class SeatCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             self.reorder_cache(item[indices.to(item.device)])
 
 
-def seat_layer(cache: Any, index: int, make_seat: Callable[[], SeatCacheLayer] = SeatCacheLayer) -> SeatCacheLayer:
-    """The place of a seat in the host's cache, taken from an empty plain layer at the first call.
+def new_cache(config: Any) -> DynamicCache:
+    """An empty cache that grows, as a host of this configuration makes it."""
+    return DynamicCache(config=config)
+
+
+def replacement_layer(
+    cache: Any, index: int, make_layer: Callable[[], ReplacementCacheLayer] = ReplacementCacheLayer
+) -> ReplacementCacheLayer:
+    """The place of a replacement in the host's cache, taken from an empty plain layer at the first call.
 
     Args:
         cache: The host's cache.
         index: Which of its layers.
-        make_seat: Makes what takes the place.
+        make_layer: Makes what takes the place.
 
     Raises:
         UnsupportedError: If the cache is none that grows, or moves its layers away, or a backward makes a call once
@@ -163,15 +174,15 @@ def seat_layer(cache: Any, index: int, make_seat: Callable[[], SeatCacheLayer] =
     while make is not None and len(layers) <= index:
         layers.append(make())
     found = layers[index] if index < len(layers) else None
-    if isinstance(found, SeatCacheLayer):
+    if isinstance(found, ReplacementCacheLayer):
         refuse_replay("past_key_values", found.born)
         return found
     if type(found) is not DynamicLayer:
         raise UnsupportedError(
             f"past_key_values: expected a DynamicCache with a layer for each block, got {type(found).__name__} in a "
-            f"{type(cache).__name__} at layer {index}; a seat's streams have no place there"
+            f"{type(cache).__name__} at layer {index}; a replacement's streams have no place there"
         )
     if found.get_seq_length():
         raise ShapeError("past_key_values: expected an empty cache, or one that this model has filled")
-    layers[index] = seat = make_seat()
-    return seat
+    layers[index] = placed = make_layer()
+    return placed

@@ -1,4 +1,4 @@
-"""What a seat of landmark attention remembers in the cache of transformers: landmarks are there, the host counts none.
+"""What a landmark replacement remembers in the cache of transformers: landmarks are there, the host counts none.
 
 Letters: B batch, S slots that the host counts.
 """
@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from attnzoo.cache.kv_cache import KVCache
-from attnzoo.surgery.hosts.cache_layer import SeatCacheLayer, seat_layer
+from attnzoo.surgery.hosts.cache_layer import ReplacementCacheLayer, replacement_layer
 from attnzoo.variants.landmark.tokens import length_with_landmarks
 from attnzoo_kernels.errors import ShapeError
 
 
-class LandmarkCacheLayer(SeatCacheLayer):  # type: ignore[no-untyped-call]
-    """A seat's memory with two counts: ``seen`` and ``real`` are those of the seat, with landmarks.
+class LandmarkCacheLayer(ReplacementCacheLayer):  # type: ignore[no-untyped-call]
+    """A replacement's memory with two counts: ``seen`` and ``real`` are those of the replacement, with landmarks.
 
     Attributes:
         block_size: Tokens in a block, the landmark included.
@@ -52,7 +52,8 @@ class LandmarkCacheLayer(SeatCacheLayer):  # type: ignore[no-untyped-call]
     def reset(self) -> None:
         """Forgets everything."""
         super().reset()
-        self.given, self.given_real = 0, None
+        self.given = 0
+        self.given_real = None
 
     def keep(self, memory: KVCache, left: int) -> None:
         """Keeps the first slots that the host counts, and the landmarks of what they hold."""
@@ -67,7 +68,8 @@ class LandmarkCacheLayer(SeatCacheLayer):  # type: ignore[no-untyped-call]
             self.seen = int(kept.max()) if len(kept) else 0
             self.real = torch.arange(self.seen, device=kept.device) < kept.unsqueeze(1) if self.seen else None
         else:
-            self.seen, self.real = length_with_landmarks(tokens, self.block_size), None
+            self.seen = length_with_landmarks(tokens, self.block_size)
+            self.real = None
             memory.crop(self.seen)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -78,13 +80,13 @@ class LandmarkCacheLayer(SeatCacheLayer):  # type: ignore[no-untyped-call]
 
 
 def landmark_layer(cache: Any, index: int, block_size: int) -> LandmarkCacheLayer:
-    """The place of a landmark seat in the host's cache.
+    """The place of a landmark replacement in the host's cache.
 
     Raises:
         UnsupportedError: If the cache is none that grows, or moves its layers away.
         ShapeError: If keys and values of another model lie there.
     """
-    found = seat_layer(cache, index, lambda: LandmarkCacheLayer(block_size))
+    found = replacement_layer(cache, index, lambda: LandmarkCacheLayer(block_size))
     if not isinstance(found, LandmarkCacheLayer) or found.block_size != block_size:
         raise ShapeError("past_key_values: expected an empty cache, or one that this model has filled")
     return found

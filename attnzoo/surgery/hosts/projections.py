@@ -5,11 +5,15 @@ Letters: C model width, H query heads, G KV heads, D head width, Dv value width,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from attnzoo.base.rope import RotaryConfig
+from attnzoo.surgery.hosts.weights import type_name
+from attnzoo_kernels.errors import ConversionError
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -78,3 +82,81 @@ class LatentProjections:
     head_dim: int
     rotary: RotaryConfig | None
     scale: float
+
+
+def with_kv_heads(projections: Projections, count: int) -> Projections:
+    """The same projections with zeros for ``count`` KV heads: to be loaded into."""
+    p = projections
+    rows = {role: count * weight.shape[0] // p.num_kv_heads for role, weight in (("k", p.k), ("v", p.v))}
+    return replace(
+        p,
+        k=p.k.new_zeros(rows["k"], p.k.shape[1]),
+        v=p.v.new_zeros(rows["v"], p.v.shape[1]),
+        k_bias=None if p.k_bias is None else p.k_bias.new_zeros(rows["k"]),
+        v_bias=None if p.v_bias is None else p.v_bias.new_zeros(rows["v"]),
+        num_kv_heads=count,
+    )
+
+
+def latent_like(projections: Projections, rank: int) -> LatentProjections:
+    """Weights of the sizes that a latent of a block with these projections would have, zero: to be loaded into."""
+    p = projections
+    constant = any(bias is not None for bias in (p.q_bias, p.k_bias, p.v_bias))
+    return LatentProjections(
+        q=p.q,
+        down=p.k.new_zeros(rank, p.k.shape[1]),
+        up=p.k.new_zeros(p.k.shape[0] + p.v.shape[0], rank),
+        o=p.o,
+        q_bias=p.q_bias,
+        down_bias=p.k.new_zeros(rank) if constant else None,
+        o_bias=p.o_bias,
+        num_heads=p.num_heads,
+        num_kv_heads=p.num_kv_heads,
+        head_dim=p.head_dim,
+        rotary=p.rotary,
+        scale=p.scale,
+    )
+
+
+def size_of(module: nn.Module, name: str, which: Literal["in_features", "out_features"]) -> int:
+    """A size of a child that projects, whatever else it is.
+
+    Raises:
+        ConversionError: If it does not say it.
+    """
+    child = getattr(module, name)
+    size = getattr(child, which, None)
+    if not isinstance(size, int):
+        raise ConversionError(f"{name}: expected an nn.Linear, got {type_name(child)}, which has no {which}")
+    return size
+
+
+def linear_of(module: nn.Module, name: str) -> nn.Linear:
+    """A child of a block that must be an ``nn.Linear``.
+
+    Raises:
+        ConversionError: If it is none.
+    """
+    child = getattr(module, name)
+    if not isinstance(child, nn.Linear):
+        raise ConversionError(f"{name}: expected an nn.Linear, got {type_name(child)}")
+    return child
+
+
+def set_weights(linear: nn.Linear, weight: Tensor, bias: Tensor | None, like: nn.Linear) -> None:
+    """Gives a linear layer weights of its own, in the dtype, on the device and as trainable as ``like``.
+
+    Raises:
+        ConversionError: If there is a bias where the layer has none, or none where it has one.
+    """
+    if (bias is None) != (linear.bias is None):
+        raise ConversionError(
+            "bias: expected the host's class to have one where the new weights have one, and none where not"
+        )
+    trainable = like.weight.requires_grad
+    own = weight.detach().to(like.weight).clone(memory_format=torch.contiguous_format)
+    linear.weight = nn.Parameter(own, requires_grad=trainable)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach().to(like.weight).clone(), requires_grad=trainable)
+    linear.in_features = weight.shape[1]
+    linear.out_features = weight.shape[0]

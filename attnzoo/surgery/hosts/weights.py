@@ -7,6 +7,7 @@ word. Conversions of what is read do not ask: they leave the modules and their w
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,14 +19,11 @@ FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 """Dtypes of weights: anything narrower is a code that another library must read."""
 
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
-
-
-def reasons_against(module: nn.Module) -> tuple[str, ...]:
-    """Why projections of a block cannot be replaced; empty if they can."""
+def reasons_against(projections: Mapping[str, Any]) -> tuple[str, ...]:
+    """Why projections of a block, by their names, cannot be replaced; empty if they can."""
     found: dict[str, list[str]] = {}
-    for role in PROJECTIONS:
-        reason = _reason(getattr(module, role, None))
+    for role, child in projections.items():
+        reason = _reason(child)
         if reason is not None:
             found.setdefault(reason, []).append(role)
     wanted = "expected an nn.Linear with a plain floating weight"

@@ -10,7 +10,7 @@ from torch import nn
 
 from attnzoo.base.config import AttentionConfig
 from attnzoo.surgery.replacements.landmark_tokens import NAME, LandmarkInput
-from attnzoo.surgery.replacements.spec import ModelChange, SeatSpec
+from attnzoo.surgery.replacements.spec import ModelChange, ReplacementSpec
 from attnzoo.variants.landmark.layer import LandmarkConfig
 from attnzoo_kernels.errors import ConfigError
 
@@ -35,7 +35,7 @@ def _checked(config: AttentionConfig) -> LandmarkConfig:
     return config
 
 
-SPEC = SeatSpec(
+SPEC = ReplacementSpec(
     defaults=lambda site: {"mode": "soft", "gate_mix": 0.0, "landmark_positions": False},
     refused=frozenset({"landmark_positions", "official_quirks"}),
     warn=_warning,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from attnzoo.surgery.hosts import attention_function
 from attnzoo.surgery.hosts.calls import cache_name, take_cache
-from attnzoo.surgery.replacements.replacement import LayerSeat
+from attnzoo.surgery.replacements.replacement import Replacement
 from attnzoo.variants.landmark.layer import LandmarkAttention, LandmarkConfig, check_mix
 from attnzoo.variants.landmark.tokens import WithLandmarks, insert_landmarks, mean_embedding
 from attnzoo_kernels.errors import ConversionError, ShapeError, UnsupportedError
@@ -36,7 +36,7 @@ class _WithLandmarks(attention_function.Geometry):
     Attributes:
         inserted: What was put in.
         given_real: Which of the host's slots hold tokens, bool ``[B, S]``; ``None`` where all do.
-        held: The places of the seats in the host's cache.
+        held: The places of the replacements in the host's cache.
     """
 
     inserted: WithLandmarks
@@ -122,18 +122,18 @@ class LandmarkTokens(nn.Module):
         return _without(output, mask.inserted)
 
     def _cache(self, decoder: Any, call: dict[str, Any]) -> tuple[Any, tuple[LandmarkCacheLayer, ...]]:
-        """The host's cache, made here where the decoder would, and the seats' places in it."""
-        cache, use = take_cache(call), call.get("use_cache")
+        """The host's cache, made here where the decoder would, and the replacements' places in it."""
+        cache = take_cache(call)
+        use = call.get("use_cache")
         if cache is None and not (decoder.config.use_cache if use is None else use):
             return None, ()
         # Importing the host's library is for callers who want one of its caches.
-        from transformers import DynamicCache
-
+        from attnzoo.surgery.hosts.cache_layer import new_cache
         from attnzoo.surgery.hosts.landmark_cache import landmark_layer
 
-        cache = DynamicCache(config=decoder.config) if cache is None else cache
-        seats = [module for module in decoder.modules() if isinstance(module, LayerSeat)]
-        return cache, tuple(landmark_layer(cache, seat.layer_idx, self.block_size) for seat in seats)
+        cache = new_cache(decoder.config) if cache is None else cache
+        replaced = [module for module in decoder.modules() if isinstance(module, Replacement)]
+        return cache, tuple(landmark_layer(cache, block.layer_idx, self.block_size) for block in replaced)
 
 
 def _refuse_packed(positions: Tensor, real: Tensor | None) -> None:

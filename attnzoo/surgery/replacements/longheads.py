@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from attnzoo.base.config import AttentionConfig
-from attnzoo.surgery.replacements.spec import SeatSpec
+from attnzoo.surgery.replacements.spec import ReplacementSpec
 from attnzoo.variants.longheads import LongHeadsConfig
 from attnzoo_kernels.errors import ConfigError
 
@@ -17,4 +17,4 @@ def _warn(config: AttentionConfig) -> str:
     )
 
 
-SPEC = SeatSpec(refused=frozenset({"official_quirks"}), warn=_warn)
+SPEC = ReplacementSpec(refused=frozenset({"official_quirks"}), warn=_warn)

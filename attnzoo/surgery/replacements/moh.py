@@ -9,7 +9,7 @@ import torch
 from attnzoo.base.config import AttentionConfig
 from attnzoo.base.layer import AttentionLayer
 from attnzoo.surgery.hosts.site import Site
-from attnzoo.surgery.replacements.spec import SeatSpec
+from attnzoo.surgery.replacements.spec import ReplacementSpec
 from attnzoo.variants.moh.layer import MoHAttention, MoHConfig
 
 
@@ -31,7 +31,8 @@ def warn(config: AttentionConfig) -> str | None:
     """Fewer heads, or gates below 1, make another function."""
     if not isinstance(config, MoHConfig):
         return None
-    counts, found = config.counts, []
+    counts = config.counts
+    found = []
     if counts.active < counts.routed:
         hint = "" if config.router == "norm" else "; a router at zero takes the first heads, router='norm' the longest"
         share = f"{counts.shared + counts.active} of {config.num_heads} heads are left to each token"
@@ -43,4 +44,4 @@ def warn(config: AttentionConfig) -> str | None:
     return f"moh: {'; '.join(found)}" if found else None
 
 
-SPEC = SeatSpec(defaults=defaults, start=start, warn=warn)
+SPEC = ReplacementSpec(defaults=defaults, start=start, warn=warn)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from attnzoo.base.config import AttentionConfig
-from attnzoo.surgery.replacements.spec import SeatSpec
+from attnzoo.surgery.replacements.spec import ReplacementSpec
 from attnzoo.variants.rcmha.layer import RCMHAConfig
 from attnzoo_kernels.errors import ConfigError
 
@@ -16,7 +16,7 @@ def _warn(config: AttentionConfig) -> str | None:
     return None
 
 
-SPEC = SeatSpec(
+SPEC = ReplacementSpec(
     defaults=lambda site: {"conv_init": "delta", "rel_init": "zero"},
     warn=_warn,
     # Then a token's position is its slot, and one table of distances serves all items and steps.

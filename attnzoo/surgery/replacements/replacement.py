@@ -16,17 +16,18 @@ from torch import Tensor, nn
 
 from attnzoo.base.layer import AttentionConfig, AttentionLayer
 from attnzoo.surgery.hosts import attention_function
+from attnzoo.surgery.hosts.block import ROLES, Block, Conversion, ReplacementModule
 from attnzoo.surgery.hosts.calls import read_call
+from attnzoo.surgery.hosts.families import block_of, family_of
+from attnzoo.surgery.hosts.projections import Projections, size_of
 from attnzoo_kernels.errors import ConversionError, ShapeError, UnsupportedError
 
 if TYPE_CHECKING:
-    from attnzoo.surgery.hosts.cache_layer import SeatCacheLayer
-
-ROLES = ("q_proj", "k_proj", "v_proj", "o_proj")
+    from attnzoo.surgery.hosts.cache_layer import ReplacementCacheLayer
 
 
-class LayerSeat(nn.Module):
-    """An attnzoo layer that a host of the Llama family calls as its attention block.
+class Replacement(ReplacementModule):
+    """An attnzoo layer that a host calls as its attention block.
 
     Attributes:
         layer: The layer; its ``q_proj``, ``k_proj``, ``v_proj`` and ``o_proj`` are the host's.
@@ -36,32 +37,51 @@ class LayerSeat(nn.Module):
         slots_per_token: Slots that the layer's cache has for each of the host's tokens.
     """
 
-    needs_interface = True
-
     def __init__(
         self, layer: AttentionLayer, host: nn.Module, *, by_slot: bool = False, slots_per_token: float = 1.0
     ) -> None:
-        super().__init__()
-        block: Any = host
-        self.config, self.layer_idx = block.config, int(block.layer_idx)
-        self.head_dim, self.scaling, self.is_causal = layer.config.head_width, float(block.scaling), True
-        self.attention_dropout = float(getattr(block, "attention_dropout", 0.0))
-        self.by_slot, self.slots_per_token = by_slot, slots_per_token
-        for role in ROLES:
-            old, new = getattr(block, role), getattr(layer, role)
+        super().__init__(host, family_of(host).name)
+        block = block_of(host)
+        self.head_dim = layer.config.head_width
+        self.scaling = block.scale
+        self.attention_dropout = float(getattr(host, "attention_dropout", 0.0))
+        self.by_slot = by_slot
+        self.slots_per_token = slots_per_token
+        for role, old in block.projections.items():
+            new = getattr(layer, role)
             if old.weight.shape != new.weight.shape:
                 raise ConversionError(f"{role}: expected {list(new.weight.shape)}, got {list(old.weight.shape)}")
             setattr(layer, role, old)
         self.layer = layer
-        # The host's own modules keep their mode: nothing of the model changes before the seat is placed.
-        kept = {id(module) for role in ROLES for module in getattr(block, role).modules()}
+        # The host's own modules keep their mode: nothing of the model changes before the replacement is placed.
+        kept = {id(module) for old in block.projections.values() for module in old.modules()}
         for module in self.modules():
             if id(module) not in kept:
                 module.training = host.training
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        attention_function.register()
+    def block(self) -> Block:
+        """What a family says about its blocks, of this module."""
+        config = self.layer.config
+        reason = f"it is a replacement by {self.variant!r} already; undo that conversion first"
+        return Block(
+            heads=size_of(self, "q_proj", "out_features") // self.head_dim,
+            kv_heads=size_of(self, "k_proj", "out_features") // self.head_dim,
+            head_dim=self.head_dim,
+            value_dim=self.head_dim,
+            width=size_of(self, "q_proj", "in_features"),
+            cached_values=lambda: -(-self.bytes_per_token // self.q_proj.weight.element_size()),
+            project=self._project,
+            output=self.o_proj,
+            projections={role: getattr(self.layer, role) for role in ROLES},
+            weights=self._weights,
+            rotary=lambda: config.rotary,
+            rope_type=None,
+            scale=self.scaling,
+            causal=config.causal,
+            window=None,
+            reply="pair",
+            reasons=dict.fromkeys(Conversion, (reason,)),
+        )
 
     @property
     def variant(self) -> str:
@@ -119,8 +139,11 @@ class LayerSeat(nn.Module):
             raise UnsupportedError(
                 f"dropout: expected 0, got {self.attention_dropout}; attention dropout is not offered"
             )
+        # The KV cache: the layer's own, in the host's.
         held = None if call.cache is None else self._held(call.cache)
-        first, tokens = 0 if held is None else held.seen, hidden_states.shape[1]
+        first = 0 if held is None else held.seen
+        tokens = hidden_states.shape[1]
+        # Padding and positions, as the host gives them.
         geometry = attention_function.geometry_of(attention_mask, tokens, first + tokens)
         real = _real_slots(geometry, held, first, tokens)
         padding = None if real is None else ~real[:, first:]
@@ -132,15 +155,26 @@ class LayerSeat(nn.Module):
         held.note(tokens, real)
         return out, None
 
-    def _held(self, cache: Any) -> SeatCacheLayer:
-        # Importing the host's library is for callers who have one of its caches.
-        from attnzoo.surgery.hosts.cache_layer import seat_layer
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self._heads(self.q_proj(x)), self._heads(self.k_proj(x)), self._heads(self.v_proj(x))
 
-        return seat_layer(cache, self.layer_idx)
+    def _heads(self, x: Tensor) -> Tensor:
+        """``[B, T, h * D]`` to ``[B, h, T, D]``."""
+        heads: Tensor = x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        return heads
+
+    def _weights(self) -> Projections:
+        raise ConversionError(f"layer: expected a block of the host's, got one that {self.variant!r} computes")
+
+    def _held(self, cache: Any) -> ReplacementCacheLayer:
+        # Importing the host's library is for callers who have one of its caches.
+        from attnzoo.surgery.hosts.cache_layer import replacement_layer
+
+        return replacement_layer(cache, self.layer_idx)
 
     def _positions(self, ids: Tensor | None, embeddings: Any, first: int, real: Tensor | None) -> Tensor | None:
         if self.by_slot:
-            attention_function.check_consecutive(ids, first, real, f"a seat of {self.variant!r}")
+            attention_function.check_consecutive(ids, first, real, f"a replacement by {self.variant!r}")
             return None
         if ids is None and embeddings is not None and self.layer.config.rotary is not None:
             raise UnsupportedError("position_ids: expected beside position_embeddings, got None")
@@ -148,12 +182,13 @@ class LayerSeat(nn.Module):
 
 
 def _real_slots(
-    geometry: attention_function.Geometry, held: SeatCacheLayer | None, first: int, tokens: int
+    geometry: attention_function.Geometry, held: ReplacementCacheLayer | None, first: int, tokens: int
 ) -> Tensor | None:
     """Which slots up to a call's last hold tokens, bool ``[B, S]``, after checking it against earlier calls."""
     if isinstance(geometry.first, Tensor) or geometry.first != first:
         raise ShapeError(f"attention_mask: expected one whose queries begin at slot {first}, got {geometry.first}")
-    real, before = geometry.real, None if held is None else held.real
+    real = geometry.real
+    before = None if held is None else held.real
     if real is None:
         if before is not None:
             raise ShapeError("attention_mask: expected the padding of earlier calls again, got none")

@@ -1,4 +1,4 @@
-"""What a variant says about being seated in a pretrained model, and the building of seats from it."""
+"""What a variant says about replacing blocks of a pretrained model, and the building of replacements from it."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from attnzoo.base.layer import AttentionLayer
 from attnzoo.factory import create, get_config
 from attnzoo.reporting.choices import check_known
 from attnzoo.reporting.warn import silent, warn_caller
-from attnzoo.surgery.hosts import llama
+from attnzoo.surgery.hosts.block import warn_of_lengths
+from attnzoo.surgery.hosts.families import block_of
 from attnzoo.surgery.hosts.site import Site
-from attnzoo.surgery.replacements.replacement import LayerSeat
+from attnzoo.surgery.replacements.replacement import Replacement
 from attnzoo_kernels.errors import ConversionError, UnsupportedError
 
 OF_THE_SITE = frozenset(field.name for field in fields(AttentionConfig))
@@ -26,7 +27,7 @@ OF_THE_SITE = frozenset(field.name for field in fields(AttentionConfig))
 
 @runtime_checkable
 class ModelChange(Protocol):
-    """A change to a whole model that seats of one variant need, such as tokens inserted at its input."""
+    """A change to a whole model that replacements by one variant need, such as tokens inserted at its input."""
 
     def make(self) -> None:
         """Makes the change. Everything that may fail has been checked when the object was built."""
@@ -36,8 +37,8 @@ class ModelChange(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class SeatSpec:
-    """How a variant is seated in a pretrained model.
+class ReplacementSpec:
+    """How a variant replaces blocks of a pretrained model.
 
     Attributes:
         defaults: The variant's options where the caller gives none, for a site.
@@ -48,10 +49,10 @@ class SeatSpec:
             same function as the host's.
         by_slot: Whether the layer numbers tokens itself, so that the host's positions are only checked to be
             consecutive; else it rotates by the host's positions.
-        slots_per_token: Slots that a seat's cache has for each of the host's tokens.
+        slots_per_token: Slots that a replacement's cache has for each of the host's tokens.
         model_change: What happens to the model itself, built (not made) from the model and the configuration. It is
-            made once, with the first seat of this variant, and taken back with it.
-        whole_model: Whether all blocks must be seated at once, because the model's change reaches all of them.
+            made once, with the first replacement by this variant, and taken back with it.
+        whole_model: Whether all blocks must be replaced at once, because the model's change reaches all of them.
         model_state: Prefixes of names in the model's ``state_dict`` that ``model_change`` adds; saved with adapters.
     """
 
@@ -67,9 +68,9 @@ class SeatSpec:
 
 
 def site_config(
-    site: Site, module: nn.Module, variant: str, spec: SeatSpec, options: dict[str, Any]
+    site: Site, module: nn.Module, variant: str, spec: ReplacementSpec, options: dict[str, Any]
 ) -> AttentionConfig:
-    """The configuration of a seat: sizes, rotation and scale of the site, options of the variant.
+    """The configuration of a replacement: sizes, rotation and scale of the site, options of the variant.
 
     Raises:
         ConfigError: If an option is unknown, refused, or does not fit.
@@ -78,38 +79,39 @@ def site_config(
     known = [field.name for field in fields(config_class) if field.name not in OF_THE_SITE | spec.refused]
     for name in options:
         check_known(name, known, f"options for {variant!r}")
-    found = llama.read(module)
+    weights = block_of(module).weights()
     return config_class(
         dim=site.width,
         num_heads=site.heads,
         num_kv_heads=site.kv_heads,
         head_dim=site.head_dim,
-        bias=found.q_bias is not None,
-        rotary=found.rotary,
-        scale=found.scale,
+        bias=weights.q_bias is not None,
+        rotary=weights.rotary,
+        scale=weights.scale,
         **{**spec.defaults(site), **options},
     )
 
 
-def build_seat(module: nn.Module, config: AttentionConfig, spec: SeatSpec) -> LayerSeat:
-    """A seat for a block, on its device, in its dtype and mode; the block is untouched."""
-    like = llama.read(module)
-    llama.warn_of_lengths(module)
+def build_replacement(module: nn.Module, config: AttentionConfig, spec: ReplacementSpec) -> Replacement:
+    """A replacement for a block, on its device, in its dtype and mode; the block is untouched."""
+    block = block_of(module)
+    like = block.weights()
+    warn_of_lengths(block)
     # What a variant deserves to have said about it in a converted model, its spec says.
     with silent():
         layer = create(config, device=like.q.device, dtype=like.q.dtype)
-    seat = LayerSeat(layer, module, by_slot=spec.by_slot, slots_per_token=spec.slots_per_token(config))
+    replacement = Replacement(layer, module, by_slot=spec.by_slot, slots_per_token=spec.slots_per_token(config))
     spec.start(layer)
     trainable = any(x.requires_grad for x in (like.q, like.k, like.v, like.o))
-    for parameter in own_parameters(seat):
+    for parameter in own_parameters(replacement):
         parameter.requires_grad_(trainable)
-    return seat
+    return replacement
 
 
-def own_parameters(seat: LayerSeat) -> Iterator[nn.Parameter]:
-    """The parameters that a seat has and its host had not."""
-    host = {id(p) for linear in (seat.q_proj, seat.k_proj, seat.v_proj, seat.o_proj) for p in linear.parameters()}
-    return (p for p in seat.parameters() if id(p) not in host)
+def own_parameters(replacement: Replacement) -> Iterator[nn.Parameter]:
+    """The parameters that a replacement has and its host had not."""
+    host = {id(p) for linear in replacement.block().projections.values() for p in linear.parameters()}
+    return (p for p in replacement.parameters() if id(p) not in host)
 
 
 def check_fit(site: Site, config: AttentionConfig) -> None:
@@ -123,19 +125,19 @@ def check_fit(site: Site, config: AttentionConfig) -> None:
         raise ConversionError(f"recipe: config: expected one that fits {site.path}, got {config}")
 
 
-def warn_of(configs: Iterable[AttentionConfig], spec: SeatSpec) -> None:
-    """Warns the caller of what seats of these configurations lose, once each."""
+def warn_of(configs: Iterable[AttentionConfig], spec: ReplacementSpec) -> None:
+    """Warns the caller of what replacements of these configurations lose, once each."""
     for message in dict.fromkeys(spec.warn(config) for config in configs):
         if message is not None:
             warn_caller(message)
 
 
-def spec_of(variant: str, specs: dict[str, SeatSpec], others: Sequence[str]) -> SeatSpec:
+def spec_of(variant: str, specs: dict[str, ReplacementSpec], others: Sequence[str]) -> ReplacementSpec:
     """The spec of a variant.
 
     Raises:
         ConfigError: If no variant has this name.
-        UnsupportedError: If it cannot be seated.
+        UnsupportedError: If it cannot replace blocks.
     """
     get_config(variant)
     if variant not in specs:

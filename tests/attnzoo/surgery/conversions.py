@@ -6,8 +6,8 @@ import warnings
 from typing import Any
 
 from attnzoo import surgery
-from attnzoo.surgery.replacements import SEATS
-from tests.attnzoo.surgery.tiny import LATENT_SMALL, READING, calibration, seat_mha
+from attnzoo.surgery.replacements import REPLACEMENTS
+from tests.attnzoo.surgery.tiny import LATENT_SMALL, READING, calibration, replace_mha
 
 LOWRANK: dict[str, dict[str, Any]] = {
     "commuting": {"num_kv_heads": 1},
@@ -23,10 +23,10 @@ SPARSE: dict[str, dict[str, Any]] = {
 }
 """Options at which a variant leaves something out at a few dozen tokens; of one that is not here, the defaults."""
 
-SEATED = tuple(f"seat-{variant}" for variant in SEATS)
+BY_LAYERS = tuple(f"replaced-{variant}" for variant in REPLACEMENTS)
 READ = tuple(READING)
-ALL = (*READ, *LOWRANK, *SEATED)
-REPLACED = ("latent", *SEATED)
+ALL = (*READ, *LOWRANK, *BY_LAYERS)
+REPLACED = ("latent", *BY_LAYERS)
 """Kinds that put a module of attnzoo's in a block's place."""
 
 
@@ -40,7 +40,7 @@ def convert_as(model: Any, kind: str, **more: Any) -> surgery.ConversionReport:
         if kind in LOWRANK:
             text = calibration() if kind in ("commuting", "latent") else None
             return surgery.convert(model, "lowrank_gqa", method=kind, calibration=text, **LOWRANK[kind], **more)
-        variant = kind.removeprefix("seat-")
+        variant = kind.removeprefix("replaced-")
         if variant == "mha":
-            return seat_mha(model, **more)
+            return replace_mha(model, **more)
         return surgery.convert(model, variant, **SPARSE.get(variant, {}), **more)

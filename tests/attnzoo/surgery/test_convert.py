@@ -22,7 +22,7 @@ from tests.attnzoo.surgery.tiny import (
     converted,
     ids,
     logits,
-    seat_mha,
+    replace_mha,
     snapshot,
     tiny,
 )
@@ -135,8 +135,8 @@ def _convert_as(model: Any, kind: str) -> surgery.ConversionReport:
     if kind in READING:
         variant, options = READING[kind]
         return convert(model, variant, **options)
-    if kind == "seat":
-        return seat_mha(model)
+    if kind == "replaced":
+        return replace_mha(model)
     size = {"latent": {"latent_dim": 20}, "expand": {"num_kv_heads": 6}}.get(kind, {"num_kv_heads": 1})
     text = calibration() if kind in ("latent", "commuting") else None
     return convert(model, "lowrank_gqa", method=kind, calibration=text, **size)
@@ -179,7 +179,7 @@ def test_reading_rules_and_weights_compose_in_any_order(order: tuple[str, str]) 
     assert torch.equal(logits(model, tokens), said)
 
 
-def test_a_latent_seat_follows_a_reading_rule() -> None:
+def test_a_latent_replacement_follows_a_read_pattern() -> None:
     # A latent of full rank is the identity, so that only the rule is left to be seen.
     model, tokens = tiny(), ids(2, TOKENS)
     mask = for_host(window_mask(TOKENS, window=9, sink=2), [0, 0], torch.float64)
@@ -224,7 +224,7 @@ def test_the_report_prints_one_line_for_each_site_and_goes_into_json(kind: str) 
         ("commuting", 32),
         ("mean", 32),
         ("expand", 192),
-        ("seat", 64),
+        ("replaced", 64),
     ],
 )
 def test_cached_bytes_are_values_of_all_sites_times_their_width(kind: str, values: int) -> None:
@@ -263,9 +263,9 @@ def test_training_mode_and_frozen_weights_survive_conversion_and_undo() -> None:
     model.model.layers[0].self_attn.requires_grad_(False)
     before = snapshot(model)
     report = _convert_as(model, "commuting")
-    seat = model.model.layers[0].self_attn
-    assert seat.training
-    assert not any(p.requires_grad for p in seat.parameters())
+    block = model.model.layers[0].self_attn
+    assert block.training
+    assert not any(p.requires_grad for p in block.parameters())
     assert all(p.requires_grad for p in model.model.layers[1].self_attn.parameters())
     report.undo()
     assert_untouched(model, before)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import attnzoo
 from attnzoo import surgery
-from tests.attnzoo.surgery.conversions import ALL, LOWRANK, SEATED, convert_as
+from tests.attnzoo.surgery.conversions import ALL, BY_LAYERS, LOWRANK, convert_as
 from tests.attnzoo.surgery.tiny import assert_untouched, ids, logits, snapshot, tiny
 
 LOST = ("latent", "commuting", "mean", "expand")
@@ -70,7 +70,7 @@ def test_a_model_that_has_not_moved_gets_back_what_was_there_whatever_that_was(k
 
 
 @pytest.mark.parametrize(
-    "kinds", [("expand", "window"), ("expand", "mean"), ("window", "latent"), ("mean", "seat-mha")]
+    "kinds", [("expand", "window"), ("expand", "mean"), ("window", "latent"), ("mean", "replaced-mha")]
 )
 def test_nested_conversions_come_back_through_every_step(kinds: tuple[str, str]) -> None:
     model, plain = tiny(dtype=torch.float32), tiny(dtype=torch.float32).bfloat16().train()
@@ -101,7 +101,7 @@ class Linear(nn.Module):
         return self.base_layer(x)
 
 
-@pytest.mark.parametrize("kind", [*LOWRANK, *SEATED])
+@pytest.mark.parametrize("kind", [*LOWRANK, *BY_LAYERS])
 def test_an_adapter_that_undo_would_drop_is_refused_by_name_and_undone_when_it_is_off(kind: str) -> None:
     model, tokens = tiny(dtype=torch.float32), ids(1, 9)
     before, dense = snapshot(model), logits(model, tokens)

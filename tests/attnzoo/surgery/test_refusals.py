@@ -96,7 +96,7 @@ def test_an_unknown_variant_is_refused_by_name() -> None:
     assert_untouched(model, before)
 
 
-def test_a_latent_seat_is_not_converted_a_second_time() -> None:
+def test_a_latent_replacement_is_not_converted_a_second_time() -> None:
     model = tiny()
     convert(model, "lowrank_gqa", method="latent", latent_dim=20, calibration=calibration())
     before = snapshot(model)
@@ -208,7 +208,7 @@ def test_packed_sequences_are_read_as_the_host_reads_them_or_refused(use_cache: 
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
-def test_positions_that_jump_are_refused_by_a_latent_seat(use_cache: bool) -> None:
+def test_positions_that_jump_are_refused_by_a_latent_replacement(use_cache: bool) -> None:
     # It rotates by slot, which would be wrong in silence.
     model = converted("latent")
     packed = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])

@@ -11,8 +11,8 @@ import torch
 from transformers import LlamaForCausalLM
 
 from attnzoo import surgery
-from attnzoo.surgery.convert import apply_recipe
 from attnzoo.surgery.files import RECIPE
+from attnzoo.surgery.recipes import apply_recipe
 from tests.attnzoo.surgery.tiny import logits, tiny
 
 GOLDEN = Path(__file__).resolve().parents[2] / "golden"

@@ -74,8 +74,8 @@ def test_frozen_blocks_stay_frozen_after_conversion(kind: str) -> None:
 @pytest.mark.parametrize("adapter", [False, True])
 def test_a_step_lowers_the_loss_and_survives_saving(kind: str, adapter: bool, tmp_path: Path) -> None:
     model, tokens = converted(kind, dtype=torch.float32).train(), ids(2, 24)
-    seats = [p for site in surgery.find(model) for p in model.get_submodule(site.path).parameters()]
-    learning = seats if adapter else list(model.parameters())
+    blocks = [p for site in surgery.find(model) for p in model.get_submodule(site.path).parameters()]
+    learning = blocks if adapter else list(model.parameters())
     optimizer = torch.optim.SGD(learning, lr=0.05)
     before = loss_of(model, tokens)
     before.backward()

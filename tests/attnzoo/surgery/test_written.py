@@ -17,14 +17,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, Lla
 
 import attnzoo
 from attnzoo import surgery
-from attnzoo.surgery.convert import READ_VARIANTS, recipe_of
 from attnzoo.surgery.files import tensors_hash
-from attnzoo.surgery.replacements import SEATS
+from attnzoo.surgery.kinds.reading import READ_VARIANTS
+from attnzoo.surgery.recipes import recipe_of
+from attnzoo.surgery.replacements import REPLACEMENTS
 from tests.attnzoo.surgery.hosts.test_weights_not_here import Wrapped
 from tests.attnzoo.surgery.tiny import KINDS, calibration, convert, converted, ids, logits, tiny
 
 ORDINARY = ("commuting", "expand", "mean")
-ALL = (*KINDS, *(variant for variant in SEATS if variant not in READ_VARIANTS))
+ALL = (*KINDS, *(variant for variant in REPLACEMENTS if variant not in READ_VARIANTS))
 RECIPE = "attnzoo_config.json"
 
 

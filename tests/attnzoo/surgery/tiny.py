@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from attnzoo import surgery
-from attnzoo.surgery.convert import convert_to_seats
+from attnzoo.surgery.convert import convert_as
+from attnzoo.surgery.kinds import REPLACING
+from attnzoo.surgery.kinds.kind import Order
 
 VOCAB = 61
 WIDTH = 16
@@ -131,8 +133,8 @@ def converted(kind: str, **host: Any) -> Any:
         convert(model, "lowrank_gqa", method="latent", latent_dim=LATENT_SMALL, calibration=calibration())
     elif kind == "commuting":
         convert(model, "lowrank_gqa", method="commuting", num_kv_heads=1, calibration=calibration())
-    elif kind == "seat":
-        seat_mha(model)
+    elif kind == "replaced":
+        replace_mha(model)
     elif kind == "expand":
         convert(model, "lowrank_gqa", method="expand", num_kv_heads=model.config.num_attention_heads)
     else:
@@ -140,13 +142,13 @@ def converted(kind: str, **host: Any) -> Any:
     return model
 
 
-def seat_mha(model: Any, where: Any = None) -> surgery.ConversionReport:
-    """Seats of plain attention, which ``convert`` itself does not make: the certificate of everything about seats."""
+def replace_mha(model: Any, where: Any = None) -> surgery.ConversionReport:
+    """Replacements by plain attention, which ``convert`` itself does not make: they certify all others."""
     sites = [site for site in surgery.find(model) if where is None or where(site)]
-    return convert_to_seats(model, sites, "mha", None, {})
+    return convert_as(REPLACING, Order(model=model, sites=sites, variant="mha", options={}))
 
 
-KINDS = (*READING, "latent", "commuting", "expand", "mean", "seat")
+KINDS = (*READING, "latent", "commuting", "expand", "mean", "replaced")
 
 
 def snapshot(model: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Of models: conversion and its undo, hosts, seats and their caches, files; and what the command line is a skin over."""
+"""Of models: conversion and its undo, hosts, replacements and their caches, files; and what the command line is a skin over."""
 
 from __future__ import annotations
 
@@ -7,19 +7,18 @@ from functools import partial
 from tests.mutants.record import Mutant
 
 FOLDER, TESTS = "attnzoo/surgery", "tests/attnzoo/surgery"
-convert = partial(Mutant, file=f"{FOLDER}/convert.py", tests=f"{TESTS}/test_convert.py")
 files = partial(
     Mutant,
     file=f"{FOLDER}/files.py",
     tests=f"{TESTS}/test_files.py -k 'midway or hash or another_base or in_use or never_converted'",
 )
-cuts = partial(Mutant, file=f"{FOLDER}/transaction.py", tests=f"{TESTS}/test_convert.py")
-written = partial(Mutant, file=f"{FOLDER}/stored.py", tests=f"{TESTS}/test_written.py")
+changes = partial(Mutant, file=f"{FOLDER}/transaction.py", tests=f"{TESTS}/test_convert.py")
+stored = partial(Mutant, file=f"{FOLDER}/stored.py", tests=f"{TESTS}/test_written.py")
 interface = partial(
     Mutant, file=f"{FOLDER}/hosts/attention_function.py", tests=f"{TESTS}/hosts/test_generate.py -k 'window or mha'"
 )
-seat = partial(Mutant, file=f"{FOLDER}/replacements/replacement.py", tests=f"{TESTS}/replacements/test_replacements.py")
-seat_cache = partial(
+replacement = partial(Mutant, file=f"{FOLDER}/replacements/replacement.py", tests=f"{TESTS}/replacements/test_replacements.py")
+replacement_cache = partial(
     Mutant,
     file=f"{FOLDER}/hosts/cache_layer.py",
     tests=f"{TESTS}/replacements/test_replacements.py -k 'cache or refused'",
@@ -33,6 +32,7 @@ landmark_cache = partial(
     Mutant, file=f"{FOLDER}/hosts/landmark_cache.py", tests=f"{TESTS}/replacements/test_landmark.py -k 'cut_back'"
 )
 llama = partial(Mutant, file=f"{FOLDER}/hosts/llama.py", tests=f"{TESTS}/lowrank/test_factor.py")
+projections = partial(Mutant, file=f"{FOLDER}/hosts/projections.py", tests=f"{TESTS}/lowrank/test_factor.py")
 checkpoint = partial(Mutant, file=f"{FOLDER}/hosts/checkpoint.py", tests=f"{TESTS}/hosts/test_checkpoint.py")
 folders = partial(Mutant, file=f"{FOLDER}/hosts/folders.py", tests=f"{TESTS}/hosts/test_folders.py")
 weights = partial(Mutant, file=f"{FOLDER}/hosts/weights.py", tests=f"{TESTS}/hosts/test_weights_not_here.py")
@@ -45,38 +45,38 @@ bench = partial(
 )
 
 MUTANTS = (
-    cuts(
-        "convert-undo-order", old='        if model.__dict__.get("attnzoo_recipe") is not recipe:', new='        if model.__dict__.get("attnzoo_recipe") != recipe:', wrong="an undo goes by equal recipes, not by this one",
+    changes(
+        "convert-undo-order", old="        if model.__dict__.get(RECIPE_ATTRIBUTE) is not recipe:", new="        if model.__dict__.get(RECIPE_ATTRIBUTE) != recipe:", wrong="an undo goes by equal recipes, not by this one",
         tests=f"{TESTS}/test_convert.py -k undo",
         survives="a report is undone once, and each recipe that stands extends the one before: no two of them are equal.",
     ),
-    cuts(
+    changes(
         "convert-undo-heads", old="model.config.num_key_value_heads = old_heads", new="model.config.num_key_value_heads = model.config.num_key_value_heads", wrong="undo leaves the new number of KV heads in the configuration",
         tests=f"{TESTS}/test_convert.py -k undo",
     ),
-    cuts(
-        "convert-undo-rules", old="attention_function.set_rule(block.old, rule)", new="interface.set_rule(block.old, None)", wrong="undo of a second reading conversion takes the first away too",
+    changes(
+        "convert-undo-rules", old="attention_function.set_pattern(block.old, pattern)", new="attention_function.set_pattern(block.old, None)", wrong="undo of a second reading conversion takes the first away too",
         tests=f"{TESTS}/hosts/test_own_memory.py",
     ),
     Mutant(
-        "convert-s2-sink", file=f"{FOLDER}/options.py", old='"s2": {"sink_blocks": 1}', new='"s2": {"sink_blocks": 0}', wrong="s2 drops the sink by default", tests=f"{TESTS}/test_convert.py -k 's2 or warns'",
+        "convert-s2-sink", file=f"{FOLDER}/kinds/reading.py", old='"s2": {"sink_blocks": 1}', new='"s2": {"sink_blocks": 0}', wrong="s2 drops the sink by default", tests=f"{TESTS}/test_convert.py -k 's2 or warns'",
     ),
-    convert(
-        "convert-bytes-of-latent", old="return module.kv_down.out_features", new="return 2 * site.kv_heads * site.head_dim", within="_values", wrong="a latent seat is said to hold what its host held",
+    Mutant(
+        "convert-bytes-of-latent", file=f"{FOLDER}/replacements/latent.py", old="cached_values=lambda: self.kv_down.out_features", new="cached_values=lambda: 2 * self.num_kv_heads * self.head_dim", wrong="a latent replacement is said to hold what its host held",
         tests=f"{TESTS}/test_convert.py -k 'cache or bytes'",
     ),
-    cuts(
-        "convert-heads-of-some", old='if len(counts) == 1 and all(cut.recipe["kind"] == "weights" for cut in cuts):', new="if True:", wrong="a conversion of some layers changes the number of heads of all",
+    changes(
+        "convert-heads-of-some", old="if len(counts) == 1 and all(change.keeps_class for change in changes):", new="if True:", wrong="a conversion of some layers changes the number of heads of all",
         tests=f"{TESTS}/hosts/test_own_memory.py",
     ),
-    convert(
-        "convert-scale-of-reading", old="scale=llama.scale_of(module),", new="scale=None,", wrong="a reading rule ignores the host's own scale", tests=f"{TESTS}/hosts/test_own_memory.py",
+    Mutant(
+        "convert-scale-of-reading", file=f"{FOLDER}/kinds/reading.py", old="scale=block_of(module).scale,", new="scale=None,", wrong="a read pattern ignores the host's own scale", tests=f"{TESTS}/hosts/test_own_memory.py",
     ),
     files(
         "files-hash-without-shape", old='f"{name}|{x.dtype}|{list(x.shape)}|"', new='f"{name}|"', wrong="a base with other shapes or dtypes and equal bytes is taken", tests=f"{TESTS}/test_written.py -k hash",
     ),
     files(
-        "files-hash-without-changed", old="kept = {name: x for name, x in written.once(model).items() if not name.startswith(changed)}", new="kept = {name: x for name, x in written.once(model).items() if name.startswith(changed)}",
+        "files-hash-without-changed", old="kept = {name: x for name, x in stored.once(model).items() if not name.startswith(changed)}", new="kept = {name: x for name, x in stored.once(model).items() if name.startswith(changed)}",
         wrong="an adapter knows the blocks that it replaces and not those that stay", tests=f"{TESTS}/test_files.py -k 'another_base or adapter_on_its_base'",
     ),
     files(
@@ -85,10 +85,10 @@ MUTANTS = (
     files(
         "files-stranger-replaced", old="    if occupied and not (folder / RECIPE).is_file():", new="    if False:", wrong="overwrite replaces a folder that holds something else", tests=f"{TESTS}/test_files.py -k in_use",
     ),
-    written(
+    stored(
         "written-ordinary-by-kind", old="heads == {model.config.num_key_value_heads}", new="True", wrong="a model of unequal heads passes for an ordinary checkpoint", tests=f"{TESTS}/test_written.py -k unequal",
     ),
-    written(
+    stored(
         "written-shared-memory", old="found[name] = own.clone() if place in seen else own", new="found[name] = own", wrong="two tensors in one memory cannot be written", tests=f"{TESTS}/test_written.py -k one_memory",
     ),
     interface(
@@ -102,29 +102,29 @@ MUTANTS = (
         tests=f"{TESTS}/test_refusals.py -k 'packed or mask' {TESTS}/hosts/test_hosts.py -k 'packed or mask or window'",
     ),
     interface(
-        "interface-groups-of-rule", old="if layer.config.kv_heads == groups:", new="if True:", wrong="a rule for other KV heads is kept as it is", tests=f"{TESTS}/test_convert.py -k compose {TESTS}/hosts/test_positions.py -k another_number",
+        "interface-groups-of-rule", old="if layer.config.kv_heads == groups:", new="if True:", wrong="a pattern for other KV heads is kept as it is", tests=f"{TESTS}/test_convert.py -k compose {TESTS}/hosts/test_positions.py -k another_number",
     ),
-    seat(
-        "seat-padding-of-now", old="padding = None if real is None else ~real[:, first:]", new="padding = None if real is None else ~real[:, :tokens]", wrong="later calls are padded as the first was",
+    replacement(
+        "replaced-padding-of-now", old="padding = None if real is None else ~real[:, first:]", new="padding = None if real is None else ~real[:, :tokens]", wrong="later calls are padded as the first was",
     ),
-    seat(
-        "seat-dropout", old="if self.training and self.attention_dropout:", new="if False:", wrong="attention dropout is dropped silently", tests=f"{TESTS}/replacements/test_replacements.py -k honour",
+    replacement(
+        "replaced-dropout", old="if self.training and self.attention_dropout:", new="if False:", wrong="attention dropout is dropped silently", tests=f"{TESTS}/replacements/test_replacements.py -k honour",
     ),
-    seat(
-        "seat-padding-forgotten", old='            raise ShapeError("attention_mask: expected the padding of earlier calls again, got none")', new="            pass", wrong="padding that is forgotten in a later call goes unnoticed",
+    replacement(
+        "replaced-padding-forgotten", old='            raise ShapeError("attention_mask: expected the padding of earlier calls again, got none")', new="            pass", wrong="padding that is forgotten in a later call goes unnoticed",
         tests=f"{TESTS}/replacements/test_replacements.py -k forgotten",
     ),
-    seat_cache(
-        "seat-cache-crop-padding", old="memory.crop(left if real is None else real.sum(1))", new="memory.crop(left)", wrong="padding takes room in a cache that is cut back",
+    replacement_cache(
+        "replaced-cache-crop-padding", old="memory.crop(left if real is None else real.sum(1))", new="memory.crop(left)", wrong="padding takes room in a cache that is cut back",
     ),
-    seat_cache(
-        "seat-cache-beams", old="self.memory.reorder(beam_idx)", new="self.memory.reorder(beam_idx.sort().values)", wrong="beams take each other's caches", tests=f"{TESTS}/replacements/test_replacements.py -k cut_back {TESTS}/hosts/test_generate.py -k 'beams and seat'",
+    replacement_cache(
+        "replaced-cache-beams", old="self.memory.reorder(beam_idx)", new="self.memory.reorder(beam_idx.sort().values)", wrong="beams take each other's caches", tests=f"{TESTS}/replacements/test_replacements.py -k cut_back {TESTS}/hosts/test_generate.py -k 'beams and replaced'",
     ),
-    seat_cache(
-        "seat-cache-real-of-beams", old="self.real = self.real.index_select(0, beam_idx.to(self.real.device))", new="pass", wrong="beams keep each other's padding",
+    replacement_cache(
+        "replaced-cache-real-of-beams", old="self.real = self.real.index_select(0, beam_idx.to(self.real.device))", new="pass", wrong="beams keep each other's padding",
     ),
-    seat_cache(
-        "seat-cache-of-another-model", old='        raise ShapeError("past_key_values: expected an empty cache, or one that this model has filled")\n    layers', new="        pass\n    layers", wrong="a cache that another model filled is thrown away silently",
+    replacement_cache(
+        "replaced-cache-of-another-model", old='        raise ShapeError("past_key_values: expected an empty cache, or one that this model has filled")\n    layers', new="        pass\n    layers", wrong="a cache that another model filled is thrown away silently",
         tests=f"{TESTS}/hosts/test_own_memory.py",
     ),
     tokens(
@@ -137,17 +137,17 @@ MUTANTS = (
         "landmark-input-drop", old="return inserted.drop(output) if output.shape[:2] == inserted.is_landmark.shape else output", new="return output", wrong="outputs of landmarks come out",
     ),
     landmark_cache(
-        "landmark-cache-crop", old="self.seen, self.real = length_with_landmarks(tokens, self.block_size), None", new="self.seen, self.real = tokens, None", wrong="a cache that is cut back loses tokens for its landmarks",
+        "landmark-cache-crop", old="self.seen = length_with_landmarks(tokens, self.block_size)", new="self.seen = tokens", wrong="a cache that is cut back loses tokens for its landmarks",
     ),
     llama(
-        "llama-positions-limit", old='max_positions=getattr(config, "max_position_embeddings", None)', new="max_positions=None", wrong="scalings that count from the host's length do not find it",
+        "llama-positions-limit", old='max_positions=getattr(host.config, "max_position_embeddings", None)', new="max_positions=None", wrong="scalings that count from the host's length do not find it",
         tests=f"{TESTS}/hosts/test_hosts.py {TESTS}/hosts/test_positions.py",
     ),
-    llama(
+    projections(
         "llama-trainable", old="trainable = like.weight.requires_grad", new="trainable = True", wrong="new weights of frozen blocks train", tests=f"{TESTS}/test_training.py -k frozen {TESTS}/test_convert.py -k frozen",
     ),
-    llama(
-        "llama-same-memory", old=".clone(memory_format=torch.contiguous_format)", new="", within="_fill", wrong="a converted block shares memory with the one before", tests=f"{TESTS}/hosts/test_own_memory.py",
+    projections(
+        "llama-same-memory", old=".clone(memory_format=torch.contiguous_format)", new="", within="set_weights", wrong="a converted block shares memory with the one before", tests=f"{TESTS}/hosts/test_own_memory.py",
     ),
     checkpoint(
         "checkpoint-code", old='for key in ("auto_map", "custom_pipelines"):', new='for key in ("custom_pipelines",):', wrong="a checkpoint that brings code is read", tests=f"{TESTS}/hosts/test_checkpoint.py -k hostile",

@@ -10,7 +10,7 @@ HOSTS, TESTS = "attnzoo/surgery/hosts", "tests/attnzoo/surgery"
 folders = partial(Mutant, file=f"{HOSTS}/folders.py", tests=f"{TESTS}/hosts/test_folders.py")
 checkpoint = partial(Mutant, file=f"{HOSTS}/checkpoint.py", tests=f"{TESTS}/hosts/test_folders.py")
 gate = partial(Mutant, file=f"{HOSTS}/weights.py", tests=f"{TESTS}/hosts/test_weights_not_here.py")
-written = partial(Mutant, file="attnzoo/surgery/stored.py", tests=f"{TESTS}/test_written.py")
+stored = partial(Mutant, file="attnzoo/surgery/stored.py", tests=f"{TESTS}/test_written.py")
 files = partial(Mutant, file="attnzoo/surgery/files.py", tests=f"{TESTS}/test_written.py")
 places = partial(Mutant, file="attnzoo/surgery/sites.py", tests=f"{TESTS}/test_written.py -k twice")
 layers = partial(Mutant, file="attnzoo/cli/layers.py", tests="tests/attnzoo/cli/test_convert.py -k layer")
@@ -87,27 +87,27 @@ MUTANTS = (
         "gate-embedding", old="    if reason is not None:\n        raise UnsupportedError(\n            f\"embedding", new="    if False:\n        raise UnsupportedError(\n            f\"embedding",
         wrong="landmarks start as the mean of nothing",
     ),
-    written(
+    stored(
         "written-ordinary-anyway", old="config[\"model_type\"] = checkpoint.type_of_converted(config[\"model_type\"])", new="pass",
         wrong="a converted model loads in plain transformers as another", tests=f"{TESTS}/test_written.py -k nobody",
     ),
-    written(
+    stored(
         "written-unequal-heads", old=" and heads == {model.config.num_key_value_heads}", new="",
         wrong="a model of unequal heads is written as an ordinary checkpoint", tests=f"{TESTS}/test_written.py -k unequal",
     ),
-    written(
+    stored(
         "written-dtype", old="reduce(torch.promote_types, found, found[0] if found else torch.float32)", new="found[0]",
         wrong="readers of one dtype round the wider weights", within="_widest", tests=f"{TESTS}/test_written.py -k mixed",
     ),
-    written(
+    stored(
         "written-names", old="    if odd:\n        what", new="    if False:\n        what",
         wrong="names that loading does not know are written", tests=f"{TESTS}/test_written.py -k refuse",
     ),
-    written(
+    stored(
         "written-shapes", old="if x.shape != wanted[name].shape:", new="if False:",
         wrong="shapes that loading refuses are written", tests=f"{TESTS}/test_written.py -k refuse",
     ),
-    written(
+    stored(
         "written-tied-flag", old='settings.tie_word_embeddings = getattr(outer, "weight", None) is getattr(inner, "weight", None)', new="pass",
         wrong="what is tied is said as the configuration has it", tests=f"{TESTS}/test_written.py -k said_as_it_is",
     ),

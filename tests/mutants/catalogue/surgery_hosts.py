@@ -8,10 +8,10 @@ from tests.mutants.record import Mutant
 
 FOLDER, TESTS = "attnzoo/surgery", "tests/attnzoo/surgery"
 calls = partial(
-    Mutant, file=f"{FOLDER}/hosts/calls.py", tests=f"{TESTS}/hosts/test_transformers.py -k 'either and seat-mha'"
+    Mutant, file=f"{FOLDER}/hosts/calls.py", tests=f"{TESTS}/hosts/test_transformers.py -k 'either and replaced-mha'"
 )
 interface = partial(Mutant, file=f"{FOLDER}/hosts/attention_function.py")
-replaced = partial(Mutant, file=f"{FOLDER}/replaced.py")
+replaced = partial(Mutant, file=f"{FOLDER}/transaction.py")
 one_site = partial(
     Mutant, file=f"{FOLDER}/lowrank/one_site.py", tests=f"{TESTS}/lowrank/test_one_site.py -k 'not same_weights'"
 )
@@ -44,7 +44,7 @@ MUTANTS = (
         wrong="undo leaves a shared configuration at our functions", tests=f"{TESTS}/hosts/test_switched.py -k any_order",
     ),
     replaced(
-        "undo-stale-dtype", old="if now.place is not None and now.place != then.place:", new="if False:",
+        "undo-stale-dtype", old="if now.whereabouts is not None and now.whereabouts != then.whereabouts:", new="if False:",
         wrong="old blocks come back in the dtype that they had", tests=f"{TESTS}/test_moved.py -k 'come_back_as and mean and bf16'",
     ),
     replaced(

@@ -1,4 +1,4 @@
-"""Of surgery: statistics, grouping, closed forms, merging, refit, and how variants are seated."""
+"""Of surgery: statistics, grouping, closed forms, merging, refit, and how variants are replaced."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ refit = partial(
     tests=f"{TESTS}/lowrank/test_refit_parts.py {TESTS}/lowrank/test_refit.py",
 )
 report = partial(Mutant, file=f"{FOLDER}/report.py", tests=f"{TESTS}/test_report.py")
-seats = partial(Mutant, file=f"{FOLDER}/replacements/moh.py", tests=f"{TESTS}/replacements/test_moh_start.py")
+replacements = partial(Mutant, file=f"{FOLDER}/replacements/moh.py", tests=f"{TESTS}/replacements/test_moh_start.py")
 spec = partial(Mutant, file=f"{FOLDER}/replacements/spec.py", tests=f"{TESTS}/replacements/test_moh_start.py")
 
 MUTANTS = (
@@ -222,26 +222,26 @@ MUTANTS = (
         new='("site", "values/token", "output error", "energy kept")',
         wrong="the table's figures stand under each other's names",
     ),
-    seats(
-        "seat-moh-routers-random", old="                    router.weight.zero_()", new="                    pass",
+    replacements(
+        "replaced-moh-routers-random", old="                    router.weight.zero_()", new="                    pass",
         wrong="routers of a partly active conversion are random instead of zero",
     ),
-    seats(
-        "seat-moh-one-router", old="(layer.router, layer.shared_router, layer.type_router)", new="(layer.router, layer.type_router)",
+    replacements(
+        "replaced-moh-one-router", old="(layer.router, layer.shared_router, layer.type_router)", new="(layer.router, layer.type_router)",
         wrong="the router of shared heads is random",
     ),
-    seats(
-        "seat-moh-all-heads", old='return {"active_heads": "all"}', new="return {}", wrong="a conversion without options leaves heads out",
+    replacements(
+        "replaced-moh-all-heads", old='return {"active_heads": "all"}', new="return {}", wrong="a conversion without options leaves heads out",
     ),
-    seats(
-        "seat-moh-sink-warning", old="if config.window is not None and not config.sink:", new="if config.window is None and not config.sink:",
+    replacements(
+        "replaced-moh-sink-warning", old="if config.window is not None and not config.sink:", new="if config.window is None and not config.sink:",
         wrong="dropping the sink is not warned of",
     ),
     spec(
-        "seat-frozen", old="parameter.requires_grad_(trainable)", new="parameter.requires_grad_(True)", wrong="new weights of frozen blocks train",
+        "replaced-frozen", old="parameter.requires_grad_(trainable)", new="parameter.requires_grad_(True)", wrong="new weights of frozen blocks train",
         tests=f"{TESTS}/replacements/test_moh.py -k trainable",
     ),
     spec(
-        "seat-scale-lost", old="        scale=found.scale,\n", new="", wrong="a host's own scale is lost in its seats", tests=f"{TESTS}/replacements/test_moh_start.py",
+        "replaced-scale-lost", old="        scale=weights.scale,\n", new="", wrong="a host's own scale is lost in its replacements", tests=f"{TESTS}/replacements/test_moh_start.py",
     ),
 )  # fmt: skip

@@ -11,13 +11,13 @@ from torch.nn.functional import log_softmax
 
 def seen_by_hooks(model: Any, batches: list[dict[str, Tensor]], path: str) -> dict[str, Tensor]:
     """Inputs of keys and gradients of the summed loss at keys and values, real tokens alone, first tokens beside."""
-    seat, found = model.get_submodule(path), {"x": [], "g": [], "first": []}
+    attention, found = model.get_submodule(path), {"x": [], "g": [], "first": []}
     for batch in batches:
         tokens = batch["input_ids"]
         real = batch.get("attention_mask", torch.ones_like(tokens)).bool()
         caught: list[Tensor] = []
-        handles = [seat.k_proj.register_forward_hook(lambda m, a, y, caught=caught: caught.extend([a[0], y]))]
-        handles += [seat.v_proj.register_forward_hook(lambda m, a, y, caught=caught: caught.append(y))]
+        handles = [attention.k_proj.register_forward_hook(lambda m, a, y, caught=caught: caught.extend([a[0], y]))]
+        handles += [attention.v_proj.register_forward_hook(lambda m, a, y, caught=caught: caught.append(y))]
         chances = log_softmax(model(**batch, use_cache=False).logits, -1)
         for handle in handles:
             handle.remove()

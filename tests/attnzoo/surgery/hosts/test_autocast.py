@@ -51,7 +51,7 @@ def rounding_of_the_host(dtype: torch.dtype) -> tuple[float, float]:
     return error(low[0], truth[0]), error(low[1], truth[1])
 
 
-CASES = [(kind, False) for kind in ALL] + [(kind, True) for kind in (*READ, "latent", "seat-mha", "seat-moh")]
+CASES = [(kind, False) for kind in ALL] + [(kind, True) for kind in (*READ, "latent", "replaced-mha", "replaced-moh")]
 
 
 @pytest.mark.parametrize("dtype", LOW)
@@ -62,7 +62,7 @@ def test_a_training_step_under_autocast_is_as_close_to_full_precision_as_the_hos
     model = made(kind, partial)
     truth = trained(model, None, cache=False)
     # Routers and retrieval choose anew where scores are rounded: their error is not that of rounding alone.
-    chooses = 12 if kind in ("seat-moh", "seat-longheads", "seat-landmark") else 3
+    chooses = 12 if kind in ("replaced-moh", "replaced-longheads", "replaced-landmark") else 3
     for cache in (False, True):
         low = trained(model, dtype, cache=cache)
         for found, exact, theirs in zip(low, truth, rounding_of_the_host(dtype), strict=True):
@@ -80,7 +80,7 @@ def test_decoding_under_autocast_says_what_a_forward_under_autocast_says(kind: s
         for end in (TOKENS - 1, TOKENS):
             parts.append(model(tokens[:, end - 1 : end], attention_mask=mask[:, :end], **cache).logits)
     found, real = torch.cat(parts, 1).float(), mask.bool()
-    if kind in ("seat-moh", "seat-longheads", "seat-landmark"):
+    if kind in ("replaced-moh", "replaced-longheads", "replaced-landmark"):
         assert bool(found[real].isfinite().all())
         return
     assert error(found[real], whole.float()[real]) <= 3 * rounding_of_the_host(torch.bfloat16)[0]

@@ -19,7 +19,7 @@ PROMPT = 14
 NEW = 12
 """New tokens: more than a window of 9, so that the cache holds what is read no more."""
 
-CACHED = [*((kind, None) for kind in KINDS), *((kind, "static") for kind in KINDS if kind != "seat")]
+CACHED = [*((kind, None) for kind in KINDS), *((kind, "static") for kind in KINDS if kind != "replaced")]
 """Every kind with every cache of the host's that it takes."""
 
 _models: dict[str, Any] = {}

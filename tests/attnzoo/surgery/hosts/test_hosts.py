@@ -164,8 +164,8 @@ class Wrapped(nn.Module):
 @pytest.mark.parametrize("role", ["k_proj", "o_proj"])
 def test_a_projection_that_is_no_linear_layer_is_refused_by_name(role: str) -> None:
     model = tiny()
-    seat = model.model.layers[1].self_attn
-    setattr(seat, role, Wrapped(getattr(seat, role)))
+    attention = model.model.layers[1].self_attn
+    setattr(attention, role, Wrapped(getattr(attention, role)))
     before = snapshot(model)
     with pytest.raises(attnzoo.AttnzooError, match=role) as caught:
         convert(model, "lowrank_gqa", method="mean", num_kv_heads=1)
@@ -182,7 +182,7 @@ def test_a_copy_of_a_converted_model_is_a_model_of_its_own(kind: str) -> None:
     with torch.no_grad():
         for parameter in twin.parameters():
             parameter.zero_()
-    if kind not in ("latent", "seat"):
+    if kind not in ("latent", "replaced"):
         convert(twin, "mha", window=3, sink=1)
     assert torch.equal(logits(model, tokens), said)
     assert_untouched(model, state)

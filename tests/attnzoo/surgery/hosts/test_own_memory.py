@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from attnzoo_kernels.errors import ShapeError
-from tests.attnzoo.surgery.tiny import READING, assert_close, calibration, convert, ids, logits, seat_mha, tiny
+from tests.attnzoo.surgery.tiny import READING, assert_close, calibration, convert, ids, logits, replace_mha, tiny
 
 CHANGES: dict[str, dict[str, Any]] = {
     "expand": {"method": "expand", "num_kv_heads": 6},
@@ -77,11 +77,11 @@ def test_new_landmarks_are_as_trainable_as_the_embeddings(trainable: bool) -> No
     assert model.model.landmark_tokens.embedding.requires_grad == trainable
 
 
-def test_keys_of_a_model_without_seats_are_not_thrown_away() -> None:
-    dense, seated, tokens = tiny(), tiny(), ids(1, 12)
+def test_keys_of_a_model_without_replacements_are_not_thrown_away() -> None:
+    dense, replaced, tokens = tiny(), tiny(), ids(1, 12)
     with torch.no_grad():
         cache = dense(tokens, use_cache=True).past_key_values
-        seat_mha(seated)
+        replace_mha(replaced)
         with pytest.raises(ShapeError, match="empty cache"):
-            seated(tokens[:, -1:], past_key_values=cache)
+            replaced(tokens[:, -1:], past_key_values=cache)
     assert cache.get_seq_length() == 12

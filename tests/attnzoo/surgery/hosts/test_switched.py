@@ -152,7 +152,7 @@ def test_a_rule_that_is_gone_with_its_block_is_not_saved_as_if_it_stood(tmp_path
         surgery.save(model, tmp_path / "model")
 
 
-@pytest.mark.parametrize("kind", ["window", "latent", "seat-mha"])
+@pytest.mark.parametrize("kind", ["window", "latent", "replaced-mha"])
 def test_a_pickled_model_reads_as_it_should_where_nothing_was_registered(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

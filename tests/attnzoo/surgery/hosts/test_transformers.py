@@ -83,8 +83,8 @@ def test_a_block_takes_the_cache_by_either_name_and_by_one_alone(kind: str, name
     block, config = model.get_submodule(surgery.find(model)[0].path), model.config
     x = torch.randn(2, 9, config.hidden_size, dtype=torch.float64)
     places = torch.arange(9).unsqueeze(0)
-    if kind == "seat-landmark":
-        # Its seats are handed what the decoder's input has prepared.
+    if kind == "replaced-landmark":
+        # Its replacements are handed what the decoder's input has prepared.
         cache = DynamicCache(config=config)
         with torch.no_grad():
             said = model.model(inputs_embeds=x, **{name: cache}).last_hidden_state

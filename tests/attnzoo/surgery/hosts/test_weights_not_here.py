@@ -14,14 +14,15 @@ from torch.nn.utils import prune
 
 import attnzoo
 from attnzoo import surgery
-from attnzoo.surgery.convert import READ_VARIANTS, recipe_of
+from attnzoo.surgery.kinds.reading import READ_VARIANTS
 from attnzoo.surgery.lowrank import factor
-from attnzoo.surgery.replacements import SEATS
-from tests.attnzoo.surgery.tiny import READING, assert_close, calibration, convert, ids, logits, seat_mha, tiny
+from attnzoo.surgery.recipes import recipe_of
+from attnzoo.surgery.replacements import REPLACEMENTS
+from tests.attnzoo.surgery.tiny import READING, assert_close, calibration, convert, ids, logits, replace_mha, tiny
 
 PATH = "model.layers.1.self_attn"
 SIZES: dict[str, Any] = {"latent": {"latent_dim": 20}, "expand": {"num_kv_heads": 6}}
-REPLACING = (*factor.METHODS, *SEATS)
+REPLACING = (*factor.METHODS, *REPLACEMENTS)
 """Every conversion that puts another module in a block's place: a new one is under these tests by existing."""
 
 
@@ -93,8 +94,8 @@ WEIGHTS: dict[str, tuple[Callable[[Any], Any], str]] = {
 
 def replace_blocks(model: Any, kind: str) -> None:
     if kind == "mha":
-        seat_mha(model)
-    elif kind in SEATS:
+        replace_mha(model)
+    elif kind in REPLACEMENTS:
         convert(model, kind)
     else:
         text = calibration() if kind in factor.CALIBRATED else None

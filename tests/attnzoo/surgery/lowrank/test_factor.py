@@ -28,17 +28,17 @@ EXACT = 1e-11
 TOKENS = 30
 
 
-def effective(seat: Any) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of keys and values of a latent seat, as if they were projected at once."""
-    up = seat.kv_up.weight.detach()
-    bias = None if seat.kv_down.bias is None else up @ seat.kv_down.bias.detach()
-    return up @ seat.kv_down.weight.detach(), bias
+def effective(attention: Any) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of keys and values of a latent replacement, as if they were projected at once."""
+    up = attention.kv_up.weight.detach()
+    bias = None if attention.kv_down.bias is None else up @ attention.kv_down.bias.detach()
+    return up @ attention.kv_down.weight.detach(), bias
 
 
-def both(seat: Any) -> tuple[Tensor, Tensor | None]:
-    """The same of a seat with keys and values of its own."""
-    bias = None if seat.k_proj.bias is None else torch.cat([seat.k_proj.bias, seat.v_proj.bias]).detach()
-    return torch.cat([seat.k_proj.weight, seat.v_proj.weight]).detach(), bias
+def both(attention: Any) -> tuple[Tensor, Tensor | None]:
+    """The same of a block with keys and values of its own."""
+    bias = None if attention.k_proj.bias is None else torch.cat([attention.k_proj.bias, attention.v_proj.bias]).detach()
+    return torch.cat([attention.k_proj.weight, attention.v_proj.weight]).detach(), bias
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -60,7 +60,7 @@ def test_as_many_kv_heads_as_before_are_the_identity(groups: int, options: dict[
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_latent_seat_computes_what_the_host_computes_with_its_effective_weights(bias: bool) -> None:
+def test_a_latent_replacement_computes_what_the_host_computes_with_its_effective_weights(bias: bool) -> None:
     host = tiny(9, 3, attention_bias=bias)
     model, tokens = copy.deepcopy(host), ids(2, TOKENS)
     convert(model, "lowrank_gqa", method="latent", latent_dim=20, calibration=calibration())
@@ -144,15 +144,15 @@ def noisy_copies(noise: float, *, seed: int = 0) -> Any:
     generator = torch.Generator().manual_seed(seed)
     for block in model.model.layers:
         rows = (torch.randperm(9, generator=generator)[:, None] * WIDTH + torch.arange(WIDTH)).flatten()
-        seat = block.self_attn
+        attention = block.self_attn
         with torch.no_grad():
             for name in ("q_proj", "k_proj", "v_proj"):
-                weight = getattr(seat, name).weight
+                weight = getattr(attention, name).weight
                 weight.copy_(weight[rows])
                 if name != "q_proj":
                     size = noise * float(weight.std())
                     weight.add_(size * torch.randn(weight.shape, generator=generator, dtype=torch.float64))
-            seat.o_proj.weight.copy_(seat.o_proj.weight[:, rows])
+            attention.o_proj.weight.copy_(attention.o_proj.weight[:, rows])
     return model
 
 

@@ -95,16 +95,16 @@ def test_a_lone_head_costs_nothing() -> None:
 def shuffle_heads(model: Any, seed: int) -> None:
     """Puts the heads of each block of a model without groups into another order; the same function."""
     for layer, block in enumerate(model.model.layers):
-        seat, heads = block.self_attn, model.config.num_attention_heads
+        attention, heads = block.self_attn, model.config.num_attention_heads
         order = torch.randperm(heads, generator=torch.Generator().manual_seed(seed + layer))
         rows = (order[:, None] * WIDTH + torch.arange(WIDTH)).flatten()
         with torch.no_grad():
             for name in ("q_proj", "k_proj", "v_proj"):
-                linear = getattr(seat, name)
+                linear = getattr(attention, name)
                 linear.weight.copy_(linear.weight[rows])
                 if linear.bias is not None:
                     linear.bias.copy_(linear.bias[rows])
-            seat.o_proj.weight.copy_(seat.o_proj.weight[:, rows])
+            attention.o_proj.weight.copy_(attention.o_proj.weight[:, rows])
 
 
 def turn_heads(model: Any, seed: int) -> None:
@@ -115,19 +115,19 @@ def turn_heads(model: Any, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     half = WIDTH // 2
     for block in model.model.layers:
-        seat = block.self_attn
+        attention = block.self_attn
         for head in range(model.config.num_attention_heads):
             rows = slice(head * WIDTH, (head + 1) * WIDTH)
             phase = torch.view_as_complex(torch.randn(half, 2, generator=generator, dtype=torch.float64))
             mix = torch.randn(WIDTH, WIDTH, generator=generator, dtype=torch.float64) + 8 * torch.eye(WIDTH)
             with torch.no_grad():
                 for name, factor in (("k_proj", phase), ("q_proj", 1 / phase.conj())):
-                    for x in _with_bias(getattr(seat, name)):
+                    for x in _with_bias(getattr(attention, name)):
                         turned = torch.complex(x[rows][:half], x[rows][half:]) * factor[:, None]
                         x[rows] = torch.cat([turned.real, turned.imag])
-                for x in _with_bias(seat.v_proj):
+                for x in _with_bias(attention.v_proj):
                     x[rows] = mix @ x[rows]
-                seat.o_proj.weight[:, rows] = seat.o_proj.weight[:, rows] @ torch.linalg.inv(mix)
+                attention.o_proj.weight[:, rows] = attention.o_proj.weight[:, rows] @ torch.linalg.inv(mix)
 
 
 def _with_bias(linear: Any) -> list[Tensor]:

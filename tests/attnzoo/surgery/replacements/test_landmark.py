@@ -24,7 +24,7 @@ EXACT = 1e-11
 TOKENS = 33
 
 
-def seat(model: Any, **options: Any) -> surgery.ConversionReport:
+def replace_blocks(model: Any, **options: Any) -> surgery.ConversionReport:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="landmark with gate_mix > 0")
         return surgery.convert(model, "landmark", **{"block_size": 6, **options})
@@ -36,7 +36,7 @@ HEALED: dict[str, dict[str, Any]] = {"soft": {"gate_mix": 1.0}, "topk": {"gate_m
 def healed(mode: str, **more: Any) -> Any:
     """A tiny host whose landmarks matter."""
     model = tiny(**more)
-    seat(model, **HEALED[mode])
+    replace_blocks(model, **HEALED[mode])
     return model
 
 
@@ -51,7 +51,7 @@ def test_without_gates_a_converted_model_is_the_original(
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     for more in ({}, {"position_ids": positions}):
         expected = logits(model, tokens, attention_mask=mask, **more)
-        report = seat(model)
+        report = replace_blocks(model)
         with attnzoo.record(model) as record:
             found = logits(model, tokens, attention_mask=mask, **more)
         assert found.shape == expected.shape
@@ -65,14 +65,14 @@ def test_without_gates_a_converted_model_is_the_original(
 def test_relatives_of_the_host_say_the_same(name: str, padding: list[int]) -> None:
     model, tokens, mask = host(name), ids(2, TOKENS), padding_mask(padding, TOKENS)
     expected = logits(model, tokens, attention_mask=mask)[mask.bool()]
-    seat(model)
+    replace_blocks(model)
     assert_close(logits(model, tokens, attention_mask=mask)[mask.bool()], expected, ROUNDED)
 
 
 def test_the_mix_leads_away_step_by_step_and_back() -> None:
     model, tokens = tiny(), ids(2, TOKENS)
     expected = logits(model, tokens)
-    seat(model)
+    replace_blocks(model)
     distances = []
     for mix in (0.0, 0.1, 0.5, 1.0):
         surgery.set_gate_mix(model, mix)
@@ -163,7 +163,7 @@ def test_all_that_comes_out_is_of_the_given_tokens() -> None:
     model, tokens = tiny(), ids(2, TOKENS)
     expected = model(tokens, labels=tokens, output_hidden_states=True)
     embeddings = model.get_input_embeddings()(tokens)
-    seat(model)
+    replace_blocks(model)
     found = model(inputs_embeds=embeddings, labels=tokens, output_hidden_states=True)
     assert_close(found.loss, expected.loss, EXACT)
     assert len(found.hidden_states) == len(expected.hidden_states)
@@ -196,7 +196,7 @@ def test_healing_reaches_the_landmarks_and_checkpointing_recomputes_the_same() -
 
 def test_what_is_set_and_learnt_is_saved(tmp_path: Path) -> None:
     model, base, tokens = tiny(), tiny(), ids(2, TOKENS)
-    seat(model, top_k=2)
+    replace_blocks(model, top_k=2)
     surgery.set_gate_mix(model, 0.75)
     with torch.no_grad():
         model.model.landmark_tokens.embedding.add_(0.5)
@@ -207,7 +207,7 @@ def test_what_is_set_and_learnt_is_saved(tmp_path: Path) -> None:
     adapter, _ = surgery.load(surgery.save(model, tmp_path / "adapter", adapter_only=True), base=base)
     assert torch.equal(logits(adapter, tokens), expected)
     whole = tiny(dtype=torch.float32)
-    seat(whole, gate_mix=1.0)
+    replace_blocks(whole, gate_mix=1.0)
     loaded, _ = surgery.load(surgery.save(whole, tmp_path / "whole"))
     assert_close(logits(loaded, tokens), logits(whole, tokens), 1e-5)
     assert [m.gate_mix for m in loaded.modules() if isinstance(m, attnzoo.LandmarkAttention)] == [1.0, 1.0]
@@ -216,7 +216,7 @@ def test_what_is_set_and_learnt_is_saved(tmp_path: Path) -> None:
 def test_undo_leaves_nothing_and_copies_go_their_own_way() -> None:
     model, tokens = tiny(), ids(2, TOKENS)
     before, expected = snapshot(model), logits(model, tokens)
-    report = seat(model, gate_mix=1.0)
+    report = replace_blocks(model, gate_mix=1.0)
     converted = logits(model, tokens)
     twins = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
     with torch.no_grad():
@@ -246,19 +246,19 @@ def test_what_cannot_be_done_is_refused_and_nothing_is_changed(options: dict[str
     model = tiny()
     before = snapshot(model)
     with pytest.raises(ValueError, match=match):
-        seat(model, **options)
+        replace_blocks(model, **options)
     assert_untouched(model, before)
-    seat(model)
+    replace_blocks(model)
     before = snapshot(model)
-    with pytest.raises(attnzoo.UnsupportedError, match="seat of 'landmark' already"):
-        seat(model)
+    with pytest.raises(attnzoo.UnsupportedError, match="replacement by 'landmark' already"):
+        replace_blocks(model)
     assert_untouched(model, before)
 
 
 def test_landmarks_are_counted_among_the_bytes_of_the_cache() -> None:
     model = tiny()
     before = surgery.cache_bytes(model)
-    report = seat(model, block_size=5)
+    report = replace_blocks(model, block_size=5)
     assert report.cache_bytes == (before, before * 5 // 4)
     assert surgery.cache_bytes(model) == before * 5 // 4
 
@@ -279,7 +279,7 @@ def test_masks_and_caches_that_cannot_be_honoured_are_refused_by_name() -> None:
     with pytest.raises(attnzoo.ShapeError, match="past_key_values: expected an empty cache"):
         logits(model, tokens, past_key_values=foreign)
     other = tiny()
-    seat(other, block_size=5)
+    replace_blocks(other, block_size=5)
     blocks_of_five = DynamicCache(config=model.config)
     logits(other, tokens, past_key_values=blocks_of_five)
     with pytest.raises(attnzoo.ShapeError, match="past_key_values: expected an empty cache"):
@@ -301,12 +301,12 @@ def test_masks_and_caches_that_cannot_be_honoured_are_refused_by_name() -> None:
 
 def test_a_recipe_for_some_blocks_alone_is_refused(tmp_path: Path) -> None:
     model = tiny(dtype=torch.float32)
-    seat(model)
+    replace_blocks(model)
     folder = surgery.save(model, tmp_path / "model")
     about = json.loads((folder / "attnzoo_config.json").read_text())
     del about["recipe"][1]
     (folder / "attnzoo_config.json").write_text(json.dumps(about))
-    with pytest.raises(attnzoo.ConversionError, match="expected seats of 'landmark' in all 2 blocks, got 1"):
+    with pytest.raises(attnzoo.ConversionError, match="expected replacements by 'landmark' in all 2 blocks, got 1"):
         surgery.load(folder)
 
 

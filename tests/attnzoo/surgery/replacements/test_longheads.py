@@ -22,7 +22,7 @@ OPTIONS: dict[str, Any] = {"chunk_size": 4, "attention_length": 16}
 EXACT = 1e-10
 
 
-def seated(model: Any, **options: Any) -> surgery.ConversionReport:
+def replace_blocks(model: Any, **options: Any) -> surgery.ConversionReport:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return surgery.convert(model, "longheads", **{**OPTIONS, **options})
@@ -52,7 +52,7 @@ def test_a_converted_model_computes_the_definition(select: Any) -> None:
     expected = logits(model, tokens)
     for layer, block in zip(model.model.layers, blocks, strict=True):
         layer.self_attn = block
-    seated(model, select=select)
+    replace_blocks(model, select=select)
     found = logits(model, tokens)
     assert_close(found, expected, EXACT)
     assert_close(found[:, :16], before[:, :16], EXACT)
@@ -73,7 +73,7 @@ def test_a_conversion_says_what_it_loses_and_undo_takes_it_back() -> None:
 @pytest.mark.parametrize("padding", [[0, 0], [0, 11], [25, 3]])
 def test_generating_is_prefill_with_padding_on_both_sides_of_the_threshold(select: Any, padding: list[int]) -> None:
     model, tokens = tiny(), ids(2, 26)
-    seated(model, select=select)
+    replace_blocks(model, select=select)
     mask = padding_mask(padding, 26)
     with torch.no_grad():
         out = model.generate(
@@ -86,7 +86,7 @@ def test_generating_is_prefill_with_padding_on_both_sides_of_the_threshold(selec
 
 def test_chunks_of_any_size_through_the_hosts_cache_are_one_call() -> None:
     model, tokens = tiny(), ids(2, 45)
-    seated(model)
+    replace_blocks(model)
     expected = logits(model, tokens)
     cache = DynamicCache(config=model.config)
     parts = [logits(model, part, past_key_values=cache) for part in tokens.split([7, 9, 1, 1, 14, 13], 1)]
@@ -97,7 +97,7 @@ def test_chunks_of_any_size_through_the_hosts_cache_are_one_call() -> None:
 
 def test_a_saved_model_is_the_same_and_loads_alone(tmp_path: Path) -> None:
     model, tokens = tiny(dtype=torch.float32), ids(1, 40)
-    seated(model, where=lambda site: site.layer == 1, select="block")
+    replace_blocks(model, where=lambda site: site.layer == 1, select="block")
     expected = logits(model, tokens)
     surgery.save(model, tmp_path / "saved")
     with warnings.catch_warnings():
@@ -109,7 +109,7 @@ def test_a_saved_model_is_the_same_and_loads_alone(tmp_path: Path) -> None:
 
 def test_a_converted_model_trains() -> None:
     model, tokens = tiny(), ids(2, 30)
-    seated(model)
+    replace_blocks(model)
     model.train()
     with attnzoo.record(model) as record:
         model(tokens, labels=tokens).loss.backward()
@@ -131,5 +131,5 @@ def test_bad_options_are_refused_and_change_nothing(options: dict[str, Any], nam
     model = tiny()
     before = snapshot(model)
     with pytest.raises(attnzoo.ConfigError, match=f"^{name}: expected"):
-        seated(model, **options)
+        replace_blocks(model, **options)
     assert_untouched(model, before)

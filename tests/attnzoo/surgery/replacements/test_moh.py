@@ -13,7 +13,7 @@ import attnzoo
 from attnzoo import surgery
 from attnzoo.evaluation.model_scores import decode
 from attnzoo.oracles import moh as oracle
-from attnzoo.surgery.replacements.replacement import LayerSeat
+from attnzoo.surgery.replacements.replacement import Replacement
 from tests.attnzoo.cases import recipe_of
 from tests.attnzoo.surgery.hosts.masks import padding_mask
 from tests.attnzoo.surgery.tiny import assert_close, assert_untouched, convert, ids, logits, snapshot, tiny
@@ -31,7 +31,7 @@ FEWER: dict[str, dict[str, Any]] = {
 
 
 def with_fewer(kind: str, **host: Any) -> Any:
-    """A host with seats of fewer heads, whose routers have opinions."""
+    """A host with replacements by fewer heads, whose routers have opinions."""
     model = tiny(**host)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="moh")
@@ -60,17 +60,17 @@ def test_all_heads_active_is_the_same_function(options: dict[str, Any], padding:
 
 
 @pytest.mark.parametrize("kind", FEWER)
-def test_a_seat_computes_what_the_oracle_does_with_the_hosts_weights(kind: str) -> None:
+def test_a_replacement_computes_what_the_oracle_does_with_the_hosts_weights(kind: str) -> None:
     model = with_fewer(kind, attention_bias=True)
-    seat = model.model.layers[1].self_attn
-    config = seat.layer.config
+    replacement = model.model.layers[1].self_attn
+    config = replacement.layer.config
     x = torch.randn(2, 17, 96, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     recipe = recipe_of(config)
     expected = oracle.moh(
-        x, seat.layer.state_dict(), recipe, routing_of(config), window=config.window, sink=config.sink
+        x, replacement.layer.state_dict(), recipe, routing_of(config), window=config.window, sink=config.sink
     ).out
     with torch.no_grad():
-        assert_close(seat(x)[0], expected, 1e-10)
+        assert_close(replacement(x)[0], expected, 1e-10)
 
 
 def test_fewer_heads_are_warned_of_once_at_the_callers_line() -> None:
@@ -97,7 +97,7 @@ def test_generating_with_padding_and_a_cache_equals_full_forwards(kind: str) -> 
 
 @pytest.mark.parametrize("adapter", [False, True])
 @pytest.mark.parametrize("kind", FEWER)
-def test_saved_seats_say_the_same_after_loading(kind: str, adapter: bool, tmp_path: Path) -> None:
+def test_saved_replacements_say_the_same_after_loading(kind: str, adapter: bool, tmp_path: Path) -> None:
     model, tokens = with_fewer(kind, dtype=torch.float32), ids(2, 24)
     folder = surgery.save(model, tmp_path / "model", adapter_only=adapter)
     loaded, _ = surgery.load(folder, **({"base": tiny(dtype=torch.float32)} if adapter else {}))
@@ -113,9 +113,9 @@ def test_training_reaches_projections_and_routers_and_the_loss_is_recorded() -> 
     assert len(losses) == 2
     assert_close(record.aux_loss.detach(), sum(losses).detach(), 1e-12)
     (out.log_softmax(-1)[:, :-1].gather(2, tokens[:, 1:, None]).mean() - 0.01 * record.aux_loss).backward()
-    seat = model.model.layers[0].self_attn
-    assert isinstance(seat, LayerSeat)
-    for name, parameter in seat.named_parameters():
+    replacement = model.model.layers[0].self_attn
+    assert isinstance(replacement, Replacement)
+    for name, parameter in replacement.named_parameters():
         assert parameter.grad is not None, name
         assert bool(parameter.grad.any()), name
 
@@ -175,7 +175,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(kind: str) -> None:
         assert_close(again, plain, 1e-12)
 
 
-def test_a_model_with_seats_compiles_and_says_the_same() -> None:
+def test_a_model_with_replacements_compiles_and_says_the_same() -> None:
     model, tokens = with_fewer("gathered", layers=1), ids(2, 17)
     expected = logits(model, tokens)
     assert_close(logits(torch.compile(model, backend="eager"), tokens), expected, EXACT)

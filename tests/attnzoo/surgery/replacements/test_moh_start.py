@@ -1,4 +1,4 @@
-"""What a seat starts from: routers at zero, whichever heads are active; the host's own scale; a warning where due."""
+"""What a replacement starts from: routers at zero, whichever heads are active; the host's scale; warnings."""
 
 from __future__ import annotations
 

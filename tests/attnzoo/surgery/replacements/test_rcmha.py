@@ -1,4 +1,4 @@
-"""RCMHA seated in a pretrained model: the same function at first, then whatever training makes of it."""
+"""RCMHA in the place of a pretrained model's blocks: the same function at first, then whatever training makes of it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def stirred(model: Any) -> Any:
-    """A seated model after something like training: every new part is far from nothing."""
+    """A replaced model after something like training: every new part is far from nothing."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -90,8 +90,8 @@ def test_a_seated_model_is_trained_saved_and_loaded(tmp_path: Path) -> None:
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
     assert losses[-1] < losses[0]
-    seat = model.model.layers[0].self_attn.layer
-    for parameter in (seat.conv["q"].weight, seat.rel_proj, seat.rel_u):
+    replacement = model.model.layers[0].self_attn.layer
+    for parameter in (replacement.conv["q"].weight, replacement.rel_proj, replacement.rel_u):
         assert float(parameter.detach().abs().max()) > 0
     model.eval()
     loaded, _ = surgery.load(surgery.save(model, tmp_path / "model"))

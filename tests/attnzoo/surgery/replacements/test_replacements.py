@@ -1,4 +1,4 @@
-"""Seats, by the one of plain attention: the same function in the host's hands, its caches, and what is refused."""
+"""Replacements, shown by plain attention: the same function in the host's hands, its caches, and what is refused."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from transformers import DynamicCache, QuantizedCache, StaticCache
 
 import attnzoo
 from attnzoo import surgery
-from attnzoo.surgery.replacements import SEATS
-from attnzoo.surgery.replacements.replacement import LayerSeat
-from attnzoo.surgery.replacements.spec import SeatSpec
+from attnzoo.surgery.replacements import REPLACEMENTS
+from attnzoo.surgery.replacements.replacement import Replacement
+from attnzoo.surgery.replacements.spec import ReplacementSpec
 from tests.attnzoo.surgery.hosts.masks import padding_mask
 from tests.attnzoo.surgery.hosts.test_hosts import MERGEABLE, ROUNDED, host
 from tests.attnzoo.surgery.tiny import (
@@ -25,7 +25,7 @@ from tests.attnzoo.surgery.tiny import (
     convert,
     ids,
     logits,
-    seat_mha,
+    replace_mha,
     snapshot,
     tiny,
 )
@@ -37,11 +37,13 @@ TOKENS = 30
 @pytest.mark.parametrize(("heads", "groups"), [(9, 3), (4, 4), (4, 1)])
 @pytest.mark.parametrize("padding", [[0, 0], [0, 11], [29, 3]])
 @pytest.mark.parametrize("right", [False, True])
-def test_a_seat_of_plain_attention_changes_nothing(heads: int, groups: int, padding: list[int], right: bool) -> None:
+def test_a_replacement_by_plain_attention_changes_nothing(
+    heads: int, groups: int, padding: list[int], right: bool
+) -> None:
     model, tokens, mask = tiny(heads, groups, attention_bias=True), ids(2, TOKENS), padding_mask(padding, TOKENS)
     mask = mask.flip(1) if right else mask
     expected = logits(model, tokens, attention_mask=mask)
-    seat_mha(model)
+    replace_mha(model)
     with attnzoo.record(model) as record:
         found = logits(model, tokens, attention_mask=mask)
     assert_close(found[mask.bool()], expected[mask.bool()], EXACT)
@@ -50,32 +52,32 @@ def test_a_seat_of_plain_attention_changes_nothing(heads: int, groups: int, padd
 
 @pytest.mark.parametrize("name", MERGEABLE)
 @pytest.mark.parametrize("padding", [[0, 0], [0, 11]])
-def test_relatives_of_the_host_say_the_same_with_seats(name: str, padding: list[int]) -> None:
+def test_relatives_of_the_host_say_the_same_with_replacements(name: str, padding: list[int]) -> None:
     model, tokens, mask = host(name), ids(2, TOKENS), padding_mask(padding, TOKENS)
     expected = logits(model, tokens, attention_mask=mask)[mask.bool()]
-    seat_mha(model)
+    replace_mha(model)
     assert_close(logits(model, tokens, attention_mask=mask)[mask.bool()], expected, ROUNDED)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_seat_in_low_precision_is_as_close_to_fp64_as_the_host_is(dtype: torch.dtype) -> None:
+def test_a_replacement_in_low_precision_is_as_close_to_fp64_as_the_host_is(dtype: torch.dtype) -> None:
     model, tokens = tiny(dtype=dtype), ids(2, TOKENS)
     truth, theirs = logits(model.double(), tokens), logits(model.to(dtype), tokens)
-    seat_mha(model)
+    replace_mha(model)
     ours = logits(model, tokens)
     assert ours.dtype == dtype
     errors = [float((x.double() - truth).abs().max()) for x in (theirs, ours)]
     assert errors[1] <= 2 * errors[0] + torch.finfo(dtype).eps * float(truth.abs().max())
 
 
-def test_the_hosts_positions_are_what_a_seat_rotates_by() -> None:
+def test_the_hosts_positions_are_what_a_replacement_rotates_by() -> None:
     # Positions that leave gaps: what counts is what the host says, not the slot.
     model, tokens = tiny(), ids(2, TOKENS)
     positions = 3 * torch.arange(TOKENS).unsqueeze(0) + torch.tensor([[5], [0]])
     cache = DynamicCache(config=model.config)
     expected = logits(model, tokens, position_ids=positions, past_key_values=cache)
     plain = logits(model, tokens)
-    seat_mha(model)
+    replace_mha(model)
     found = logits(model, tokens, position_ids=positions, past_key_values=DynamicCache(config=model.config))
     assert_close(found, expected, EXACT)
     assert float((found - plain).abs().max()) > 1e-3
@@ -88,11 +90,11 @@ def test_weights_modules_and_hooks_stay_the_hosts_own_and_random_numbers_are_not
     before, state = {id(p) for p in model.parameters()}, torch.get_rng_state()
     calls: list[Any] = []
     blocks[0].k_proj.register_forward_hook(lambda *args: calls.append(args))
-    report = seat_mha(model)
+    report = replace_mha(model)
     assert torch.equal(torch.get_rng_state(), state)
     assert {id(p) for p in model.parameters()} == before
     for block, layer in zip(blocks, model.model.layers, strict=True):
-        assert isinstance(layer.self_attn, LayerSeat)
+        assert isinstance(layer.self_attn, Replacement)
         assert all(getattr(layer.self_attn, name) is getattr(block, name) for name in ("q_proj", "k_proj", "o_proj"))
     weight = blocks[0].v_proj.weight.detach().clone()
     model(ids(1, 9)).logits.sum().backward()
@@ -103,14 +105,14 @@ def test_weights_modules_and_hooks_stay_the_hosts_own_and_random_numbers_are_not
     assert model.model.layers[0].self_attn is blocks[0]
 
 
-def test_seats_beside_blocks_that_stay_share_one_cache() -> None:
+def test_replacements_beside_blocks_that_stay_share_one_cache() -> None:
     model, tokens = tiny(layers=3), ids(2, 14)
     mask = padding_mask([0, 6], 14)
     options: dict[str, Any] = {"max_new_tokens": 90, "do_sample": False, "pad_token_id": 0, "attention_mask": mask}
     expected = model.generate(tokens * mask, **options)
-    seat_mha(model, where=lambda site: site.layer == 1)
-    assert [isinstance(model.get_submodule(site.path), LayerSeat) for site in surgery.find(model)] == [0, 1, 0]
-    # More tokens than a seat's first buffers hold.
+    replace_mha(model, where=lambda site: site.layer == 1)
+    assert [isinstance(model.get_submodule(site.path), Replacement) for site in surgery.find(model)] == [0, 1, 0]
+    # More tokens than a replacement's first buffers hold.
     assert model.generate(tokens * mask, **options).tolist() == expected.tolist()
 
 
@@ -118,12 +120,12 @@ def test_seats_beside_blocks_that_stay_share_one_cache() -> None:
 def test_a_cache_is_cut_back_repeated_chosen_from_and_emptied(padding: list[int]) -> None:
     model, tokens, other = tiny(), ids(3, 20), ids(3, 6, seed=8)
     mask, more = padding_mask(padding, 20), torch.ones(3, 6, dtype=torch.long)
-    plain, seated = DynamicCache(config=model.config), DynamicCache(config=model.config)
+    plain, replaced = DynamicCache(config=model.config), DynamicCache(config=model.config)
     twins = [copy.deepcopy(model), model]
-    seat_mha(model)
+    replace_mha(model)
     pick = torch.tensor([4, 0, 3])
     said = []
-    for twin, cache in zip(twins, (plain, seated), strict=True):
+    for twin, cache in zip(twins, (plain, replaced), strict=True):
         logits(twin, tokens, attention_mask=mask, past_key_values=cache)
         cache.crop(-7)
         assert cache.get_seq_length() == 13
@@ -146,10 +148,10 @@ def test_a_cache_is_cut_back_repeated_chosen_from_and_emptied(padding: list[int]
 
 def test_gradients_through_a_cache_reach_the_current_tokens() -> None:
     grads = []
-    for seated in (False, True):
+    for replaced in (False, True):
         model, tokens = tiny(), ids(2, 12)
-        if seated:
-            seat_mha(model)
+        if replaced:
+            replace_mha(model)
         cache = DynamicCache(config=model.config)
         with torch.no_grad():
             model(tokens, past_key_values=cache)
@@ -161,13 +163,13 @@ def test_gradients_through_a_cache_reach_the_current_tokens() -> None:
 
 
 @pytest.mark.parametrize("name", ["static", "offloaded", "foreign", "another", "quantized"])
-def test_caches_that_cannot_hold_a_seats_streams_are_refused_by_name(name: str) -> None:
+def test_caches_that_cannot_hold_a_replacements_streams_are_refused_by_name(name: str) -> None:
     model, tokens = tiny(), ids(1, 8)
     cache: Any = DynamicCache(config=model.config)
     if name == "foreign":
         logits(model, tokens, past_key_values=cache)
     twin = copy.deepcopy(model)
-    seat_mha(model)
+    replace_mha(model)
     if name == "static":
         cache = StaticCache(config=model.config, max_cache_len=32)
     elif name == "offloaded":
@@ -176,11 +178,11 @@ def test_caches_that_cannot_hold_a_seats_streams_are_refused_by_name(name: str) 
         cache = QuantizedCache.__new__(QuantizedCache)
         cache.__dict__.update({"layers": [object()] * 2, "offloading": False, "layer_class_to_replicate": None})
     elif name == "another":
-        seat_mha(twin)
+        replace_mha(twin)
         logits(twin, tokens, past_key_values=cache)
-    seat = model.model.layers[0].self_attn
+    replacement = model.model.layers[0].self_attn
     with pytest.raises(attnzoo.AttnzooError, match=r"^(past_key_values|cache): expected"), torch.no_grad():
-        seat(
+        replacement(
             torch.zeros(1, 8, 96, dtype=torch.float64),
             None,
             None if name not in ("foreign", "another") else attnzoo_mask(8),
@@ -195,9 +197,9 @@ def attnzoo_mask(first: int) -> Any:
     return Geometry(first, None)
 
 
-def test_a_cache_that_a_seat_has_filled_is_refused_by_the_model_without_it() -> None:
+def test_a_cache_that_a_replacement_has_filled_is_refused_by_the_model_without_it() -> None:
     model, tokens = tiny(), ids(1, 8)
-    report = seat_mha(model)
+    report = replace_mha(model)
     cache = DynamicCache(config=model.config)
     logits(model, tokens, past_key_values=cache)
     report.undo()
@@ -208,7 +210,7 @@ def test_a_cache_that_a_seat_has_filled_is_refused_by_the_model_without_it() -> 
 @pytest.mark.parametrize("later", [None, [0, 6], [3, 0]])
 def test_padding_that_is_forgotten_or_changed_between_calls_is_refused(later: list[int] | None) -> None:
     model, tokens = tiny(), ids(2, 10)
-    seat_mha(model)
+    replace_mha(model)
     cache = DynamicCache(config=model.config)
     logits(model, tokens, attention_mask=padding_mask([0, 3], 10), past_key_values=cache)
     more = {} if later is None else {"attention_mask": padding_mask(later, 11)}
@@ -218,9 +220,9 @@ def test_padding_that_is_forgotten_or_changed_between_calls_is_refused(later: li
     assert bool(said.isfinite().all())
 
 
-def test_what_a_seat_cannot_honour_is_refused_by_name() -> None:
+def test_what_a_replacement_cannot_honour_is_refused_by_name() -> None:
     model, tokens = tiny(attention_dropout=0.1), ids(1, 8)
-    seat_mha(model)
+    replace_mha(model)
     logits(model, tokens)
     with pytest.raises(attnzoo.UnsupportedError, match=r"^dropout: "):
         logits(model.train(), tokens)
@@ -229,46 +231,46 @@ def test_what_a_seat_cannot_honour_is_refused_by_name() -> None:
         logits(model, tokens, output_attentions=True)
     with pytest.raises(attnzoo.UnsupportedError, match=r"^attention_mask: "):
         logits(model, tokens, attention_mask=torch.zeros(1, 1, 8, 8, dtype=torch.float64))
-    seat, x = model.model.layers[0].self_attn, torch.zeros(1, 8, 96, dtype=torch.float64)
+    replacement, x = model.model.layers[0].self_attn, torch.zeros(1, 8, 96, dtype=torch.float64)
     with pytest.raises(attnzoo.UnsupportedError, match=r"^position_ids: "):
-        seat(x, (x, x))
+        replacement(x, (x, x))
     with pytest.raises(attnzoo.UnsupportedError, match=r"^colour: "):
-        seat(x, colour="red")
+        replacement(x, colour="red")
 
 
-def test_places_where_no_seat_fits_are_refused_and_left_alone() -> None:
-    for spoil, reason in (("q_norm", "q_norm"), ("sliding_window", "sliding window"), ("rule", "rule")):
+def test_places_where_no_replacement_fits_are_refused_and_left_alone() -> None:
+    for spoil, reason in (("q_norm", "q_norm"), ("sliding_window", "sliding window"), ("pattern", "read pattern")):
         model = tiny()
         block = model.model.layers[1].self_attn
-        if spoil == "rule":
+        if spoil == "pattern":
             convert(model, "mha", window=9, sink=1, where=lambda site: site.layer == 1)
         else:
             setattr(block, spoil, 8 if spoil == "sliding_window" else nn.Identity())
         before = snapshot(model)
         with pytest.raises(attnzoo.UnsupportedError, match=reason):
-            seat_mha(model)
+            replace_mha(model)
         assert_untouched(model, before)
     model = host("qwen3")
     with pytest.raises(attnzoo.UnsupportedError, match="k_norm"):
-        seat_mha(model)
+        replace_mha(model)
 
 
-def test_a_seat_is_not_converted_a_second_time() -> None:
+def test_a_replacement_is_not_converted_a_second_time() -> None:
     model = tiny()
-    seat_mha(model)
+    replace_mha(model)
     before = snapshot(model)
     for variant, options in (("mha", {}), ("lowrank_gqa", {"method": "mean", "num_kv_heads": 1})):
-        with pytest.raises(attnzoo.UnsupportedError, match="seat of 'mha'"):
+        with pytest.raises(attnzoo.UnsupportedError, match="replacement by 'mha'"):
             convert(model, variant, **options)
-    with pytest.raises(attnzoo.UnsupportedError, match="seat of 'mha'"):
-        seat_mha(model)
+    with pytest.raises(attnzoo.UnsupportedError, match="replacement by 'mha'"):
+        replace_mha(model)
     assert_untouched(model, before)
 
 
 @pytest.mark.parametrize("change", [{"num_kv_heads": 3}, {"dim": 48}, {"causal": False}, {"window": -1}, {"colour": 1}])
 def test_a_recipe_that_does_not_fit_is_refused(change: dict[str, Any], tmp_path: Path) -> None:
     model = tiny(dtype=torch.float32)
-    seat_mha(model)
+    replace_mha(model)
     folder = surgery.save(model, tmp_path / "model")
     about = json.loads((folder / "attnzoo_config.json").read_text())
     about["recipe"][1]["config"] |= change
@@ -294,12 +296,12 @@ class _Mark:
 def test_a_change_to_the_model_is_made_once_saved_and_taken_back(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    spec = SeatSpec(model_change=lambda model, config: _Mark(model), model_state=("mark",))
-    monkeypatch.setitem(SEATS, "mha", spec)
+    spec = ReplacementSpec(model_change=lambda model, config: _Mark(model), model_state=("mark",))
+    monkeypatch.setitem(REPLACEMENTS, "mha", spec)
     model, base, tokens = tiny(layers=3), tiny(layers=3), ids(1, 9)
     before = snapshot(model)
-    first = seat_mha(model, where=lambda site: site.layer < 2)
-    second = seat_mha(model, where=lambda site: site.layer == 2)
+    first = replace_mha(model, where=lambda site: site.layer < 2)
+    second = replace_mha(model, where=lambda site: site.layer == 2)
     with torch.no_grad():
         model.mark.add_(1)
     loaded, _ = surgery.load(surgery.save(model, tmp_path / "adapter", adapter_only=True), base=base)
@@ -311,7 +313,7 @@ def test_a_change_to_the_model_is_made_once_saved_and_taken_back(
     assert_untouched(model, before)
 
 
-def test_a_seat_that_cannot_be_built_leaves_the_model_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_replacement_that_cannot_be_built_leaves_the_model_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
 
     def fail_later(layer: Any) -> None:
@@ -319,21 +321,21 @@ def test_a_seat_that_cannot_be_built_leaves_the_model_alone(monkeypatch: pytest.
         if len(calls) == 2:
             raise RuntimeError("no start")
 
-    monkeypatch.setitem(SEATS, "mha", SeatSpec(start=fail_later))
+    monkeypatch.setitem(REPLACEMENTS, "mha", ReplacementSpec(start=fail_later))
     model = tiny(layers=3).train()
     model.model.layers[1].self_attn.eval()
     before = snapshot(model)
     with pytest.raises(RuntimeError, match="no start"):
-        seat_mha(model)
+        replace_mha(model)
     assert len(calls) == 2
     assert_untouched(model, before)
 
 
-def test_a_seat_that_numbers_tokens_itself_refuses_positions_that_jump(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(SEATS, "mha", SeatSpec(by_slot=True))
+def test_a_replacement_that_numbers_tokens_itself_refuses_positions_that_jump(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(REPLACEMENTS, "mha", ReplacementSpec(by_slot=True))
     model, tokens, mask = tiny(), ids(2, TOKENS), padding_mask([0, 11], TOKENS)
     expected = logits(model, tokens, attention_mask=mask)
-    seat_mha(model)
+    replace_mha(model)
     assert_close(logits(model, tokens, attention_mask=mask)[mask.bool()], expected[mask.bool()], EXACT)
     jump = torch.arange(TOKENS).roll(1).unsqueeze(0)
     with pytest.raises(attnzoo.UnsupportedError, match=r"^position_ids: "):

@@ -1,0 +1,117 @@
+"""What a family of hosts says about one attention block, and the base of what may stand in a block's place.
+
+Letters: B batch, T query tokens, C model width, H query heads, G KV heads, D head width, Dv value width.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from attnzoo.base.rope import RotaryConfig
+from attnzoo.reporting.warn import warn_caller
+from attnzoo.surgery.hosts import attention_function
+from attnzoo.surgery.hosts.projections import Projections
+
+ROLES = ("q_proj", "k_proj", "v_proj", "o_proj")
+"""What projects, by the names that attnzoo's layers give it."""
+
+
+class Conversion(Enum):
+    """What a conversion needs of a block: that its reads can be directed, its weights changed, or it be replaced."""
+
+    READING = "reading"
+    WEIGHTS = "weights"
+    REPLACING = "replacing"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Block:
+    """What a family knows about one attention module; nothing of it is copied.
+
+    Attributes:
+        heads: Query heads H.
+        kv_heads: KV heads G.
+        head_dim: Width D of a head's queries and keys.
+        value_dim: Width Dv of a head's values.
+        width: Width C of the model.
+        cached_values: Says how many values the cache holds for each of the host's tokens.
+        project: ``[B, T, C]`` to q ``[B, H, T, D]``, k ``[B, G, T, D]`` and v ``[B, G, T, Dv]``: biases and norms after
+            projection are done, rotation is not.
+        output: ``[B, T, H * Dv]`` to ``[B, T, C]``.
+        projections: The modules that project, by the names in ``ROLES``; empty where none stand for them.
+        weights: Their plain weights by role. Raises ConversionError, naming the role, where none stand for it.
+        rotary: How queries and keys are rotated; ``None`` if they are not. Raises ConfigError for a rotation that is
+            not known here, which keeps nobody from changing what a block reads.
+        rope_type: The host's name for its rotation, or ``None``.
+        scale: The factor on scores.
+        causal: Whether a token reads what came before alone.
+        window: Tokens of the block's own sliding window, or ``None``.
+        reply: What its parent unpacks.
+        reasons: Why a kind of conversion cannot be done here; nothing where it can.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    width: int
+    cached_values: Callable[[], int]
+    project: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+    output: Callable[[Tensor], Tensor]
+    projections: Mapping[str, Any]
+    weights: Callable[[], Projections]
+    rotary: Callable[[], RotaryConfig | None]
+    rope_type: str | None
+    scale: float
+    causal: bool
+    window: int | None
+    reply: Literal["pair", "triple", "tensor"]
+    reasons: Mapping[Conversion, tuple[str, ...]]
+
+
+class ReplacementModule(nn.Module):
+    """A module of attnzoo's that a host calls as its attention block. It describes itself as families do.
+
+    Attributes:
+        family: The name of the family of the block whose place it takes.
+        config: The host's configuration.
+        layer_idx: Its index in the host's cache.
+    """
+
+    needs_interface = True
+
+    def __init__(self, host: nn.Module, family: str) -> None:
+        super().__init__()
+        block: Any = host
+        self.family = family
+        self.config = block.config
+        self.layer_idx = int(block.layer_idx)
+        self.is_causal = True
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        # A process that only loads a pickle has registered nothing yet.
+        attention_function.register()
+
+    @abstractmethod
+    def block(self) -> Block:
+        """What a family says about its blocks, of this module."""
+
+
+LENGTH_DEPENDENT = ("dynamic", "longrope")
+"""Kinds of rotation whose frequencies follow the length of a call."""
+
+
+def warn_of_lengths(block: Block) -> None:
+    """Warns where a host's frequencies follow the length of a call: those of a replacement do not."""
+    if block.rope_type in LENGTH_DEPENDENT:
+        warn_caller(
+            f"rope_type {block.rope_type!r}: the model changes its frequencies with the length of a call; converted "
+            "blocks keep those of the length that it was trained at"
+        )

@@ -1,0 +1,77 @@
+"""The families of hosts that are known, asked through one interface.
+
+To add one: a file ``hosts/<family>.py`` with a ``FAMILY``, and its place in ``FAMILIES``.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from attnzoo.surgery.hosts import llama
+from attnzoo.surgery.hosts.block import Block, ReplacementModule
+from attnzoo.surgery.hosts.family import Family
+from attnzoo.surgery.hosts.projections import Projections
+from attnzoo.surgery.hosts.site import Site
+from attnzoo.surgery.hosts.weights import type_name
+from attnzoo_kernels.errors import ConversionError
+
+FAMILIES: tuple[Family, ...] = (llama.FAMILY,)
+
+
+def is_block(module: nn.Module) -> bool:
+    """Whether a module is an attention block of a known family, or a replacement in its place."""
+    return isinstance(module, ReplacementModule) or any(family.matches(module) for family in FAMILIES)
+
+
+def family_of(module: nn.Module) -> Family:
+    """The family of an attention block, or of the block whose place it has taken.
+
+    Raises:
+        ConversionError: If none knows it.
+    """
+    for family in FAMILIES:
+        if family.matches(module) or (isinstance(module, ReplacementModule) and module.family == family.name):
+            return family
+    raise ConversionError(f"block: expected one of {', '.join(known_classes())}, got {type_name(module)}")
+
+
+def block_of(module: nn.Module) -> Block:
+    """What is known about an attention block.
+
+    Raises:
+        ConversionError: If no family knows it, or a projection does not say its sizes.
+    """
+    return module.block() if isinstance(module, ReplacementModule) else family_of(module).block(module)
+
+
+def site_of(path: str, layer: int, module: nn.Module) -> Site:
+    """Where an attention block is, and its sizes; to be looked at, its projections need not be plain.
+
+    Raises:
+        ConversionError: If a projection does not say its sizes.
+    """
+    try:
+        block = block_of(module)
+    except ConversionError as error:
+        raise ConversionError(f"{path}.{error}") from error
+    name = family_of(module).name
+    return Site(path, name, layer, block.heads, block.kv_heads, block.head_dim, block.width)
+
+
+def weights_of(module: nn.Module) -> Projections:
+    """The weights of an attention block by role, by reference.
+
+    Raises:
+        ConversionError: If a projection is no plain product.
+    """
+    return block_of(module).weights()
+
+
+def with_weights(module: nn.Module, projections: Projections) -> nn.Module:
+    """An attention block of the same class with other weights; the original is untouched."""
+    return family_of(module).with_weights(module, projections)
+
+
+def known_classes() -> tuple[str, ...]:
+    """The names of all classes that are known."""
+    return tuple(name for family in FAMILIES for name in family.classes)

@@ -1,0 +1,140 @@
+"""What every kind of conversion says: how it is prepared, made again from a recipe, and what a block then caches."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, Field, dataclass
+from typing import Any, ClassVar
+
+from torch import nn
+
+from attnzoo.surgery.hosts import weights
+from attnzoo.surgery.hosts.block import Conversion
+from attnzoo.surgery.hosts.families import block_of
+from attnzoo.surgery.hosts.site import Site
+from attnzoo.surgery.lowrank.calibration import Progress, Statistics
+from attnzoo.surgery.transaction import Change
+from attnzoo_kernels.errors import ConfigError, UnsupportedError
+
+REQUIRED = "required"
+"""Stands for the default of an option that has none."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Order:
+    """What a caller asks of some sites.
+
+    Attributes:
+        model: The model.
+        sites: Which of its attention blocks.
+        variant: What to convert them to.
+        options: Of the variant, completed by the kind.
+        calibration: A text, or what was collected from it before.
+        progress: Told how far the work is.
+    """
+
+    model: nn.Module
+    sites: Sequence[Site]
+    variant: str
+    options: dict[str, Any]
+    calibration: Iterable[Any] | Statistics | None = None
+    progress: Progress | None = None
+
+    def module(self, site: Site) -> nn.Module:
+        """The attention block at a site."""
+        return self.model.get_submodule(site.path)
+
+    def refuse_calibration(self) -> None:
+        """Raises where a text was given to a kind that has no use for it.
+
+        Raises:
+            ConfigError: If one was.
+        """
+        if self.calibration is not None:
+            raise ConfigError(f"calibration: expected None, {self.variant!r} has no use for it")
+
+
+class Kind(ABC):
+    """A kind of conversion.
+
+    Attributes:
+        word: What recipes call it.
+        conversion: What it needs of a block.
+        changes_weights: Whether an adapter stores the blocks that it changes.
+        keeps_class: Whether changed blocks are ordinary blocks of their host, whose weights anybody may read.
+    """
+
+    word: ClassVar[str]
+    conversion: ClassVar[Conversion]
+    changes_weights: ClassVar[bool] = True
+    keeps_class: ClassVar[bool] = False
+
+    @abstractmethod
+    def takes(self, variant: str, options: dict[str, Any]) -> bool:
+        """Whether a variant with these options is converted so."""
+
+    @abstractmethod
+    def options(self, variant: str) -> dict[str, Any]:
+        """The options of a variant, by name, with their defaults."""
+
+    def completed(self, variant: str, options: dict[str, Any]) -> dict[str, Any]:
+        """A caller's options with those that this kind starts from."""
+        return options
+
+    @abstractmethod
+    def prepare(self, order: Order) -> list[Change]:
+        """Everything that a conversion will do, with nothing done yet.
+
+        Raises:
+            ConfigError: If an option is unknown or does not fit.
+            UnsupportedError: If a site cannot be converted so.
+        """
+
+    @abstractmethod
+    def rebuild(self, model: nn.Module, site: Site, entry: dict[str, Any]) -> Change:
+        """The change that an entry of a recipe describes, with weights still to come.
+
+        Raises:
+            ConversionError: If it does not fit the site.
+        """
+
+    def values(self, module: nn.Module) -> int:
+        """Values that a block caches for each token."""
+        return block_of(module).cached_values()
+
+    def current(self, module: nn.Module, entry: dict[str, Any]) -> dict[str, Any]:
+        """An entry of a recipe as its block is set now."""
+        return entry
+
+    def model_state(self, entry: dict[str, Any]) -> tuple[str, ...]:
+        """Prefixes of what an entry adds to the model beside its block."""
+        return ()
+
+    def check_model(self, model: nn.Module) -> None:  # noqa: B027  (most kinds have nothing to ask of the whole)
+        """Raises if a model has not all that recipes must bring together.
+
+        Raises:
+            ConversionError: If something is missing.
+        """
+
+    def refuse(self, model: nn.Module, sites: Sequence[Site], *, weights_come: bool = False) -> None:
+        """Raises unless blocks can be converted so; weights that a file brings afterwards need not be there.
+
+        Raises:
+            UnsupportedError: If one cannot.
+        """
+        for site in sites:
+            block = block_of(model.get_submodule(site.path))
+            reasons = block.reasons[self.conversion]
+            if self.changes_weights and not reasons and not weights_come:
+                reasons = weights.reasons_against(block.projections)
+            if reasons:
+                raise UnsupportedError(f"{site.path}: cannot be converted: {'; '.join(reasons)}", reasons)
+
+
+def default_of(field: Field[Any]) -> Any:
+    """A field's default, or ``REQUIRED``."""
+    if field.default_factory is not MISSING:
+        return field.default_factory()
+    return REQUIRED if field.default is MISSING else field.default

@@ -1,0 +1,129 @@
+"""Low-rank conversions: other weights in blocks of the host's own class, or latents in their place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+from torch import nn
+
+from attnzoo.reporting.choices import check_known
+from attnzoo.reporting.warn import warn_caller
+from attnzoo.surgery.hosts import families
+from attnzoo.surgery.hosts.block import Conversion, warn_of_lengths
+from attnzoo.surgery.hosts.projections import LatentProjections, Projections, latent_like, with_kv_heads
+from attnzoo.surgery.hosts.site import Site
+from attnzoo.surgery.kinds.kind import Kind, Order, default_of
+from attnzoo.surgery.lowrank import factor
+from attnzoo.surgery.replacements.latent import LatentReplacement
+from attnzoo.surgery.report import SiteReport
+from attnzoo.surgery.sites import places_of
+from attnzoo.surgery.transaction import Change
+from attnzoo_kernels.errors import ConfigError, ConversionError, UnsupportedError
+
+VARIANT = "lowrank_gqa"
+
+
+class Weights(Kind):
+    """Blocks of the host's own class with other weights: merged, repeated or averaged KV heads."""
+
+    word = "weights"
+    conversion = Conversion.WEIGHTS
+    keeps_class = True
+
+    def takes(self, variant: str, options: dict[str, Any]) -> bool:
+        """Whether a variant changes weights alone."""
+        return variant == VARIANT
+
+    def options(self, variant: str) -> dict[str, Any]:
+        """The options of a low-rank conversion, by name, with their defaults."""
+        return {field.name: default_of(field) for field in fields(factor.Request)}
+
+    def prepare(self, order: Order) -> list[Change]:
+        """New modules for sites that get other weights, solved from the calibration text where the method reads one."""
+        self.refuse(order.model, order.sites)
+        request = self._request(order)
+        _refuse_shared(order, request)
+
+        def build(site: Site, projections: Projections) -> nn.Module:
+            return families.with_weights(order.module(site), projections)
+
+        solutions = factor.solve(
+            order.model,
+            order.sites,
+            request,
+            read=families.weights_of,
+            build=build,
+            calibration=order.calibration,
+            progress=order.progress,
+        )
+        return [self._change(site, order.module(site), solutions[site.path]) for site in order.sites]
+
+    def _request(self, order: Order) -> factor.Request:
+        for name in order.options:
+            check_known(name, self.options(order.variant), f"options for {order.variant!r}")
+        if "method" not in order.options:
+            raise ConfigError(f"method: expected one of {', '.join(factor.METHODS)}, got none")
+        if order.options["method"] == "mean":
+            warn_caller("method 'mean' is a baseline that ruins most models; 'commuting' is the conversion")
+        return factor.Request(**order.options)
+
+    def _change(self, site: Site, old: nn.Module, solution: factor.Solution) -> Change:
+        module, sizes = self._module(old, solution.projections)
+        entry = {"path": site.path, "variant": VARIANT, "kind": self.word, **sizes}
+        report = SiteReport(site, self.values(old), self.values(module), solution.kept, solution.error)
+        return Change(report, entry, module=module)
+
+    def _module(self, old: nn.Module, found: Any) -> tuple[nn.Module, dict[str, int]]:
+        """A block with these weights, and what a recipe says about its sizes."""
+        return families.with_weights(old, found), {"num_kv_heads": found.num_kv_heads}
+
+    def rebuild(self, model: nn.Module, site: Site, entry: dict[str, Any]) -> Change:
+        """A block of as many KV heads as an entry of a recipe says."""
+        old = model.get_submodule(site.path)
+        heads = _whole(entry, "num_kv_heads", [n for n in range(1, site.heads + 1) if site.heads % n == 0])
+        module = families.with_weights(old, with_kv_heads(families.weights_of(old), heads))
+        values = self.values(old)
+        return Change(SiteReport(site, values, values), entry, module=module)
+
+
+class Latents(Weights):
+    """Replacements that cache one latent a token, from which keys and values of all heads are expanded."""
+
+    word = "latent"
+    keeps_class = False
+
+    def takes(self, variant: str, options: dict[str, Any]) -> bool:
+        """Whether latents are asked for."""
+        return variant == VARIANT and options.get("method") == "latent"
+
+    def _module(self, old: nn.Module, found: LatentProjections) -> tuple[nn.Module, dict[str, int]]:
+        warn_of_lengths(families.block_of(old))
+        return LatentReplacement(old, found), {"latent_dim": found.down.shape[0]}
+
+    def rebuild(self, model: nn.Module, site: Site, entry: dict[str, Any]) -> Change:
+        """A latent of the width that an entry of a recipe says."""
+        old = model.get_submodule(site.path)
+        values = self.values(old)
+        width = _whole(entry, "latent_dim", [n + 1 for n in range(values)])
+        module = LatentReplacement(old, latent_like(families.weights_of(old), width))
+        return Change(SiteReport(site, values, width), entry, module=module)
+
+
+def _refuse_shared(order: Order, request: factor.Request) -> None:
+    """A block that runs twice in a pass has two sets of inputs, which one set of statistics does not describe."""
+    for site in order.sites:
+        places = places_of(order.model, order.module(site))
+        if request.needs_calibration and len(places) > 1:
+            reason = f"it is applied at {', '.join(places)}, and method {request.method!r} calibrates one place"
+            raise UnsupportedError(f"{site.path}: cannot be converted: {reason}", (reason,))
+
+
+def _whole(entry: dict[str, Any], name: str, allowed: Sequence[int]) -> int:
+    value = entry.get(name)
+    if isinstance(value, bool) or not isinstance(value, int) or value not in allowed:
+        raise ConversionError(
+            f"recipe: {name}: expected an int that fits {entry['path']}, at most {allowed[-1]}, got {value!r}"
+        )
+    return value

@@ -1,0 +1,130 @@
+"""An attention block that caches a latent, from which the keys and values of all heads are expanded.
+
+Letters: B batch, T query tokens, S slots, C model width, H query heads, G KV heads, D head width, r latent width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attnzoo.base.rope import apply_rotary, rotary_tables
+from attnzoo.cache.replay import is_replay, refuse_replay
+from attnzoo.surgery.hosts import attention_function
+from attnzoo.surgery.hosts.block import Block, Conversion, ReplacementModule
+from attnzoo.surgery.hosts.calls import read_call
+from attnzoo.surgery.hosts.families import family_of
+from attnzoo.surgery.hosts.projections import LatentProjections, Projections, linear_of, set_weights, size_of
+from attnzoo_kernels.errors import ConversionError
+
+_REASON = "it is a latent replacement already; undo that conversion first"
+
+
+class LatentReplacement(ReplacementModule):
+    """An attention block that caches a latent, in the place of one of its host.
+
+    The host's cache holds the latent as keys ``[B, 1, S, r]`` beside values of width 0: crop, reorder and static
+    buffers work as ever. Keys are expanded and rotated at use. Rotation goes by slot: scores depend on differences of
+    positions alone, so that padding on the left shifts nothing.
+    """
+
+    def __init__(self, module: nn.Module, projections: LatentProjections) -> None:
+        super().__init__(module, family_of(module).name)
+        p = projections
+        old = linear_of(module, "q_proj")
+        self.num_heads = p.num_heads
+        self.num_kv_heads = p.num_kv_heads
+        self.head_dim = p.head_dim
+        self.rotary = p.rotary
+        self.scaling = p.scale
+        with torch.device("meta"):
+            self.q_proj = nn.Linear(p.q.shape[1], p.q.shape[0], bias=p.q_bias is not None)
+            self.kv_down = nn.Linear(p.down.shape[1], p.down.shape[0], bias=p.down_bias is not None)
+            self.kv_up = nn.Linear(p.up.shape[1], p.up.shape[0], bias=False)
+            self.o_proj = nn.Linear(p.o.shape[1], p.o.shape[0], bias=p.o_bias is not None)
+        set_weights(self.q_proj, p.q, p.q_bias, like=old)
+        set_weights(self.kv_down, p.down, p.down_bias, like=old)
+        set_weights(self.kv_up, p.up, None, like=old)
+        set_weights(self.o_proj, p.o, p.o_bias, like=linear_of(module, "o_proj"))
+        attention_function.take_over(self, module, p.num_kv_heads)
+
+    def block(self) -> Block:
+        """What a family says about its blocks, of this module."""
+        return Block(
+            heads=self.num_heads,
+            kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            value_dim=self.head_dim,
+            width=size_of(self, "q_proj", "in_features"),
+            cached_values=lambda: self.kv_down.out_features,
+            project=self._project,
+            output=self.o_proj,
+            projections={},
+            weights=self._weights,
+            rotary=lambda: self.rotary,
+            rope_type=None,
+            scale=self.scaling,
+            causal=True,
+            window=None,
+            reply="pair",
+            reasons=dict.fromkeys(Conversion, (_REASON,)),
+        )
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Any = None,
+        cache: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """As the host calls it: ``[B, T, C]`` to ``([B, T, C], None)``.
+
+        Raises:
+            UnsupportedError: If positions are not those of the slots, an argument cannot be honoured, or a backward
+                makes a call with a cache once more.
+        """
+        call = read_call(kwargs, cache)
+        attention_function.check_implementation(self.config)
+        # One that is empty was made inside the checkpointed part.
+        if call.cache is not None and is_replay() and call.cache.get_seq_length(self.layer_idx):
+            refuse_replay("past_key_values")
+        q = self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H, T, D]
+        latent = self.kv_down(hidden_states).unsqueeze(1)  # [B, 1, T, r]
+        first = attention_function.first_slot(attention_mask, call.cache, self.layer_idx)
+        real = getattr(attention_mask, "real", None)
+        attention_function.check_consecutive(
+            call.position_ids, first, real, "a latent replacement", padding_counts=True
+        )
+        # The KV cache: latents of earlier tokens before those of this call.
+        if call.cache is not None:
+            latent, _ = call.cache.update(latent, latent[..., :0], self.layer_idx)
+        k, v = self._expand(latent.squeeze(1))  # [B, G, S, D] each
+        # Rotation by slot, of queries and of all keys.
+        slots = torch.arange(k.shape[2], device=k.device)
+        q = self._rotate(q, slots[: q.shape[2]] + first)
+        k = self._rotate(k, slots)
+        out, _ = attention_function.attend(self, q, k, v, attention_mask, scaling=self.scaling)
+        return self.o_proj(out.flatten(-2)), None
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H, T, D]
+        return q, *self._expand(self.kv_down(x))
+
+    def _expand(self, latent: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of all heads from latents ``[B, S, r]``."""
+        heads = self.kv_up(latent).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, 2 G, S, D]
+        k, v = heads.chunk(2, dim=1)
+        return k, v
+
+    def _weights(self) -> Projections:
+        raise ConversionError("kv_down: expected projections of keys and values, got a latent that stands for both")
+
+    def _rotate(self, x: Tensor, slots: Tensor) -> Tensor:
+        if self.rotary is None:
+            return x
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        cos, sin = rotary_tables(self.rotary, self.head_dim, slots.unsqueeze(0), dtype)
+        return apply_rotary(x, cos, sin, self.rotary.interleaved)
