@@ -166,7 +166,8 @@ class ReplacedBlock:
             return
         inside = dict(self.new.named_modules())
         for name in sorted(inside.keys() | self.inside.keys()):
-            now, then = inside.get(name), self.inside.get(name)
+            now = inside.get(name)
+            then = self.inside.get(name)
             # What was put into a module that the old block has too is not lost.
             kept = name and id(inside.get(name.rpartition(".")[0])) in self.common
             if now is not then and not kept:

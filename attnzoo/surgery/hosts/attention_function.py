@@ -284,14 +284,17 @@ def check_consecutive(
         return
     end = begin + position_ids.shape[-1]
     place = torch.arange(begin, end, device=position_ids.device).unsqueeze(0)
-    seen, margin = None, place.new_zeros(1)
+    seen = None
+    margin = place.new_zeros(1)
     if real is not None and isinstance(first, int):
         count = real[:, :end].cumsum(1)
-        seen, margin = real[:, begin:end], (count == 0).sum(1)
+        seen = real[:, begin:end]
+        margin = (count == 0).sum(1)
         place, margin = (place, -margin) if padding_counts else (count[:, begin:] - 1, margin)
     shift = (position_ids - place).double()
     hidden = torch.zeros_like(shift, dtype=torch.bool) if seen is None else ~seen
-    low, high = shift.masked_fill(hidden, math.inf).amin(1), shift.masked_fill(hidden, -math.inf).amax(1)
+    low = shift.masked_fill(hidden, math.inf).amin(1)
+    high = shift.masked_fill(hidden, -math.inf).amax(1)
     right = low == high
     if begin:
         right &= (low == 0) | (low == margin)
@@ -348,7 +351,8 @@ def _attend_plain(layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, first:
 
 def _attend_padded(layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, geometry: Geometry) -> Tensor:
     """Moves each item's real tokens to slots 0, 1, ... first: rules go by position, and padding has none."""
-    first, real = geometry.first, geometry.real
+    first = geometry.first
+    real = geometry.real
     if real is None or not isinstance(first, int):
         raise UnsupportedError("attention_mask: padding under compilation is not supported; compile without padding")
     held = first + q.shape[2]

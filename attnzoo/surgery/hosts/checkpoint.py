@@ -279,7 +279,8 @@ def load_into(model: Any, tensors: dict[str, Tensor], *, keep_dtypes: bool = Fal
 
 def _named_as(model: Any, own: Iterable[str], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors by the model's own names, without those that its class ignores, as transformers reads them."""
-    names, prefix = set(own), model.base_model_prefix
+    names = set(own)
+    prefix = model.base_model_prefix
     # Buffers that older versions stored, and what the class lists.
     ignored = [
         *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()),

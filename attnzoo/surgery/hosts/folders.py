@@ -55,7 +55,8 @@ def check_link(file: Path) -> None:
     Raises:
         ConversionError: If it does.
     """
-    folder, target = file.parent.resolve(), file.resolve()
+    folder = file.parent.resolve()
+    target = file.resolve()
     if not target.is_relative_to(folder) and not _is_blob(target, folder):
         raise ConversionError(
             f"{file.parent}: refused to read {file.name!r}, a link to {target}: expected a file inside the folder, or "

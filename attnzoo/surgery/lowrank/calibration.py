@@ -135,7 +135,8 @@ def as_batches(calibration: Iterable[Any]) -> list[Batch]:
 
 def _checked(batch: Batch) -> Batch:
     """A batch whose mask fits its ids, in tensors that autograd may keep."""
-    shape, mask = batch["input_ids"].shape, batch.get("attention_mask")
+    shape = batch["input_ids"].shape
+    mask = batch.get("attention_mask")
     if mask is not None and mask.shape != shape:
         raise ConfigError(
             f"calibration: expected an attention_mask {list(shape)} as input_ids has it, got {list(mask.shape)}"

@@ -92,7 +92,9 @@ class Request:
         Raises:
             ConfigError: If the sizes do not divide, or do not shrink or grow as the method says.
         """
-        heads, groups, count = site.heads, site.kv_heads, self.num_kv_heads
+        heads = site.heads
+        groups = site.kv_heads
+        count = self.num_kv_heads
         if self.method == "latent":
             most = 2 * groups * site.head_dim
             if self.latent_dim is not None and self.latent_dim > most:
@@ -161,7 +163,8 @@ def _statistics(
     progress: Progress | None,
 ) -> Statistics:
     if not isinstance(calibration, Statistics):
-        batches, by_turns = as_batches(calibration), request.one_site_at_a_time
+        batches = as_batches(calibration)
+        by_turns = request.one_site_at_a_time
         announce(model, sites, gradients=request.gradients, one_site_at_a_time=by_turns, progress=progress)
         gather = collect_by_turns if by_turns else collect
         return gather(model, sites, batches, gradients=request.gradients, progress=progress)

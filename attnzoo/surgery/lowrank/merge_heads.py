@@ -82,7 +82,8 @@ def split_metric(weights: HeadWeights, moment: Tensor, fisher: Tensor | None) ->
     _, groups, width = weights.k.shape
     if fisher is not None:
         size = groups * width
-        keys, values = fisher[:size, :size], fisher[size:, size:]
+        keys = fisher[:size, :size]
+        values = fisher[size:, size:]
         return keys.reshape(groups, width, groups, width), values.reshape(groups, width, groups, width)
     queries = rearrange(weights.q, "(g h) c d -> g h c d", g=groups)
     outputs = rearrange(weights.o, "(g h) d c -> g h d c", g=groups)
@@ -121,12 +122,16 @@ def merge_site(
     key_metric, value_metric = split_metric(weights, moment, fisher)
     planes = rotary_planes(projections.rotary, projections.head_dim)
     share = weights.q.shape[0] // weights.k.shape[1]
-    queries, keys, values, outputs = [], [], [], []
+    queries = []
+    keys = []
+    values = []
+    outputs = []
     total = kept = value_kept = 0.0
     for group in groups:
         at = torch.tensor(group, device=key_metric.device)
         merged = solve.merge_keys(weights.k[:, at], moment, key_metric[at][:, :, at], planes)
-        total, kept = total + merged.energy[0], kept + merged.energy[1]
+        total += merged.energy[0]
+        kept += merged.energy[1]
         size = len(group) * weights.v.shape[2]
         metric = value_metric[at][:, :, at].reshape(size, size)
         heads = rearrange(weights.v[:, at], "c g d -> c (g d)")
@@ -164,7 +169,8 @@ def expand_site(projections: Projections, count: int) -> Projections:
             return None
         return repeat(x.detach(), "(g d) ... -> (g n d) ...", g=p.num_kv_heads, n=times)
 
-    k, v = expand(p.k), expand(p.v)
+    k = expand(p.k)
+    v = expand(p.v)
     if k is None or v is None:
         raise ConversionError("projections: expected key and value weights")
     return replace(p, k=k, v=v, k_bias=expand(p.k_bias), v_bias=expand(p.v_bias), num_kv_heads=count)
@@ -174,7 +180,8 @@ def latent_site(
     projections: Projections, moment: Tensor, fisher: Tensor | None, rank: int
 ) -> tuple[LatentProjections, float]:
     """A site whose keys and values are expanded from ``rank`` values, and the share of energy that it keeps."""
-    p, weights = projections, HeadWeights.of(projections)
+    p = projections
+    weights = HeadWeights.of(projections)
     moment = solve.ridge(moment)
     both = torch.cat([rearrange(w, "c g d -> c (g d)") for w in (weights.k, weights.v)], 1)
     half = weights.k.shape[1] * weights.k.shape[2]

@@ -45,7 +45,8 @@ def available_bytes() -> int | None:
         if "MemAvailable" in rows:
             found.append(1024 * int(rows["MemAvailable"].split()[0]))
     group = Path("/sys/fs/cgroup")
-    limit, used = group / "memory.max", group / "memory.current"
+    limit = group / "memory.max"
+    used = group / "memory.current"
     if limit.is_file() and used.is_file() and limit.read_text().strip().isdigit():
         found.append(max(0, int(limit.read_text()) - int(used.read_text())))
     return min(found, default=None)
@@ -65,8 +66,10 @@ def announce(
         ConfigError: If there is not so much memory.
     """
     by_site = statistics_bytes(model, sites, gradients=gradients)
-    whole, largest = sum(by_site.values()), max(by_site.values(), default=0)
-    needed, free = largest if one_site_at_a_time else whole, available_bytes()
+    whole = sum(by_site.values())
+    largest = max(by_site.values(), default=0)
+    needed = largest if one_site_at_a_time else whole
+    free = available_bytes()
     if free is not None and needed > free:
         more = (
             ""
@@ -94,7 +97,8 @@ class Lazily(Mapping[str, T]):
     """A mapping whose values are made when they are asked for; only the last is kept."""
 
     def __init__(self, keys: Sequence[str], make: Callable[[str], T]) -> None:
-        self._keys, self._make = tuple(keys), make
+        self._keys = tuple(keys)
+        self._make = make
         self._last: tuple[str, T] | None = None
 
     def __getitem__(self, key: str) -> T:

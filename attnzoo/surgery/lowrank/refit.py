@@ -64,7 +64,9 @@ def refit_sites(
     paths = {site.path.rpartition(".")[0]: site for site in sites}
     batch, weights = join_batches(statistics)
     student = _Student(paths, num_kv_heads, statistics, weights, real_tokens(batch))
-    student.read, student.build, student.progress = read, build, progress
+    student.read = read
+    student.build = build
+    student.progress = progress
     with evaluating(model), torch.no_grad(), ExitStack() as hooks:
         for path, layer in _decoder_layers(model, next(iter(paths))):
             hooks.enter_context(student.follow(path, layer))
@@ -142,8 +144,11 @@ class _Student:
         weights: Mapping[str, Tensor],
         real: Tensor,
     ) -> None:
-        self.paths, self.num_kv_heads, self.statistics = paths, num_kv_heads, statistics
-        self.weights, self.real = weights, real
+        self.paths = paths
+        self.num_kv_heads = num_kv_heads
+        self.statistics = statistics
+        self.weights = weights
+        self.real = real
         self.hidden: Tensor | None = None
         self.away = False
         self.found: dict[str, Result] = {}
@@ -213,7 +218,11 @@ class _SiteRefit:
     """The refit of one site."""
 
     def __init__(self, student: _Student, site: Site, layer: nn.Module, hidden: Tensor, call: dict[str, Any]) -> None:
-        self.student, self.site, self.layer, self.hidden, self.call = student, site, layer, hidden, call
+        self.student = student
+        self.site = site
+        self.layer = layer
+        self.hidden = hidden
+        self.call = call
         # Collecting it may run the whole model, in the middle of the teacher's run, which must not follow itself.
         student.away = True
         try:

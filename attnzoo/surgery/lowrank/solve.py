@@ -95,7 +95,8 @@ def as_planes(weight: Tensor, planes: Tensor) -> Tensor:
 
 def plane_metric(metric: Tensor, planes: Tensor) -> Tensor:
     """The rotation-invariant part of a metric or moment ``[s, D, s, D]`` within each plane, Hermitian ``[F, s, s]``."""
-    first, second = planes[:, 0], planes[:, 1]
+    first = planes[:, 0]
+    second = planes[:, 1]
 
     def block(i: Tensor, j: Tensor) -> Tensor:
         return metric[:, i, :, j]  # [F, s, s]
@@ -129,7 +130,8 @@ def merge_keys(weight: Tensor, moment: Tensor, metric: Tensor, planes: Tensor) -
     key = weight.new_zeros(inputs, width)
     query = weight.new_zeros(heads, width, width)
     total = kept = 0.0
-    columns, gamma = as_planes(weight, planes), plane_metric(metric, planes)
+    columns = as_planes(weight, planes)
+    gamma = plane_metric(metric, planes)
     energy = plane_metric(output_moment(weight, moment), planes)
     for plane, (first, second) in enumerate(planes.tolist()):
         half, inverse = root(gamma[plane])
@@ -138,10 +140,13 @@ def merge_keys(weight: Tensor, moment: Tensor, metric: Tensor, planes: Tensor) -
         top = vectors[:, -1]
         merged = columns[plane] @ (half @ top)
         factor = (top.conj() @ inverse).conj()
-        key[:, first], key[:, second] = merged.real, merged.imag
+        key[:, first] = merged.real
+        key[:, second] = merged.imag
         query[:, first, first] = query[:, second, second] = factor.real
-        query[:, first, second], query[:, second, first] = factor.imag, -factor.imag
-        total, kept = total + float(values.sum()), kept + float(values[-1])
+        query[:, first, second] = factor.imag
+        query[:, second, first] = -factor.imag
+        total += float(values.sum())
+        kept += float(values[-1])
     rest = [d for d in range(width) if d not in set(planes.flatten().tolist())]
     if rest:
         part = reduce_rank(

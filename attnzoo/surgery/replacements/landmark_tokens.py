@@ -79,7 +79,8 @@ class LandmarkTokens(nn.Module):
         forward = type(decoder).forward
         given = inspect.signature(forward).bind_partial(decoder, *args)
         call = {**{name: value for name, value in given.arguments.items() if value is not decoder}, **kwargs}
-        ids, x = call.pop("input_ids", None), call.pop("inputs_embeds", None)
+        ids = call.pop("input_ids", None)
+        x = call.pop("inputs_embeds", None)
         if (ids is None) == (x is None):
             raise ValueError("input_ids: expected either ids or inputs_embeds, got both or neither")
         if x is None:

@@ -119,7 +119,7 @@ def test_a_slip_in_an_option_of_a_conversion_is_understood(name: str, model: Any
 @pytest.mark.parametrize(
     ("call", "known"),
     [
-        (lambda word: surgery.lowrank.Request(method=word), factor.METHODS),
+        (lambda word: factor.Request(method=word), factor.METHODS),
         (data.text, data.TEXTS),
         (lambda word: rope.RotaryScaling(kind=word), rope._NEEDS),
         (lambda word: rope.RotaryConfig.from_parameters({"rope_type": word}), rope._NEEDS),

@@ -15,7 +15,9 @@ choices = partial(
 lookalikes = partial(
     Mutant, file="attnzoo/surgery/lookalikes.py", tests=f"{TESTS}/surgery/test_lookalikes.py -k 'door or known'"
 )
-options = partial(Mutant, file="attnzoo/surgery/kinds/replacing.py", tests=f"{TESTS}/reporting/test_choices.py -k conversion")
+options = partial(
+    Mutant, file="attnzoo/surgery/kinds/replacing.py", tests=f"{TESTS}/reporting/test_choices.py -k conversion"
+)
 tables = partial(Mutant, file="attnzoo/reporting/tables.py", tests=f"{TESTS}/cli/test_widths.py -k 'table'")
 prose = partial(Mutant, file="attnzoo/cli/prose.py", tests=f"{TESTS}/cli/test_widths.py -k 'markup'")
 notices = partial(Mutant, file="attnzoo/cli/notices.py", tests=f"{TESTS}/cli/test_manners.py -k 'warning'")

@@ -17,7 +17,9 @@ stored = partial(Mutant, file=f"{FOLDER}/stored.py", tests=f"{TESTS}/test_writte
 interface = partial(
     Mutant, file=f"{FOLDER}/hosts/attention_function.py", tests=f"{TESTS}/hosts/test_generate.py -k 'window or mha'"
 )
-replacement = partial(Mutant, file=f"{FOLDER}/replacements/replacement.py", tests=f"{TESTS}/replacements/test_replacements.py")
+replacement = partial(
+    Mutant, file=f"{FOLDER}/replacements/replacement.py", tests=f"{TESTS}/replacements/test_replacements.py"
+)
 replacement_cache = partial(
     Mutant,
     file=f"{FOLDER}/hosts/cache_layer.py",

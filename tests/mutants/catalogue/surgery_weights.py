@@ -127,7 +127,7 @@ MUTANTS = (
         wrong="the promised share is not that of the kept values",
     ),
     merge(
-        "merge-heads-fisher-swapped", old="keys, values = fisher[:size, :size], fisher[size:, size:]", new="values, keys = fisher[:size, :size], fisher[size:, size:]",
+        "merge-heads-fisher-swapped", old="keys = fisher[:size, :size]\n        values = fisher[size:, size:]", new="values = fisher[:size, :size]\n        keys = fisher[size:, size:]",
         wrong="keys are weighed by the Fisher matrix of values, and the other way round", tests=f"{TESTS}/lowrank/test_merge_parts.py",
     ),
     merge(
