@@ -62,7 +62,7 @@ INLINE = re.compile(r"`((?:attnzoo|make|python -m)\s[^`]+)`")
 COMMAND_LINES = sorted(
     {
         " ".join(line.partition("#")[0].split())
-        for page in [*PAGES, ROOT / "CONTRIBUTING.md"]
+        for page in [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "AGENTS.md"]
         for text in [page.read_text(encoding="utf-8")]
         for line in [*(row for block in SHELL.findall(text) for row in block.splitlines()), *INLINE.findall(text)]
         if line.partition("#")[0].strip()
