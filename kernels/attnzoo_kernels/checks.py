@@ -92,7 +92,8 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 def _check_layout(q: Tensor, k: Tensor, layout: BlockLayout) -> None:
     batch, heads, seq_q, _ = q.shape
-    groups, seq_k = k.shape[1], k.shape[2]
+    groups = k.shape[1]
+    seq_k = k.shape[2]
     if layout.seq_q != seq_q or layout.seq_k != seq_k:
         raise ShapeError(
             f"layout: expected one for {seq_q} queries and {seq_k} keys, got {layout.seq_q} and {layout.seq_k}"

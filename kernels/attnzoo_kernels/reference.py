@@ -52,7 +52,8 @@ def visible_mask(call: Call) -> tuple[Tensor, Tensor | None]:
 
 def attend(call: Call) -> tuple[Tensor, Tensor]:
     """Attention by definition: out ``[B, H, T, Dv]`` in q's dtype and lse ``[B, H, T]``."""
-    acc, heads = call.acc_dtype, call.shape[1]
+    acc = call.acc_dtype
+    heads = call.shape[1]
     mask, bias = visible_mask(call)
     # contiguous: products of other strides differ in their last bits.
     q = call.q.to(acc).contiguous()
@@ -130,7 +131,9 @@ def _products(call: Call, q: Tensor, k: Tensor, block: int) -> Tensor:
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = cos.shape[-1]
-    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    first = x[..., :half]
+    second = x[..., half : 2 * half]
+    rest = x[..., 2 * half :]
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1)
 
 
@@ -152,7 +155,8 @@ def _gated(call: Call, gate: Gate, scores: Tensor, mask: Tensor, q: Tensor) -> t
     seen = pad(mask, (0, beyond)).unflatten(-1, (blocks_k, call.block_k))
     if gate.key is None:
         ordinary = torch.arange(call.block_k, device=s.device) < call.block_k - 1
-        logits, open_ = s[..., -1], seen[..., -1]
+        logits = s[..., -1]
+        open_ = seen[..., -1]
         seen = seen & ordinary
     else:
         key = _for_heads(gate.key.to(s.dtype), call)

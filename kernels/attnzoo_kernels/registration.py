@@ -45,7 +45,9 @@ _library.define(
 
 def flatten(call: Call) -> tuple[Any, ...]:
     """A call as the ops' arguments, without ``impl``."""
-    rule, gate, origins = call.rule, call.gate, call.origins
+    rule = call.rule
+    gate = call.gate
+    origins = call.origins
     window, sink = (x if isinstance(x, Tensor) else None for x in (rule.window, rule.sink))
     mix = 1.0 if gate is None else gate.mix
     return (
@@ -87,7 +89,8 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor]:
 def _backward(
     dout: Tensor | None, dlse: Tensor | None, out: Tensor | None, lse: Tensor | None, *args: Any
 ) -> tuple[Tensor, ...]:
-    call, need = _call_of(args[:-1]), args[-1]
+    call = _call_of(args[:-1])
+    need = args[-1]
     with no_autocast(call.q.device.type):
         grads = dispatch.backward(args[-2], call, (out, lse), dout, dlse, need)
     return tuple(call.q.new_empty(0) if grad is None else grad for grad in grads)
@@ -122,7 +125,8 @@ class _Attend(torch.autograd.Function):
         # A layout may have been made in inference mode, whose tensors autograd does not keep.
         inputs = (x.clone() if x is not None and x.is_inference() else x for x in args[:_COUNT])
         ctx.save_for_backward(*inputs, out if keeps else None, lse if keeps else None)
-        ctx.scalars, ctx.need_lse = args[_COUNT:-1], need_lse
+        ctx.scalars = args[_COUNT:-1]
+        ctx.need_lse = need_lse
         ctx.set_materialize_grads(False)
         if not need_lse:
             lse = lse.new_empty(0)

@@ -101,10 +101,14 @@ def make(name: str, sizes: CaseSizes = CaseSizes()) -> CaseInputs:
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
 
-    tokens, heads, groups, block_k = sizes.tokens, sizes.heads, sizes.groups, sizes.block_k
+    tokens = sizes.tokens
+    heads = sizes.heads
+    groups = sizes.groups
+    block_k = sizes.block_k
     rows = 1 if name == "decoding" else tokens
     block_q = min(sizes.block_q, rows)
-    q, k = normal(sizes.batch, heads, rows, sizes.width), normal(sizes.batch, groups, tokens, sizes.width)
+    q = normal(sizes.batch, heads, rows, sizes.width)
+    k = normal(sizes.batch, groups, tokens, sizes.width)
     v = normal(sizes.batch, groups, tokens, sizes.value_width)
     blocks = -(-tokens // block_k)
     keep = torch.rand(1, groups, -(-rows // block_q), blocks, generator=generator, device="cpu") < 0.7
@@ -212,7 +216,8 @@ def compare(found: dict[str, Tensor], truth: dict[str, Tensor], dtype: torch.dty
         error = float((mine - true)[true.isfinite()].abs().max())
         limit = _limit(name, float(true[true.isfinite()].abs().max()), dtype, score)
         if error / limit > ratio:
-            ratio, worst = error / limit, {"quantity": name, "error": error, "limit": limit}
+            ratio = error / limit
+            worst = {"quantity": name, "error": error, "limit": limit}
     return worst
 
 

@@ -17,7 +17,8 @@ from attnzoo_kernels.layouts.build import LayoutLists
 from attnzoo_kernels.layouts.layout import BlockLayout
 from attnzoo_kernels.spec.extras import Extras
 
-BATCH, HEADS = 0, 1
+BATCH = 0
+HEADS = 1
 _BY_HEAD_ALONE = ("window", "sink", "gate_mix")
 
 
@@ -44,7 +45,8 @@ def attend_locally(
     q = tensors[0]
     if not all(isinstance(x, DTensor) and isinstance(q, DTensor) and x.placements == q.placements for x in tensors):
         raise UnsupportedError("q, k, v: expected distributed tensors with the same placements, got others beside one")
-    mesh, placements = q.device_mesh, q.placements  # type: ignore[attr-defined]
+    mesh = q.device_mesh  # type: ignore[attr-defined]
+    placements = q.placements  # type: ignore[attr-defined]
     cuts: list[tuple[int, int, int]] = []
     for axis, placement in enumerate(placements):
         if isinstance(placement, Replicate):

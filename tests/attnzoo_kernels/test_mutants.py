@@ -254,9 +254,9 @@ BLOCKED: dict[str, Callable[[Patch], None]] = {
     "gradients of rotated keys not rotated back": text(
         scores.Rotation, "rotate", "angle.conj() if back else angle", "angle"
     ),
-    "the own block gated": text(gating, "weigh", "torch.where(own, total, mixed)", "mixed"),
+    "the own block gated": text(gating, "_mixed", "torch.where(own, total, mixed)", "mixed"),
     "blocks of hidden landmarks kept": text(
-        gating, "weigh", "where(logits == -torch.inf, -torch.inf, mix", "where(logits == -torch.inf, total, mix",
+        gating, "_mixed", "where(logits == -torch.inf, -torch.inf, mix", "where(logits == -torch.inf, total, mix",
     ),
     "landmarks read as ordinary keys": text(gating, "weigh", "inner[..., block - 1] = -torch.inf", "pass"),
     "the gradient of landmarks lost": text(gating, "unweigh", "dscores[..., -1] = through_gate", "pass"),

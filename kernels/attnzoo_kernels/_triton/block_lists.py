@@ -92,7 +92,9 @@ def _sorted(
     def count(chosen: Tensor) -> Tensor:
         return torch.zeros(rows, dtype=torch.int64, device=row.device).index_add_(0, row, chosen.long())
 
-    listed, full, read = count(there), count(there & (state == 0)), count(there & (state < 2))
+    listed = count(there)
+    full = count(there & (state == 0))
+    read = count(there & (state < 2))
     start = listed.cumsum(0) - listed
     origin = None if values[1] is None else values[1][order].to(torch.int32)
     longest = torch.argsort(read.view(shape), dim=-1, descending=True, stable=True)

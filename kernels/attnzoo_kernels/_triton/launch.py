@@ -92,7 +92,8 @@ def _view(x: Tensor) -> View:
 
 def _describable(x: Tensor) -> bool:
     """Whether a descriptor can hold ``[S, D]`` of a tensor: addresses in multiples of 16 bytes."""
-    view, size = _view(x), x.element_size()
+    view = _view(x)
+    size = x.element_size()
     steps = (view.batch, view.head, view.row)
     return x.data_ptr() % 16 == 0 and view.row > 0 and all(step * size % 16 == 0 for step in steps)
 
@@ -127,7 +128,8 @@ class Job:
     @property
     def row_tiles(self) -> int:
         """Programs that cover all query blocks."""
-        call, c = self.call, self.shape
+        call = self.call
+        c = self.shape
         batch, heads, _, _, _ = call.shape
         return batch * heads // int(c.PACK_GQA) * call.grid[0] * -(-int(c.PACK_GQA) * call.block_q // int(c.BM))
 
@@ -153,10 +155,14 @@ def prepare(call: Call) -> Call:
 
 
 def _switches(call: Call) -> Switches:
-    rule, gate, origins, bias = call.rule, call.gate, call.origins, call.key_bias
+    rule = call.rule
+    gate = call.gate
+    origins = call.origins
+    bias = call.key_bias
     mix = None
     if gate is not None:
-        heads, acc = call.shape[1], call.acc_dtype
+        heads = call.shape[1]
+        acc = call.acc_dtype
         given = gate.mix
         mix = given.to(acc).contiguous() if isinstance(given, Tensor) else call.q.new_full((heads,), given, dtype=acc)
     return Switches(
@@ -181,7 +187,8 @@ def _sharing(shape: Sequence[int], heads: int, groups: int) -> tuple[int, int]:
 def job(call: Call, of: Pass, lists: BlockLists | None) -> Job:
     """Chooses tiles and says what to compile; without lists the layout's own are read as they are."""
     _, heads, groups, _, _ = call.shape
-    width, value_width = call.q.shape[3], call.v.shape[3]
+    width = call.q.shape[3]
+    value_width = call.v.shape[3]
     aux_width = 0 if call.aux is None else call.aux[0].shape[3]
     widest = max(padded(width + aux_width), padded(value_width))
     name = architecture(call.q.device)
@@ -292,7 +299,8 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
             work = job(call, "forward", lists_of(call).queries)
         c = work.shape
         total = batch * heads * seq_q
-        parts, lses = out, lse
+        parts = out
+        lses = lse
         if splits > 1:
             parts = call.q.new_empty(splits, *out.shape, dtype=call.acc_dtype)
             lses = lse.new_empty(splits, *lse.shape)
@@ -311,7 +319,8 @@ def backward(
     call: Call, results: tuple[Tensor, Tensor], dout: Tensor | None, dlse: Tensor | None, need: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     """Gradients of q, k, v, key_bias, q_aux, k_aux and the gate's keys, each ``None`` where ``need`` says so."""
-    given, (out, lse) = call, results
+    given = call
+    out, lse = results
     call = prepare(call)
     batch, _, _, seq_q, seq_k = call.shape
     if dout is None:
@@ -356,7 +365,8 @@ def query_gradients(work: Job, given: tuple[Any, ...], need: Sequence[bool]) -> 
 
 def key_gradients(work: Job, given: tuple[Tensor, ...], need: Sequence[bool]) -> tuple[Tensor | None, ...]:
     """Gradients ``[B, G|H, .., D]`` of keys and what belongs to them, in the accumulator's dtype."""
-    call, c = work.call, work.shape
+    call = work.call
+    c = work.shape
     dout, lse, delta = given
     batch, heads, groups, _, seq_k = call.shape
     splits = _splits(work.key_tiles, 8, call.q.device)

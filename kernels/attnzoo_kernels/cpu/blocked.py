@@ -74,7 +74,8 @@ def _forward(call: Call, schedule: Schedule, *, need_lse: bool, careful: bool = 
     inputs = Inputs(call, schedule, dtype if low else None, careful=careful)
     weighted = product_where_seen if careful else product
     values = Source(call.v, call.block_k, dtype, often=inputs.often)
-    rows, block = batch * heads * call.grid[0], call.block_q
+    rows = batch * heads * call.grid[0]
+    block = call.block_q
     parts = chunks_of(call, inputs.schedule)
     shape = (rows, block, call.v.shape[3])
     out = call.q.new_empty(shape) if _cover(parts, rows) else call.q.new_zeros(shape)
@@ -108,7 +109,8 @@ def _value_dtype(call: Call) -> torch.dtype:
 
 
 def _values(values: Source, chunk: Chunk) -> Tensor:
-    part, width = chunk.part, chunk.k.shape[1]
+    part = chunk.part
+    width = chunk.k.shape[1]
     found = values.view(part.firsts, part.kv.shape[1]) if chunk.in_place else None
     if found is not None:
         return found
@@ -157,9 +159,11 @@ def _backward(
     call: Call, schedule: Schedule, dout: Tensor, dlse: Tensor | None, need: list[bool], *, careful: bool = False
 ) -> TiledGradients:
     inputs = Inputs(call, schedule, careful=careful)
-    acc, device = call.acc_dtype, call.q.device
+    acc = call.acc_dtype
+    device = call.q.device
     batch, heads, groups, _, _ = call.shape
-    rows, keys = batch * heads * call.grid[0], batch * groups * call.grid[1]
+    rows = batch * heads * call.grid[0]
+    keys = batch * groups * call.grid[1]
 
     def zeros(needed: bool, *shape: int) -> Tensor | None:
         return torch.zeros(shape, dtype=acc, device=device) if needed else None
@@ -203,7 +207,8 @@ def _accumulate(
     inputs: Inputs, chunk: Chunk, dout: Tensor, dlse: Tensor | None, values: Source, grads: TiledGradients
 ) -> None:
     """Adds what one chunk contributes."""
-    call, part = inputs.call, chunk.part
+    call = inputs.call
+    part = chunk.part
     kv = part.kv.reshape(-1)
     if grads.v is not None:
         _add_product(inputs, grads.v, chunk, chunk.probs, dout)
@@ -251,7 +256,8 @@ def _through_softmax(inputs: Inputs, chunk: Chunk, dscores: Tensor, dlse: Tensor
 
 def _accumulate_rest(inputs: Inputs, chunk: Chunk, dscores: Tensor, grads: TiledGradients) -> None:
     """Gradients of the bias and of the auxiliary channels."""
-    call, part = inputs.call, chunk.part
+    call = inputs.call
+    part = chunk.part
     multiply = product_where_seen if inputs.careful else product
     if grads.bias is not None and inputs.bias is not None:
         _add(grads.bias, inputs.blocks_in(inputs.bias, part), dscores.sum(1))
@@ -267,7 +273,8 @@ def _add_product(
     inputs: Inputs, total: Tensor, chunk: Chunk, weights: Tensor, rows: Tensor, *, scale: float = 1.0
 ) -> None:
     """Adds ``weights^T rows``, gradients of a chunk's keys or values, to those of all."""
-    weights, blocks = weights.transpose(1, 2), chunk.part.kv
+    weights = weights.transpose(1, 2)
+    blocks = chunk.part.kv
     multiply = product_where_seen if inputs.careful else product
     if chunk.in_place:
         first = chunk.part.firsts[0] * total.shape[1]

@@ -72,7 +72,9 @@ class FlashPath(CPUPath):
 
 def reasons(call: Call, *, need_lse: bool = False) -> tuple[str, ...]:
     """Why a call is not of the kind that :func:`plan` takes; reads metadata alone."""
-    q, k, v = call.q, call.k, call.v
+    q = call.q
+    k = call.k
+    v = call.v
     if not isinstance(q.shape[2], int) or not isinstance(k.shape[2], int):
         return ("flash: a length is a symbol, as while a program is traced",)
     found = []
@@ -151,12 +153,16 @@ def forward(call: Call) -> tuple[Tensor, Tensor] | None:
     if tiles is None:
         return None
     q, k, v = (_contiguous(x, tiles) for x in (call.q, call.k, call.v))
-    out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[:3], dtype=torch.float32)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     for group in tiles.head_groups:
         own_q, own_out, own_lse = (group.of_rows(x) for x in (q, out, lse))
-        own_k, own_v, edges = group.of_slots(k), group.of_slots(v), _Edges(group, tiles, q.dtype)
+        own_k = group.of_slots(k)
+        own_v = group.of_slots(v)
+        edges = _Edges(group, tiles, q.dtype)
         for tile in group.tiles:
-            rows, found = own_q[:, :, tile.rows], None
+            rows = own_q[:, :, tile.rows]
+            found = None
             for keys in tile.ranges:
                 one = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                     rows, own_k[:, :, keys.slots], own_v[:, :, keys.slots], 0.0, keys.causal,
@@ -200,7 +206,8 @@ def backward(call: Call, results: tuple[Tensor, Tensor], dout: Tensor) -> tuple[
     dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     for group in tiles.head_groups:
         by_row = [group.of_rows(x) for x in (dout, q, out, lse, dq)]
-        by_slot, edges = [group.of_slots(x) for x in (k, v, dk, dv)], _Edges(group, tiles, q.dtype)
+        by_slot = [group.of_slots(x) for x in (k, v, dk, dv)]
+        edges = _Edges(group, tiles, q.dtype)
         for tile in group.tiles:
             of_dout, rows, *found, total = (x[:, :, tile.rows] for x in by_row)
             for keys in tile.ranges:
@@ -223,7 +230,9 @@ class _Edges:
     """Masks for what the rows of a group do not see of their key ranges."""
 
     def __init__(self, group: HeadGroup, tiles: RowTiles, dtype: torch.dtype) -> None:
-        self.lo, self.hi, self.dtype = group.of_rows(tiles.lo), group.of_rows(tiles.hi), dtype
+        self.lo = group.of_rows(tiles.lo)
+        self.hi = group.of_rows(tiles.hi)
+        self.dtype = dtype
 
     def mask(self, tile: RowTile, keys: KeyRange) -> Tensor | None:
         """What is added to scores, ``[i, g, R, s]`` in scratch memory, or ``None``."""

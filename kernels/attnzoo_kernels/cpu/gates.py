@@ -66,6 +66,7 @@ def weigh(
     if logits is None:
         logits = inner[..., block - 1].clone()
         inner[..., block - 1] = -torch.inf
+    # The softmax within each block, and its log-sum-exp; the largest weight is exp(0) / sum.
     peak = inner.amax(-1)
     empty = peak == -torch.inf
     some_empty = bool(empty.any())
@@ -77,22 +78,10 @@ def weigh(
         inner.masked_fill_(empty.unsqueeze(-1), 0.0)
     if unseen is not None:
         _zero_hidden(inner, unseen.view(inner.shape), is_last=is_last)
-    mixed = logits
-    if isinstance(mix, Tensor) or mix != 1:
-        # A hidden gate times a mix of 0 would be NaN.
-        mixed = torch.where(logits == -torch.inf, -torch.inf, mix * logits + (1 - mix) * total)
-    mixed = torch.where(own, total, mixed)
+    mixed = _mixed(logits, total, mix, own)
     if some_empty:
         mixed.masked_fill_(empty, -torch.inf)
-    top = mixed.amax(-1, keepdim=True)
-    dead: Tensor | None = top == -torch.inf
-    if dead is not None and bool(dead.any()):
-        mixed.masked_fill_(dead, 0.0)
-        outer = torch.softmax(mixed, -1).masked_fill_(dead, 0.0)
-        lse = (top - outer.amax(-1, keepdim=True).log_()).masked_fill_(dead, -torch.inf)
-    else:
-        dead, outer = None, torch.softmax(mixed, -1)
-        lse = top - outer.amax(-1, keepdim=True).log_()
+    outer, dead, lse = _outer_softmax(mixed)
     if unseen is not None:
         outer.masked_fill_(mixed == -torch.inf, 0.0)
     weights = scratch("gated", tuple(inner.shape), inner.dtype, inner.device)
@@ -100,6 +89,30 @@ def weigh(
     if unseen is not None:
         weights.masked_fill_(_weightless(inner, outer), 0.0)
     return Gated(inner, outer, own, mix, careful=unseen is not None), weights.view(scores.shape), dead, lse
+
+
+def _mixed(logits: Tensor, total: Tensor, mix: float | Tensor, own: Tensor) -> Tensor:
+    """Logits of blocks: gates mixed with the blocks' log-sum-exps ``total``; the own block's is its log-sum-exp."""
+    mixed = logits
+    if isinstance(mix, Tensor) or mix != 1:
+        # A hidden gate times a mix of 0 would be NaN.
+        mixed = torch.where(logits == -torch.inf, -torch.inf, mix * logits + (1 - mix) * total)
+    return torch.where(own, total, mixed)
+
+
+def _outer_softmax(mixed: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Weights of blocks, rows that see nothing (``None`` where there is none), and the log-sum-exp of a row."""
+    top = mixed.amax(-1, keepdim=True)
+    dead: Tensor | None = top == -torch.inf
+    if dead is not None and bool(dead.any()):
+        mixed.masked_fill_(dead, 0.0)
+        outer = torch.softmax(mixed, -1).masked_fill_(dead, 0.0)
+        lse = (top - outer.amax(-1, keepdim=True).log_()).masked_fill_(dead, -torch.inf)
+    else:
+        dead = None
+        outer = torch.softmax(mixed, -1)
+        lse = top - outer.amax(-1, keepdim=True).log_()
+    return outer, dead, lse
 
 
 def _zero_hidden(inner: Tensor, unseen: Tensor, *, is_last: bool) -> None:
@@ -116,7 +129,8 @@ def _weightless(inner: Tensor, outer: Tensor) -> Tensor:
 
 def unweigh(gated: Gated, dweights: Tensor, dlse: Tensor | None) -> tuple[Tensor, Tensor]:
     """Gradients of the scores, in place of those of the weights, and of the gates ``[R, block_q, n]``."""
-    inner, outer = gated.inner, gated.outer
+    inner = gated.inner
+    outer = gated.outer
     dscores = dweights.view(inner.shape)
     if gated.careful:
         dscores.masked_fill_(inner == 0, 0.0)

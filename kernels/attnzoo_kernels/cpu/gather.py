@@ -30,7 +30,10 @@ class Source:
     def __init__(self, x: Tensor, block: int, dtype: torch.dtype, *, often: bool = False) -> None:
         if often and (x.dtype != dtype or x.stride(2) != x.shape[3] or x.stride(3) != 1):
             x = x.to(dtype).contiguous()
-        self.x, self.block, self.dtype, self.length = x, block, dtype, x.shape[2]
+        self.x = x
+        self.block = block
+        self.dtype = dtype
+        self.length = x.shape[2]
         self.batch, self.heads = x.shape[:2]
         self.blocks = -(-self.length // block)
         self.tiles: Tensor | None = None
@@ -51,7 +54,8 @@ class Source:
         if x.dtype != self.dtype or x.numel() == 0 or (x.stride(3) != 1 and x.shape[3] > 1):
             return None
         item, head, row, _ = x.stride()
-        beyond, rows = self.blocks * self.block - self.length, count * self.block
+        beyond = self.blocks * self.block - self.length
+        rows = count * self.block
         offsets = []
         missing = 0
         for first in firsts:

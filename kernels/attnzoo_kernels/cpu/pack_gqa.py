@@ -32,7 +32,8 @@ def pack_gqa(call: Call) -> Call:
     if not _packs(call):
         return call
     packed = PackedGQA(per_group, call.block_q, seq_q)
-    rule, aux = call.rule, call.aux
+    rule = call.rule
+    aux = call.aux
     q_pos = None if rule.q_pos is None else _pack(rule.q_pos.unsqueeze(-1), packed, 1, absent=-1).squeeze(-1)
     return replace(
         call,
@@ -77,7 +78,8 @@ def cut_tall(call: Call) -> Call:
 
 def _heads_agree(call: Call) -> bool:
     groups = call.shape[2]
-    bias, gate = call.key_bias, call.gate
+    bias = call.key_bias
+    gate = call.gate
     return (
         call.start.shape[1] in (1, groups)
         and not call.rule.is_per_head

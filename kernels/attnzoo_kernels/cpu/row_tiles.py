@@ -140,7 +140,8 @@ class RowTiles:
         """Slots that are computed for a row, on average over batch and heads."""
         total = 0
         for group in self.head_groups:
-            items, groups = len(range(batch)[group.items]), len(range(heads // group.ratio)[group.groups])
+            items = len(range(batch)[group.items])
+            groups = len(range(heads // group.ratio)[group.groups])
             total += sum(tile.area for tile in group.tiles) * items * groups
         return total / (batch * heads * self.lo.shape[2])
 
@@ -190,7 +191,8 @@ def _finder(together: int) -> Callable[[Call], RowTiles | None]:
 
 
 def _find_row_tiles(call: Call, together: int) -> RowTiles | None:
-    runs, rule = _runs(call), call.rule
+    runs = _runs(call)
+    rule = call.rule
     _, heads, groups, seq_q, seq_k = call.shape
     if runs is None:
         return None
@@ -206,7 +208,8 @@ def _find_row_tiles(call: Call, together: int) -> RowTiles | None:
     if not whole:
         each = heads // runs.first.shape[1] if runs.first.shape[1] > 1 else 1
         first, last = (_by_row(x, call, each) * call.block_k for x in (runs.first, runs.last))
-        lo, hi = torch.maximum(lo, first), torch.minimum(hi, last)
+        lo = torch.maximum(lo, first)
+        hi = torch.minimum(hi, last)
     lo, hi = torch.broadcast_tensors(lo, hi)
     return RowTiles(tuple(_head_groups(call, lo, hi, together)), lo, hi)
 
@@ -222,7 +225,9 @@ def _for_all_heads(tiles: tuple[RowTile, ...], ratio: int) -> tuple[HeadGroup, .
 
 def _head_groups(call: Call, lo: Tensor, hi: Tensor, together: int) -> Iterator[HeadGroup]:
     _, heads, groups, _, _ = call.shape
-    ratio, far, (batch, own_heads, rows) = heads // groups, 1 << 60, lo.shape
+    ratio = heads // groups
+    far = 1 << 60
+    batch, own_heads, rows = lo.shape
     live = lo < hi
     sides = torch.stack([
         torch.where(live, lo, far), torch.where(live, -lo, far), torch.where(live, hi, far), torch.where(live, -hi, far)

@@ -93,7 +93,8 @@ class Bucket:
     @cached_property
     def span(self) -> slice | None:
         """The rows as a slice, where they follow one another."""
-        first, last = self.row_indices[0], self.row_indices[-1]
+        first = self.row_indices[0]
+        last = self.row_indices[-1]
         return slice(first, last + 1) if last - first == len(self.row_indices) - 1 else None
 
     def split(self, size: int) -> Iterator[Bucket]:
@@ -163,7 +164,8 @@ class Schedule:
         batch, pos_heads, blocks_q, _ = self.pos.shape
         if batch == pos_heads == 1:
             return self.pos[0, 0].index_select(0, rows % blocks_q)
-        head, block = rows // blocks_q, rows % blocks_q
+        head = rows // blocks_q
+        block = rows % blocks_q
         at_batch = head // heads if batch > 1 else torch.zeros_like(head)
         at_head = head % heads if pos_heads > 1 else torch.zeros_like(head)
         return self.pos[at_batch, at_head, block]
@@ -204,7 +206,8 @@ def build_schedule(call: Call) -> Schedule:
     src_batch, src_heads, blocks_q = entries.shape
     spans = spans_of(call, entries)
     read, full, anchored = classify(call, entries, spans)
-    row, partial = entries.row[read], ~full[read]
+    row = entries.row[read]
+    partial = ~full[read]
     order = torch.argsort(row * 2 + partial, stable=True)
     rows = src_batch * src_heads * blocks_q
     sources = _Sources(
@@ -231,7 +234,8 @@ def _first_blocks(call: Call, rows: Tensor) -> Tensor:
 def _one_block(call: Call) -> Schedule | None:
     """The schedule of a decoding step, where all rows read equally many blocks, each of them in full."""
     batch, heads, _, seq_q, seq_k = call.shape
-    start, count = call.start.long().reshape(-1, 1), call.count.reshape(-1)
+    start = call.start.long().reshape(-1, 1)
+    count = call.count.reshape(-1)
     length = int(count[0])
     if length == 0 or not bool((count == length).all()):
         return None
@@ -246,7 +250,8 @@ def _one_block(call: Call) -> Schedule | None:
     cols = cols.reshape(batch * heads, length)
     runs = int(cols[0, -1] - cols[0, 0]) == length - 1 and bool((cols.diff(dim=1) == 1).all())
     kv = cols + _first_blocks(call, rows).unsqueeze(1)
-    row_indices, firsts = list(range(batch * heads)), kv[:, 0].tolist()
+    row_indices = list(range(batch * heads))
+    firsts = kv[:, 0].tolist()
     bucket = Bucket(rows, cols, kv, None, 0, safe=True, limits=None, runs=runs, row_indices=row_indices, firsts=firsts)
     pos = call.rule.positions(seq_q, seq_k, start.device)
     return Schedule((bucket,), pos.view(1, 1, 1, seq_q), torch.zeros_like(rows), _no_spans(call))
@@ -254,9 +259,11 @@ def _one_block(call: Call) -> Schedule | None:
 
 def _seen_by_all(call: Call) -> tuple[int, int]:
     """The slots ``[lo, hi)`` that every row of a call sees, its positions being those of the last tokens."""
-    rule, (_, _, _, seq_q, seq_k) = call.rule, call.shape
+    rule = call.rule
+    _, _, _, seq_q, seq_k = call.shape
     window = rule.window if isinstance(rule.window, int) else None
-    first, last = seq_k - (seq_q if rule.packed is None else rule.packed.tokens), seq_k - 1
+    first = seq_k - (seq_q if rule.packed is None else rule.packed.tokens)
+    last = seq_k - 1
     hi = first + 1 if rule.causal else seq_k if window is None else first + window
     lo = 0 if window is None else last - window + 1
     return max(lo, 0), min(hi, seq_k)
@@ -286,7 +293,8 @@ def _buckets(call: Call, spans: Spans, source: Tensor, sources: _Sources) -> Ite
     lengths = sources.count[origin]
     values, sizes = torch.unique_consecutive(lengths, return_counts=True)
     # Entry by entry, in the rows' new order.
-    begin, at_row = sources.count.cumsum(0) - sources.count, lengths.cumsum(0) - lengths
+    begin = sources.count.cumsum(0) - sources.count
+    at_row = lengths.cumsum(0) - lengths
     at = torch.repeat_interleave(begin[origin] - at_row, lengths)
     at += torch.arange(at.shape[0], device=at.device)
     cols = sources.col[at]
@@ -300,12 +308,16 @@ def _buckets(call: Call, spans: Spans, source: Tensor, sources: _Sources) -> Ite
     unsafe = nothing.index_add(0, of_row, (~sources.safe[origin]).long()).tolist()
     partial = nothing.scatter_reduce(0, of_row, sources.masked[origin], "amax")
     limits = _limits_by_bucket(call, spans, cols, (origin, lengths, partial[of_row]), (partial * sizes).tolist())
-    entries, rows = (values * sizes).tolist(), order.split(sizes.tolist())
+    entries = (values * sizes).tolist()
+    rows = order.split(sizes.tolist())
     origins = [None] * len(entries) if sources.origin is None else sources.origin[at].split(entries)
-    row_indices, firsts, first = order.tolist(), kv[at_row].tolist(), 0
+    row_indices = order.tolist()
+    firsts = kv[at_row].tolist()
+    first = 0
     parts = zip(values.tolist(), rows, cols.split(entries), kv.split(entries), partial.tolist(), strict=True)
     for i, (length, of_bucket, *blocks, masked) in enumerate(parts):
-        here, first = slice(first, first + of_bucket.shape[0]), first + of_bucket.shape[0]
+        here = slice(first, first + of_bucket.shape[0])
+        first = first + of_bucket.shape[0]
         own_origin = origins[i]
         yield Bucket(
             of_bucket, blocks[0].view(-1, length), blocks[1].view(-1, length),

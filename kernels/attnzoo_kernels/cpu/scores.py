@@ -64,16 +64,21 @@ class Inputs:
     def __init__(
         self, call: Call, schedule: Schedule, compute: torch.dtype | None = None, *, careful: bool = False
     ) -> None:
-        self.call, self.schedule, self.careful = call, schedule, careful
+        self.call = call
+        self.schedule = schedule
+        self.careful = careful
         acc = self.compute = compute or call.acc_dtype
-        q, k = call.q, call.k
+        q = call.q
+        k = call.k
         # A step that gathers few keys of a long memory must not copy all of it.
         self.often = schedule.reads_often(call)
         self.rotation = None
         if call.origins is not None:
             self.rotation = Rotation(call.origins, call.q.shape[3], call.acc_dtype)
-            q, k = self.rotation.in_pairs(q), self.rotation.in_pairs(k) if self.often else k
-        self.q, self.k = tile(q, call.block_q).to(acc), Source(k, call.block_k, acc, often=self.often)
+            q = self.rotation.in_pairs(q)
+            k = self.rotation.in_pairs(k) if self.often else k
+        self.q = tile(q, call.block_q).to(acc)
+        self.k = Source(k, call.block_k, acc, often=self.often)
         self.q_aux: Tensor | None = None
         self.k_aux = self.bias = self.gate_key = None
         if call.aux is not None:
@@ -92,7 +97,8 @@ class Inputs:
 
         In training that goes for one row at a time, whose gradients are added where they belong.
         """
-        call, single = self.call, part.rows.shape[0] == 1
+        call = self.call
+        single = part.rows.shape[0] == 1
         plain = call.aux is None and call.gate is None and self.rotation is None and not self.bias_hides
         if not (part.runs and plain):
             return False
@@ -102,7 +108,8 @@ class Inputs:
         """A chunk's key blocks as flat indices into ``[b, h, N]`` of a tensor that may share batch or heads."""
         if (source.batch, source.heads) == (self.call.k.shape[0], self.call.k.shape[1]):
             return part.kv.reshape(-1)
-        heads, head = self.call.q.shape[1], part.rows // self.call.grid[0]
+        heads = self.call.q.shape[1]
+        head = part.rows // self.call.grid[0]
         index = (head // heads) * source.heads if source.batch > 1 else torch.zeros_like(head)
         index = index + (head % heads) * source.heads // heads
         return (index.unsqueeze(1) * self.call.grid[1] + part.cols).reshape(-1)
@@ -116,7 +123,8 @@ class Rotation:
 
     def __init__(self, origins: Origins, width: int, dtype: torch.dtype) -> None:
         self.table = torch.complex(origins.cos.to(dtype), origins.sin.to(dtype))  # [P, Dr / 2]
-        self.width, self.full = 2 * origins.cos.shape[1], width
+        self.width = 2 * origins.cos.shape[1]
+        self.full = width
         # Complex views need even strides.
         self.padded = self.full + self.full % 2
 
@@ -244,11 +252,13 @@ def _any_of(dead: Tensor) -> Tensor | None:
 
 
 def _gate(inputs: Inputs, chunk: Chunk, scores: Tensor, unseen: Tensor | None, *, need_lse: bool) -> None:
-    call, part = inputs.call, chunk.part
+    call = inputs.call
+    part = chunk.part
     gate = call.gate
     if gate is None:
         return
-    heads, block_k = call.q.shape[1], call.block_k
+    heads = call.q.shape[1]
+    block_k = call.block_k
     own = inputs.schedule.positions(part.rows, heads).unsqueeze(-1) // block_k == part.cols.unsqueeze(1)
     mix = gate.mix
     if isinstance(mix, Tensor):
@@ -312,7 +322,8 @@ def _since(block: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 def ceiling(limits: Limits, block: int, dtype: torch.dtype) -> Tensor:
     """What scores must not exceed: inf at slots that are seen, else -inf, ``[R * block_q * partial, block]``."""
     hi = limits.hi.reshape(-1)
-    shape, device = (hi.shape[0], block), hi.device
+    shape = (hi.shape[0], block)
+    device = hi.device
     out = scratch("ceiling", shape, dtype, device)
     torch.index_select(_until(block, dtype, device), 0, hi, out=out)
     if limits.lo is not None:

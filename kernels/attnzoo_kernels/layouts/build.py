@@ -95,7 +95,8 @@ def check_lists(lists: LayoutLists, rows: int) -> None:
 
 def check_values(lists: LayoutLists, blocks_k: int) -> None:
     """Raises unless lists lie inside ``col``, blocks exist, and none is listed twice in a row; reads values."""
-    start, count = lists.start.long(), lists.count.long()
+    start = lists.start.long()
+    count = lists.count.long()
     if bool(((count < 0) | (start < 0) | (start + count > lists.col.shape[0])).any()):
         raise ShapeError(f"start, count: expected lists inside col, which has {lists.col.shape[0]} entries")
     row, index = listed_indices(distinct_lists(lists)[1])
@@ -109,7 +110,8 @@ def check_values(lists: LayoutLists, blocks_k: int) -> None:
 
 def listed_indices(lists: LayoutLists) -> tuple[Tensor, Tensor]:
     """Flat row and index in ``col`` of every entry, int64 ``[nnz]`` each; reads their number."""
-    start, count = lists.start.reshape(-1).long(), lists.count.reshape(-1).long()
+    start = lists.start.reshape(-1).long()
+    count = lists.count.reshape(-1).long()
     row = torch.repeat_interleave(torch.arange(count.shape[0], device=count.device), count)
     within = torch.arange(row.shape[0], device=count.device) - (count.cumsum(0) - count)[row]
     return row, start[row] + within
@@ -203,14 +205,17 @@ def sink_window_indices(sizes: Sizes, first: Tensor, window: int, sink: int, *, 
     """Blocks that hold a slot of the window of some row, or one below ``sink``; -1 padded."""
     _, block_k, _, seq_k = sizes
     blocks_k = -(-seq_k // block_k)
-    back, ahead = window - 1, 0 if causal else window - 1
+    back = window - 1
+    ahead = 0 if causal else window - 1
     low, high = _row_slots(sizes, first)
     # Division before the clamp: inductor cannot index by the other order.
     low = torch.div(low - back, block_k, rounding_mode="floor").clamp(min=0)
     high = torch.div(high + ahead, block_k, rounding_mode="floor").clamp(max=blocks_k - 1)
-    width, most_sinks = _widest(sizes, back + ahead), -(-sink // block_k)
+    width = _widest(sizes, back + ahead)
+    most_sinks = -(-sink // block_k)
     if not is_open(seq_k):
-        width, most_sinks = min(width, blocks_k), min(most_sinks, blocks_k)
+        width = min(width, blocks_k)
+        most_sinks = min(most_sinks, blocks_k)
     near = low + torch.arange(width, device=first.device)
     near = torch.where(near <= high, near, -1)
     sinks = torch.arange(most_sinks, device=first.device).view(1, 1, 1, -1)

@@ -116,11 +116,13 @@ class _Seen(NamedTuple):
 
 
 def _counts_of(call: Call) -> _Counts:
-    seq_k, blocks = call.k.shape[2], call.grid[1]
+    seq_k = call.k.shape[2]
+    blocks = call.grid[1]
     list_of_row, lists, source = _distinct(call)
     row, index = listed_indices(lists)
     key = (row * blocks + call.col.long()[index]).sort().values
-    row, block = key // blocks, key % blocks
+    row = key // blocks
+    block = key % blocks
     upto, is_alive = _live_keys(call)
     first = block * call.block_k
     last = (first + call.block_k).clamp(max=seq_k)
@@ -151,7 +153,8 @@ def _distinct(call: Call) -> tuple[Tensor, LayoutLists, Tensor]:
     Source rows are those of layout, rule and bias before broadcasting.
     """
     batch, heads, _, _, _ = call.shape
-    bias, q_pos = call.key_bias, call.rule.q_pos
+    bias = call.key_bias
+    q_pos = call.rule.q_pos
     bias_batch, bias_heads = (1, 1) if bias is None else bias.shape[:2]
     own_batch, own_heads, blocks_q = call.start.shape
     src_batch = batch if max(own_batch, bias_batch, 1 if q_pos is None else q_pos.shape[0]) > 1 else 1
@@ -192,7 +195,9 @@ def _visible(call: Call, counts: _Counts, at: Tensor) -> Tensor:
     """Visible keys of some source rows, flat in ``[Bs, Hs, T]``: int64 ``[R]``."""
     _, src_heads, _ = counts.list_of_row.shape
     seq_q = call.q.shape[2]
-    item, head, token = at // (src_heads * seq_q), at // seq_q % src_heads, at % seq_q
+    item = at // (src_heads * seq_q)
+    head = at // seq_q % src_heads
+    token = at % seq_q
     lists = counts.list_of_row[item, head, token // call.block_q]
     positions = call.rule.positions(seq_q, call.k.shape[2], call.col.device)
     pos = positions[item if positions.shape[0] > 1 else 0, head if positions.shape[1] > 1 else 0, token]
@@ -206,7 +211,8 @@ def _visible(call: Call, counts: _Counts, at: Tensor) -> Tensor:
 
 def _seen(call: Call, pos: Tensor, head: Tensor) -> _Seen:
     """What rows of some heads at some positions see."""
-    rule, seq_k = call.rule, call.k.shape[2]
+    rule = call.rule
+    seq_k = call.k.shape[2]
 
     def of_row(value: int | Tensor) -> int | Tensor:
         return value.long()[head] if isinstance(value, Tensor) else value
@@ -243,12 +249,14 @@ def _gated(counts: _Counts, lists: Tensor, pos: Tensor, seen: _Seen) -> Tensor:
 
 def _dense_pairs(call: Call) -> int:
     batch, heads, _, seq_q, seq_k = call.shape
-    rule, bias = call.rule, call.key_bias
+    rule = call.rule
+    bias = call.key_bias
     pos = rule.positions(seq_q, seq_k, call.q.device)
     _, end = rule.span(pos, None, seq_k)
     if bias is None:
         return int(end.sum()) * (batch // pos.shape[0]) * (heads // pos.shape[1])
-    src_batch, src_heads = max(pos.shape[0], bias.shape[0]), heads if pos.shape[1] > 1 else bias.shape[1]
+    src_batch = max(pos.shape[0], bias.shape[0])
+    src_heads = heads if pos.shape[1] > 1 else bias.shape[1]
     upto = _running((bias != -torch.inf).long()).repeat_interleave(src_heads // bias.shape[1], 1)
     upto = upto.expand(src_batch, src_heads, seq_k + 1)
     seen = upto.gather(-1, end.expand(src_batch, src_heads, seq_q)).sum()

@@ -67,7 +67,8 @@ def list_entries(call: Call, room: int | None = None) -> tuple[Entries, Tensor]:
     def widen(x: Tensor) -> Tensor:
         return x.long().repeat_interleave(repeat, 1).expand(src_batch, src_heads, blocks_q).reshape(-1)
 
-    start, count = widen(call.start), widen(call.count)
+    start = widen(call.start)
+    count = widen(call.count)
     ends = count.cumsum(0)
     if room is None:
         row = torch.repeat_interleave(torch.arange(count.shape[0], device=device), count)
@@ -90,7 +91,8 @@ def list_entries(call: Call, room: int | None = None) -> tuple[Entries, Tensor]:
 
 def spans_of(call: Call, entries: Entries) -> Spans:
     """What the source rows see, the layout left aside."""
-    rule, seq_k = call.rule, call.k.shape[2]
+    rule = call.rule
+    seq_k = call.k.shape[2]
     shape = (*entries.shape, call.block_q)
 
     def of_head(value: int | Tensor) -> int | Tensor:
@@ -111,16 +113,19 @@ def classify(call: Call, entries: Entries, spans: Spans, *, exact: bool = True) 
     lo, hi, sink = spans
     first = entries.col * call.block_k
     last = (first + call.block_k).clamp(max=call.k.shape[2])
-    least, most = lo.amin(1), lo.amax(1)
+    least = lo.amin(1)
+    most = lo.amax(1)
     if not exact or call.rule.q_pos is None or call.rule.window is None:
         # Positions run without gaps, or nothing is hidden below: the tile's extremes decide.
         read = (first < hi.amax(1)[entries.row]) & (last > least[entries.row])
         read |= first < sink.amax(1)[entries.row]
     else:
-        wide_first, wide_last = first.unsqueeze(1), last.unsqueeze(1)
+        wide_first = first.unsqueeze(1)
+        wide_last = last.unsqueeze(1)
         in_span = torch.maximum(wide_first, lo[entries.row]) < torch.minimum(wide_last, hi[entries.row])
         read = (in_span | (wide_first < sink[entries.row])).any(1)
-    lowest_hi, lowest_sink = hi.amin(1)[entries.row], sink.amin(1)[entries.row]
+    lowest_hi = hi.amin(1)[entries.row]
+    lowest_sink = sink.amin(1)[entries.row]
     highest_lo = most[entries.row]
     in_window = first >= highest_lo
     full = (last - first == call.block_k) & (((last <= lowest_hi) & in_window) | (last <= lowest_sink))

@@ -42,7 +42,8 @@ def read_block_mask(block_mask: Any, causal: bool | None = None) -> Read:
     """
     seq_q, seq_k = block_mask.seq_lengths
     block_q, block_k = block_mask.BLOCK_SIZE
-    sizes, blocks_k = (block_q, block_k, seq_q, seq_k), -(-seq_k // block_k)
+    sizes = (block_q, block_k, seq_q, seq_k)
+    blocks_k = -(-seq_k // block_k)
     partial = _blocks(block_mask.kv_num_blocks, block_mask.kv_indices, blocks_k)
     full = torch.zeros_like(partial)
     if block_mask.full_kv_num_blocks is not None and block_mask.full_kv_indices is not None:
@@ -97,11 +98,13 @@ def _seen(block_mask: Any, listed: Listed) -> Tensor:
     from torch.nn.attention.flex_attention import create_mask
 
     block_q, block_k, seq_q, _ = listed.sizes
-    most, found = max(1, PAIRS_AT_ONCE // (block_q * block_k)), [listed.seen]
+    most = max(1, PAIRS_AT_ONCE // (block_q * block_k))
+    found = [listed.seen]
     for row, col in zip(*(x.split(most) for x in listed.partial if len(x)), strict=True):
         part = PairChunk.of(listed, row, col, listed.seen)
         # Beyond rows and slots the rule may read outside of what it was made for.
-        rows, first = part.rows.clamp(max=seq_q - 1).reshape(-1), part.slots[:, 0].repeat_interleave(block_q)
+        rows = part.rows.clamp(max=seq_q - 1).reshape(-1)
+        first = part.slots[:, 0].repeat_interleave(block_q)
         item, head = (x.repeat_interleave(block_q) for x in (part.item, part.head))
         shown = create_mask(_of_blocks(block_mask, item, head, rows, first), 1, 1, len(rows), block_k, rows.device)
         found.append(shown.view(part.real.shape) & part.real)
@@ -175,7 +178,8 @@ def make_block_mask(lists: LayoutLists, sizes: Sizes, of_call: Shown) -> Any:
         order = torch.argsort((~mask).to(torch.uint8), dim=-1, stable=True)
         return mask.sum(-1, dtype=torch.int32), order.to(torch.int32)
 
-    blocks, whole = listing(keep & ~full if separate_full else keep), listing(full) if separate_full else (None, None)
+    blocks = listing(keep & ~full if separate_full else keep)
+    whole = listing(full) if separate_full else (None, None)
     return BlockMask.from_kv_blocks(
         blocks[0], blocks[1], whole[0], whole[1],
         BLOCK_SIZE=(block_q, block_k), mask_mod=shown, seq_lengths=(seq_q, seq_k),
@@ -191,7 +195,8 @@ def _read_by(lists: LayoutLists, sizes: Sizes, *, causal: bool, extras: Extras) 
     rule = TokenRule(causal, extras.q_pos, bounded(extras.window), bounded(extras.sink))
     of_heads = [x.shape[0] for x in (rule.window, rule.sink) if isinstance(x, Tensor)]
     pos_sizes = (1, 1) if rule.q_pos is None else rule.q_pos.shape[:2]
-    batch, heads = max(lists.start.shape[0], pos_sizes[0]), max(lists.start.shape[1], pos_sizes[1], *of_heads, 1)
+    batch = max(lists.start.shape[0], pos_sizes[0])
+    heads = max(lists.start.shape[1], pos_sizes[1], *of_heads, 1)
     q, k = (torch.empty(batch, heads, length, 0, device=lists.col.device) for length in (seq_q, seq_k))
     call = Call(q, k, k, lists.start, lists.count, lists.col, None, rule, block_q, block_k, 1.0)
     entries, _ = list_entries(call)

@@ -60,8 +60,11 @@ class PairChunk:
     def of(cls, listed: Listed, row: Tensor, col: Tensor, seen: Tensor) -> PairChunk:
         """The chunk of some row and key blocks."""
         block_q, block_k, seq_q, seq_k = listed.sizes
-        blocks_q, heads = -(-seq_q // block_q), listed.shape[1]
-        item, head, block = row // (blocks_q * heads), row // blocks_q % heads, row % blocks_q
+        blocks_q = -(-seq_q // block_q)
+        heads = listed.shape[1]
+        item = row // (blocks_q * heads)
+        head = row // blocks_q % heads
+        block = row % blocks_q
         rows = block.unsqueeze(1) * block_q + torch.arange(block_q, device=row.device)
         slots = col.unsqueeze(1) * block_k + torch.arange(block_k, device=row.device)
         real = (rows < seq_q).unsqueeze(2) & (slots < seq_k).unsqueeze(1)
@@ -139,7 +142,8 @@ def _fit(listed: Listed, pos: Tensor, *, causal: bool, given: bool) -> Found | N
         causal: Of the rule.
         given: Whether the positions have to be given, and -1 is an absent row.
     """
-    heads, far = listed.shape[1], listed.sizes[2] + listed.sizes[3] + 1
+    heads = listed.shape[1]
+    far = listed.sizes[2] + listed.sizes[3] + 1
     window, sink = (torch.full((heads,), far, device=pos.device) for _ in range(2))
     for part in listed.chunks():
         distance, allowed = _distances(part, pos, causal=causal, given=given)
@@ -188,7 +192,8 @@ def _is_shown(part: PairChunk, pos: Tensor, limits: tuple[Tensor, Tensor], *, ca
 def _full_fits(listed: Listed, pos: Tensor, limits: tuple[Tensor, Tensor], *, causal: bool, given: bool) -> bool:
     """Whether the rule shows full blocks whole: their corners decide."""
     block_q, block_k, seq_q, seq_k = listed.sizes
-    (batch, heads), (row, col) = listed.shape, listed.full
+    batch, heads = listed.shape
+    row, col = listed.full
     blocks_q = -(-seq_q // block_q)
     tail = torch.arange(blocks_q * block_q, device=pos.device).clamp(max=max(seq_q - 1, 0))
     tiles = pos[..., tail].long().view(*pos.shape[:2], blocks_q, block_q).expand(batch, heads, -1, -1)

@@ -11,11 +11,11 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from attnzoo_kernels.errors import ShapeError, UnsupportedError
 from attnzoo_kernels.layouts import build, flex, picture
 from attnzoo_kernels.layouts.density import layout_density
+from attnzoo_kernels.layouts.pytree import register_layout
 from attnzoo_kernels.runtime.plain import is_readable
 from attnzoo_kernels.runtime.tracing import traceable
 from attnzoo_kernels.spec.extras import Extras
@@ -130,7 +130,8 @@ class BlockLayout:
             if origin.shape != index.shape:
                 raise ShapeError(f"origin: expected {list(index.shape)} as index has it, got {list(origin.shape)}")
         # Before the narrowing to int32, which would make other blocks of values beyond it.
-        index, origin = index.long(), None if origin is None else origin.long()
+        index = index.long()
+        origin = None if origin is None else origin.long()
         if validate or is_readable(index):
             build.check_range("index", index, -1, -(-seq_k // block_k) - 1)
             if origin is not None:
@@ -373,27 +374,4 @@ class BlockLayout:
         return picture.plot(self, ax)
 
 
-def _flatten(layout: BlockLayout) -> tuple[list[Any], build.Sizes]:
-    return [layout.start, layout.count, layout.col, layout.origin], layout.sizes
-
-
-def _unflatten(leaves: Any, sizes: build.Sizes) -> BlockLayout:
-    return BlockLayout._trusted(sizes, build.LayoutLists(*leaves))
-
-
-def _flatten_with_keys(layout: BlockLayout) -> tuple[list[tuple[Any, Any]], build.Sizes]:
-    leaves, sizes = _flatten(layout)
-    names = ("start", "count", "col", "origin")
-    return [(pytree.GetAttrKey(name), leaf) for name, leaf in zip(names, leaves, strict=True)], sizes
-
-
-pytree.register_pytree_node(
-    BlockLayout,
-    _flatten,
-    _unflatten,
-    serialized_type_name="attnzoo_kernels.BlockLayout",
-    # An export is saved as JSON, which has no tuples.
-    to_dumpable_context=list,
-    from_dumpable_context=tuple,
-    flatten_with_keys_fn=_flatten_with_keys,
-)
+register_layout(BlockLayout)

@@ -27,7 +27,8 @@ def _shares(layout: BlockLayout, heads: int, most: int) -> Tensor:
     """
     lists = LayoutLists(layout.start[:1, :heads].cpu(), layout.count[:1, :heads].cpu(), layout.col.cpu())
     blocks_q, blocks_k = layout.grid
-    rows, cols = min(blocks_q, most), min(blocks_k, most)
+    rows = min(blocks_q, most)
+    cols = min(blocks_k, most)
     row = torch.arange(blocks_q, device="cpu") * rows // blocks_q
     col = torch.arange(blocks_k, device="cpu") * cols // blocks_k
     # Which list is read how often in which row of cells.
@@ -35,7 +36,8 @@ def _shares(layout: BlockLayout, heads: int, most: int) -> Tensor:
     shown = of_row.shape[1]
     line = torch.arange(shown, device="cpu").unsqueeze(1) * rows + row
     pair, times = (of_row[0] * (shown * rows) + line).unique(return_counts=True)
-    chosen, line = pair // (shown * rows), pair % (shown * rows)
+    chosen = pair // (shown * rows)
+    line = pair % (shown * rows)
     entry, listed = listed_indices(LayoutLists(once.start[chosen], once.count[chosen], lists.col))
     cell = line[entry] * cols + col[lists.col.long()[listed]]
     listed = torch.bincount(cell, times[entry].double(), shown * rows * cols).view(shown, rows, cols)

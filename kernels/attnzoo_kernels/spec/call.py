@@ -90,7 +90,8 @@ class Call:
     @property
     def grid(self) -> tuple[int, int]:
         """``M, N``: query blocks and key blocks."""
-        seq_q, seq_k = self.q.shape[2], self.k.shape[2]
+        seq_q = self.q.shape[2]
+        seq_k = self.k.shape[2]
         return -(-seq_q // self.block_q), -(-seq_k // self.block_k)
 
     @property

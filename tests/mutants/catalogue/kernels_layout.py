@@ -19,7 +19,7 @@ checks = partial(Mutant, file=f"{FOLDER}/checks.py", tests=f"{TESTS}/op/test_err
 
 MUTANTS = (
     build(
-        "build-window-back", old="back, ahead = window - 1,", new="back, ahead = window,",
+        "build-window-back", old="    back = window - 1\n", new="    back = window\n",
         wrong="a window reaches one slot too far back and lists a block too many",
     ),
     build(
@@ -81,8 +81,8 @@ MUTANTS = (
         new="layout_density(self.lists, self.sizes, causal=True)",
         wrong="density is always that of the causal rule", tests=f"{TESTS}/layouts/test_layout.py -k density",
     ),
-    layout(
-        "layout-pytree-names", old='names = ("start", "count", "col", "origin")', new='names = ("count", "start", "col", "origin")',
+    Mutant(
+        "layout-pytree-names", f"{FOLDER}/layouts/pytree.py", old="zip(NAMES, leaves", new='zip(("count", "start", "col", "origin"), leaves',
         within="_flatten_with_keys", wrong="a pytree names the lists' tensors wrongly", tests=f"{TESTS}/layouts/test_layout_moves.py",
     ),
     flex(
