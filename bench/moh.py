@@ -19,7 +19,7 @@ import attnzoo
 from attnzoo.cli.progress import Bar
 from attnzoo.evaluation import timing
 from attnzoo.evaluation.layer_costs import PlainAttention
-from attnzoo.variants.moh.layer import gathering_pays, query_block
+from attnzoo.variants.moh.forms import gathering_pays, query_block
 from attnzoo.variants.moh.routed_rows import Rows
 from attnzoo.variants.moh.router import Counts, best
 from attnzoo_kernels import BlockLayout, Extras, block_sparse_attention

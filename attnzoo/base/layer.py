@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from attnzoo.base.config import AttentionConfig, build_config
 from attnzoo.base.inputs import check_dtype, check_inputs, cross_step, is_all_padding, self_step
-from attnzoo.base.padding import add_front, drop_front, front_positions, take_rows
+from attnzoo.base.padding import add_front, drop_front, take_rows
 from attnzoo.base.projections import COMPUTED, check_slice, takes_its_own_dtype
 from attnzoo.base.recording import Recording
 from attnzoo.base.registry import register
 from attnzoo.base.rope import apply_rotary, rotary_tables
 from attnzoo.base.shared_layouts import dense_layout
-from attnzoo.base.steps import AttentionInputs, AttentionOutput, Heads, Plan, Step
+from attnzoo.base.steps import AttentionInputs, AttentionOutput, Heads, Plan, Step, finalise
 from attnzoo.base.weights import WeightedModule
 from attnzoo.base.whole_blocks import Filled
 from attnzoo.cache.kv_cache import KVCache, Stream
@@ -28,7 +28,16 @@ from attnzoo_kernels import Extras, block_sparse_attention
 from attnzoo_kernels.errors import ConfigError, UnsupportedError
 from attnzoo_kernels.runtime.plain import is_open
 
-__all__ = ["AttentionConfig", "AttentionInputs", "AttentionLayer", "AttentionOutput", "Heads", "Plan", "Step"]
+__all__ = [
+    "AttentionConfig",
+    "AttentionInputs",
+    "AttentionLayer",
+    "AttentionOutput",
+    "Heads",
+    "Plan",
+    "Step",
+    "finalise",
+]
 
 DENSE_BLOCK = 64
 LONG_CALL = 512
@@ -243,8 +252,8 @@ class AttentionLayer(WeightedModule):
     def _run(self, step: Step) -> AttentionOutput:
         heads = self.project(step)
         inputs = self.remember(step, heads)
-        plan = _settle(self.plan(step, heads, inputs), inputs)
-        return AttentionOutput(self.conclude(step, inputs, plan), plan)
+        plan = finalise(self.plan(step, heads, inputs), inputs)
+        return AttentionOutput(self.combine(step, self.operate(inputs, plan), plan), plan)
 
     def check_context(self, cache: KVCache | None, positions: Tensor | None) -> None:
         """Raises unless this variant can read another sequence.
@@ -331,13 +340,20 @@ class AttentionLayer(WeightedModule):
             offset: The slot of each item's first row: an int where all share it, else int64 ``[B]``.
             lengths: Rows of each item that are tokens; ``None`` means all.
         """
+        step, inputs = self.given_call(inputs, offset, lengths)
+        return finalise(self.plan(step, Heads(inputs.q, inputs.k, inputs.v), inputs), inputs)
+
+    def given_call(
+        self, inputs: AttentionInputs, offset: int | Tensor, lengths: int | Tensor | None
+    ) -> tuple[Step, AttentionInputs]:
+        """The call that queries, keys and values of :meth:`plan_for` stand for, and these with their rows' slots."""
         rows = inputs.q.shape[2] if lengths is None else lengths
         nothing = inputs.q.new_empty(0)
         step = Step(x=nothing, positions=nothing, lengths=rows, offset=offset)
         if inputs.q_pos is None and (isinstance(rows, Tensor) or isinstance(offset, Tensor)):
             made = self.attention_inputs(step, inputs.q, inputs.k, inputs.v)
             inputs = replace(inputs, q_pos=made.q_pos)
-        return _settle(self.plan(step, Heads(inputs.q, inputs.k, inputs.v), inputs), inputs)
+        return step, inputs
 
     def operate(self, inputs: AttentionInputs, plan: Plan) -> Tensor:
         """The operation: ``[B, H, T, Dv]``."""
@@ -353,10 +369,6 @@ class AttentionLayer(WeightedModule):
             impl=self.impl,
         )
         return drop_front(out, plan.front, tokens)
-
-    def conclude(self, step: Step, inputs: AttentionInputs, plan: Plan) -> Tensor:
-        """The layer's output from what the operation sees."""
-        return self.combine(step, self.operate(inputs, plan), plan)
 
     def combine(self, step: Step, out: Tensor, plan: Plan) -> Tensor:
         """Joins the heads, and puts the tokens back where the caller had them."""
@@ -422,15 +434,6 @@ class AttentionLayer(WeightedModule):
             owner=(self._identity, self.config),
             rounds=dtype is not None,
         )
-
-
-def _settle(plan: Plan, inputs: AttentionInputs) -> Plan:
-    """A variant's plan with what the call itself says: rows, their slots, and hidden keys."""
-    q_pos = front_positions(inputs.q_pos, plan.front, plan.layout.seq_q)
-    extras = plan.extras
-    if q_pos is not None or inputs.key_bias is not None:
-        extras = replace(extras, q_pos=q_pos, key_bias=inputs.key_bias)
-    return replace(plan, extras=extras, batch=inputs.q.shape[0], heads=inputs.q.shape[1])
 
 
 def _hide(hidden: Tensor, dtype: torch.dtype) -> Tensor:

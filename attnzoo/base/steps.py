@@ -12,6 +12,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from attnzoo.base.padding import front_positions
 from attnzoo.cache.kv_cache import KVCache
 from attnzoo_kernels import BlockLayout, Extras, visible_pairs
 
@@ -129,3 +130,12 @@ class AttentionOutput:
 
     out: Tensor
     plan: Plan
+
+
+def finalise(plan: Plan, inputs: AttentionInputs) -> Plan:
+    """A variant's plan with what the call itself says: rows, their slots, and hidden keys."""
+    q_pos = front_positions(inputs.q_pos, plan.front, plan.layout.seq_q)
+    extras = plan.extras
+    if q_pos is not None or inputs.key_bias is not None:
+        extras = replace(extras, q_pos=q_pos, key_bias=inputs.key_bias)
+    return replace(plan, extras=extras, batch=inputs.q.shape[0], heads=inputs.q.shape[1])

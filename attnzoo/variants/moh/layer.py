@@ -20,8 +20,6 @@ longest head.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
-from itertools import groupby
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -29,16 +27,18 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from attnzoo.base.config import AttentionConfig, check_bool, check_int
-from attnzoo.base.layer import AttentionInputs, AttentionLayer, Heads, Plan, Step
+from attnzoo.base.layer import AttentionInputs, AttentionLayer, Plan, Step, finalise
 from attnzoo.base.projections import is_plain, is_untouched
 from attnzoo.base.rope import RotaryConfig as RotaryConfig
 from attnzoo.base.shared_layouts import Cover, dense_layout, sink_window_layout
 from attnzoo.reporting.choices import check_choice
+from attnzoo.variants.moh import divided
+from attnzoo.variants.moh.forms import Form, Setting, choose_form, query_block
+from attnzoo.variants.moh.records import MoHHeads, MoHInputs, MoHPlan
 from attnzoo.variants.moh.routed_rows import Rows, windowed_layout
 from attnzoo.variants.moh.router import Counts, Routing, balance_loss, by_norm, learned
-from attnzoo_kernels import BlockLayout, Extras, block_sparse_attention, no_autocast, visible_pairs
+from attnzoo_kernels import BlockLayout, Extras, no_autocast
 from attnzoo_kernels.errors import ConfigError, UnsupportedError
-from attnzoo_kernels.runtime.plain import is_open, is_readable
 
 ROUTER_STD = 0.02
 """Standard deviation of a new router's weights."""
@@ -171,55 +171,6 @@ _CHOICES = {
 }
 
 
-@dataclass(frozen=True, eq=False)
-class MoHHeads(Heads):
-    """Queries, keys and values with what the router decided about their tokens."""
-
-    routing: Routing
-
-
-@dataclass(frozen=True, eq=False)
-class Kept:
-    """Which rows are computed where some are left out.
-
-    Attributes:
-        rows: The rows that q holds; ``None`` where it holds all of them, absent ones at position -1.
-        dense_pos: What ``q_pos`` would be with all rows.
-        routed: The routed heads' rows that are not absent, where the shared heads compute every row.
-    """
-
-    rows: Rows | None
-    dense_pos: Tensor | None
-    routed: Rows | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class MoHInputs(AttentionInputs):
-    """What the operation sees; ``kept`` where some rows of heads are left out."""
-
-    kept: Kept | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class MoHPlan(Plan):
-    """A plan for the rows that heads compute; ``kept`` where some are left out."""
-
-    kept: Kept | None = None
-
-    @cached_property
-    def density(self) -> float:
-        """Visible (query, key) pairs over those of the dense call of all heads; 1 where there are none."""
-        if self.kept is None:
-            return super().density
-        size = {"batch": self.batch, "heads": self.heads}
-        visible, _ = visible_pairs(self.layout, causal=self.causal, extras=self.extras, **size)
-        tokens = self.layout.seq_q if self.kept.rows is None else self.kept.rows.tokens
-        layout = dense_layout(self.layout.block_k, tokens, self.layout.seq_k, self.layout.col)
-        extras = Extras(q_pos=self.kept.dense_pos, key_bias=self.extras.key_bias)
-        _, dense = visible_pairs(layout, causal=self.causal, extras=extras, **size)
-        return visible / dense if dense else 1.0
-
-
 class MoHAttention(AttentionLayer, name="moh"):
     """Attention in which each token uses the shared heads and some of the routed ones."""
 
@@ -261,7 +212,7 @@ class MoHAttention(AttentionLayer, name="moh"):
         for weight in router.parameters():
             nn.init.normal_(weight, std=ROUTER_STD if counts.active < counts.routed else 0.0)
 
-    def project(self, step: Step) -> Heads:
+    def project(self, step: Step) -> MoHHeads:
         """Queries, keys, values, and what the router says about each token."""
         heads = super().project(step)
         return MoHHeads(heads.q, heads.k, heads.v, self.route(step.x, heads.q))
@@ -298,184 +249,144 @@ class MoHAttention(AttentionLayer, name="moh"):
         said = iter(every)
         return [None if one is None else next(said) for one in routers]
 
-    def _leaves_out(self, routing: Routing, inputs: AttentionInputs) -> bool:
-        """Whether rows that are not routed are left out; either way computes the same."""
-        config = self.config
-        training = torch.is_grad_enabled() and routing.gates.requires_grad
-        if config.router == "norm" and config.ste_scope == "all" and training:
-            return False
-        if is_open(inputs.q.shape[2]):
-            # How many rows a head computes would be asked.
-            return False
-        if config.compute != "auto":
-            return config.compute == "routed"
-        if inputs.q.shape[2] == 1:
-            return inputs.q.device.type == "cuda" or (inputs.k.shape[2] >= LEAST_SLOTS and is_readable(inputs.q))
-        return gathering_pays(inputs.q.shape[2], config.head_density, training=training)
+    # The steps from here on are given the records of this layer's own steps.
 
-    def remember(self, step: Step, heads: Heads) -> AttentionInputs:
+    def remember(self, step: Step, heads: MoHHeads) -> MoHInputs:  # type: ignore[override]
         """As the base; of the queries only the rows that heads compute."""
         inputs = super().remember(step, heads)
-        if not isinstance(heads, MoHHeads) or not self._leaves_out(heads.routing, inputs):
-            return inputs
-        q, k, v, q_pos = inputs.q, inputs.k, inputs.v, inputs.q_pos
-        active = heads.routing.active & _real(step, heads.routing.active)
-        first = k.shape[2] - q.shape[2] if step.context is None else 0
-        if q.shape[2] == 1:
+        return self._in_form(step, heads.routing, inputs, self._choose_form(step, heads.routing, inputs))
+
+    def _choose_form(self, step: Step, routing: Routing, inputs: AttentionInputs) -> Form:
+        """In which form a call is computed: the one place where that is decided."""
+        config = self.config
+        heads = inputs.q.shape[1]
+        shared = config.counts.shared
+        splits = 0 < shared < heads and shared % (heads // inputs.k.shape[1]) == 0 and config.counts.active > 0
+        training = torch.is_grad_enabled() and routing.gates.requires_grad
+        form = choose_form(
+            inputs,
+            Setting(
+                compute=config.compute,
+                density=config.head_density,
+                training=training,
+                # The gradient of the router needs every head's output.
+                needs_all=training and config.router == "norm" and config.ste_scope == "all",
+                # Several calls without positions stand for one with them, without a window.
+                divides=config.window is None and self.impl in ("auto", "blocked"),
+                splits=splits,
+                causal=config.causal and step.context is None,
+            ),
+        )
+        if form.kind != "two_calls":
+            return form
+        # Steps that somebody has replaced are handed whole heads; a projection that is more than a product is called.
+        own_steps = self.runs_own("operate", MoHAttention) and self.runs_own("combine", MoHAttention)
+        return replace(form, packed=own_steps and is_plain(self.o_proj, inputs.v))
+
+    def _in_form(self, step: Step, routing: Routing, inputs: AttentionInputs, form: Form) -> MoHInputs:
+        """The inputs of a form: which rows there are, and at which positions."""
+        q = inputs.q
+        if not form.leaves_out:
+            return MoHInputs(**vars(inputs), form=form)
+        active = routing.active & _real(step, routing.active)  # [B, T, H]
+        first = inputs.k.shape[2] - q.shape[2] if step.context is None else 0
+        if form.kind in ("needed_heads", "heads_in_place"):
             # A KV head is read or not: all of its query heads come along.
-            each = q.shape[1] // k.shape[1]
-            groups = active.view(q.shape[0], k.shape[1], each).any(2).repeat_interleave(each, 1)
-            place = torch.where(groups.unsqueeze(2), first if q_pos is None else q_pos.expand(*q.shape[:3]), -1)
-            return MoHInputs(q, k, v, place.to(torch.int32), inputs.key_bias, Kept(None, q_pos))
-        active = active.transpose(1, 2)
-        if self._goes_apart(inputs):
-            place = torch.where(active, torch.arange(q.shape[2], device=q.device) + first, -1).to(torch.int32)
-            return MoHInputs(q, k, v, place, kept=Kept(None, None, Rows.of(active[:, self.config.counts.shared :])))
-        rows = Rows.of(active)
-        return MoHInputs(rows.gather(q), k, v, rows.positions(q_pos, first), inputs.key_bias, Kept(rows, q_pos))
-
-    def plan(self, step: Step, heads: Heads, inputs: AttentionInputs) -> Plan:
-        """Everything or the window's blocks, for the rows that heads compute."""
-        config, causal = self.config, self.config.causal and step.context is None
-        if config.window is not None and step.context is not None:
-            raise UnsupportedError("context: expected None with a window, which counts tokens of one sequence")
-        extras = Extras() if config.window is None else Extras(window=config.window, sink=config.sink)
-        if not isinstance(heads, MoHHeads):
-            return Plan(self._dense_cover(step, inputs), extras, causal)
-        routing, counts = heads.routing, config.counts
-        weight = routing.gates.transpose(1, 2).unsqueeze(-1).to(inputs.q.dtype)  # [B, H, T, 1]
-        loss = balance_loss(routing, counts, _real_or_none(step, routing.active), config.aux_scale)
-        info = {"gates": routing.gates.detach(), "active": routing.active}
-        kept = inputs.kept if isinstance(inputs, MoHInputs) else None
-        if kept is None or kept.rows is None or inputs.q_pos is None:
-            return MoHPlan(self._dense_cover(step, inputs), extras, causal, 0, weight, loss, info, kept=kept)
-        slots, rows = inputs.k.shape[2], inputs.q.shape[2]
-        blocks = (query_block(config.block_size, rows), config.block_size)
-        if config.window is None or not causal:
-            layout = BlockLayout.dense(*blocks, rows, slots, device=inputs.q.device)
+            each = q.shape[1] // inputs.k.shape[1]
+            groups = active.view(q.shape[0], inputs.k.shape[1], each).any(2).repeat_interleave(each, 1)
+            slot = first if inputs.q_pos is None else inputs.q_pos.expand(*q.shape[:3])
+            q_pos = torch.where(groups.unsqueeze(2), slot, -1).to(torch.int32)
+            form = replace(form, dense_pos=inputs.q_pos)
+        elif form.kind == "two_calls":
+            active = active.transpose(1, 2)
+            q_pos = torch.where(active, torch.arange(q.shape[2], device=q.device) + first, -1).to(torch.int32)
+            form = replace(form, rows=Rows.of(active[:, self.config.counts.shared :]))
         else:
-            layout = windowed_layout(inputs.q_pos, blocks, slots, config.window, config.sink)
-        return MoHPlan(layout, extras, causal, 0, weight, loss, info, kept=kept)
+            rows = Rows.of(active.transpose(1, 2))
+            q = rows.gather(q)
+            q_pos = rows.positions(inputs.q_pos, first)
+            form = replace(form, rows=rows, dense_pos=inputs.q_pos)
+        return MoHInputs(q, inputs.k, inputs.v, q_pos, inputs.key_bias, form=form)
 
-    def _dense_cover(self, step: Step, inputs: AttentionInputs) -> Any:
+    def plan(self, step: Step, heads: MoHHeads, inputs: MoHInputs) -> MoHPlan:  # type: ignore[override]
+        """Everything or the window's blocks, for the rows that heads compute."""
+        config = self.config
+        routing = heads.routing
+        causal = config.causal and step.context is None
+        extras = self._rule(step)
+        layout = self._rows_cover(inputs, causal) if inputs.form.kind == "routed_rows" else self._cover(step, inputs)
+        return MoHPlan(
+            layout,
+            extras,
+            causal,
+            head_weight=routing.gates.transpose(1, 2).unsqueeze(-1).to(inputs.q.dtype),  # [B, H, T, 1]
+            aux_loss=balance_loss(routing, config.counts, _real_or_none(step, routing.active), config.aux_scale),
+            info={"gates": routing.gates.detach(), "active": routing.active},
+            form=inputs.form,
+        )
+
+    def plan_for(self, inputs: AttentionInputs, *, offset: int | Tensor, lengths: int | Tensor | None = None) -> Plan:
+        """As the base; nobody has routed these heads, so that all of them are computed."""
+        step, inputs = self.given_call(inputs, offset, lengths)
+        return finalise(Plan(self._cover(step, inputs), self._rule(step), self.config.causal), inputs)
+
+    def _rule(self, step: Step) -> Extras:
+        config = self.config
+        if config.window is None:
+            return Extras()
+        if step.context is not None:
+            raise UnsupportedError("context: expected None with a window, which counts tokens of one sequence")
+        return Extras(window=config.window, sink=config.sink)
+
+    def _rows_cover(self, inputs: MoHInputs, causal: bool) -> BlockLayout:
+        """The blocks of gathered rows, which lie where their positions say."""
+        config = self.config
+        slots = inputs.k.shape[2]
+        rows = inputs.q.shape[2]
+        blocks = (query_block(config.block_size, rows), config.block_size)
+        if config.window is None or not causal or inputs.q_pos is None:
+            return BlockLayout.dense(*blocks, rows, slots, device=inputs.q.device)
+        return windowed_layout(inputs.q_pos, blocks, slots, config.window, config.sink)
+
+    def _cover(self, step: Step, inputs: AttentionInputs) -> BlockLayout:
+        """The blocks of every row."""
         config, tokens, slots = self.config, inputs.q.shape[2], inputs.k.shape[2]
         if config.window is None:
             return dense_layout(config.block_size, tokens, slots, inputs.q)
         cover = Cover(config.window, config.sink, config.causal, step.offset)
         return sink_window_layout(config.block_size, tokens, slots, cover, inputs.q)
 
-    def operate(self, inputs: AttentionInputs, plan: Plan) -> Tensor:
-        """As the base; one token reads the KV heads that it needs where they lie."""
-        kept = inputs.kept if isinstance(inputs, MoHInputs) else None
-        if kept is not None and kept.routed is not None:
-            return _in_order(*self._apart(inputs, plan, kept.routed), kept.routed)
-        single = kept is not None and kept.rows is None
-        if single and plan.causal and self._may_divide(inputs.q):
-            return self._read_in_place(inputs)
+    @property
+    def _operation(self) -> divided.Operation:
+        return divided.Operation(block=self.config.block_size, scale=self.config.scale, impl=self.impl)
+
+    def operate(self, inputs: MoHInputs, plan: MoHPlan) -> Tensor:  # type: ignore[override]
+        """As the base, in the form that was chosen for the call.
+
+        Returns:
+            The heads' rows ``[B, H, T, Dv]``; where :attr:`Form.packed` says so, for :meth:`combine` alone, the rows
+            of shared heads and the gathered ones of routed heads behind each other, ``[B, 1, rows, Dv]``.
+        """
+        form = plan.form
+        if form.kind == "two_calls" and form.rows is not None:
+            shared = self.config.counts.shared
+            whole, routed = divided.two_calls(self._operation, inputs, form.rows, shared, causal=plan.causal)
+            return divided.packed(whole, routed) if form.packed else divided.in_order(whole, routed, form.rows)
+        if form.kind == "heads_in_place":
+            return divided.read_in_place(self._operation, inputs)
         return super().operate(inputs, plan)
 
-    def _may_divide(self, q: Tensor) -> bool:
-        """Whether several calls without positions may stand for one with them: it pays on CPUs, without a window."""
-        return self.config.window is None and self.impl in ("auto", "blocked") and q.numel() > 0 and is_readable(q)
-
-    def _goes_apart(self, inputs: AttentionInputs) -> bool:
-        """Whether shared and routed heads are two calls: on a CPU a dense call is quicker than one with positions."""
-        counts, heads = self.config.counts, inputs.q.shape[1]
-        each = heads // inputs.k.shape[1]
-        splits = 0 < counts.shared < heads and counts.shared % each == 0 and counts.active > 0
-        return splits and inputs.q_pos is None and inputs.key_bias is None and self._may_divide(inputs.q)
-
-    def _apart(self, inputs: AttentionInputs, plan: Plan, rows: Rows) -> tuple[Tensor, Tensor]:
-        """The shared heads in one call, which computes every row, and the rows of the routed heads in another."""
-        shared, block = self.config.counts.shared, self.config.block_size
-        tokens, slots = inputs.q.shape[2], inputs.k.shape[2]
-        heads = [shared, inputs.q.shape[1] - shared]
-        groups = [n * inputs.k.shape[1] // inputs.q.shape[1] for n in heads]
-        q, routed_q = inputs.q.split(heads, 1)
-        k, routed_k = inputs.k.split(groups, 1)
-        v, routed_v = inputs.v.split(groups, 1)
-        rule: dict[str, Any] = {"causal": plan.causal, "scale": self.config.scale, "impl": self.impl}
-        whole = block_sparse_attention(q, k, v, dense_layout(block, tokens, slots, q), **rule)
-        routed_q = rows.gather(routed_q)
-        longest = routed_q.shape[2]
-        layout = BlockLayout.dense(query_block(block, longest), block, longest, slots, device=q.device)
-        pos = rows.positions(None, slots - tokens if plan.causal else 0)
-        routed = block_sparse_attention(routed_q, routed_k, routed_v, layout, extras=Extras(q_pos=pos), **rule)
-        return whole, routed
-
-    def conclude(self, step: Step, inputs: AttentionInputs, plan: Plan) -> Tensor:
-        """As the base; heads computed apart are projected apart too, of the routed ones the routed rows alone."""
-        rows = inputs.kept.routed if isinstance(inputs, MoHInputs) and inputs.kept is not None else None
-        if rows is None or plan.head_weight is None or not is_plain(self.o_proj, inputs.v):
-            return super().conclude(step, inputs, plan)
-        if not (self.runs_own("operate", MoHAttention) and self.runs_own("combine", MoHAttention)):
-            # Steps that somebody has replaced are run.
-            return super().conclude(step, inputs, plan)
-        return self._project_apart(*self._apart(inputs, plan, rows), plan.head_weight, rows)
-
-    def _project_apart(self, whole: Tensor, routed: Tensor, gates: Tensor, rows: Rows) -> Tensor:
-        batch, shared, tokens, width = whole.shape
-        of_whole, of_routed = gates.split([shared, routed.shape[1]], 1)
-        weights = self.o_proj.weight.unflatten(1, (-1, width)).unbind(1)  # of each head, [C, Dv]
-        joined = (whole * of_whole).transpose(1, 2).reshape(batch * tokens, shared * width)
-        y = linear(joined, torch.cat(weights[:shared], 1), self.o_proj.bias)
-        rows.add_products(y, routed * rows.gather(of_routed), weights[shared:])
-        return y.view(batch, tokens, -1)
-
-    def _read_in_place(self, inputs: AttentionInputs) -> Tensor:
-        """One call for each run of neighbouring KV heads that an item needs: keys and values are not copied."""
-        q, k, v = inputs.q, inputs.k, inputs.v
-        each = q.shape[1] // k.shape[1]
-        outs = []
-        for item, positions in enumerate(inputs.q_pos[:, ::each, 0].tolist() if inputs.q_pos is not None else []):
-            parts, head = [], 0
-            for position, run in groupby(positions):
-                end = head + len(list(run))
-                rows = q[item : item + 1, head * each : end * each]
-                if position < 0:
-                    parts.append(rows.new_zeros(*rows.shape[:3], v.shape[3]))
-                else:
-                    # One token reads every slot up to its own.
-                    keys, values = (x[item : item + 1, head:end, : position + 1] for x in (k, v))
-                    layout = dense_layout(self.config.block_size, 1, position + 1, q)
-                    scale, impl = self.config.scale, self.impl
-                    parts.append(block_sparse_attention(rows, keys, values, layout, scale=scale, impl=impl))
-                head = end
-            outs.append(torch.cat(parts, 1))
-        return torch.cat(outs)
-
-    def combine(self, step: Step, out: Tensor, plan: Plan) -> Tensor:
+    def combine(self, step: Step, out: Tensor, plan: MoHPlan) -> Tensor:  # type: ignore[override]
         """As the base; rows that were not computed are 0."""
-        rows = plan.kept.rows if isinstance(plan, MoHPlan) and plan.kept is not None else None
-        if rows is None or plan.head_weight is None:
+        form = plan.form
+        if form.rows is None or plan.head_weight is None:
             return super().combine(step, out, plan)
-        weighted = out * rows.gather(plan.head_weight)
-        return super().combine(step, rows.scatter(weighted), replace(plan, head_weight=None))
-
-
-def _in_order(whole: Tensor, routed: Tensor, rows: Rows) -> Tensor:
-    """Shared heads and the rows of routed ones as ``[B, H, T, D]``, laid out by tokens as the projection reads it."""
-    return torch.cat([whole.transpose(1, 2), rows.scatter(routed).transpose(1, 2)], 2).transpose(1, 2)
-
-
-def query_block(block: int, rows: int) -> int:
-    """Rows in a query block: many rows are quicker in taller blocks, although these reach further."""
-    return 2 * block if rows >= TALL_ROWS else block
-
-
-def gathering_pays(tokens: int, density: float, *, training: bool) -> bool:
-    """Whether computing the routed rows alone is quicker than all rows: the crossings of ``python -m bench.moh``."""
-    for least, most, most_training in CROSSINGS:
-        if tokens >= least:
-            return density <= (most_training if training else most)
-    return False
-
-
-CROSSINGS = ((4096, 0.75, 0.75), (2048, 0.55, 0.65), (1024, 0.3, 0.5))
-"""From so many tokens on, the largest share of heads at which gathering pays, and the same in training."""
-TALL_ROWS = 1024
-LEAST_SLOTS = 2048
-"""Slots from which a decoding step on a CPU does better to leave KV heads out."""
+        if form.packed:
+            return divided.project_packed(out, self.o_proj, plan.head_weight, form.rows)
+        if form.kind == "two_calls":
+            return super().combine(step, out, plan)
+        weighted = out * form.rows.gather(plan.head_weight)
+        return super().combine(step, form.rows.scatter(weighted), replace(plan, head_weight=None))
 
 
 def _real_or_none(step: Step, active: Tensor) -> Tensor | None:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import attnzoo
 from attnzoo.oracles import moh as oracle
+from attnzoo.variants.moh import forms, routed_rows
 from attnzoo.variants.moh import layer as moh
-from attnzoo.variants.moh import routed_rows
 from attnzoo.variants.moh import router as routing
 from attnzoo.variants.moh.routed_rows import Rows
 from tests.attnzoo.cases import assert_same, build, recipe_of, tokens
@@ -165,19 +165,19 @@ def test_what_is_not_routed_is_not_computed() -> None:
     layer = layer_of(config)
     x = tokens(layer, 2, 50)
     expected, seen = layer(x), []
-    project, conclude = layer.project, layer.conclude
+    project, operate = layer.project, layer.operate
 
     def spoiled(step: Any) -> Any:
         heads = project(step)
         idle = ~heads.routing.active.transpose(1, 2).unsqueeze(-1)
         return moh.MoHHeads(heads.q.masked_fill(idle, torch.nan), heads.k, heads.v, heads.routing)
 
-    def listening(step: Any, memory: Any, plan: Any) -> Tensor:
-        seen.append(memory)
-        found: Tensor = conclude(step, memory, plan)
+    def listening(inputs: Any, plan: Any) -> Tensor:
+        seen.append(inputs)
+        found: Tensor = operate(inputs, plan)
         return found
 
-    layer.project, layer.conclude = spoiled, listening
+    layer.project, layer.operate = spoiled, listening
     assert torch.equal(layer(x), expected)
     rows = int((seen[0].q_pos >= 0).sum())
     assert rows == 2 * 50 * 4
@@ -233,28 +233,30 @@ def test_a_decoding_step_does_not_touch_kv_heads_that_nobody_needs() -> None:
 
 
 def test_the_choice_between_gathering_and_all_rows_is_one_rule() -> None:
-    assert [least for least, _, _ in moh.CROSSINGS] == sorted((least for least, _, _ in moh.CROSSINGS), reverse=True)
-    for least, most, most_training in moh.CROSSINGS:
+    assert [least for least, _, _ in forms.CROSSINGS] == sorted(
+        (least for least, _, _ in forms.CROSSINGS), reverse=True
+    )
+    for least, most, most_training in forms.CROSSINGS:
         for training, limit in ((False, most), (True, most_training)):
-            assert moh.gathering_pays(least, limit, training=training)
-            assert not moh.gathering_pays(least, limit + 0.01, training=training)
-    assert not moh.gathering_pays(moh.CROSSINGS[-1][0] - 1, 0.1, training=True)
+            assert forms.gathering_pays(least, limit, training=training)
+            assert not forms.gathering_pays(least, limit + 0.01, training=training)
+    assert not forms.gathering_pays(forms.CROSSINGS[-1][0] - 1, 0.1, training=True)
 
 
 def test_auto_follows_the_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = layer_of(config_of(num_heads=8, shared_heads=2, active_heads=2))
     x = tokens(layer, 1, 40)
-    assert layer.attend(x).plan.kept is None
-    monkeypatch.setattr(moh, "CROSSINGS", ((40, 0.4, 0.6),))
-    assert layer.attend(x).plan.kept is not None
+    assert layer.attend(x).plan.form.kind == "every_row"
+    monkeypatch.setattr(forms, "CROSSINGS", ((40, 0.4, 0.6),))
+    assert layer.attend(x).plan.form.leaves_out
     with torch.no_grad():
-        assert layer.attend(x).plan.kept is None
-    assert layer.attend(x[:, :39]).plan.kept is None
+        assert layer.attend(x).plan.form.kind == "every_row"
+    assert layer.attend(x[:, :39]).plan.form.kind == "every_row"
     cache = layer.new_cache(1, 60)
     layer.attend(x, cache=cache)
-    assert layer.attend(x[:, :1], cache=cache).plan.kept is None
-    monkeypatch.setattr(moh, "LEAST_SLOTS", 42)
-    assert layer.attend(x[:, :1], cache=cache).plan.kept is not None
+    assert layer.attend(x[:, :1], cache=cache).plan.form.kind == "every_row"
+    monkeypatch.setattr(forms, "LEAST_SLOTS", 42)
+    assert layer.attend(x[:, :1], cache=cache).plan.form.leaves_out
 
 
 def test_gates_add_up_and_name_the_heads_that_run() -> None:

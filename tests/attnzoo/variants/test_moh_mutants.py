@@ -11,8 +11,8 @@ import torch
 
 import attnzoo
 from attnzoo.oracles import moh as oracle
+from attnzoo.variants.moh import divided, routed_rows, router
 from attnzoo.variants.moh import layer as moh
-from attnzoo.variants.moh import routed_rows, router
 from tests.attnzoo.cases import assert_same, recipe_of, tokens
 from tests.attnzoo.variants.test_moh import config_of, joined, layer_of, routing_of, some_padding
 from tests.attnzoo_kernels.test_mutants import rewrite, wrap
@@ -68,14 +68,14 @@ MUTANTS: dict[str, Callable[[Patch], None]] = {
     "no gradient through the gate": text(router, "by_norm", "coefficient * (probs - probs.detach())", "0 * probs"),
     "a gate that is soft": text(router, "by_norm", "chosen.to(probs.dtype) +", "probs +"),
     "rows of the wrong place": text(routed_rows.Rows, "_flat", "token) * heads + head", "token) * heads + 0 * head"),
-    "rows of routed heads a token late": text(moh.MoHAttention, "_apart", "slots - tokens if", "slots - tokens + 1 if"),
+    "rows of routed heads a token late": text(divided, "two_calls", "slots - tokens if", "slots - tokens + 1 if"),
     "routed heads before the shared ones": text(
-        moh, "_in_order", "[whole.transpose(1, 2), rows.scatter(routed).transpose(1, 2)]",
+        divided, "in_order", "[whole.transpose(1, 2), rows.scatter(routed).transpose(1, 2)]",
         "[rows.scatter(routed).transpose(1, 2), whole.transpose(1, 2)]",
     ),
-    "rows projected by another head": text(moh.MoHAttention, "_project_apart", "weights[shared:]", "weights[:-shared]"),
+    "rows projected by another head": text(divided, "project_packed", "weights[shared:]", "weights[:-shared]"),
     "ungated rows where they are projected": text(
-        moh.MoHAttention, "_project_apart", "routed * rows.gather(of_routed)", "routed"
+        divided, "project_packed", "routed * rows.gather(of_routed)", "routed"
     ),
     "rows added to the next item": text(routed_rows.Rows, "add_products", "(item * self", "((1 - item) * self"),
     "queries of the first head": text(routed_rows.Rows, "_flat", "(item * heads + head)", "(item * heads + 0 * head)"),
@@ -91,7 +91,7 @@ MUTANTS: dict[str, Callable[[Patch], None]] = {
         ),
     ),
     "a step that reads one key less": text(
-        moh.MoHAttention, "_read_in_place", ": position + 1] for x", ": max(1, position)] for x"
+        divided, "read_in_place", ": position + 1] for x", ": max(1, position)] for x"
     ),
 }  # fmt: skip
 

@@ -56,8 +56,8 @@ MUTANTS = (
         wrong="rows in front of a chunk count as queries", tests="tests/attnzoo/base/test_plan_density.py",
     ),
     Mutant(
-        "moh-density-of-padding", "attnzoo/variants/moh/layer.py",
-        old="extras = Extras(q_pos=self.kept.dense_pos, key_bias=self.extras.key_bias)",
+        "moh-density-of-padding", "attnzoo/variants/moh/records.py",
+        old="extras = Extras(q_pos=self.form.dense_pos, key_bias=self.extras.key_bias)",
         new="extras = Extras(key_bias=self.extras.key_bias)",
         wrong="rows behind an item's last count as pairs that dense attention sees", tests="tests/attnzoo/base/test_plan_density.py",
     ),

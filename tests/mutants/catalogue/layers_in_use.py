@@ -131,8 +131,8 @@ MUTANTS = (
     in_use(
         "moh-goes-round-operate",
         file=f"{FOLDER}/variants/moh/layer.py",
-        old='if not (self.runs_own("operate", MoHAttention) and ',
-        new="if not (",
+        old='own_steps = self.runs_own("operate", MoHAttention) and ',
+        new="own_steps = ",
         wrong="an overridden operate is not run where heads are computed apart",
     ),
     in_use(
