@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import attnzoo
+from attnzoo.base.registry import variants
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = (ROOT / "attnzoo", ROOT / "kernels" / "attnzoo_kernels")
@@ -43,7 +44,7 @@ def test_no_module_is_a_drawer_for_everything(path: Path) -> None:
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_variant_has_a_source_departures_an_oracle_a_page_and_tests(name: str) -> None:
-    module = importlib.import_module(attnzoo.get_config(name).__module__)
+    module = importlib.import_module(variants[name].__module__)
     assert "Source:" in (module.__doc__ or "")
     assert "Departures:" in (module.__doc__ or "")
     # A variant of more than one file is a folder.

@@ -64,6 +64,7 @@ class AttentionInputs:
         q_pos: The slot of each row, int32 ``[B|1, H|1, T]``, -1 where there is no token; ``None`` means that the rows
             are the last T slots.
         key_bias: Added to the scaled scores, ``[B|1, G|H|1, S]``; -inf hides a slot.
+        offloaded: Whether k and v lie in CPU memory, from where the blocks that a plan lists are fetched.
     """
 
     q: Tensor
@@ -71,6 +72,7 @@ class AttentionInputs:
     v: Tensor
     q_pos: Tensor | None = None
     key_bias: Tensor | None = None
+    offloaded: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from attnzoo.variants.landmark.config import LandmarkConfig as LandmarkConfig
 from attnzoo.variants.landmark.layer import LandmarkAttention as LandmarkAttention
-from attnzoo.variants.landmark.layer import LandmarkConfig as LandmarkConfig
-from attnzoo.variants.longheads import LongHeadsAttention as LongHeadsAttention
-from attnzoo.variants.longheads import LongHeadsConfig as LongHeadsConfig
+from attnzoo.variants.longheads.config import LongHeadsConfig as LongHeadsConfig
+from attnzoo.variants.longheads.layer import LongHeadsAttention as LongHeadsAttention
 from attnzoo.variants.lowrank_gqa import LowRankGQAAttention as LowRankGQAAttention
 from attnzoo.variants.lowrank_gqa import LowRankGQAConfig as LowRankGQAConfig
 from attnzoo.variants.mha import MHAAttention as MHAAttention
 from attnzoo.variants.mha import MHAConfig as MHAConfig
+from attnzoo.variants.moh.config import MoHConfig as MoHConfig
 from attnzoo.variants.moh.layer import MoHAttention as MoHAttention
-from attnzoo.variants.moh.layer import MoHConfig as MoHConfig
 from attnzoo.variants.rcmha.layer import RCMHAAttention as RCMHAAttention
 from attnzoo.variants.rcmha.layer import RCMHAConfig as RCMHAConfig
 from attnzoo.variants.s2.layer import S2Attention as S2Attention

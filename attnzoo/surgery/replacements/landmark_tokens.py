@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from attnzoo.surgery.hosts import attention_function
 from attnzoo.surgery.hosts.calls import cache_name, take_cache
 from attnzoo.surgery.replacements.replacement import Replacement
-from attnzoo.variants.landmark.layer import LandmarkAttention, LandmarkConfig, check_mix
+from attnzoo.variants.landmark.config import LandmarkConfig, check_mix
+from attnzoo.variants.landmark.layer import LandmarkAttention
 from attnzoo.variants.landmark.tokens import WithLandmarks, insert_landmarks, mean_embedding
 from attnzoo_kernels.errors import ConversionError, ShapeError, UnsupportedError
 

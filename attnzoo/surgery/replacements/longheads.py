@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from attnzoo.base.config import AttentionConfig
 from attnzoo.surgery.replacements.spec import ReplacementSpec
-from attnzoo.variants.longheads import LongHeadsConfig
+from attnzoo.variants.longheads.config import LongHeadsConfig
 from attnzoo_kernels.errors import ConfigError
 
 

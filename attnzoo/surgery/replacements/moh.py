@@ -10,7 +10,8 @@ from attnzoo.base.config import AttentionConfig
 from attnzoo.base.layer import AttentionLayer
 from attnzoo.surgery.hosts.site import Site
 from attnzoo.surgery.replacements.spec import ReplacementSpec
-from attnzoo.variants.moh.layer import MoHAttention, MoHConfig
+from attnzoo.variants.moh.config import MoHConfig
+from attnzoo.variants.moh.layer import MoHAttention
 
 
 def defaults(site: Site) -> dict[str, Any]:

@@ -14,7 +14,8 @@ import attnzoo
 from attnzoo.cache import streams
 from attnzoo.cache.streams import Ring
 from attnzoo.selection import offloaded_blocks, topk
-from attnzoo.variants.longheads import LongHeadsAttention
+from attnzoo.variants.longheads import chunks
+from attnzoo.variants.longheads.layer import LongHeadsAttention
 from tests.attnzoo.cases import assert_same, build, tokens
 from tests.attnzoo.variants.test_longheads import config_of, oracle
 from tests.attnzoo_kernels.test_mutants import rewrite
@@ -71,11 +72,11 @@ MUTANTS: dict[str, tuple[Any, str, str, str]] = {
     "the query a slot too near": (LongHeadsAttention, "_moved", "config.slots - 1", "config.slots - 2"),
     "the threshold moved by one": (LongHeadsAttention, "_moved", "slot < config.first", "slot <= config.first"),
     "quirks moved by one": (LongHeadsAttention, "_chunk_inputs", "slot >= self", "slot > self"),
-    "the chunk before not forced": (LongHeadsAttention, "_chosen", "last = own - 1", "last = own - 2"),
-    "every row asks": (LongHeadsAttention, "_chosen", "place - place % config.block_q", "place"),
-    "chunk 0 among the candidates": (LongHeadsAttention, "_best", "chunk >= 1", "chunk >= 0"),
-    "a later query asks": (LongHeadsAttention, "_best", "token + queries", "token + 1 + queries"),
-    "the best head of a group decides": (LongHeadsAttention, "_best", ".sum(2)", ".amax(2)"),
+    "the chunk before not forced": (chunks, "_chosen", "last = own - 1", "last = own - 2"),
+    "every row asks": (chunks, "_chosen", "first - first % grid.block_q", "first"),
+    "chunk 0 among the candidates": (chunks, "_best", "chunk >= 1", "chunk >= 0"),
+    "a later query asks": (chunks, "_best", "token + queries", "token + 1 + queries"),
+    "the best head of a group decides": (chunks, "_best", ".sum(2)", ".amax(2)"),
     "chunks by the call's own grid": (LongHeadsAttention, "_complete", "offset - offset % size", "offset"),
     "a chunk's rows one too late": (LongHeadsAttention, "_complete", "slot - offset + before", "slot - offset + size"),
     "chunk queries not averaged": (LongHeadsAttention, "chunk_keys", "out.mean(3)", "out.sum(3)"),
@@ -106,8 +107,8 @@ def test_a_mutant_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     owner, function, old, new = MUTANTS[name]
     rewrite(monkeypatch, owner, function, old, new)
     if function == "top_blocks":
-        monkeypatch.setattr("attnzoo.variants.longheads.top_blocks", topk.top_blocks)
+        monkeypatch.setattr("attnzoo.variants.longheads.chunks.top_blocks", topk.top_blocks)
     if function == "fetch_blocks":
-        monkeypatch.setattr("attnzoo.variants.longheads.fetch_blocks", offloaded_blocks.fetch_blocks)
+        monkeypatch.setattr("attnzoo.variants.longheads.layer.fetch_blocks", offloaded_blocks.fetch_blocks)
     with pytest.raises((AssertionError, ValueError, RuntimeError, IndexError)):
         check(monkeypatch)

@@ -165,19 +165,18 @@ def test_what_is_not_routed_is_not_computed() -> None:
     layer = layer_of(config)
     x = tokens(layer, 2, 50)
     expected, seen = layer(x), []
-    project, operate = layer.project, layer.operate
+    project, plan = layer.project, layer.plan
 
     def spoiled(step: Any) -> Any:
         heads = project(step)
         idle = ~heads.routing.active.transpose(1, 2).unsqueeze(-1)
         return moh.MoHHeads(heads.q.masked_fill(idle, torch.nan), heads.k, heads.v, heads.routing)
 
-    def listening(inputs: Any, plan: Any) -> Tensor:
+    def listening(step: Any, heads: Any, inputs: Any) -> Any:
         seen.append(inputs)
-        found: Tensor = operate(inputs, plan)
-        return found
+        return plan(step, heads, inputs)
 
-    layer.project, layer.operate = spoiled, listening
+    layer.project, layer.plan = spoiled, listening
     assert torch.equal(layer(x), expected)
     rows = int((seen[0].q_pos >= 0).sum())
     assert rows == 2 * 50 * 4

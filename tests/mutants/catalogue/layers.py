@@ -49,7 +49,7 @@ rcmha = partial(
 )
 longheads = partial(
     Mutant,
-    file="attnzoo/variants/longheads.py",
+    file="attnzoo/variants/longheads/layer.py",
     tests=f"{VARIANTS}/test_longheads.py -k 'oracle or threshold or edge or earliest or quirks'",
 )
 landmark = partial(
@@ -247,13 +247,13 @@ MUTANTS = (
         tests=f"{TESTS}/laws/test_contract_memory.py -k 'rcmha and (token_by_token or chunks)'",
     ),
     longheads(
-        "longheads-first-chunk", old="allowed = (chunk >= 1) & (chunk < last[:, None, :, None])", new="allowed = (chunk >= 0) & (chunk < last[:, None, :, None])", wrong="the first chunk is chosen a second time",
+        "longheads-first-chunk", file="attnzoo/variants/longheads/chunks.py", old="allowed = (chunk >= 1) & (chunk < last[:, None, :, None])", new="allowed = (chunk >= 0) & (chunk < last[:, None, :, None])", wrong="the first chunk is chosen a second time",
     ),
     longheads(
         "longheads-moved", old="moved = own - (config.slots - 1)", new="moved = own - config.slots", wrong="queries stand one slot too far from what they read",
     ),
     longheads(
-        "longheads-group-select", old="scores = scores.unflatten(1, (inputs.k.shape[1], -1)).sum(2)", new="scores = scores.unflatten(1, (inputs.k.shape[1], -1))[:, :, 0]",
+        "longheads-group-select", file="attnzoo/variants/longheads/chunks.py", old="scores = scores.unflatten(1, (asking.groups, -1)).sum(2)", new="scores = scores.unflatten(1, (asking.groups, -1))[:, :, 0]",
         wrong="a group's first head chooses for all",
     ),
     landmark(

@@ -123,7 +123,7 @@ MUTANTS = (
     ),
     notices(
         "notice-moh-asked-for",
-        file=f"{FOLDER}/variants/moh/layer.py",
+        file=f"{FOLDER}/variants/moh/config.py",
         old=' or self.active_heads == "all":',
         new=":",
         wrong="active_heads='all' warns of what it asks for",

@@ -27,24 +27,31 @@ K slots, w tokens of a chunk.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from attnzoo.base.config import AttentionConfig, check_bool, check_flag, check_int
+from attnzoo.base.config import check_flag
 from attnzoo.base.layer import LONG_CALL, AttentionInputs, AttentionLayer, Heads, Plan, Step, is_training
 from attnzoo.base.padding import attend_in_chunks, for_heads, in_chunks, leading_rows
 from attnzoo.base.rope import RotaryConfig as RotaryConfig
 from attnzoo.base.rope import apply_rotary, rotary_tables, shared_turns, turns_of_places
-from attnzoo.base.shared_layouts import dense_layout, may_share
+from attnzoo.base.shared_layouts import may_share
 from attnzoo.cache.kv_cache import KVCache, Stream
-from attnzoo.reporting.choices import check_choice
 from attnzoo.selection.offloaded_blocks import fetch_blocks
-from attnzoo.selection.topk import top_blocks
-from attnzoo_kernels import BlockLayout, Extras, remembers
-from attnzoo_kernels.errors import ConfigError, UnsupportedError
+from attnzoo.variants.longheads.chunks import (
+    Asking,
+    Candidates,
+    blocks_of,
+    choose_chunks,
+    column,
+    plain_layout,
+    take,
+)
+from attnzoo.variants.longheads.config import LongHeadsConfig
+from attnzoo_kernels import BlockLayout, Extras
+from attnzoo_kernels.errors import UnsupportedError
 from attnzoo_kernels.runtime.plain import is_open, is_plain
 
 _SLOW = (
@@ -52,86 +59,6 @@ _SLOW = (
     "plain attention; select='block', without official_quirks, takes about as long as that: the first token of each "
     "query_block chooses for all of it"
 )
-ROWS_AT_ONCE = 4096
-"""Query blocks whose chunks are chosen together: bounds the scores held."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LongHeadsConfig(AttentionConfig):
-    """LongHeads.
-
-    Attributes:
-        chunk_size: Tokens in a chunk, w.
-        attention_length: Tokens that a query reads at most, K chunks; half the pretrained length is a good choice.
-        begin: The first token that selects, a multiple of ``chunk_size``, at least ``attention_length``; ``None`` means
-            ``attention_length``. Tokens before it read everything.
-        select: Who chooses the chunks: every "token", or the first token of each "block" for all of it, which is
-            faster.
-        query_block: Tokens of such a block, a divisor of ``chunk_size``; ``None`` means the largest up to 64.
-        chunk_rep: What stands for a chunk: "attention" as published, or "mean_key", the mean of its rotated keys.
-        group_select: Whether the query heads of a KV head choose together, by the sum of their scores.
-        official_quirks: Whether to do as the published code does where it differs between prefill and decoding.
-    """
-
-    chunk_size: int = 256
-    attention_length: int = 4096
-    begin: int | None = None
-    select: Literal["token", "block"] = "token"
-    query_block: int | None = None
-    chunk_rep: Literal["attention", "mean_key"] = "attention"
-    group_select: bool = False
-    official_quirks: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.causal:
-            raise ConfigError("causal: expected True, since chunks of the past are chosen, got False")
-        check_int("chunk_size", self.chunk_size, 1)
-        check_int("attention_length", self.attention_length, 1)
-        size, length = self.chunk_size, self.attention_length
-        if length % size or length // size < 4:
-            raise ConfigError(f"attention_length: expected at least 4 whole chunks of {size}, got {length}")
-        if self.begin is not None:
-            check_int("begin", self.begin, 1)
-        if self.first < length or self.first % size:
-            raise ConfigError(f"begin: expected a multiple of {size} from {length} on, got {self.begin}")
-        check_choice("select", self.select, ("token", "block"))
-        check_choice("chunk_rep", self.chunk_rep, ("attention", "mean_key"))
-        if self.query_block is not None:
-            check_int("query_block", self.query_block, 1)
-            if size % self.query_block:
-                raise ConfigError(f"query_block: expected a divisor of chunk_size {size}, got {self.query_block}")
-        check_bool("group_select", self.group_select)
-        check_bool("official_quirks", self.official_quirks)
-        if self.official_quirks and self.select == "block":
-            raise ConfigError("select: expected 'token' with official_quirks, got 'block'")
-
-    @property
-    def slots(self) -> int:
-        """Chunks that a query reads, K."""
-        return self.attention_length // self.chunk_size
-
-    @property
-    def first(self) -> int:
-        """The first token that selects."""
-        return self.attention_length if self.begin is None else self.begin
-
-    @property
-    def block_q(self) -> int:
-        """Tokens that share a choice."""
-        if self.select == "token":
-            return 1
-        return _divisor(self.chunk_size) if self.query_block is None else self.query_block
-
-    @property
-    def block_k(self) -> int:
-        """Tokens in a key block of the layout; changes no result."""
-        return _divisor(self.chunk_size)
-
-    @classmethod
-    def small(cls) -> Self:
-        """Four heads of 8 over chunks of 8, four of which are read."""
-        return cls(dim=32, num_heads=4, chunk_size=8, attention_length=32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,14 +66,10 @@ class ChunkInputs(AttentionInputs):
     """Keys rotated to their place in their chunk, and what chunks are chosen by.
 
     Attributes:
-        chunk_keys: ``[B, H, N, D]``; rows of chunks that are not complete have no meaning.
-        queries: This call's queries behind some earlier ones, not rotated, ``[B, H, before + T, D]``.
-        offloaded: Whether keys and values lie in CPU memory, from where chosen chunks are fetched.
+        candidates: The chunks, and the queries that choose; ``None`` where every row reads everything, as ever.
     """
 
-    chunk_keys: Tensor = field(kw_only=True)
-    queries: Tensor = field(kw_only=True)
-    offloaded: bool = field(default=False, kw_only=True)
+    candidates: Candidates | None = field(default=None, kw_only=True)
 
 
 class LongHeadsAttention(AttentionLayer, name="longheads"):
@@ -184,11 +107,11 @@ class LongHeadsAttention(AttentionLayer, name="longheads"):
         cos, sin = rotary_tables(rotary, self.config.head_width, positions, dtype)
         return tuple(apply_rotary(x, cos, sin) for x in heads)
 
-    def remember(self, step: Step, heads: Heads) -> AttentionInputs:
+    def remember(self, step: Step, heads: Heads) -> ChunkInputs:
         """Rotates keys to their place in their chunk, and keeps what later choices need."""
         config, cache, tokens = self.config, step.cache, heads.q.shape[2]
         if cache is None and not is_open(tokens) and tokens <= config.first:
-            return super().remember(step, heads)
+            return ChunkInputs(**vars(super().remember(step, heads)))
         size = config.chunk_size
         slot = _slots(step, tokens, heads.q.device)  # [B|1, T]
         q = self.rotate(step.positions - self._moved(step, slot), heads.q)[0]
@@ -199,7 +122,7 @@ class LongHeadsAttention(AttentionLayer, name="longheads"):
             return self._chunk_inputs(step, (q, k, heads.v), keys, heads.q)
         return self._remember_in(cache, step, heads, (q, k))
 
-    def _remember_in(self, cache: KVCache, step: Step, heads: Heads, rotated: tuple[Tensor, Tensor]) -> AttentionInputs:
+    def _remember_in(self, cache: KVCache, step: Step, heads: Heads, rotated: tuple[Tensor, Tensor]) -> ChunkInputs:
         config, (q, k) = self.config, rotated
         grows = self._may_complete(cache, step, q.shape[2])
         now = {name: {"key": heads.k, "query": heads.q}[name] for name in self._rings}
@@ -242,9 +165,8 @@ class LongHeadsAttention(AttentionLayer, name="longheads"):
             slot = _slots(step, heads[0].shape[2], heads[0].device).unsqueeze(1)
             q_pos = (slot if q_pos is None else q_pos) - (slot >= self.config.first).long()
             q_pos = q_pos.clamp(min=-1).to(torch.int32)
-        return ChunkInputs(
-            seen.q, seen.k, seen.v, q_pos, seen.key_bias, chunk_keys=chunk_keys, queries=queries.detach()
-        )
+        candidates = Candidates(chunk_keys, queries.detach())
+        return ChunkInputs(seen.q, seen.k, seen.v, q_pos, seen.key_bias, candidates=candidates)
 
     def _moved(self, step: Step, slot: Tensor) -> Tensor:
         """By how much the queries at slots ``[B|1, T]`` are nearer to the start than they were."""
@@ -278,13 +200,13 @@ class LongHeadsAttention(AttentionLayer, name="longheads"):
         size, tokens = self.config.chunk_size, step.x.shape[1]
         before = size - 1
         place = torch.arange((before + tokens) // size * size, device=step.x.device)
-        offset = _column(step.offset)
+        offset = column(step.offset)
         slot = place.unsqueeze(0) + (offset - offset % size)  # [B|1, P * w]
         # Rows behind the call's last token are of chunks that are not complete.
         row = (slot - offset + before).clamp(max=before + tokens - 1)
-        k = _take(recent["key"], row)
-        q = _take(recent["query"], row) if "query" in recent else k
-        v = _take(values, slot.clamp(max=values.shape[2] - 1).to(values.device)).to(k.device)
+        k = take(recent["key"], row)
+        q = take(recent["query"], row) if "query" in recent else k
+        v = take(values, slot.clamp(max=values.shape[2] - 1).to(values.device)).to(k.device)
         made = self.chunk_keys(q, k, v)
         cache.complete({"chunk_key": made}, step.offset)
 
@@ -312,29 +234,48 @@ class LongHeadsAttention(AttentionLayer, name="longheads"):
         weights = torch.softmax(scale * torch.matmul(keys, query), 3)
         return (weights * keys).sum(3).to(k.dtype)
 
-    def plan(self, step: Step, heads: Heads, inputs: AttentionInputs) -> Plan:
+    def plan(self, step: Step, heads: Heads, inputs: ChunkInputs) -> Plan:  # type: ignore[override]
         """The chosen chunks of each query block at their slots; everything where no row selects."""
-        config, tokens, slots = self.config, inputs.q.shape[2], inputs.k.shape[2]
-        if not isinstance(inputs, ChunkInputs):
-            if slots > config.first:
-                raise UnsupportedError("plan_for: longheads chooses by queries that are not rotated, got rotated ones")
+        config = self.config
+        tokens = inputs.q.shape[2]
+        slots = inputs.k.shape[2]
+        if inputs.candidates is None:
             return super().plan(step, heads, inputs)
         if not is_open(slots) and slots <= config.first:
-            return Plan(_plain_layout(config, tokens, slots, inputs.q), self._extras(inputs.q, slots), True)
+            return Plan(plain_layout(config.grid, tokens, slots, inputs.q), self._extras(inputs.q, slots), True)
         if config.select == "token" and not is_open(tokens) and tokens >= LONG_CALL:
             self.caution(_SLOW)
+        # Query blocks lie on the sequence's own grid.
         offset = step.offset
         block_q = config.block_q if tokens >= config.block_q else 1
         front = offset % block_q if block_q > 1 else 0
         rows = tokens + (block_q - 1 if isinstance(front, Tensor) else front)
         begin = torch.arange(-(-rows // block_q), device=inputs.q.device).unsqueeze(0) * block_q
-        place = begin + _column(offset - front)  # [B|1, M]
-        chunks, origin = self._choose(step, inputs, place)
-        index, origin = _blocks(config, chunks, origin, slots)
+        first = begin + column(offset - front)  # [B|1, M]
+        # Each block's chunks, and the slots that they are moved to.
+        asking = Asking(
+            inputs.candidates,
+            tokens=tokens,
+            groups=inputs.k.shape[1] if config.group_select else None,
+            offset=offset,
+            published_step=config.official_quirks and _is_step(step, tokens),
+        )
+        chunks, origin = choose_chunks(config.grid, asking, first)
+        index, origin = blocks_of(config.grid, chunks, origin, slots)
         origins = None if config.rotary is None else origin
         layout = BlockLayout.from_indices(index, block_q, config.block_k, rows, slots, origins)
         extras = self._extras(inputs.q, config.first)
         return Plan(layout, extras, True, front=front, info={"chunks": chunks})
+
+    def plan_for(self, inputs: AttentionInputs, *, offset: int | Tensor, lengths: int | Tensor | None = None) -> Plan:
+        """As the base, as far as no row selects.
+
+        Raises:
+            UnsupportedError: If one would: chunks are chosen by queries that are not rotated.
+        """
+        if inputs.k.shape[2] > self.config.first:
+            raise UnsupportedError("plan_for: longheads chooses by queries that are not rotated, got rotated ones")
+        return super().plan_for(ChunkInputs(**vars(inputs)), offset=offset, lengths=lengths)
 
     def _extras(self, q: Tensor, places: int) -> Extras:
         rotary, config = self.config.rotary, self.config
@@ -347,55 +288,9 @@ class LongHeadsAttention(AttentionLayer, name="longheads"):
             length *= 2
         return Extras(rope=make(rotary, config.head_width, length, dtype, q.device))
 
-    def _choose(self, step: Step, inputs: ChunkInputs, place: Tensor) -> tuple[Tensor, Tensor]:
-        """Chunks ``[B|1, h, M, n]`` of query blocks that begin at places ``[B|1, M]``, and their origins."""
-        config = self.config
-        own = place // config.chunk_size
-        # How many pieces a length that is left open has is not asked.
-        pieces: Any = [(place, own)]
-        if not is_open(place.shape[1]):
-            pieces = zip(*(x.split(ROWS_AT_ONCE, 1) for x in (place, own)), strict=True)
-        chosen = torch.cat([self._chosen(step, inputs, *piece) for piece in pieces], 2)
-        own, plain = own[:, None, :, None], config.first // config.chunk_size
-        width = max(config.slots, plain)
-        slot = torch.arange(width, device=place.device)
-        everything = torch.where(slot <= own, slot, -1)
-        chunks = torch.where(own >= plain, pad(chosen, (0, width - config.slots), value=-1), everything)
-        return chunks, torch.where(chunks >= 0, slot * config.chunk_size, 0)
-
-    def _chosen(self, step: Step, inputs: ChunkInputs, place: Tensor, own: Tensor) -> Tensor:
-        """The chunks ``[B|1, h, M, K]`` of rows that select, ascending; the published step may use one less."""
-        config = self.config
-        last = own - 1
-        if config.official_quirks and _is_step(step, inputs.q.shape[2]):
-            last = torch.where(place % config.chunk_size == config.chunk_size - 1, own, last)
-        asking = place - place % config.block_q
-        best = self._best(inputs, asking - _column(step.offset), last)
-        last, own = last[:, None, :, None], own[:, None, :, None]
-        forced = torch.cat((last, torch.where(own > last, own, -1)), -1).expand(*best.shape[:-1], 2)
-        return torch.cat((torch.zeros_like(best[..., :1]), best, forced), -1)
-
-    def _best(self, inputs: ChunkInputs, token: Tensor, last: Tensor) -> Tensor:
-        """The best of the chunks between 0 and ``last [B|1, M]``, ``[B, h, M, K - 3]``.
-
-        Args:
-            inputs: What is chosen by.
-            token: The tokens of this call that ask, int64 ``[B|1, M]``; negative before the call.
-            last: The last complete chunk that is read in any case.
-        """
-        keys, queries = inputs.chunk_keys, inputs.queries
-        dtype = torch.promote_types(keys.dtype, torch.float32)
-        row = (token + queries.shape[2] - inputs.q.shape[2]).clamp(min=0, max=queries.shape[2] - 1)
-        scores = torch.matmul(_take(queries, row).to(dtype), keys.to(dtype).transpose(-1, -2))  # [B, H, M, N]
-        if self.config.group_select:
-            scores = scores.unflatten(1, (inputs.k.shape[1], -1)).sum(2)
-        chunk = torch.arange(keys.shape[2], device=keys.device)
-        allowed = (chunk >= 1) & (chunk < last[:, None, :, None])
-        return top_blocks(scores, self.config.slots - 3, allowed=allowed)
-
     def operate(self, inputs: AttentionInputs, plan: Plan) -> Tensor:
         """The operation, on the chosen chunks alone where keys and values are offloaded."""
-        if isinstance(inputs, ChunkInputs) and inputs.offloaded:
+        if inputs.offloaded:
             inputs, plan = fetch_blocks(inputs, plan)
         return super().operate(inputs, plan)
 
@@ -443,56 +338,11 @@ class LongHeadsAttention(AttentionLayer, name="longheads"):
         return self.make_cache(streams, batch, max_length, device=device, dtype=dtype)
 
 
-def _divisor(size: int) -> int:
-    """The largest divisor of a chunk's size up to 64."""
-    return next(n for n in range(min(size, 64), 0, -1) if size % n == 0)
-
-
 def _is_step(step: Step, tokens: int) -> bool:
     """Whether published code would take this call for a decoding step."""
     return step.cache is not None and tokens == 1
 
 
 def _slots(step: Step, tokens: int, device: torch.device) -> Tensor:
-    """The places of a call's rows in their sequences, int64 ``[B|1, T]``."""
-    return torch.arange(tokens, device=device).unsqueeze(0) + _column(step.offset)
-
-
-def _column(value: int | Tensor) -> int | Tensor:
-    """A value of each item, int64 ``[B, 1]``, or of all, an int, of which a tensor would be compiled anew."""
-    return value.unsqueeze(1) if isinstance(value, Tensor) else value
-
-
-def _take(x: Tensor, index: Tensor) -> Tensor:
-    """Rows ``index [B|1, n]`` of ``x [B, h, T, D]``."""
-    if index.shape[0] == 1:
-        return x.index_select(2, index[0])
-    return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
-
-
-def _blocks(config: LongHeadsConfig, chunks: Tensor, origin: Tensor, slots: int) -> tuple[Tensor, Tensor]:
-    """Key blocks ``[.., n * blocks]`` of chunks ``[.., n]``, -1 where there is none, and their origins."""
-    each = config.chunk_size // config.block_k
-    block = chunks.unsqueeze(-1) * each + torch.arange(each, device=chunks.device)
-    block = torch.where((chunks.unsqueeze(-1) >= 0) & (block * config.block_k < slots), block, -1)
-    return block.flatten(-2), origin.repeat_interleave(each, -1)
-
-
-def _plain_layout(config: LongHeadsConfig, tokens: int, slots: int, like: Tensor) -> BlockLayout:
-    """Everything, at origins that make ordinary rotation of keys rotated to their place in their chunk."""
-    if config.rotary is None:
-        return dense_layout(config.block_k, tokens, slots, like)
-    make = _shared_plain if may_share(like) else _plain
-    return make(config.chunk_size, config.block_k, tokens, slots, like.device)
-
-
-def _plain(size: int, block: int, tokens: int, slots: int, device: torch.device) -> BlockLayout:
-    layout = BlockLayout.dense(block, block, tokens, slots, device=device)
-    first = layout.col * block
-    return replace(layout, origin=first - first % size)
-
-
-@remembers(32)
-def _shared_plain(size: int, block: int, tokens: int, slots: int, device: torch.device) -> BlockLayout:
-    with torch.inference_mode(False):
-        return _plain(size, block, tokens, slots, device)
+    """The slots of a call's rows in their sequences, int64 ``[B|1, T]``."""
+    return torch.arange(tokens, device=device).unsqueeze(0) + column(step.offset)

@@ -1,0 +1,1 @@
+"""LongHeads: the layer, and choosing and placing chunks."""
