@@ -16,7 +16,6 @@ import typer
 from torch import Tensor
 
 import attnzoo
-from attnzoo.cli.progress import Bar
 from attnzoo.evaluation import timing
 from attnzoo.evaluation.layer_costs import PlainAttention
 from attnzoo.variants.moh.forms import gathering_pays, query_block
@@ -25,7 +24,8 @@ from attnzoo.variants.moh.router import Counts, best
 from attnzoo_kernels import BlockLayout, Extras, block_sparse_attention
 from attnzoo_kernels.cpu import flash
 from bench.cpu import clock, gate
-from bench.cpu.report import about, choose, report
+from bench.cpu.parts import choose, fail_on_red, measure
+from bench.cpu.report import about, report
 from bench.cpu.rows import Row
 
 TOKENS = 4096
@@ -266,18 +266,11 @@ def main(
     """Measures mixture-of-head attention on this CPU: rows that are not routed are not computed."""
     chosen = choose(PARTS, only)
     where = about()
-    rows = []
-    with Bar() as progress:
-        for done, name in enumerate(chosen):
-            progress(name, done, len(chosen))
-            for row in PARTS[name]():
-                rows.append(row)
-                progress(f"{row.part}: {row.name}", done, len(chosen))
+    rows = measure(PARTS, chosen)
     report(rows, where, out, as_json=as_json)
     if "crossover" in chosen:
         picture(rows, where, out.with_name(f"{out.name}.png"))
-    if any(row.holds is False for row in rows):
-        raise typer.Exit(1)
+    fail_on_red(rows)
 
 
 if __name__ == "__main__":

@@ -31,13 +31,16 @@ LANGUAGE = (
     *(Private(folder, names=frozenset({"conclude", "settle", "turns", "BlockTurns", "place"})) for folder in LAYERS),
     *(Private(folder, words=frozenset({"settle", "host"})) for folder in LAYERS),
     # Pack GQA; zero what is not finite.
-    Private("attnzoo_kernels", words=frozenset({"fold", "folds", "folded", "silence", "tame", "turns"})),
-    Private("attnzoo_kernels", names=frozenset({"PACK", "pack", "Rule", "place"})),
-    # A row tile and a key range; a head group.
+    Private("attnzoo_kernels", words=frozenset({"fold", "folds", "folded", "silence", "tame"})),
+    Private("attnzoo_kernels", names=frozenset({"PACK", "pack", "Rule", "place", "turns", "Turns"})),
+    # A row tile, a key range, a head group.
     Private("attnzoo_kernels", words=frozenset({"strip", "strips", "seat", "seats"})),
-    Private("attnzoo_kernels.cpu", names=frozenset({"Part", "part", "parts"})),
+    *(
+        Private(f"attnzoo_kernels.cpu.{name}", names=frozenset({"Part", "part", "parts"}))
+        for name in ("flash", "row_tiles")
+    ),
     # m_i, l_i, alpha, state.
-    Private("attnzoo_kernels._triton", names=frozenset({"part", "parts", "peak", "total", "fade", "run", "more"})),
+    *(Private(name, names=frozenset({"peak", "total", "fade", "run", "more"})) for name in sorted(POINTERS)),
 )
 """Words of before; above each the word of the field that stands in its place."""
 

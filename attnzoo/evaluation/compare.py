@@ -27,7 +27,7 @@ SAME_LOGITS = 1e-5
 
 
 @dataclass(frozen=True)
-class Conversion:
+class ConversionSpec:
     """One call of ``surgery.convert``."""
 
     variant: str
@@ -55,7 +55,7 @@ class VariantSpec:
     """
 
     name: str
-    conversions: tuple[Conversion, ...] = ()
+    conversions: tuple[ConversionSpec, ...] = ()
     exact: bool = False
     control: bool = False
 
@@ -78,17 +78,17 @@ class VariantSpec:
         if text == "dense":
             return cls("dense")
         check_known(text.partition(":")[0], ["dense", *sorted(variants)], "variants", class_names())
-        return cls(text, (Conversion(*read_spec(text)),))
+        return cls(text, (ConversionSpec(*read_spec(text)),))
 
 
 def _lowrank(name: str, **options: Any) -> VariantSpec:
-    return VariantSpec(name, (Conversion("lowrank_gqa", options),))
+    return VariantSpec(name, (ConversionSpec("lowrank_gqa", options),))
 
 
 _S2 = {"block_size": 32, "local_blocks": 4, "vert_stride": 3}
 _RETURN = (
-    Conversion("lowrank_gqa", {"method": "expand", "num_kv_heads": 9}),
-    Conversion("lowrank_gqa", {"method": "commuting", "num_kv_heads": 3, "refit": False, "gradients": False}),
+    ConversionSpec("lowrank_gqa", {"method": "expand", "num_kv_heads": 9}),
+    ConversionSpec("lowrank_gqa", {"method": "commuting", "num_kv_heads": 3, "refit": False, "gradients": False}),
 )
 _MOH = {"router": "norm", "shared_heads": 5, "active_heads": 2}
 _LONGHEADS = {"chunk_size": 64, "attention_length": 512, "select": "block"}
@@ -96,21 +96,21 @@ PRESETS: dict[str, tuple[VariantSpec, ...]] = {
     "demo": (
         VariantSpec("dense"),
         VariantSpec("expand and return", _RETURN, exact=True),
-        VariantSpec("sink 4 + window 256", (Conversion("mha", {"window": 256, "sink": 4}),)),
-        VariantSpec("window 256 without sink", (Conversion("mha", {"window": 256}),), control=True),
-        VariantSpec("s2 with sink", (Conversion("s2", {**_S2, "sink_blocks": 1}),)),
-        VariantSpec("s2 without sink", (Conversion("s2", {**_S2, "sink_blocks": 0}),), control=True),
+        VariantSpec("sink 4 + window 256", (ConversionSpec("mha", {"window": 256, "sink": 4}),)),
+        VariantSpec("window 256 without sink", (ConversionSpec("mha", {"window": 256}),), control=True),
+        VariantSpec("s2 with sink", (ConversionSpec("s2", {**_S2, "sink_blocks": 1}),)),
+        VariantSpec("s2 without sink", (ConversionSpec("s2", {**_S2, "sink_blocks": 0}),), control=True),
         _lowrank("mean_pool 3->1", method="mean", num_kv_heads=1),
         _lowrank("commuting 3->1", method="commuting", num_kv_heads=1),
         _lowrank("latent 192", method="latent", latent_dim=192),
         _lowrank("latent 128", method="latent", latent_dim=128),
-        VariantSpec("moh, all heads", (Conversion("moh", {}),), exact=True),
+        VariantSpec("moh, all heads", (ConversionSpec("moh", {}),), exact=True),
         VariantSpec(
-            "moh, 7 of 9 heads", (Conversion("moh", {"router": "norm", "shared_heads": 5, "active_heads": 2}),)
+            "moh, 7 of 9 heads", (ConversionSpec("moh", {"router": "norm", "shared_heads": 5, "active_heads": 2}),)
         ),
-        VariantSpec("landmarks without gates", (Conversion("landmark", {"block_size": 64}),), exact=True),
-        VariantSpec("longheads 512", (Conversion("longheads", _LONGHEADS),)),
-        VariantSpec("rcmha, untrained", (Conversion("rcmha", {}),), exact=True),
+        VariantSpec("landmarks without gates", (ConversionSpec("landmark", {"block_size": 64}),), exact=True),
+        VariantSpec("longheads 512", (ConversionSpec("longheads", _LONGHEADS),)),
+        VariantSpec("rcmha, untrained", (ConversionSpec("rcmha", {}),), exact=True),
     )
 }
 """Named sets of rows. "demo" is for a model of 9 query and 3 KV heads."""
@@ -213,7 +213,7 @@ class Comparer:
             for report in reversed(reports):
                 report.undo()
 
-    def _convert(self, conversion: Conversion, *, first: bool) -> surgery.ConversionReport:
+    def _convert(self, conversion: ConversionSpec, *, first: bool) -> surgery.ConversionReport:
         calibration: Any = None
         if conversion.needs_calibration:
             if not self.batches:

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from attnzoo.cli.progress import Bar
-from bench.cpu.report import about, choose, picture, report
-from bench.cpu.rows import PARTS, Row
+from bench.cpu.parts import choose, fail_on_red, measure
+from bench.cpu.report import about, picture, report
+from bench.cpu.rows import PARTS
 
 
 def main(
@@ -20,15 +20,10 @@ def main(
     """Measures the blocked implementation on this CPU beside its peers."""
     chosen = choose(PARTS, only)
     where = about()
-    rows: list[Row] = []
-    with Bar() as progress:
-        for done, name in enumerate(chosen):
-            progress(name, done, len(chosen))
-            rows += list(PARTS[name]())
+    rows = measure(PARTS, chosen)
     report(rows, where, out, as_json=as_json)
     picture(rows, where, out.with_name(f"{out.name}.png"))
-    if any(row.holds is False for row in rows):
-        raise typer.Exit(1)
+    fail_on_red(rows)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from rich.console import Console
 from rich.table import Table
 
 from attnzoo.doctor import cpu_model
-from attnzoo.reporting.choices import hint
 from attnzoo_kernels.runtime.processor import cpu_class
 from bench.cpu.rows import Row
 
@@ -85,21 +83,6 @@ def picture(rows: list[Row], where: dict[str, Any], path: Path) -> None:
     figure.suptitle(f"{where['cpu']}, class {where['class']}, {where['date']}", fontsize=10)
     figure.savefig(path, dpi=140)
     pyplot.close(figure)
-
-
-def choose(parts: Iterable[str], only: list[str] | None) -> list[str]:
-    """The parts to run, in their own order.
-
-    Raises:
-        typer.BadParameter: If one that was asked for is unknown.
-    """
-    known = list(parts)
-    unknown = sorted(set(only or []) - set(known))
-    if unknown:
-        raise typer.BadParameter(
-            f"expected one of {', '.join(known)}, got {unknown[0]!r}{hint(unknown[0], known)}", param_hint="--only"
-        )
-    return [name for name in known if not only or name in only]
 
 
 def report(rows: list[Row], where: dict[str, Any], out: Path, *, as_json: bool) -> None:

@@ -16,7 +16,8 @@ from rich.table import Table
 from attnzoo.cli.models import load_model, text_tokens
 from attnzoo.cli.progress import Bar
 from attnzoo.evaluation.model_scores import cut_windows
-from bench.cpu.report import about, choose
+from bench.cpu.parts import choose
+from bench.cpu.report import about
 from bench.longheads.report import cells, header, holds, verdict, write
 from bench.longheads.rows import ROWS, Reading, run
 

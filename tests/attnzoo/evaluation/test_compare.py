@@ -12,13 +12,13 @@ from torch import Tensor
 
 from attnzoo import surgery
 from attnzoo.evaluation import compare
-from attnzoo.evaluation.compare import Comparer, Conversion, VariantSpec
+from attnzoo.evaluation.compare import Comparer, ConversionSpec, VariantSpec
 from attnzoo.evaluation.compare_report import cells, markdown
 from attnzoo.evaluation.model_scores import Decoding, Score
 from tests.attnzoo.surgery.tiny import assert_untouched, calibration, ids, snapshot, tiny
 
 PROBE = torch.arange(1.0, 13.0).view(3, 4)
-MHA = (Conversion("mha", {}),)
+MHA = (ConversionSpec("mha", {}),)
 
 
 def figures(spec: VariantSpec, probe: Tensor, *, density: float = 1.0, nll: float = 2.0) -> compare.Row:
@@ -84,14 +84,14 @@ def test_rows_are_of_the_converted_model_which_is_put_back(monkeypatch: pytest.M
 
     monkeypatch.setattr(surgery, "collect", collect)
     monkeypatch.setattr(surgery, "convert", convert)
-    merged = Conversion("lowrank_gqa", {"method": "commuting", "num_kv_heads": 1, "refit": False})
+    merged = ConversionSpec("lowrank_gqa", {"method": "commuting", "num_kv_heads": 1, "refit": False})
     specs = [
         VariantSpec("dense"),
-        VariantSpec("window", (Conversion("mha", {"window": 9, "sink": 2}),)),
-        VariantSpec("mean", (Conversion("lowrank_gqa", {"method": "mean", "num_kv_heads": 1}),)),
-        VariantSpec("expand", (Conversion("lowrank_gqa", {"method": "expand", "num_kv_heads": 6}),)),
+        VariantSpec("window", (ConversionSpec("mha", {"window": 9, "sink": 2}),)),
+        VariantSpec("mean", (ConversionSpec("lowrank_gqa", {"method": "mean", "num_kv_heads": 1}),)),
+        VariantSpec("expand", (ConversionSpec("lowrank_gqa", {"method": "expand", "num_kv_heads": 6}),)),
         VariantSpec("merged", (merged,)),
-        VariantSpec("twice", (Conversion("lowrank_gqa", {"method": "expand", "num_kv_heads": 6}), merged)),
+        VariantSpec("twice", (ConversionSpec("lowrank_gqa", {"method": "expand", "num_kv_heads": 6}), merged)),
     ]
     with warnings.catch_warnings():
         # A comparison shows what is lost; it must not warn of it too.
