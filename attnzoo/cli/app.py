@@ -17,7 +17,7 @@ from attnzoo.cli.progress import Bar
 from attnzoo.evaluation.compare import PRESETS, Comparer, VariantSpec
 from attnzoo.evaluation.model_scores import cut_windows
 from attnzoo.reporting.choices import check_choice
-from attnzoo.reporting.outputs import check_writable
+from attnzoo.reporting.outputs import check_place, check_writable
 from attnzoo.reporting.tables import Grid
 from attnzoo_kernels.errors import ConfigError
 
@@ -121,7 +121,6 @@ def convert(  # noqa: PLR0913  (a command line has one parameter for each option
     """Converts a model and saves it, with the files that lie beside its weights."""
     from attnzoo import surgery
     from attnzoo.cli.layers import check_layers, read_layers
-    from attnzoo.surgery.hosts.folders import check_writable
 
     spec = VariantSpec.parse(to)
     if not spec.conversions:
@@ -130,7 +129,7 @@ def convert(  # noqa: PLR0913  (a command line has one parameter for each option
         raise ConfigError(f"out: {out} exists and is not empty; --overwrite replaces it")
     if where is not None:
         check_layers(where)
-    check_writable(out)
+    check_place(out)
     found, tokenizer = load_model(model, dtype=dtype, device=device)
     calibration = None
     if spec.needs_calibration:

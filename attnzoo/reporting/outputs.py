@@ -10,15 +10,30 @@ from pathlib import Path
 from attnzoo_kernels.errors import ConfigError
 
 
+def check_place(path: Path) -> None:
+    """Raises unless a file or folder can be made at a path: known before minutes of work, not after.
+
+    Raises:
+        PermissionError: If its first parent that exists cannot be written to.
+        NotADirectoryError: If that is a file.
+    """
+    parent = next(parent for parent in path.absolute().parents if parent.exists())
+    if not parent.is_dir():
+        raise NotADirectoryError(f"{path}: cannot be written: {parent} is a file")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"{path}: cannot be written: {parent} refuses it (permissions, or a read-only disk)")
+
+
 def check_writable(out: Path) -> None:
-    """Raises unless files named after ``out`` could be written: known before minutes of work, not after.
+    """Raises unless files named after ``out`` could be written, see :func:`check_place`.
 
     Raises:
         ConfigError: If a part of the path is a file, or the folder may not be written to.
     """
-    folder = next(parent for parent in out.absolute().parents if parent.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise ConfigError(f"out: expected a place in a folder that can be written to, got {str(out)!r}")
+    try:
+        check_place(out)
+    except OSError as error:
+        raise ConfigError(f"out: expected a place in a folder that can be written to, got {str(out)!r}") from error
 
 
 def write_together(out: Path, writers: Mapping[str, Callable[[Path], object]]) -> None:

@@ -215,20 +215,6 @@ def other_place(folder: Path) -> str:
     return ""
 
 
-def check_writable(folder: Path) -> None:
-    """Raises unless a folder can be made at a path, before there is anything to write.
-
-    Raises:
-        PermissionError: If its first parent that exists cannot be written to.
-        NotADirectoryError: If that is a file.
-    """
-    parent = next(path for path in folder.absolute().parents if path.exists())
-    if not parent.is_dir():
-        raise NotADirectoryError(f"{folder}: cannot be written: {parent} is a file")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise PermissionError(f"{folder}: cannot be written: {parent} refuses it (permissions, or a read-only disk)")
-
-
 @contextmanager
 def temporary_folder(beside: Path) -> Iterator[Path]:
     """A folder beside a path, and the parents that the path lacks; gone afterwards, with parents of nothing."""

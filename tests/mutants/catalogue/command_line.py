@@ -138,8 +138,8 @@ MUTANTS = (
     ),
     outputs(
         "outputs-unchecked",
-        old="    if not folder.is_dir() or not os.access",
-        new="    if not os.access",
+        old="    if not parent.is_dir():",
+        new="    if False:",
         wrong="a path through a file is found after minutes of work",
     ),
     picture(
