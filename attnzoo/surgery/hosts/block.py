@@ -22,7 +22,7 @@ ROLES = ("q_proj", "k_proj", "v_proj", "o_proj")
 """What projects, by the names that attnzoo's layers give it."""
 
 
-class Conversion(Enum):
+class Need(Enum):
     """What a conversion needs of a block: that its reads can be directed, its weights changed, or it be replaced."""
 
     READING = "reading"
@@ -72,7 +72,28 @@ class Block:
     causal: bool
     window: int | None
     reply: Literal["pair", "triple", "tensor"]
-    reasons: Mapping[Conversion, tuple[str, ...]]
+    reasons: Mapping[Need, tuple[str, ...]]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Family:
+    """Models whose attention blocks are called, configured and named alike: all that surgery asks about these blocks.
+
+    Attributes:
+        name: Of the family.
+        classes: Names of its attention classes, so that nothing is imported before a model is there.
+        block: Describes a module of one of them.
+        with_weights: Makes a module of the same class with other weights; the original is untouched.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    block: Callable[[nn.Module], Block]
+    with_weights: Callable[[nn.Module, Projections], nn.Module]
+
+    def matches(self, module: nn.Module) -> bool:
+        """Whether a module is an attention block of this family."""
+        return type(module).__name__ in self.classes
 
 
 class ReplacementModule(nn.Module):

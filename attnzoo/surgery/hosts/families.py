@@ -8,8 +8,7 @@ from __future__ import annotations
 from torch import nn
 
 from attnzoo.surgery.hosts import llama
-from attnzoo.surgery.hosts.block import Block, ReplacementModule
-from attnzoo.surgery.hosts.family import Family
+from attnzoo.surgery.hosts.block import Block, Family, ReplacementModule
 from attnzoo.surgery.hosts.projections import Projections
 from attnzoo.surgery.hosts.site import Site
 from attnzoo.surgery.hosts.weights import type_name

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 from attnzoo.base.rope import RotaryConfig
 from attnzoo.surgery.hosts import attention_function
-from attnzoo.surgery.hosts.block import ROLES, Block, Conversion
-from attnzoo.surgery.hosts.family import Family
-from attnzoo.surgery.hosts.projections import Projections, linear_of, set_weights, size_of
+from attnzoo.surgery.hosts.block import ROLES, Block, Family, Need
+from attnzoo.surgery.hosts.projections import Projections, as_linear, set_weights, size_of
 
 CLASSES = ("LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention")
 
@@ -64,7 +63,7 @@ def _project(host: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _weights(module: nn.Module) -> Projections:
     """The weights of a module, by reference."""
-    q, k, v, o = (linear_of(module, role) for role in ROLES)
+    q, k, v, o = (as_linear(getattr(module, role), role) for role in ROLES)
     host: Any = module
     head_dim = int(host.head_dim)
     return Projections(
@@ -92,7 +91,7 @@ def _window(module: nn.Module) -> int | None:
     return window if slides else None
 
 
-def _reasons(module: nn.Module) -> Mapping[Conversion, tuple[str, ...]]:
+def _reasons(module: nn.Module) -> Mapping[Need, tuple[str, ...]]:
     """Why a module cannot be converted to what is read, to other weights, or be replaced."""
     reading: list[str] = []
     if (window := _window(module)) is not None:
@@ -107,9 +106,9 @@ def _reasons(module: nn.Module) -> Mapping[Conversion, tuple[str, ...]]:
         if hasattr(module, name):
             replacing.append(f"it has a {name}, which normalises after projection and which no layer here does")
     return {
-        Conversion.READING: tuple(reading),
-        Conversion.WEIGHTS: tuple(weights),
-        Conversion.REPLACING: tuple(replacing),
+        Need.READING: tuple(reading),
+        Need.WEIGHTS: tuple(weights),
+        Need.REPLACING: tuple(replacing),
     }
 
 
@@ -120,7 +119,8 @@ def with_weights(module: nn.Module, projections: Projections) -> nn.Module:
         name = role.removesuffix("_proj")
         weight = getattr(projections, name)
         bias = getattr(projections, f"{name}_bias")
-        set_weights(linear_of(new, role), weight, bias, like=linear_of(module, role))
+        old = as_linear(getattr(module, role), role)
+        set_weights(as_linear(getattr(new, role), role), weight, bias, like=old)
     for name, child in module.named_children():
         if name not in ROLES:
             new.add_module(name, child)

@@ -6,7 +6,7 @@ Letters: C model width, H query heads, G KV heads, D head width, Dv value width,
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -131,13 +131,12 @@ def size_of(module: nn.Module, name: str, which: Literal["in_features", "out_fea
     return size
 
 
-def linear_of(module: nn.Module, name: str) -> nn.Linear:
-    """A child of a block that must be an ``nn.Linear``.
+def as_linear(child: Any, name: str) -> nn.Linear:
+    """A module that projects and must be an ``nn.Linear``.
 
     Raises:
-        ConversionError: If it is none.
+        ConversionError: If it is none, by its name.
     """
-    child = getattr(module, name)
     if not isinstance(child, nn.Linear):
         raise ConversionError(f"{name}: expected an nn.Linear, got {type_name(child)}")
     return child

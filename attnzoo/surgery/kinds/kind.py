@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from attnzoo.surgery.hosts import weights
-from attnzoo.surgery.hosts.block import Conversion
+from attnzoo.surgery.hosts.block import Need
 from attnzoo.surgery.hosts.families import block_of
 from attnzoo.surgery.hosts.site import Site
 from attnzoo.surgery.lowrank.calibration import Progress, Statistics
@@ -60,13 +60,13 @@ class Kind(ABC):
 
     Attributes:
         word: What recipes call it.
-        conversion: What it needs of a block.
+        need: What it needs of a block.
         changes_weights: Whether an adapter stores the blocks that it changes.
         keeps_class: Whether changed blocks are ordinary blocks of their host, whose weights anybody may read.
     """
 
     word: ClassVar[str]
-    conversion: ClassVar[Conversion]
+    need: ClassVar[Need]
     changes_weights: ClassVar[bool] = True
     keeps_class: ClassVar[bool] = False
 
@@ -126,7 +126,7 @@ class Kind(ABC):
         """
         for site in sites:
             block = block_of(model.get_submodule(site.path))
-            reasons = block.reasons[self.conversion]
+            reasons = block.reasons[self.need]
             if self.changes_weights and not reasons and not weights_come:
                 reasons = weights.reasons_against(block.projections)
             if reasons:

@@ -13,7 +13,7 @@ from attnzoo.factory import create, get_config
 from attnzoo.reporting.choices import check_known
 from attnzoo.reporting.warn import warn_caller
 from attnzoo.surgery.hosts.attention_function import ReadPattern, pattern_of
-from attnzoo.surgery.hosts.block import Conversion
+from attnzoo.surgery.hosts.block import Need
 from attnzoo.surgery.hosts.families import block_of
 from attnzoo.surgery.hosts.site import Site
 from attnzoo.surgery.hosts.weights import type_name
@@ -33,7 +33,7 @@ class Reading(Kind):
     """Blocks keep their weights and follow the plans of a layer without any."""
 
     word = "read"
-    conversion = Conversion.READING
+    need = Need.READING
     changes_weights = False
 
     def takes(self, variant: str, options: dict[str, Any]) -> bool:

@@ -10,7 +10,7 @@ from torch import nn
 from attnzoo.base.config import AttentionConfig
 from attnzoo.factory import get_config
 from attnzoo.surgery.hosts import weights
-from attnzoo.surgery.hosts.block import Conversion
+from attnzoo.surgery.hosts.block import Need
 from attnzoo.surgery.hosts.site import Site
 from attnzoo.surgery.kinds.kind import Kind, Order, default_of
 from attnzoo.surgery.kinds.reading import READ_VARIANTS
@@ -31,7 +31,7 @@ class Replacing(Kind):
 
     # The word that recipes have had from the first.
     word = "seat"
-    conversion = Conversion.REPLACING
+    need = Need.REPLACING
 
     def takes(self, variant: str, options: dict[str, Any]) -> bool:
         """True: this kind is asked last, and refuses by name what cannot replace blocks."""

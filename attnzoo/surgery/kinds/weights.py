@@ -11,7 +11,7 @@ from torch import nn
 from attnzoo.reporting.choices import check_known
 from attnzoo.reporting.warn import warn_caller
 from attnzoo.surgery.hosts import families
-from attnzoo.surgery.hosts.block import Conversion, warn_of_lengths
+from attnzoo.surgery.hosts.block import Need, warn_of_lengths
 from attnzoo.surgery.hosts.projections import LatentProjections, Projections, latent_like, with_kv_heads
 from attnzoo.surgery.hosts.site import Site
 from attnzoo.surgery.kinds.kind import Kind, Order, default_of
@@ -29,7 +29,7 @@ class Weights(Kind):
     """Blocks of the host's own class with other weights: merged, repeated or averaged KV heads."""
 
     word = "weights"
-    conversion = Conversion.WEIGHTS
+    need = Need.WEIGHTS
     keeps_class = True
 
     def takes(self, variant: str, options: dict[str, Any]) -> bool:

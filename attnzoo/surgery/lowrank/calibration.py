@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from attnzoo.surgery.hosts.families import block_of
 from attnzoo.surgery.hosts.site import Site
 from attnzoo_kernels.errors import ConfigError
 
@@ -165,7 +166,8 @@ def with_constant(x: Tensor, constant: bool) -> Tensor:
 
 def has_biases(attention: nn.Module) -> bool:
     """Whether a projection of q, k or v has a bias."""
-    return any(getattr(attention, name).bias is not None for name in ("q_proj", "k_proj", "v_proj"))
+    projections = block_of(attention).projections
+    return any(projections[name].bias is not None for name in ("q_proj", "k_proj", "v_proj"))
 
 
 def collect(
@@ -244,10 +246,11 @@ def _collect_batch(
                 output.retain_grad()
                 outputs[path].append(output)
 
-            hooks.callback(module.get_submodule("k_proj").register_forward_pre_hook(keep_input).remove)
+            projections = block_of(module).projections
+            hooks.callback(projections["k_proj"].register_forward_pre_hook(keep_input).remove)
             if gradients:
-                hooks.callback(module.get_submodule("k_proj").register_forward_hook(keep_output).remove)
-                hooks.callback(module.get_submodule("v_proj").register_forward_hook(keep_output).remove)
+                hooks.callback(projections["k_proj"].register_forward_hook(keep_output).remove)
+                hooks.callback(projections["v_proj"].register_forward_hook(keep_output).remove)
         if gradients:
             # Weights are frozen: the graph begins at the embeddings, so that no weight gradient is computed.
             embedding = model.get_input_embeddings()  # type: ignore[operator]

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from attnzoo.surgery.hosts.families import block_of
 from attnzoo.surgery.hosts.projections import Projections
 from attnzoo.surgery.hosts.site import Site
 from attnzoo.surgery.lowrank import merge_heads
@@ -185,9 +186,9 @@ class _Student:
 
         with ExitStack() as hooks:
             if site is not None:
-                attention = layer.get_submodule(site.path.rpartition(".")[2])
-                hooks.callback(attention.get_submodule("k_proj").register_forward_pre_hook(see).remove)
-                hooks.callback(attention.get_submodule("o_proj").register_forward_hook(see_output).remove)
+                projections = block_of(layer.get_submodule(site.path.rpartition(".")[2])).projections
+                hooks.callback(projections["k_proj"].register_forward_pre_hook(see).remove)
+                hooks.callback(projections["o_proj"].register_forward_hook(see_output).remove)
             hooks.callback(layer.register_forward_hook(after, with_kwargs=True).remove)
             yield
 
@@ -254,7 +255,7 @@ class _SiteRefit:
 
     def _moments(self, teacher: Tensor, *, constant: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Means of ``S^T S``, of the same as the loss weighs it, and of ``S^T (T - S)``."""
-        with _watch(self.attention.get_submodule("k_proj"), stop=True) as x:
+        with _watch(block_of(self.attention).projections["k_proj"], stop=True) as x:
             _run(self.layer, self.hidden, self.call)
         student = with_constant(in_full(x[0][self.student.real]), constant)
         gap = with_constant(in_full(teacher), constant) - student
@@ -272,7 +273,8 @@ class _SiteRefit:
     def _refit_output(self, projections: Projections, wanted: Tensor) -> tuple[Projections, float]:
         """The output projection that comes closest to the wanted outputs, and the error that is left."""
         layer = self.layer_with(projections)
-        with _watch(layer.get_submodule(self.name).get_submodule("o_proj"), stop=True) as a:
+        o_proj = block_of(layer.get_submodule(self.name)).projections["o_proj"]
+        with _watch(o_proj, stop=True) as a:
             _run(layer, self.hidden, self.call)
         heads = in_full(a[0][self.student.real])
         goal = in_full(wanted) if projections.o_bias is None else in_full(wanted) - in_full(projections.o_bias)

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from attnzoo.base.rope import apply_rotary, rotary_tables
 from attnzoo.cache.replay import is_replay, refuse_replay
 from attnzoo.surgery.hosts import attention_function
-from attnzoo.surgery.hosts.block import Block, Conversion, ReplacementModule
+from attnzoo.surgery.hosts.block import Block, Need, ReplacementModule
 from attnzoo.surgery.hosts.calls import read_call
-from attnzoo.surgery.hosts.families import family_of
-from attnzoo.surgery.hosts.projections import LatentProjections, Projections, linear_of, set_weights, size_of
+from attnzoo.surgery.hosts.families import block_of, family_of
+from attnzoo.surgery.hosts.projections import LatentProjections, Projections, as_linear, set_weights, size_of
 from attnzoo_kernels.errors import ConversionError
 
 _REASON = "it is a latent replacement already; undo that conversion first"
@@ -33,7 +33,8 @@ class LatentReplacement(ReplacementModule):
     def __init__(self, module: nn.Module, projections: LatentProjections) -> None:
         super().__init__(module, family_of(module).name)
         p = projections
-        old = linear_of(module, "q_proj")
+        theirs = block_of(module).projections
+        old = as_linear(theirs.get("q_proj"), "q_proj")
         self.num_heads = p.num_heads
         self.num_kv_heads = p.num_kv_heads
         self.head_dim = p.head_dim
@@ -47,7 +48,7 @@ class LatentReplacement(ReplacementModule):
         set_weights(self.q_proj, p.q, p.q_bias, like=old)
         set_weights(self.kv_down, p.down, p.down_bias, like=old)
         set_weights(self.kv_up, p.up, None, like=old)
-        set_weights(self.o_proj, p.o, p.o_bias, like=linear_of(module, "o_proj"))
+        set_weights(self.o_proj, p.o, p.o_bias, like=as_linear(theirs.get("o_proj"), "o_proj"))
         attention_function.take_over(self, module, p.num_kv_heads)
 
     def block(self) -> Block:
@@ -69,7 +70,7 @@ class LatentReplacement(ReplacementModule):
             causal=True,
             window=None,
             reply="pair",
-            reasons=dict.fromkeys(Conversion, (_REASON,)),
+            reasons=dict.fromkeys(Need, (_REASON,)),
         )
 
     def forward(

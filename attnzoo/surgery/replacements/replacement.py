@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from attnzoo.base.layer import AttentionConfig, AttentionLayer
 from attnzoo.surgery.hosts import attention_function
-from attnzoo.surgery.hosts.block import ROLES, Block, Conversion, ReplacementModule
+from attnzoo.surgery.hosts.block import ROLES, Block, Need, ReplacementModule
 from attnzoo.surgery.hosts.calls import read_call
 from attnzoo.surgery.hosts.families import block_of, family_of
 from attnzoo.surgery.hosts.projections import Projections, size_of
@@ -80,7 +80,7 @@ class Replacement(ReplacementModule):
             causal=config.causal,
             window=None,
             reply="pair",
-            reasons=dict.fromkeys(Conversion, (reason,)),
+            reasons=dict.fromkeys(Need, (reason,)),
         )
 
     @property

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, MistralConfig
 import attnzoo
 from attnzoo import surgery
 from attnzoo.base.rope import apply_rotary, rotary_tables
-from attnzoo.surgery.hosts.block import Conversion, ReplacementModule
+from attnzoo.surgery.hosts.block import Need, ReplacementModule
 from attnzoo.surgery.hosts.families import block_of, family_of, is_block, known_classes
 from tests.attnzoo.surgery.conversions import REPLACED, convert_as
 from tests.attnzoo.surgery.hosts.test_hosts import HOSTS, ROUNDED, SIZES, host
@@ -65,10 +65,10 @@ def test_a_block_says_its_sizes_its_weights_and_what_is_in_the_way(name: str) ->
     assert block.weights().k is attention.k_proj.weight
     assert list(block.projections.values()) == [getattr(attention, f"{role}_proj") for role in "qkvo"]
     normalised = name == "qwen3"
-    assert {kind: bool(block.reasons[kind]) for kind in Conversion} == {
-        Conversion.READING: False,
-        Conversion.WEIGHTS: normalised,
-        Conversion.REPLACING: normalised,
+    assert {need: bool(block.reasons[need]) for need in Need} == {
+        Need.READING: False,
+        Need.WEIGHTS: normalised,
+        Need.REPLACING: normalised,
     }
 
 
@@ -76,7 +76,7 @@ def test_a_window_of_the_blocks_own_stands_in_the_way_of_everything() -> None:
     config = MistralConfig(**SIZES, sliding_window=8)
     block = block_of(AutoModelForCausalLM.from_config(config).model.layers[0].self_attn)
     assert block.window == 8
-    assert all("sliding window" in " ".join(block.reasons[kind]) for kind in Conversion)
+    assert all("sliding window" in " ".join(block.reasons[need]) for need in Need)
 
 
 @pytest.mark.parametrize("kind", REPLACED)
@@ -90,7 +90,7 @@ def test_a_replacement_describes_itself_as_the_block_that_it_replaces(kind: str)
         assert isinstance(module, ReplacementModule)
         assert family_of(module).name == site.host
         block = block_of(module)
-        assert all("already" in " ".join(block.reasons[conversion]) for conversion in Conversion)
+        assert all("already" in " ".join(block.reasons[need]) for need in Need)
         q, k, v = block.project(torch.zeros(1, 3, site.width, dtype=torch.float64))
         assert q.shape == (1, site.heads, 3, site.head_dim)
         assert k.shape == v.shape == (1, site.kv_heads, 3, site.head_dim)

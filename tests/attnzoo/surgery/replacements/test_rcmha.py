@@ -38,7 +38,7 @@ def stirred(model: Any) -> Any:
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("padding", [[0, 0], [0, 11]])
-def test_a_seated_model_begins_as_its_host(name: str, bias: bool, padding: list[int]) -> None:
+def test_a_replaced_model_begins_as_its_host(name: str, bias: bool, padding: list[int]) -> None:
     model, tokens, mask = tiny(attention_bias=bias), ids(2, 30), padding_mask(padding, 30)
     before, expected = snapshot(model), logits(model, tokens, attention_mask=mask)[mask.bool()]
     with warnings.catch_warnings():
@@ -76,7 +76,7 @@ def test_the_hosts_cache_is_cut_back_and_goes_on() -> None:
     assert_close(logits(model, tokens[:, 25:], past_key_values=cache), logits(model, tokens)[:, 25:], EXACT)
 
 
-def test_a_seated_model_is_trained_saved_and_loaded(tmp_path: Path) -> None:
+def test_a_replaced_model_is_trained_saved_and_loaded(tmp_path: Path) -> None:
     model, tokens = tiny(dtype=torch.float32).train(), ids(2, 30)
     surgery.convert(model, "rcmha")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
