@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)
@@ -31,7 +32,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from attnzoo_kernels import BlockLayout, Extras
-from attnzoo_kernels._triton import launch
+from attnzoo_kernels._triton import launch, specialize
 from attnzoo_kernels._triton.tile_table import PASSES, WIDTHS, Pass, Tiles, tiles_for
 from attnzoo_kernels.op import make_call
 from attnzoo_kernels.spec.call import Call
@@ -158,21 +159,21 @@ def compiling(architecture: str, tiles: Tiles | None = None) -> Iterator[list[Re
     def choose(name: str, of: Pass, width: int, size: int) -> Tiles:
         return tiles if tiles is not None else tiles_for(name, of, width, size)
 
-    seams: dict[str, Callable[..., Any]] = {
-        "run": run,
-        "architecture": lambda device: architecture,
-        "processors": lambda device: 1,
-        "tiles_for": choose,
+    seams: dict[tuple[ModuleType, str], Callable[..., Any]] = {
+        (launch, "run"): run,
+        (launch, "processors"): lambda device: 1,
+        (specialize, "architecture"): lambda device: architecture,
+        (specialize, "tiles_for"): choose,
     }
-    before = {name: getattr(launch, name) for name in seams}
+    before = {(module, name): getattr(module, name) for module, name in seams}
     try:
         driver.set_active(_Driver(target_of(architecture)))
-        for name, seam in seams.items():
-            setattr(launch, name, seam)
+        for (module, name), seam in seams.items():
+            setattr(module, name, seam)
         yield found
     finally:
-        for name, seam in before.items():
-            setattr(launch, name, seam)
+        for (module, name), seam in before.items():
+            setattr(module, name, seam)
 
 
 def call_of(
@@ -218,9 +219,9 @@ def compile_pass(of: Pass, call: Call) -> None:
     need = [True, True, True, call.key_bias is not None, aux, aux, gate]
     given: tuple[Tensor | None, ...] = (out, out, lse, None, lse)
     if of == "query":
-        launch.query_gradients(launch.job(call, of, lists.queries), given, need)
+        launch.query_gradients(specialize.job(call, of, lists.queries), given, need)
     else:
-        launch.key_gradients(launch.job(call, of, lists.keys), (out, lse, lse), need)
+        launch.key_gradients(specialize.job(call, of, lists.keys), (out, lse, lse), need)
 
 
 def faults(found: Resources, architecture: str, of: Pass, size: int) -> list[str]:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import triton
 
-from attnzoo_kernels._triton import launch
+from attnzoo_kernels._triton import launch, specialize
 from attnzoo_kernels._triton.tile_table import WIDTHS, Pass, Tiles
 from bench.aot import ARCHITECTURES, DTYPES, call_of, compile_entry, compile_pass, entries, faults
 
@@ -57,14 +57,14 @@ def fastest(of: Pass, width: int, size: int, survivors: Sequence[Tiles]) -> Tile
     """The fastest of some tiles on the current device, by the median of launches on 64k tokens."""
     timed = {}
     call = call_of(width, DTYPES[size], decoding=of == "decode", tokens=1 << 16, device="cuda")
-    chosen = launch.tiles_for
+    chosen = specialize.tiles_for
     try:
         for tiles in survivors:
-            launch.tiles_for = lambda *_, own=tiles: own
+            specialize.tiles_for = lambda *_, own=tiles: own
             timed[tiles] = triton.testing.do_bench(lambda: compile_pass(of, call), return_mode="median")
             print(f"  {tuple(tiles)}: {timed[tiles]:.3f} ms", flush=True)
     finally:
-        launch.tiles_for = chosen
+        specialize.tiles_for = chosen
     return min(timed, key=timed.__getitem__)
 
 

@@ -31,19 +31,19 @@ def ours(layout: BlockLayout) -> Run:
 @contextmanager
 def form(name: str) -> Iterator[None]:
     """Within, the forward loop has another form."""
-    from attnzoo_kernels._triton import launch
+    from attnzoo_kernels._triton import specialize
 
-    before = launch.tiles_for
+    before = specialize.tiles_for
 
     def changed(architecture: str, of: Any, width: int, size: int) -> Any:
         tiles = before(architecture, of, width, size)
         return tiles._replace(form=name) if of == "forward" else tiles
 
-    launch.tiles_for = changed
+    specialize.tiles_for = changed
     try:
         yield
     finally:
-        launch.tiles_for = before
+        specialize.tiles_for = before
 
 
 def flex(cell: Cell, layout: BlockLayout, *, tuned: bool) -> Run:

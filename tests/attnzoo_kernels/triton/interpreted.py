@@ -31,13 +31,13 @@ def split_lists(patch: pytest.MonkeyPatch, processors: int = 1000) -> None:
 
 def tiles_of(patch: pytest.MonkeyPatch, change: Callable[[Tiles], Tiles]) -> None:
     """Changes the tiles that the launcher chooses."""
-    launch = _launch()
-    chosen = launch.tiles_for
+    specialize = _specialize()
+    chosen = specialize.tiles_for
 
     def mine(architecture: str, of: Pass, width: int, size: int) -> Tiles:
         return change(chosen(architecture, of, width, size))
 
-    patch.setattr(launch, "tiles_for", mine)
+    patch.setattr(specialize, "tiles_for", mine)
 
 
 def stepped(tiles: Tiles) -> Tiles:
@@ -47,7 +47,7 @@ def stepped(tiles: Tiles) -> Tiles:
 
 def without_descriptors(patch: pytest.MonkeyPatch) -> None:
     """Has keys and values come through pointers."""
-    patch.setattr(_launch(), "_describable", lambda x: False)
+    patch.setattr(_specialize(), "is_describable", lambda x: False)
 
 
 _patched: set[Any] = set()
@@ -70,3 +70,9 @@ def _launch() -> Any:
     from attnzoo_kernels._triton import launch
 
     return launch
+
+
+def _specialize() -> Any:
+    from attnzoo_kernels._triton import specialize
+
+    return specialize

@@ -27,7 +27,7 @@ from tests.strategies import Numbers
 
 pytestmark = only_interpreted
 
-MODULES = ("primitives", "forward", "block_lists", "backward", "launch")
+MODULES = ("primitives", "forward", "block_lists", "backward", "specialize", "launch")
 SOURCE = Path(launch.__file__).parent
 
 
@@ -125,7 +125,7 @@ MUTANTS: dict[str, Mutant] = {
     "the next block read with this one": ("causal", {"primitives": {"if c.BLOCK_K % c.BN != 0": "if False"}}),
     "partial blocks without a mask": (
         "full causal",
-        {"launch": {"full = lists.full if split else lists.start": "full = lists.end"}},
+        {"specialize": {"full = lists.full if split else lists.start": "full = lists.end"}},
     ),
     "absent rows taken as present": (
         "absent",
@@ -156,14 +156,14 @@ MUTANTS: dict[str, Mutant] = {
         "causal",
         {
             "forward": {"return b, h // c.PER, h": "return b, h % sizes.groups, h"},
-            "launch": {"pack = per if": "pack = 1 if"},
+            "specialize": {"pack = per if": "pack = 1 if"},
         },
     ),
     "lists of heads by remainder": (
         "causal",
         {
             "primitives": {"+ h // c.PER\n    return index": "+ h % groups\n    return index"},
-            "launch": {"pack = per if": "pack = 1 if"},
+            "specialize": {"pack = per if": "pack = 1 if"},
         },
     ),
     "transposed lists that are not": (
@@ -226,20 +226,20 @@ def ask(name: str) -> None:
     assert_is(p, truth, "triton")
 
 
-def seams(name: str) -> dict[str, Any]:
-    """What of the launcher is another for a probe."""
-    found: dict[str, Any] = {}
+def seams(name: str) -> dict[tuple[str, str], Any]:
+    """What of which module is another for a probe."""
+    found: dict[tuple[str, str], Any] = {}
     if name.endswith("split") or name == "decoding":
-        found["processors"] = lambda device: 1000
+        found["launch", "processors"] = lambda device: 1000
     if name.endswith("stepped"):
-        found["tiles_for"] = lambda *key: stepped(tiles_for(*key))
+        found["specialize", "tiles_for"] = lambda *key: stepped(tiles_for(*key))
     return found
 
 
 @pytest.mark.parametrize("name", [*probes(), "causal split", "bias split", "wide stepped"])
 def test_the_right_kernels_pass_every_probe(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for seam, other in seams(name).items():
-        monkeypatch.setattr(launch, seam, other)
+    for (module, seam), other in seams(name).items():
+        monkeypatch.setattr(f"attnzoo_kernels._triton.{module}.{seam}", other)
     ask(name)
 
 
@@ -248,8 +248,8 @@ def test_wrong_kernels_are_found_out(
     name: str, edits: dict[str, dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mutant = load(tmp_path, edits)
-    for seam, other in seams(name).items():
-        setattr(mutant, seam, other)
+    for (module, seam), other in seams(name).items():
+        setattr(sys.modules[f"mutant_{tmp_path.name}_{module}"], seam, other)
     monkeypatch.setattr(dispatch, "_kernels", lambda: mutant)
     with pytest.raises(AssertionError):
         ask(name)

@@ -21,8 +21,8 @@ def test_either_name_is_understood(choice: str, expected: str) -> None:
     program = (
         "import torch\n"
         f"torch.backends.cuda.matmul.{choice}\n"
-        "from attnzoo_kernels._triton import launch\n"
-        "print(launch._precision('sm_90'))\n"
+        "from attnzoo_kernels._triton import specialize\n"
+        "print(specialize._precision('sm_90'))\n"
     )
     env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
     done = subprocess.run(

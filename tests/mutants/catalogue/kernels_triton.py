@@ -13,6 +13,7 @@ forward = partial(Mutant, file=f"{FOLDER}/forward.py", tests=PROBES)
 backward = partial(Mutant, file=f"{FOLDER}/backward.py", tests=PROBES)
 plan = partial(Mutant, file=f"{FOLDER}/block_lists.py", tests=PROBES)
 launch = partial(Mutant, file=f"{FOLDER}/launch.py", tests=PROBES)
+specialize = partial(Mutant, file=f"{FOLDER}/specialize.py", tests=PROBES)
 config = partial(Mutant, file=f"{FOLDER}/tile_table.py", tests=f"{TESTS}/triton/test_tile_table.py")
 
 MUTANTS = (
@@ -78,8 +79,8 @@ MUTANTS = (
         "triton-plan-order", old="descending=True, stable=True)", new="descending=False, stable=True)", wrong="the shortest lists are started first",
         survives="the order in which programs start changes no number; that it is quicker is shown on GPUs alone.",
     ),
-    launch(
-        "triton-launch-window-tensor", old="window = call.rule.window if isinstance(call.rule.window, int) else 1", new="window = 1",
+    specialize(
+        "triton-specialize-window-tensor", old="window = call.rule.window if isinstance(call.rule.window, int) else 1", new="window = 1",
         wrong="one window for all heads is taken for 1",
     ),
     launch(
@@ -91,8 +92,8 @@ MUTANTS = (
         "triton-launch-shared-gradient", old="x = x.sum_to_size(like.shape)", new="x = x[:1].sum_to_size(like.shape)",
         wrong="the gradient of what items share is that of the first", tests=f"{TESTS}/triton/test_agreement.py -k 'bias_alone'",
     ),
-    launch(
-        "triton-launch-raising", old='"RAISING": call.scale > LEAST_RAISING and', new='"RAISING": call.scale != 0 and', wrong="with a negative scale the maximum is the minimum",
+    specialize(
+        "triton-specialize-raising", old='"RAISING": call.scale > LEAST_RAISING and', new='"RAISING": call.scale != 0 and', wrong="with a negative scale the maximum is the minimum",
         tests=f"{TESTS}/triton/test_switches.py -k any_sign",
     ),
     launch(
