@@ -20,10 +20,10 @@ demo: setup-demo  ## Convert SmolLM2-135M several ways and compare on real text
 	$(BIN)/python -m attnzoo compare smollm2 --preset demo --out out/demo
 
 test: setup  ## The test suite; under 12 minutes on two cores
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not gpu" --doctest-modules attnzoo kernels tests
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not gpu" --doctest-modules attnzoo kernels tests
 
 test-oldest: setup  ## The kernels' tests with the oldest supported triton
-	.venv-oldest/bin/python -m pytest -q -n $(WORKERS) -m "not slow and not gpu" \
+	.venv-oldest/bin/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not slow and not gpu" \
 		tests/attnzoo_kernels/triton/test_switches.py tests/attnzoo_kernels/triton/test_torture.py
 
 test-transformers: setup  ## Surgery with the older versions of transformers that attnzoo/reporting/versions.py names
@@ -31,11 +31,11 @@ test-transformers: setup  ## Surgery with the older versions of transformers tha
 		python=.venv-transformers-$$version/bin/python; \
 		$$python -c "import transformers; assert transformers.__version__ == '$$version', transformers"; \
 		echo "transformers $$version"; \
-		$$python -m pytest -q -n $(WORKERS) -m "not slow and not gpu" $(TRANSFORMERS_TESTS); \
+		$$python -m pytest -q -n $(WORKERS) --dist worksteal -m "not slow and not gpu" $(TRANSFORMERS_TESTS); \
 	done
 
 test-slow: setup  ## The tests that take minutes
-	$(BIN)/python -m pytest -n $(WORKERS) -m slow tests
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m slow tests
 
 mutants: setup  ## Mistakes on purpose: do the tests notice? About half an hour on two cores
 	$(BIN)/python -m tests.mutants --jobs $(WORKERS) --json out/mutants.json

@@ -295,6 +295,7 @@ def truths_known() -> None:
 
 
 @pytest.mark.usefixtures("truths_known")
+@pytest.mark.slow
 @pytest.mark.parametrize("mutant", BLOCKED.values(), ids=BLOCKED.keys())
 def test_a_wrong_blocked_implementation_is_found_out(mutant: Callable[[Patch], None], monkeypatch: Patch) -> None:
     mutant(monkeypatch)
@@ -302,6 +303,7 @@ def test_a_wrong_blocked_implementation_is_found_out(mutant: Callable[[Patch], N
 
 
 @pytest.mark.usefixtures("truths_known")
+@pytest.mark.slow
 @pytest.mark.parametrize("mutant", REFERENCE.values(), ids=REFERENCE.keys())
 def test_a_wrong_reference_is_found_out(mutant: Callable[[Patch], None], monkeypatch: Patch) -> None:
     mutant(monkeypatch)

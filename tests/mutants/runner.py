@@ -37,7 +37,7 @@ WARM = (
 )  # fmt: skip
 """What is imported before the fork: nothing of ours, and nothing that starts threads."""
 
-FLAGS = ("-x", "-q", "-p", "no:cacheprovider")
+FLAGS = ("-x", "-q", "-p", "no:cacheprovider", "-m", "not slow and not gpu")
 PASSED, FAILED, INTERRUPTED, USAGE = 0, 1, 2, 4
 """Exit codes of pytest; the last two say that something could not be imported."""
 

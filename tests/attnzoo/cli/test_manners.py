@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import signal
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -101,6 +101,15 @@ def test_a_warning_is_one_line_on_stderr(
     assert warnings.showwarning is shown
 
 
+@pytest.fixture
+def ctrl_c_arrives() -> Iterator[None]:
+    """A shell starts what it leaves in the background with Ctrl-C ignored, and Python then leaves it so."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c_arrives")
 @pytest.mark.parametrize("name", CALLS)
 def test_ctrl_c_is_a_line_and_its_exit_code(
     name: str,
@@ -124,6 +133,7 @@ WRITING = {
 }
 
 
+@pytest.mark.usefixtures("ctrl_c_arrives")
 @pytest.mark.parametrize(("name", "target"), [(name, target) for name in WRITING for target in WRITING[name]])
 def test_ctrl_c_while_files_are_written_leaves_none(
     name: str,

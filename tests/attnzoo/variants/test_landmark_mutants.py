@@ -159,6 +159,7 @@ def test_the_right_one_passes() -> None:
     assert passes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_wrong_one_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     truth(0), truth(1), truth(0, marked=True), truth(1, marked=True)

@@ -102,6 +102,7 @@ def test_the_right_one_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     check(monkeypatch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_mutant_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     owner, function, old, new = MUTANTS[name]

@@ -131,6 +131,7 @@ MUTANTS: dict[str, tuple[Any, str, str, str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_mutant_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rewrite(monkeypatch, *MUTANTS[name])

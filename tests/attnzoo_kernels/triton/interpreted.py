@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -21,6 +22,27 @@ only_interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1",
 def some(share: float) -> settings:
     """A share of the profile's examples."""
     return settings(max_examples=max(4, int(settings.default.max_examples * share)))  # type: ignore[union-attr]
+
+
+def grid(**axes: Sequence[Any]) -> pytest.MarkDecorator:
+    """Every combination of values: those of a diagonal, on which each value stands, and the others in the slow run."""
+    longest = max(len(values) for values in axes.values())
+    diagonal = {tuple(i % len(values) for values in axes.values()) for i in range(longest)}
+    places = itertools.product(*(range(len(values)) for values in axes.values()))
+    cases = [
+        pytest.param(
+            *(values[i] for i, values in zip(place, axes.values(), strict=True)),
+            marks=() if place in diagonal else pytest.mark.slow,
+            id="-".join(str(values[i]) for i, values in zip(place, axes.values(), strict=True)),
+        )
+        for place in places
+    ]
+    return pytest.mark.parametrize(list(axes), cases)
+
+
+def slow(*values: Any) -> Any:
+    """One case of the slow run."""
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def split_lists(patch: pytest.MonkeyPatch, processors: int = 1000) -> None:

@@ -15,7 +15,9 @@ from tests.attnzoo_kernels.op.test_torture import assert_bitwise
 from tests.attnzoo_kernels.oracle import Answer, Problem, solve, visible
 from tests.attnzoo_kernels.triton.interpreted import (
     TILES,
+    grid,
     only_interpreted,
+    slow,
     some,
     split_lists,
     tiles_of,
@@ -30,13 +32,13 @@ TRITON = ("triton",)
 LOW = (torch.float32, torch.float16, torch.bfloat16)
 
 
-@some(0.6)
+@some(0.2)
 @given(problems(most_tiles=TILES))
 def test_it_is_the_definition_in_double_precision(p: Problem) -> None:
     assert_agrees(p, layout_of(p), TRITON)
 
 
-@some(0.6)
+@some(0.2)
 @given(problems(dtypes=LOW, most_tiles=TILES))
 def test_it_is_the_definition_as_far_as_the_dtype_goes(p: Problem) -> None:
     assert_agrees(p, layout_of(p), TRITON)
@@ -48,7 +50,7 @@ def test_neither_the_order_of_a_list_nor_what_lies_between_lists_matters(p: Prob
     assert_agrees(p, untidy_layout_of(p, seed), TRITON)
 
 
-@some(0.4)
+@some(0.15)
 @given(problems(most_tiles=TILES), st.sampled_from((2, 5, 9, 1000)))
 def test_lists_cut_into_parts_and_joined_are_the_definition(p: Problem, processors: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
@@ -56,7 +58,7 @@ def test_lists_cut_into_parts_and_joined_are_the_definition(p: Problem, processo
         assert_agrees(p, layout_of(p), TRITON)
 
 
-@some(0.2)
+@some(0.15)
 @given(problems(most_tiles=6, longest=40), st.sampled_from((16, 32)), st.sampled_from((16, 32)))
 def test_tiles_smaller_than_blocks_are_the_definition(p: Problem, rows: int, keys: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
@@ -74,8 +76,7 @@ def fixed(
     return Problem(q, k, v, keep, block_q, block_k)
 
 
-@pytest.mark.parametrize("keys", [1, 2, 63, 64, 65, 300])
-@pytest.mark.parametrize("processors", [1, 1000], ids=["whole", "split"])
+@grid(keys=[1, 2, 63, 64, 65, 300], processors=[1000, 1])
 def test_one_query_against_many_keys_is_the_definition(
     keys: int, processors: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -83,10 +84,9 @@ def test_one_query_against_many_keys_is_the_definition(
     assert_agrees(fixed(1, keys, 16, 32, heads=4, kv_heads=2), layout_of(fixed(1, keys, 16, 32)), TRITON)
 
 
-@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (2, 5), (5, 2), (17, 33), (33, 17), (64, 64)])
-@pytest.mark.parametrize(("block_q", "block_k"), [(16, 16), (51, 24)])
-def test_lengths_off_the_blocks_are_the_definition(queries: int, keys: int, block_q: int, block_k: int) -> None:
-    p = fixed(queries, keys, block_q, block_k)
+@grid(lengths=[(1, 1), (2, 5), (5, 2), (17, 33), (33, 17), (64, 64)], blocks=[(16, 16), (51, 24)])
+def test_lengths_off_the_blocks_are_the_definition(lengths: tuple[int, int], blocks: tuple[int, int]) -> None:
+    p = fixed(*lengths, *blocks)
     assert_agrees(p, layout_of(p), TRITON)
 
 
@@ -102,7 +102,7 @@ def test_lengths_off_the_blocks_are_the_definition(queries: int, keys: int, bloc
         (64, 51, 70, 110),
         (100, 16, 130, 40),
         (256, 3, 260, 7),
-        (256, 256, 270, 260),
+        slow(256, 256, 270, 260),
     ],
 )
 def test_blocks_of_any_size_are_the_definition(block_q: int, block_k: int, queries: int, keys: int) -> None:
@@ -120,8 +120,7 @@ def test_any_width_is_the_definition(width: int, value_width: int) -> None:
     assert_agrees(p, layout_of(p), TRITON)
 
 
-@pytest.mark.parametrize("layout_heads", [1, 2, 6])
-@pytest.mark.parametrize("batch", [1, 2])
+@grid(layout_heads=[1, 2, 6], batch=[2, 1])
 def test_three_heads_of_a_group_share_a_tile_and_its_list(layout_heads: int, batch: int) -> None:
     n = Numbers.of(layout_heads)
     keep = n.chance(0.6, batch, layout_heads, 2, 2)
@@ -155,13 +154,9 @@ def test_a_loss_of_the_log_sum_exp_alone_has_the_right_gradients() -> None:
     assert_near(actual, truth, p, seeds, visible(p))
 
 
-@pytest.mark.parametrize("heads", [1, 2, 4])
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("processors", [1000], ids=["split"])
-def test_the_gradient_of_the_bias_alone_is_right(
-    heads: int, batch: int, processors: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    split_lists(monkeypatch, processors)
+@grid(heads=[1, 2, 4], batch=[2, 1])
+def test_the_gradient_of_the_bias_alone_is_right(heads: int, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    split_lists(monkeypatch)
     n = Numbers.of(8)
     bias = n.normal(batch, heads, 30).masked_fill(n.chance(0.2, batch, heads, 30), -math.inf).requires_grad_()
     keep = n.chance(0.6, 1, 2, 2, 2)
@@ -186,7 +181,7 @@ def test_the_mean_error_in_half_precision_is_no_larger_than_that_of_plain_torch(
         assert off <= 1.1 * usual, f"{name}: {off:.3g} in the mean, plain torch {usual:.3g}"
 
 
-@some(0.2)
+@some(0.15)
 @given(problems(most_tiles=TILES), st.sampled_from(("skewed", "descriptors", "both")))
 def test_the_form_of_the_loop_and_the_way_keys_are_read_change_no_bit(p: Problem, change: str) -> None:
     layout, seeds = layout_of(p), seeds_of(p)

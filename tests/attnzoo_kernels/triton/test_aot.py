@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.attnzoo_kernels.triton.interpreted import grid
+
 ROOT = Path(__file__).parents[3]
 OLDEST = ROOT / ".venv-oldest" / "bin" / "python"
 CURRENT = Path(sys.executable)
@@ -26,8 +28,7 @@ def compile_tables(python: Path, *arguments: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_89", "sm_90", "sm_100", "gfx942"])
+@grid(architecture=["sm_80", "sm_89", "sm_90", "sm_100", "gfx942"], size=[4, 2])
 def test_every_entry_of_a_table_compiles_without_spills_and_fits(architecture: str, size: int) -> None:
     printed = compile_tables(OLDEST, "--architecture", architecture, "--sizes", str(size))
     assert "triton 3.6.0: 16 kernels, 0 at fault" in printed

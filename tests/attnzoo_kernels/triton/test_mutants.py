@@ -243,6 +243,7 @@ def test_the_right_kernels_pass_every_probe(name: str, monkeypatch: pytest.Monke
     ask(name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "edits"), MUTANTS.values(), ids=MUTANTS.keys())
 def test_wrong_kernels_are_found_out(
     name: str, edits: dict[str, dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

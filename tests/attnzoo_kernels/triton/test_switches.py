@@ -23,7 +23,16 @@ from tests.attnzoo_kernels.op.test_switches import (
 )
 from tests.attnzoo_kernels.oracle import Problem
 from tests.attnzoo_kernels.oracle_switches import Switched, attend, gradients, leaves_of
-from tests.attnzoo_kernels.triton.interpreted import TILES, only_interpreted, some, split_lists, stepped, tiles_of
+from tests.attnzoo_kernels.triton.interpreted import (
+    TILES,
+    grid,
+    only_interpreted,
+    slow,
+    some,
+    split_lists,
+    stepped,
+    tiles_of,
+)
 from tests.strategies import Numbers, problems
 
 pytestmark = only_interpreted
@@ -40,7 +49,7 @@ def plain(seed: int = 5, **rule: Any) -> Problem:
     return Problem(n.normal(1, 4, 21, 6), n.normal(1, 2, 27, 6), n.normal(1, 2, 27, 3), **shapes)
 
 
-@some(0.6)
+@some(0.2)
 @given(
     problems(longest=20, most_tiles=TILES),
     st.integers(0, 9999),
@@ -58,22 +67,19 @@ def test_every_mixture_of_switches_is_the_definition(
         agrees(switched(p, seed, aux=aux, rope=rope, gate=gate, mix=mix))
 
 
-@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
-@pytest.mark.parametrize("gate", ["last", "tensor"])
-@pytest.mark.parametrize("mix", [1.0, 0.3, "per head"], ids=str)
+@grid(causal=[True, False], gate=["last", "tensor"], mix=["per head", 0.3, 1.0])
 def test_gates_of_every_kind_are_the_definition(gate: str, mix: Any, causal: bool) -> None:
     agrees(switched(plain(causal=causal), 4, aux=False, rope=False, gate=gate, mix=mix))
 
 
-@pytest.mark.parametrize("gate", ["last", "tensor"])
-@pytest.mark.parametrize("block", [1, 16, 33])
+@grid(gate=["last", "tensor"], block=[1, 16, 33])
 def test_gated_blocks_of_any_size_are_the_definition(gate: str, block: int) -> None:
     blocks = -(-27 // block)
     keep = Numbers.of(block).chance(0.4 if block == 1 else 1.0, 1, 1, 1, blocks)
     agrees(switched(plain(keep=keep, block_q=24, block_k=block), 4, aux=True, rope=False, gate=gate, mix=0.4))
 
 
-@pytest.mark.parametrize("width", [1, 2, 5, 6, 9, 20])
+@pytest.mark.parametrize("width", [1, slow(2), slow(5), slow(6), 9, slow(20)])
 def test_origins_turn_any_width(width: int) -> None:
     n = Numbers.of(width)
     p = plain().change(q=n.normal(1, 4, 21, width), k=n.normal(1, 2, 27, width))
@@ -81,11 +87,11 @@ def test_origins_turn_any_width(width: int) -> None:
     agrees(switched(p, 9, aux=False, rope=True, gate=None, mix=1.0))
 
 
-@pytest.mark.parametrize("gate", GATES, ids=str)
-@pytest.mark.parametrize(("width", "rope"), [(3, True), (20, True), (40, False)])
+@grid(gate=GATES, sizes=[(3, True), (20, True), (40, False)])
 def test_products_over_a_few_channels_at_a_time_are_the_definition(
-    width: int, gate: str | None, rope: bool, monkeypatch: pytest.MonkeyPatch
+    gate: str | None, sizes: tuple[int, bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    width, rope = sizes
     tiles_of(monkeypatch, stepped)
     n = Numbers.of(width)
     bias = n.normal(1, 2, 27)
@@ -94,8 +100,7 @@ def test_products_over_a_few_channels_at_a_time_are_the_definition(
     agrees(switched(p, width + 14, aux=True, rope=rope, gate=gate, mix=0.5))
 
 
-@pytest.mark.parametrize("scale", [0.0, -0.7, 5.0])
-@pytest.mark.parametrize("gate", GATES, ids=str)
+@grid(scale=[0.0, -0.7, 5.0], gate=GATES)
 def test_scales_of_any_sign_are_the_definition(scale: float, gate: str | None) -> None:
     agrees(switched(plain(scale=scale), 8, aux=True, rope=True, gate=gate, mix=0.5))
 
@@ -143,8 +148,7 @@ def poisoned_pair(gate: str | None) -> tuple[Switched, Switched]:
     return p, poisoned  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("gate", GATES, ids=str)
-@pytest.mark.parametrize("form", ["whole", "split", "stepped"])
+@grid(gate=GATES, form=["whole", "split", "stepped"])
 def test_nan_where_nobody_reads_does_not_leak_through_any_switch(
     gate: str | None, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,8 +168,7 @@ def test_nan_where_nobody_reads_does_not_leak_through_any_switch(
         assert torch.equal(mine, clean)
 
 
-@pytest.mark.parametrize("gate", GATES, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@grid(gate=GATES, dtype=[torch.float32, torch.float16, torch.bfloat16])
 def test_lower_precision_is_near_the_definition(gate: str | None, dtype: torch.dtype) -> None:
     exact = switched(plain(), 4, aux=True, rope=True, gate=gate, mix=0.5)
     cast = {n: getattr(exact, n).to(dtype) for n in ("q", "k", "v", "q_aux", "k_aux")}

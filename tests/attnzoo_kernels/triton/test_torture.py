@@ -17,7 +17,7 @@ from tests import child
 from tests.attnzoo_kernels.op.test_agreement import run, seeds_of
 from tests.attnzoo_kernels.op.test_torture import assert_bitwise
 from tests.attnzoo_kernels.oracle import Answer, Problem, solve, visible
-from tests.attnzoo_kernels.triton.interpreted import only_interpreted, split_lists
+from tests.attnzoo_kernels.triton.interpreted import grid, only_interpreted, split_lists
 from tests.bounds import assert_near
 from tests.strategies import STRIDES, Numbers, extras_of, layout_of, strided
 
@@ -46,7 +46,7 @@ RULES: dict[str, dict[str, Any]] = {
     "holes": {"key_bias": HOLES},
     "nothing listed": {"keep": torch.zeros(1, 2, 2, 2, dtype=torch.bool)},
 }
-every_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
+every_rule = grid(rule=list(RULES), processors=[1000, 1])
 
 
 @pytest.fixture
@@ -58,25 +58,21 @@ def fresh_memory_is_nan() -> Iterator[None]:
 
 
 @every_rule
-@pytest.mark.parametrize("processors", [1, 1000], ids=["whole", "split"])
 def test_fresh_memory_plays_no_part_and_calls_repeat_bit_for_bit(
-    rule: dict[str, Any], processors: int, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+    rule: str, processors: int, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     split_lists(monkeypatch, processors)
-    p = problem(**rule)
+    p = problem(**RULES[rule])
     clean = answer(p)
     request.getfixturevalue("fresh_memory_is_nan")
     assert_bitwise(answer(p), clean)
 
 
 @every_rule
-@pytest.mark.parametrize("processors", [1, 1000], ids=["whole", "split"])
-def test_no_step_computes_what_is_not_a_number(
-    rule: dict[str, Any], processors: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_step_computes_what_is_not_a_number(rule: str, processors: int, monkeypatch: pytest.MonkeyPatch) -> None:
     split_lists(monkeypatch, processors)
     with np.errstate(invalid="raise", divide="raise"):
-        got = answer(problem(**rule))
+        got = answer(problem(**RULES[rule]))
     assert all(x is None or x.isfinite().all() for x in (got.out, *got[2:]))
 
 

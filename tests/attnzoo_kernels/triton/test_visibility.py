@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.attnzoo_kernels.op.test_visibility import HOLES, KINDS, PADDING, assert_reads, example, probe
 from tests.attnzoo_kernels.oracle import Problem, visible
-from tests.attnzoo_kernels.triton.interpreted import TILES, only_interpreted, some, split_lists
+from tests.attnzoo_kernels.triton.interpreted import TILES, grid, only_interpreted, slow, some, split_lists
 from tests.strategies import Numbers, problems
 
 pytestmark = only_interpreted
@@ -61,21 +61,20 @@ def test_a_query_reads_the_listed_keys_of_its_rule_and_no_other(kind: dict[str, 
     assert_reads(p, visible(p), "triton", poison=poisonable(p))
 
 
-@pytest.mark.parametrize("kind", ["causal", "window both ways per head", "everything"])
+@pytest.mark.parametrize("kind", [slow("causal"), "window both ways per head", "everything"])
 def test_lists_in_any_order_with_gaps_show_the_same_keys(kind: str) -> None:
     p = sparse(**KINDS[kind])
     assert_reads(p, visible(p), "triton", untidy=True)
 
 
-@pytest.mark.parametrize("kind", ["causal", "sink and window per head", "holes per head", "everything"])
+@pytest.mark.parametrize("kind", [slow("causal"), "sink and window per head", slow("holes per head"), "everything"])
 def test_lists_cut_into_parts_show_the_same_keys(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     split_lists(monkeypatch)
     p = sparse(**KINDS[kind])
     assert_reads(p, visible(p), "triton", poison=poisonable(p))
 
 
-@pytest.mark.parametrize("heads", [1, 2, 4], ids=lambda h: f"{h} layout heads")
-@pytest.mark.parametrize("batch", [1, 2], ids=lambda b: f"{b} layout items")
+@grid(heads=[1, 2, 4], batch=[1, 2])
 def test_layout_heads_belong_to_query_heads_in_groups(batch: int, heads: int) -> None:
     p = example(block_q=19, keep=Numbers.of(4).chance(0.5, batch, heads, 2, 3), dtype=torch.bfloat16)
     assert_reads(p, visible(p), "triton")
@@ -106,8 +105,7 @@ def test_causality_is_aligned_at_the_last_key(queries: int, keys: int, last: lis
     assert_reads(p, expected.expand(1, 2, -1, -1), "triton")
 
 
-@pytest.mark.parametrize("queries", [1, 37], ids=["decoding", "a chunk"])
-@pytest.mark.parametrize("window", [2**31 - 1, 2**31, 2**40])
+@grid(queries=[1, 37], window=[2**31 - 1, 2**31, 2**40])
 def test_windows_of_any_size_hide_nothing_from_rows_of_any_position(queries: int, window: int) -> None:
     most = torch.iinfo(torch.int32).max
     q_pos = torch.tensor([0, 40, most - 1])[torch.arange(queries) % 3].int().view(1, 1, queries)

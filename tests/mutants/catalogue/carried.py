@@ -15,7 +15,7 @@ cache = partial(
 )
 ring = partial(Mutant, file="attnzoo/cache/streams.py", tests=f"{TESTS}/cache/test_state.py -k 'twin and rcmha'")
 replay = partial(Mutant, file="attnzoo/cache/replay.py", tests=f"{TESTS}/cache/test_replay.py -k 'mha or s2'")
-compiled = partial(Mutant, file="attnzoo/cache/replay.py", tests=f"{TESTS}/laws/test_compiled_replay.py -m 'not slow'")
+compiled = partial(Mutant, file="attnzoo/cache/replay.py", tests=f"{TESTS}/laws/test_compiled_replay.py")
 plain = partial(
     Mutant, file="kernels/attnzoo_kernels/runtime/plain.py", tests=f"{TESTS}/laws/test_vmap.py -k 'moh and auto'"
 )
@@ -25,7 +25,7 @@ vmap = partial(
 filled = partial(
     Mutant,
     file="attnzoo/base/whole_blocks.py",
-    tests=f"{TESTS}/laws/test_export.py -m 'not slow' -k 'one_program or large'",
+    tests=f"{TESTS}/laws/test_export.py -k 'one_program or large'",
 )
 
 MUTANTS = (
