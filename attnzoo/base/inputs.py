@@ -12,7 +12,7 @@ from attnzoo.base.padding import Alignment, take_rows
 from attnzoo.base.steps import Step
 from attnzoo.cache.kv_cache import KVCache
 from attnzoo_kernels.errors import ShapeError
-from attnzoo_kernels.runtime.plain import advice, is_readable
+from attnzoo_kernels.runtime.plain import NESTED, advice, is_readable, odd_layout
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -34,15 +34,24 @@ def check_inputs(
         _check_tensor("positions", positions, x)
         if positions.dtype not in _INTEGERS:
             raise TypeError(f"positions: expected integers, got {positions.dtype}")
-        if list(positions.shape) not in ([tokens], [1, tokens], [batch, tokens]):
+        if not _has_shape(positions, (tokens,), (1, tokens), (batch, tokens)):
             raise ShapeError(f"positions: expected [{tokens}] or [{batch}, {tokens}], got {list(positions.shape)}")
     if key_padding is not None:
         _check_tensor("key_padding", key_padding, x)
         if key_padding.dtype != torch.bool:
             raise TypeError(f"key_padding: expected bool, true at padding, got {key_padding.dtype}")
-        wanted = [batch, tokens if context is None else context.shape[1]]
-        if list(key_padding.shape) != wanted:
-            raise ShapeError(f"key_padding: expected {wanted}, got {list(key_padding.shape)}")
+        wanted = (batch, tokens if context is None else context.shape[1])
+        if not _has_shape(key_padding, wanted):
+            raise ShapeError(f"key_padding: expected {list(wanted)}, got {list(key_padding.shape)}")
+
+
+def _has_shape(x: Tensor, *allowed: tuple[int, ...]) -> bool:
+    """Whether a tensor has one of the shapes."""
+    # Not "in": a compiler does not compare two symbolic sizes by it.
+    return any(
+        len(shape) == x.dim() and all(size == wanted for size, wanted in zip(x.shape, shape, strict=True))
+        for shape in allowed
+    )
 
 
 def is_all_padding(key_padding: Tensor) -> bool:
@@ -115,13 +124,14 @@ def check_layout(name: str, x: Tensor) -> None:
     Raises:
         TypeError: If it is nested, sparse or of a library's own layout; the message says what to give instead.
     """
-    if x.is_nested:
+    odd = odd_layout(x)
+    if odd == NESTED:
         raise TypeError(
             f"{name}: expected a plain Tensor, got a nested one; pad it (torch.nested.to_padded_tensor) and say in "
             "key_padding, true at padding, where its items end"
         )
-    if x.layout != torch.strided:
-        raise TypeError(f"{name}: expected a plain (strided) Tensor, got the layout {x.layout}; call to_dense() on it")
+    if odd is not None:
+        raise TypeError(f"{name}: expected a plain (strided) Tensor, got the layout {odd}; call to_dense() on it")
 
 
 def _check_tensor(name: str, x: Tensor, like: Tensor | None) -> None:

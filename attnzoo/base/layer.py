@@ -11,19 +11,17 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from attnzoo.base.caching import CachingModule
 from attnzoo.base.config import AttentionConfig, build_config
 from attnzoo.base.inputs import check_dtype, check_inputs, cross_step, is_all_padding, self_step
-from attnzoo.base.padding import add_front, drop_front, take_rows
-from attnzoo.base.projections import COMPUTED, check_slice, takes_its_own_dtype
+from attnzoo.base.padding import Filled, add_front, drop_front, take_rows
+from attnzoo.base.projections import check_slice, takes_its_own_dtype
 from attnzoo.base.recording import Recording
 from attnzoo.base.registry import register
 from attnzoo.base.rope import apply_rotary, rotary_tables
 from attnzoo.base.shared_layouts import dense_layout
 from attnzoo.base.steps import AttentionInputs, AttentionOutput, Heads, Plan, Step, finalise
-from attnzoo.base.weights import WeightedModule
-from attnzoo.base.whole_blocks import Filled
-from attnzoo.cache.kv_cache import KVCache, Stream
-from attnzoo.cache.owner import Identity
+from attnzoo.cache.kv_cache import KVCache
 from attnzoo_kernels import Extras, block_sparse_attention
 from attnzoo_kernels.errors import ConfigError, UnsupportedError
 from attnzoo_kernels.runtime.plain import is_open
@@ -44,7 +42,7 @@ LONG_CALL = 512
 """Tokens from which on a call says so where an option would make it much quicker."""
 
 
-class AttentionLayer(WeightedModule):
+class AttentionLayer(CachingModule):
     """An attention layer, ``[B, T, C]`` to ``[B, T, C]``, for training, prefill and decoding with a cache.
 
     A variant is a subclass ``class MyAttention(AttentionLayer, name="my")`` with a ``config_class`` of its own; the
@@ -63,7 +61,6 @@ class AttentionLayer(WeightedModule):
     """
 
     config_class: ClassVar[type[AttentionConfig]] = AttentionConfig
-    cache_class: ClassVar[type[KVCache]] = KVCache
     causal_promise: ClassVar[Literal["strict", "selection-looks-ahead", "bidirectional-capable"]] = "strict"
     trainable_selection: ClassVar[bool] = False
     decode: ClassVar[Literal["exact", "approximate", "none"]] = "exact"
@@ -96,8 +93,6 @@ class AttentionLayer(WeightedModule):
         self.config = config
         self.impl = "auto"
         self.recordings: tuple[Recording, ...] = ()
-        self._identity = Identity()
-        self._identity.taken = True
         self.build_projections(device=device, dtype=dtype)
         for message in config.cautions:
             self.caution(message)
@@ -110,10 +105,6 @@ class AttentionLayer(WeightedModule):
         self.k_proj = nn.Linear(config.dim, groups * width, bias=config.bias, device=device, dtype=dtype)
         self.v_proj = nn.Linear(config.dim, groups * width, bias=config.bias, device=device, dtype=dtype)
         self.o_proj = nn.Linear(heads * width, config.dim, bias=config.bias, device=device, dtype=dtype)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._identity.taken = True
 
     def extra_repr(self) -> str:
         """The configuration, for ``print(layer)``."""
@@ -381,59 +372,6 @@ class AttentionLayer(WeightedModule):
         if step.place is None or step.padding is None:
             return result
         return result.masked_fill(step.padding.unsqueeze(-1), 0)
-
-    def streams(self) -> dict[str, Stream]:
-        """What a cache holds for each token."""
-        width, groups = self.config.head_width, self.config.kv_heads
-        return {name: Stream(self.heads_held(f"{name}_proj", groups), width) for name in ("k", "v")}
-
-    def new_cache(
-        self,
-        batch: int,
-        max_length: int,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> KVCache:
-        """An empty cache for this layer.
-
-        Args:
-            batch: Items B.
-            max_length: Tokens that fit, for each item.
-            device: Where it lies; ``None`` means with the weights.
-            dtype: Of its values, to which a call's values are rounded; ``None`` means the weights', and rounds nothing.
-
-        Raises:
-            UnsupportedError: If the layer is not causal: earlier outputs would depend on later tokens.
-            ConfigError: If values of the dtype cannot be attended to.
-        """
-        return self.make_cache(self.streams(), batch, max_length, device=device, dtype=dtype)
-
-    def make_cache(
-        self,
-        streams: dict[str, Stream],
-        batch: int,
-        max_length: int,
-        *,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
-    ) -> KVCache:
-        """An empty cache of given streams that this layer takes for its own; see :meth:`new_cache`."""
-        if not self.config.causal:
-            raise UnsupportedError("cache: expected a causal layer, got causal=False")
-        if dtype is not None and not isinstance(dtype, torch.dtype):
-            raise TypeError(f"dtype: expected a torch.dtype or None, got {type(dtype).__name__}")
-        if dtype is not None and dtype not in COMPUTED:
-            raise ConfigError(f"dtype: expected one of {', '.join(map(str, COMPUTED))}, got {dtype}")
-        return self.cache_class(
-            streams,
-            batch=batch,
-            max_length=max_length,
-            device=self.compute_device if device is None else device,
-            dtype=dtype or self.compute_dtype,
-            owner=(self._identity, self.config),
-            rounds=dtype is not None,
-        )
 
 
 def _hide(hidden: Tensor, dtype: torch.dtype) -> Tensor:

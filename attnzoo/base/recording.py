@@ -14,7 +14,7 @@ from attnzoo.cache.replay import is_replay
 from attnzoo_kernels.errors import ConfigError
 
 RULE = "attnzoo_rule"
-"""The attribute of a host's module that holds what its block reads, as an object with a ``layer``."""
+"""The attribute of a converted module that holds what its block reads, as an object with a ``layer``."""
 
 
 @runtime_checkable

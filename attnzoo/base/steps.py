@@ -21,7 +21,7 @@ from attnzoo_kernels import BlockLayout, Extras, visible_pairs
 class Step:
     """One call of a layer, its rows left-aligned: token t of an item is its t-th real one in this call.
 
-    ``offset`` and ``lengths`` are ints where the host knows that all items share them, else int64 ``[B]``.
+    ``offset`` and ``lengths`` are ints where it is known that all items share them, else int64 ``[B]``.
 
     Attributes:
         x: Tokens ``[B, T, C]``, zeros where an item has no token.

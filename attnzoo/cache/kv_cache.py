@@ -15,11 +15,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from attnzoo.cache.editing import EditableCache
 from attnzoo.cache.owner import Identity
 from attnzoo.cache.replay import Birth, refuse_transforms
-from attnzoo.cache.state import CarriedCache
 from attnzoo.cache.streams import (
-    CROP_MARGIN,
     Groups,
     Ring,
     Stream,
@@ -27,20 +26,19 @@ from attnzoo.cache.streams import (
     fits,
     row_bytes,
     widened,
-    with_rows,
-    zeros_on_host,
+    zeros_on_cpu,
 )
 from attnzoo_kernels.errors import ConfigError, ShapeError, UnsupportedError
 
 __all__ = ["KVCache", "Stream"]
 
 
-class KVCache(CarriedCache):
+class KVCache(EditableCache):
     """Fixed buffers for the tokens that a layer has seen; made by ``layer.new_cache``.
 
     Slot s of an item holds its s-th real token. The buffers start as zeros and hold detached values: training through
-    a cache reaches the current call's tokens only. Lengths that all items share are known on the host, so that
-    nothing synchronises.
+    a cache reaches the current call's tokens only. Lengths that all items share are known without reading a
+    tensor, so that nothing synchronises.
 
     Beside streams with a value for each token there are two kinds that cost less. A *ring* (``Stream(ring=n)``) is
     written by :meth:`append` too, and :meth:`history` reads it. A *grouped* stream (``Stream(every=w)``) has a value
@@ -48,8 +46,8 @@ class KVCache(CarriedCache):
 
     Attributes:
         max_length: Tokens that fit, for each item.
-        length: Tokens held by every item, where the host knows that it is one number; else ``None``.
-        bound: A number of tokens that no item exceeds, known on the host.
+        length: Tokens held by every item, where it is known to be one number; else ``None``.
+        bound: A number of tokens that no item exceeds, known without reading a tensor.
     """
 
     def __init__(
@@ -77,7 +75,7 @@ class KVCache(CarriedCache):
         self._buffers: dict[str, Tensor] = {}
         self._rings: dict[str, Ring] = {}
         self._groups: dict[str, Groups] = {}
-        self._host = frozenset(name for name, stream in streams.items() if stream.host)
+        self._offloaded = frozenset(name for name, stream in streams.items() if stream.offloaded)
         for name, stream in streams.items():
             rows = max_length // (stream.every or 1)
             if stream.ring is not None:
@@ -85,7 +83,7 @@ class KVCache(CarriedCache):
             # One row more than fits: rows without a token are written there.
             shape = (batch, stream.heads, rows + 1, stream.width)
             with torch.inference_mode(False):
-                make = zeros_on_host if stream.host else torch.zeros
+                make = zeros_on_cpu if stream.offloaded else torch.zeros
                 values = make(shape, device=device, dtype=stream.dtype or dtype)
             if stream.ring is not None:
                 self._rings[name] = Ring(stream.ring, values)
@@ -123,8 +121,8 @@ class KVCache(CarriedCache):
 
     @property
     def device(self) -> torch.device:
-        """Where the buffers lie that are not kept in the host's memory."""
-        near = (x for name, x in self._buffers.items() if name not in self._host)
+        """Where the buffers lie that are not kept in CPU memory."""
+        near = (x for name, x in self._buffers.items() if name not in self._offloaded)
         other = (x.values for held in (self._rings, self._groups) for x in held.values())
         return next(chain(near, other, self._buffers.values())).device
 
@@ -137,7 +135,7 @@ class KVCache(CarriedCache):
 
     @property
     def offset(self) -> int | Tensor:
-        """Tokens held: an int where the host knows that all items share it, else int64 ``[B]``."""
+        """Tokens held: an int where it is known that all items share it, else int64 ``[B]``."""
         return self.lengths if self.length is None else self.length
 
     @property
@@ -152,9 +150,9 @@ class KVCache(CarriedCache):
         return sum(x.numel() * x.element_size() for x in self.streams.values())
 
     @property
-    def host_nbytes(self) -> int:
-        """Bytes of the buffers that are kept in the host's memory."""
-        return sum(x.numel() * x.element_size() for name, x in self.streams.items() if name in self._host)
+    def offloaded_nbytes(self) -> int:
+        """Bytes of the buffers that are kept in CPU memory."""
+        return sum(x.numel() * x.element_size() for name, x in self.streams.items() if name in self._offloaded)
 
     @property
     def _belongs_to(self) -> Identity | None:
@@ -223,10 +221,10 @@ class KVCache(CarriedCache):
 
         Raises:
             ShapeError: If shapes, dtypes or the room do not fit.
-            UnsupportedError: If a stream that is kept in the host's memory would have to be differentiable.
+            UnsupportedError: If a stream that is kept in CPU memory would have to be differentiable.
         """
         refuse_transforms(values)
-        if differentiable and self._host:
+        if differentiable and self._offloaded:
             raise UnsupportedError("cache: expected no gradients where keys and values are offloaded, got some")
         tokens = self._check_values(values)
         self.check_room(tokens, lengths)
@@ -273,8 +271,8 @@ class KVCache(CarriedCache):
             before: Tokens held before that call: the ``offset`` from then.
 
         Raises:
-            ShapeError: If names or shapes do not fit, or there are fewer groups than have become complete where the
-                host knows their number.
+            ShapeError: If names or shapes do not fit, or there are fewer groups than have become complete where
+                their number is known.
         """
         self._check_shapes(values, {name: x.values for name, x in self._groups.items()})
         self._widen(values)
@@ -299,117 +297,6 @@ class KVCache(CarriedCache):
         if groups is None:
             raise ShapeError(f"name: expected a grouped stream, one of {sorted(self._groups)}, got {name!r}")
         return groups.values[:, :, : self.bound // groups.every]
-
-    def grow(self, max_length: int) -> None:
-        """Makes room for more tokens of each item; what is held stays.
-
-        Raises:
-            TypeError: If ``max_length`` is no int.
-            ShapeError: If that would be less room than there is.
-        """
-        check_count("max_length", max_length)
-        if max_length < self.max_length:
-            raise ShapeError(f"max_length: expected at least {self.max_length}, got {max_length}")
-        with torch.inference_mode(False), torch.no_grad():
-            self._buffers = self._as_placed({name: with_rows(x, max_length) for name, x in self._buffers.items()})
-            for ring in self._rings.values():
-                # A ring that is shorter than its margin has never come round: its rows are tokens.
-                ring.rows = Ring.length_for(ring.history, max_length)
-                ring.values = with_rows(ring.values, ring.rows)
-            for groups in self._groups.values():
-                groups.values = with_rows(groups.values, max_length // groups.every)
-        self.max_length = max_length
-
-    def crop(self, length: int | Tensor) -> None:
-        """Keeps the first tokens of every item: at most ``length``, which is int64 ``[B]`` where items differ.
-
-        Raises:
-            TypeError: If ``length`` is neither.
-            ShapeError: If it is negative, or not one number for each item, or a ring no longer holds the history of
-                what would be left: at most ``CROP_MARGIN`` tokens may be cropped from a cache with rings, or all.
-                Nothing is changed then.
-        """
-        most = self._check_crop(length)
-        before = self.offset
-        after: int | Tensor
-        if isinstance(length, Tensor):
-            after = torch.minimum(self.lengths, length.to(self.device))
-        else:
-            after = before.clamp(max=length) if isinstance(before, Tensor) else min(before, length)
-        for name, ring in self._rings.items():
-            if not ring.can_crop(before, after):
-                raise ShapeError(
-                    f"length: expected at most {CROP_MARGIN} tokens to be cropped, or all, since {name} keeps only "
-                    f"the last ones, got {length} of {self.bound}"
-                )
-        for ring in self._rings.values():
-            ring.crop(after)
-        if isinstance(after, Tensor):
-            self._lengths, self.length = after, None
-        else:
-            self.length = after
-        self.bound = min(self.bound, most)
-        self._clear_behind()
-        if self.bound == 0:
-            self._lengths, self.length = None, 0
-
-    def _check_crop(self, length: int | Tensor) -> int:
-        """The most tokens that a crop leaves to any item."""
-        if isinstance(length, Tensor):
-            if list(length.shape) != [self.batch] or length.dtype != torch.int64:
-                raise ShapeError(f"length: expected int64 [{self.batch}], got {length.dtype} {list(length.shape)}")
-            least, most = (int(x) for x in length.aminmax()) if self.batch else (0, 0)
-        else:
-            check_count("length", length)
-            least = most = length
-        if least < 0:
-            raise ShapeError(f"length: expected at least 0, got {least}")
-        return most
-
-    def _clear_behind(self) -> None:
-        """Zeroes the slots behind what is held: where lengths differ they are handed on, and may hold NaN."""
-        behind = torch.arange(self.max_length + 1, device=self.device) >= self.lengths.unsqueeze(1)
-        with torch.no_grad():
-            for x in self._buffers.values():
-                x.masked_fill_(behind[:, None, :, None].to(x.device), 0)
-            for groups in self._groups.values():
-                groups.clear_behind(self.lengths)
-
-    def reorder(self, index: Tensor) -> None:
-        """Takes the items ``index``, int ``[B']``, in their order: beams are chosen, repeated or dropped."""
-        if not isinstance(index, Tensor):
-            raise TypeError(f"index: expected an int64 Tensor [B], got {type(index).__name__}")
-        if index.dim() != 1 or index.dtype not in (torch.int64, torch.int32):
-            raise ShapeError(f"index: expected an int64 Tensor [B], got {index.dtype} {list(index.shape)}")
-        if index.device.type == "cpu" and not torch.compiler.is_compiling():
-            outside = (index < 0) | (index >= self.batch)
-            if bool(outside.any()):
-                raise ShapeError(f"index: expected items 0 to {self.batch - 1}, got {index[outside].tolist()}")
-        with torch.inference_mode(False), torch.no_grad():
-            index = index.to(self.device, copy=True)
-            chosen = {name: x.index_select(0, index.to(x.device)) for name, x in self._buffers.items()}
-            self._buffers = self._as_placed(chosen)
-            self._rings = {name: x.select(index) for name, x in self._rings.items()}
-            self._groups = {name: Groups(x.every, x.values.index_select(0, index)) for name, x in self._groups.items()}
-            if self._lengths is not None:
-                self._lengths = self._lengths.index_select(0, index)
-
-    def fork(self) -> Self:
-        """A copy of its own, for the same layer."""
-        copy = object.__new__(type(self))
-        copy.__dict__.update(self.__dict__)
-        copy._born = Birth(self.device)
-        with torch.inference_mode(False), torch.no_grad():
-            copy._buffers = self._as_placed({name: x.clone() for name, x in self._buffers.items()})
-            copy._rings = {name: x.clone() for name, x in self._rings.items()}
-            copy._groups = {name: Groups(x.every, x.values.clone()) for name, x in self._groups.items()}
-        return copy
-
-    def _as_placed(self, buffers: dict[str, Tensor]) -> dict[str, Tensor]:
-        """New buffers, pinned where those that they take the place of are."""
-        if not self._host:
-            return buffers
-        return {name: x.pin_memory() if self._buffers[name].is_pinned() else x for name, x in buffers.items()}
 
     def _widen(self, values: Mapping[str, Tensor]) -> None:
         """Takes up a wider dtype than the weights': what a layer computes in cannot always be told before a call."""

@@ -29,7 +29,7 @@ class Stream:
         ring: Keeps the values of the last tokens only: those of so many can always be read, and ``CROP_MARGIN`` more
             tokens are held, so that they may be cropped. ``None`` keeps every token's.
         every: One value for each complete group of so many tokens; ``None`` keeps one for each token.
-        host: Keeps the values in the host's memory, pinned where the cache is on a GPU; only for values of each token.
+        offloaded: Keeps the values in CPU memory, pinned where the cache is on a GPU; only for values of each token.
 
     Raises:
         ConfigError: If ``ring`` or ``every`` does not fit, or they exclude each other.
@@ -40,7 +40,7 @@ class Stream:
     dtype: torch.dtype | None = None
     ring: int | None = None
     every: int | None = None
-    host: bool = False
+    offloaded: bool = False
 
     def __post_init__(self) -> None:
         for name, value in (("ring", self.ring), ("every", self.every)):
@@ -48,8 +48,8 @@ class Stream:
                 raise ConfigError(f"{name}: expected an int >= 1 or None, got {value!r}")
         if self.ring is not None and self.every is not None:
             raise ConfigError(f"ring: expected None beside every {self.every}, got {self.ring}")
-        if self.host and (self.ring is not None or self.every is not None):
-            raise ConfigError("host: expected False for a ring or a grouped stream, got True")
+        if self.offloaded and (self.ring is not None or self.every is not None):
+            raise ConfigError("offloaded: expected False for a ring or a grouped stream, got True")
 
 
 def check_count(name: str, value: object) -> None:
@@ -233,8 +233,8 @@ class Groups:
         self.values.masked_fill_((group >= (lengths // self.every).unsqueeze(1))[:, None, :, None], 0)
 
 
-def zeros_on_host(shape: tuple[int, ...], *, device: torch.device | str | None, dtype: torch.dtype | None) -> Tensor:
-    """Zeros in the host's memory for a cache on a device; on no memory at all where the device has none."""
+def zeros_on_cpu(shape: tuple[int, ...], *, device: torch.device | str | None, dtype: torch.dtype | None) -> Tensor:
+    """Zeros in CPU memory for a cache on a device; on no memory at all where the device has none."""
     near = torch.empty(0, device=device).device
     if near.type == "meta":
         return torch.zeros(shape, device=near, dtype=dtype)

@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from attnzoo_kernels.errors import ShapeError
 from attnzoo_kernels.layouts.build import distinct_lists, listed_indices
 from attnzoo_kernels.layouts.layout import BlockLayout
-from attnzoo_kernels.runtime.plain import advice, is_readable
+from attnzoo_kernels.runtime.plain import NESTED, advice, is_readable, odd_layout
 from attnzoo_kernels.spec.extras import Extras
 
 IMPLEMENTATIONS = ("auto", "reference", "blocked", "triton")
@@ -66,8 +66,9 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name}: expected a Tensor, got {type(x).__name__}{advice(x)}")
-        if x.is_nested or x.layout is not torch.strided:
-            kind = "a nested one; pad it, and hide padding with q_pos or key_bias" if x.is_nested else f"{x.layout}"
+        odd = odd_layout(x)
+        if odd is not None:
+            kind = "a nested one; pad it, and hide padding with q_pos or key_bias" if odd == NESTED else odd
             raise TypeError(f"{name}: expected a plain (strided) Tensor, got {kind}")
         if x.dim() != 4:
             raise ShapeError(f"{name}: expected four dimensions [batch, heads, length, width], got {list(x.shape)}")

@@ -11,7 +11,7 @@ from torch import nn
 from attnzoo.base.config import AttentionConfig
 from attnzoo.surgery.replacements.landmark_tokens import NAME, LandmarkInput
 from attnzoo.surgery.replacements.spec import ModelChange, ReplacementSpec
-from attnzoo.variants.landmark.layer import LandmarkConfig
+from attnzoo.variants.landmark.config import LandmarkConfig
 from attnzoo_kernels.errors import ConfigError
 
 

@@ -210,7 +210,7 @@ class LandmarkAttention(AttentionLayer, name="landmark"):
             return step.attention_inputs(q, k, heads.v)
         inputs = super().remember(step, heads)
         cache = step.cache
-        if cache is None or not cache.host_nbytes:
+        if cache is None or not cache.offloaded_nbytes:
             return inputs
         _complete(cache, step, inputs.k, self.config.block_size)
         return OffloadedInputs(
@@ -265,7 +265,7 @@ class LandmarkAttention(AttentionLayer, name="landmark"):
         check_flag("offload", offload)
         streams = self.streams()
         if offload:
-            streams |= {name: replace(streams[name], host=True) for name in ("k", "v")}
+            streams |= {name: replace(streams[name], offloaded=True) for name in ("k", "v")}
             streams["landmark"] = Stream(streams["k"].heads, streams["k"].width, every=self.config.block_size)
         return self.make_cache(streams, batch, max_length, device=device, dtype=dtype)
 

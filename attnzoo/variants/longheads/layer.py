@@ -138,7 +138,7 @@ class LongHeadsAttention(AttentionLayer, name="longheads"):
             self._complete(cache, step, recent, seen["v"])
         keys = cache.groups("chunk_key").to(q.dtype)
         inputs = self._chunk_inputs(step, (q, seen["k"], seen["v"]), keys, recent.get("query", heads.q))
-        return replace(inputs, offloaded=cache.host_nbytes > 0)
+        return replace(inputs, offloaded=cache.offloaded_nbytes > 0)
 
     @property
     def needs_length(self) -> bool:
@@ -334,7 +334,7 @@ class LongHeadsAttention(AttentionLayer, name="longheads"):
         check_flag("offload", offload)
         streams = self.streams()
         if offload:
-            streams |= {name: replace(streams[name], host=True) for name in ("k", "v")}
+            streams |= {name: replace(streams[name], offloaded=True) for name in ("k", "v")}
         return self.make_cache(streams, batch, max_length, device=device, dtype=dtype)
 
 

@@ -34,7 +34,7 @@ class Pattern:
     Attributes:
         block: Tokens in a block, w.
         local: Nearest blocks that every head reads, the own one included.
-        kept: Blocks that a KV head reads from any distance, bool ``[G, N]``, on the host.
+        kept: Blocks that a KV head reads from any distance, bool ``[G, N]``, on the CPU.
     """
 
     block: int

@@ -28,6 +28,16 @@ def is_tracing() -> bool:
     return _jit.is_tracing() or torch._C._get_dispatch_mode(_PROXY) is not None
 
 
+NESTED = "nested"
+
+
+def odd_layout(x: Tensor) -> str | None:
+    """``NESTED``, or the layout of a tensor that has no value at every place (sparse, mkldnn); ``None`` for others."""
+    if x.is_nested:
+        return NESTED
+    return None if x.layout is torch.strided else str(x.layout)
+
+
 def advice(x: object) -> str:
     """What to do about something that is no tensor, where that is known."""
     if isinstance(x, torch.fx.Proxy):

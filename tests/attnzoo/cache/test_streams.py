@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from torch import Tensor
 
-from attnzoo.cache import kv_cache
+from attnzoo.cache import editing
 from attnzoo.cache import streams as cache_streams
 from attnzoo.cache.kv_cache import KVCache, Stream
 
@@ -27,7 +27,7 @@ def cache_of(batch: int = 2, max_length: int = MAX) -> KVCache:
 
 @pytest.fixture(autouse=True)
 def _small_margin(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (kv_cache, cache_streams):
+    for module in (editing, cache_streams):
         monkeypatch.setattr(module, "CROP_MARGIN", MARGIN)
 
 
@@ -55,7 +55,7 @@ class StreamsAreLists(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.patch = pytest.MonkeyPatch()
-        for module in (kv_cache, cache_streams):
+        for module in (editing, cache_streams):
             self.patch.setattr(module, "CROP_MARGIN", MARGIN)
         self.cache = cache_of()
         self.items: list[list[float]] = [[], []]

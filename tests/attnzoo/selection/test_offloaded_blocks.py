@@ -1,4 +1,4 @@
-"""Keys and values in the host's memory: what a cache holds where, and a fetched call is the whole call."""
+"""Keys and values in CPU memory: what a cache holds where, and a fetched call is the whole call."""
 
 from __future__ import annotations
 
@@ -131,9 +131,9 @@ def test_what_is_held_where_and_what_a_step_fetches() -> None:
     length, seen = 240, []
     cache = layer.new_cache(1, length, offload=True)
     kept = {name: x.shape[2] for name, x in cache.streams.items()}
-    assert cache.host_nbytes == 2 * length * 2 * 8 * 8
+    assert cache.offloaded_nbytes == 2 * length * 2 * 8 * 8
     near = (length // 4) * 4 + (3 + 128) * (2 + 4)
-    assert cache.nbytes - cache.host_nbytes == near * 8 * 8
+    assert cache.nbytes - cache.offloaded_nbytes == near * 8 * 8
     assert kept == {"k": length, "v": length, "chunk_key": length // 4, "key": 131, "query": 131}
     operate = attnzoo.AttentionLayer.operate
 
@@ -163,13 +163,13 @@ def test_an_offloaded_cache_refuses_gradients() -> None:
         layer.new_cache(1, 30, offload=1)
 
 
-def test_only_values_of_each_token_lie_in_the_hosts_memory() -> None:
+def test_only_values_of_each_token_lie_in_cpu_memory() -> None:
     for options in ({"ring": 2}, {"every": 2}):
-        with pytest.raises(ValueError, match="host: expected False for a ring or a grouped stream"):
-            Stream(1, 1, host=True, **options)
-    cache = KVCache({"k": Stream(1, 2, host=True), "v": Stream(1, 2)}, batch=1, max_length=4)
-    assert cache.host_nbytes == cache.nbytes // 2
-    meta = KVCache({"k": Stream(1, 2, host=True), "v": Stream(1, 2)}, batch=1, max_length=4, device="meta")
+        with pytest.raises(ValueError, match="offloaded: expected False for a ring or a grouped stream"):
+            Stream(1, 1, offloaded=True, **options)
+    cache = KVCache({"k": Stream(1, 2, offloaded=True), "v": Stream(1, 2)}, batch=1, max_length=4)
+    assert cache.offloaded_nbytes == cache.nbytes // 2
+    meta = KVCache({"k": Stream(1, 2, offloaded=True), "v": Stream(1, 2)}, batch=1, max_length=4, device="meta")
     assert {x.device.type for x in meta.streams.values()} == {"meta"}
 
 

@@ -1,4 +1,4 @@
-"""Landmark blocks in the host's memory: the answers of a resident cache, and only what is read is fetched."""
+"""Landmark blocks in CPU memory: the answers of a resident cache, and only what is read is fetched."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def layer_of(dtype: torch.dtype = torch.float64, **changes: Any) -> Any:
 
 def offloaded(layer: Any, batch: int, length: int, **options: Any) -> KVCache:
     cache: KVCache = layer.new_cache(batch, length, offload=True, **options)
-    assert cache.host_nbytes > 0
+    assert cache.offloaded_nbytes > 0
     return cache
 
 
@@ -195,5 +195,5 @@ def test_a_step_fetches_what_it_reads_and_the_device_holds_little(monkeypatch: p
     most = max(len(set(chosen[2 * group : 2 * group + 2].flatten().tolist())) for group in range(2))
     # What the heads of a group chose, and the unfinished block.
     assert memory.k.shape[2] == 8 * (most + 1)
-    assert cache.nbytes - cache.host_nbytes < cache.host_nbytes / 12
+    assert cache.nbytes - cache.offloaded_nbytes < cache.offloaded_nbytes / 12
     assert plan.density == pytest.approx((2 * 7 + 1) / 801)

@@ -24,7 +24,7 @@ vmap = partial(
 )
 filled = partial(
     Mutant,
-    file="attnzoo/base/whole_blocks.py",
+    file="attnzoo/base/padding.py",
     tests=f"{TESTS}/laws/test_export.py -k 'one_program or large'",
 )
 

@@ -95,14 +95,14 @@ MUTANTS = (
         wrong="rows without a token overwrite an item's first token",
     ),
     cache(
-        "cache-crop-not-cleared", old="        self.bound = min(self.bound, most)\n        self._clear_behind()", new="        self.bound = min(self.bound, most)",
+        "cache-crop-not-cleared", file="attnzoo/cache/editing.py", old="        self.bound = min(self.bound, most)\n        self._clear_behind()", new="        self.bound = min(self.bound, most)",
         wrong="what was cropped is handed on where lengths differ",
     ),
     cache(
-        "cache-reorder-lengths", old="self._lengths = self._lengths.index_select(0, index)", new="pass", wrong="chosen items keep the lengths of those before",
+        "cache-reorder-lengths", file="attnzoo/cache/editing.py", old="self._lengths = self._lengths.index_select(0, index)", new="pass", wrong="chosen items keep the lengths of those before",
     ),
     cache(
-        "cache-fork-shares", old="copy._buffers = self._as_placed({name: x.clone() for name, x in self._buffers.items()})", new="copy._buffers = self._as_placed(dict(self._buffers))",
+        "cache-fork-shares", file="attnzoo/cache/editing.py", old="copy._buffers = self._as_placed({name: x.clone() for name, x in self._buffers.items()})", new="copy._buffers = self._as_placed(dict(self._buffers))",
         wrong="a fork writes into its original",
     ),
     cache(
