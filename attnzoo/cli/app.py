@@ -227,7 +227,7 @@ def bench(  # noqa: PLR0913  (a command line has one parameter for each option)
     from attnzoo.doctor import IMPLEMENTATIONS
     from attnzoo.evaluation import costs_report, layer_costs
 
-    setting = layer_costs.Setting(
+    setting = layer_costs.CostSetting(
         tokens,
         batch,
         dim,

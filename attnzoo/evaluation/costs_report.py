@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from attnzoo.doctor import cpu_model
-from attnzoo.evaluation.layer_costs import KINDS, Cost, Setting, by_wall
+from attnzoo.evaluation.layer_costs import KINDS, Cost, CostSetting, by_wall
 from attnzoo.reporting.outputs import write_together
 from attnzoo.reporting.tables import Grid
 from attnzoo_kernels.runtime.processor import cpu_class
@@ -24,7 +24,7 @@ HEADS = ("layer", "density", *(name for kind in KINDS for name in (f"{kind} ms",
 CAPTION = "x plain: over the same layer on torch's scaled_dot_product_attention; medians of paired rounds"
 
 
-def about(setting: Setting) -> dict[str, Any]:
+def about(setting: CostSetting) -> dict[str, Any]:
     """Where the figures come from."""
     cpu = {"cpu": cpu_model(), "class": cpu_class(), "threads": torch.get_num_threads()}
     where = cpu if setting.device.type == "cpu" else {"gpu": torch.cuda.get_device_name(setting.device)}

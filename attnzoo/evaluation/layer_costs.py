@@ -57,7 +57,7 @@ Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class Setting:
+class CostSetting:
     """What is measured.
 
     Attributes:
@@ -167,7 +167,7 @@ def read_device(text: str) -> torch.device:
     return torch.device(text)
 
 
-def build(setting: Setting, specs: list[str]) -> dict[str, AttentionLayer]:
+def build(setting: CostSetting, specs: list[str]) -> dict[str, AttentionLayer]:
     """A layer for each ``variant:option=value,...``; all are built before anything is measured.
 
     Raises:
@@ -191,7 +191,7 @@ def by_wall(device: torch.device) -> bool:
 
 
 @silent()
-def measure(setting: Setting, specs: list[str], progress: Progress) -> list[Cost]:
+def measure(setting: CostSetting, specs: list[str], progress: Progress) -> list[Cost]:
     """What each layer costs; plain attention comes first.
 
     Raises:
@@ -221,7 +221,7 @@ def measure(setting: Setting, specs: list[str], progress: Progress) -> list[Cost
     return [Cost(PLAIN, density=1.0, milliseconds=own, times_plain=dict.fromkeys(own, 1.0)), *costs]
 
 
-def check(name: str, layer: AttentionLayer, setting: Setting) -> Cost:
+def check(name: str, layer: AttentionLayer, setting: CostSetting) -> Cost:
     """Density and error of a layer, and the problem where it differs from the reference implementation.
 
     Training, gradients, a forward pass and a decoding step, with the same weights, inputs and cache.
@@ -243,7 +243,7 @@ def check(name: str, layer: AttentionLayer, setting: Setting) -> Cost:
     return Cost(name, density, errors[worst], tokens, problem)
 
 
-def _results(layer: AttentionLayer, impl: str, setting: Setting, tokens: int) -> dict[str, Tensor]:
+def _results(layer: AttentionLayer, impl: str, setting: CostSetting, tokens: int) -> dict[str, Tensor]:
     """Everything that a layer computes, by name; what a decoding step finds in its cache does not depend on impl."""
     x = setting.inputs(tokens)
     cache = layer.new_cache(setting.batch, tokens, device=setting.device, dtype=setting.dtype)
@@ -284,7 +284,7 @@ def _difference(found: Tensor, wanted: Tensor) -> float:
     return math.inf if math.isnan(worst) else worst
 
 
-def prepare(kind: str, layer: AttentionLayer, setting: Setting) -> Callable[[], Any]:
+def prepare(kind: str, layer: AttentionLayer, setting: CostSetting) -> Callable[[], Any]:
     """One of ``KINDS`` to be timed; what it returns is done when it returns."""
     x = setting.inputs(setting.tokens)
     if kind == "step":

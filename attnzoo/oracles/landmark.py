@@ -63,7 +63,7 @@ class Landmarks:
 
 
 @dataclass(frozen=True)
-class Retrieved:
+class LandmarkResult:
     """A layer's result.
 
     Attributes:
@@ -215,7 +215,7 @@ def landmark(
     is_landmark: Tensor | None = None,
     key_padding: Tensor | None = None,
     positions: Tensor | None = None,
-) -> Retrieved:
+) -> LandmarkResult:
     r"""Two softmaxes: inside each earlier block, and over the blocks' landmarks beside the tokens of the own block.
 
     Landmarks are never read as tokens; the query of a landmark reads its own block's tokens and the earlier blocks.
@@ -243,4 +243,4 @@ def landmark(
         return out.flatten(1)
 
     out = each_sequence(x, weights, one, key_padding=key_padding, positions=positions)
-    return Retrieved(out, found)
+    return LandmarkResult(out, found)

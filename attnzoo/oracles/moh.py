@@ -33,7 +33,7 @@ from attnzoo.oracles.mha import Recipe, each_sequence, linear, one_sequence, sep
 
 
 @dataclass(frozen=True, kw_only=True)
-class Routing:
+class MoHRouting:
     """Which heads run, and with what weight.
 
     Attributes:
@@ -80,7 +80,7 @@ class Routed:
 
 
 def probabilities(
-    x: Tensor, q: Tensor, weights: Mapping[str, Tensor], routing: Routing, shared: int, routed: int
+    x: Tensor, q: Tensor, weights: Mapping[str, Tensor], routing: MoHRouting, shared: int, routed: int
 ) -> Tensor:
     """The router's opinion of one token: ``x [C]``, ``q [H, D]`` to ``p [E]``."""
     if routing.router == "learned":
@@ -96,7 +96,7 @@ def best(scores: list[float], count: int) -> list[int]:
     return sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:count]
 
 
-def chosen(p: Tensor, routing: Routing, recipe: Recipe) -> set[int]:
+def chosen(p: Tensor, routing: MoHRouting, recipe: Recipe) -> set[int]:
     """The active routed heads of a token, counted from the first routed one."""
     size = recipe.num_heads // recipe.num_kv_heads if routing.unit == "kv_group" else 1
     if routing.shared_heads % size or routing.active_heads % size:
@@ -107,7 +107,7 @@ def chosen(p: Tensor, routing: Routing, recipe: Recipe) -> set[int]:
 
 
 def gates(
-    x: Tensor, q: Tensor, weights: Mapping[str, Tensor], recipe: Recipe, routing: Routing
+    x: Tensor, q: Tensor, weights: Mapping[str, Tensor], recipe: Recipe, routing: MoHRouting
 ) -> tuple[Tensor, Tensor, set[int]]:
     r"""Weights of all heads in one token, the router's probabilities, and the active routed heads.
 
@@ -143,7 +143,7 @@ def gates(
     return (gate * recipe.num_heads / (shared + active) if routing.rescale else gate), p, on
 
 
-def balance_loss(p: list[Tensor], on: list[set[int]], routing: Routing) -> Tensor:
+def balance_loss(p: list[Tensor], on: list[set[int]], routing: MoHRouting) -> Tensor:
     r"""How unevenly the tokens of all sequences use the routed heads.
 
     .. math:: E \sum_e P_e f_e, \quad P_e = mean_t p_{t,e}, \quad f_e = mean_t [e \in S_t]
@@ -161,7 +161,7 @@ def moh(
     x: Tensor,
     weights: Mapping[str, Tensor],
     recipe: Recipe,
-    routing: Routing,
+    routing: MoHRouting,
     *,
     window: int | None = None,
     sink: int = 0,

@@ -21,7 +21,7 @@ from attnzoo.oracles.mha import Recipe, attention, separate
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pattern:
+class S2Pattern:
     """Which blocks are read.
 
     Attributes:
@@ -47,7 +47,7 @@ class Pattern:
     homogeneous: bool = False
 
 
-def head_step(pattern: Pattern, num_heads: int, num_kv_heads: int) -> int:
+def head_step(pattern: S2Pattern, num_heads: int, num_kv_heads: int) -> int:
     """How far the strided blocks move from one key head to the next."""
     if pattern.step is None:
         return max(1, pattern.vert_stride // max(1, num_kv_heads - pattern.num_dense_heads))
@@ -56,7 +56,7 @@ def head_step(pattern: Pattern, num_heads: int, num_kv_heads: int) -> int:
     return pattern.step
 
 
-def reads(pattern: Pattern, n: int, i: int, j: int, recipe: Recipe) -> bool:
+def reads(pattern: S2Pattern, n: int, i: int, j: int, recipe: Recipe) -> bool:
     r"""Whether query block i of key head n reads key block j.
 
     .. math:: j \le i \wedge ( i - j < L \vee n \ge G - n_{dense} \vee j < sink
@@ -78,7 +78,7 @@ def reads(pattern: Pattern, n: int, i: int, j: int, recipe: Recipe) -> bool:
     return i - j < back or (j + shift) % pattern.vert_stride == 0
 
 
-def block_mask(pattern: Pattern, recipe: Recipe, query_blocks: range, key_blocks: range) -> Tensor:
+def block_mask(pattern: S2Pattern, recipe: Recipe, query_blocks: range, key_blocks: range) -> Tensor:
     """The formula for every key head, query block and key block, bool ``[G, M, N]``."""
     return torch.tensor(
         [
@@ -92,7 +92,7 @@ def s2(
     x: Tensor,
     weights: Mapping[str, Tensor],
     recipe: Recipe,
-    pattern: Pattern,
+    pattern: S2Pattern,
     *,
     key_padding: Tensor | None = None,
     positions: Tensor | None = None,

@@ -39,7 +39,7 @@ def measured() -> Grid:
     kinds = dict.fromkeys(layer_costs.KINDS, 123.456)
     found = [layer_costs.Cost(name, 0.5, 1e-6, 8, None, kinds, kinds) for name in (*layer_costs.SPECS, LONG)]
     return costs_report.grid(
-        [*found, layer_costs.Cost("broken", problem="wrong")], costs_report.about(layer_costs.Setting())
+        [*found, layer_costs.Cost("broken", problem="wrong")], costs_report.about(layer_costs.CostSetting())
     )
 
 

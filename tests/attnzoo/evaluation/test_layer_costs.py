@@ -15,11 +15,11 @@ import torch
 import attnzoo
 from attnzoo.cli import main
 from attnzoo.evaluation import layer_costs, timing
-from attnzoo.evaluation.layer_costs import KINDS, PLAIN, Cost, PlainAttention, Setting, measure
+from attnzoo.evaluation.layer_costs import KINDS, PLAIN, Cost, CostSetting, PlainAttention, measure
 from attnzoo_kernels.cpu import blocked
 from attnzoo_kernels.errors import ConfigError
 
-SMALL = Setting(tokens=40, dim=32, num_heads=4, seconds=0.0)
+SMALL = CostSetting(tokens=40, dim=32, num_heads=4, seconds=0.0)
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +60,7 @@ def test_every_variant_is_measured_and_right() -> None:
 @pytest.mark.parametrize("dtype", list(layer_costs.BOUND), ids=str)
 @pytest.mark.parametrize("tokens", [1, 2, 33])
 def test_any_length_and_dtype(dtype: torch.dtype, tokens: int) -> None:
-    setting = Setting(tokens=tokens, batch=2, dim=32, num_heads=4, num_kv_heads=2, dtype=dtype, seconds=0.0)
+    setting = CostSetting(tokens=tokens, batch=2, dim=32, num_heads=4, num_kv_heads=2, dtype=dtype, seconds=0.0)
     _, *found = measure(setting, ["mha:window=7", "moh:shared_heads=2,active_heads=1"], quiet)
     assert [cost.problem for cost in found] == [None, None]
 
@@ -196,6 +196,6 @@ def test_what_an_implementation_cannot_do_is_its_row(
 
 def test_sizes_are_checked() -> None:
     with pytest.raises(ConfigError, match="batch: expected at least 1, got 0"):
-        Setting(batch=0)
+        CostSetting(batch=0)
     with pytest.raises(ConfigError, match="dtype"):
-        Setting(dtype=torch.int32)
+        CostSetting(dtype=torch.int32)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from attnzoo.oracles.longheads import Chunks, chunk_key, longheads
 from attnzoo.oracles.mha import Recipe, mha
-from attnzoo.oracles.moh import Routing, balance_loss, chosen, gates, moh
+from attnzoo.oracles.moh import MoHRouting, balance_loss, chosen, gates, moh
 from tests.attnzoo.oracles.published import GQA, HOLES, STORED_AS_FP32, Golden, near, projections, random
 
 # MoH ------------------------------------------------------------------------------------------------------------------
@@ -29,7 +29,7 @@ def routers(golden: Golden) -> dict[str, Tensor]:
 def test_moh_gates_are_the_published_ones(name: str) -> None:
     golden = Golden(name)
     config, x, head_out = golden.config, golden["x"], golden["head_out"]
-    routing = Routing(shared_heads=config["shared_head"], active_heads=config["routed_head"])
+    routing = MoHRouting(shared_heads=config["shared_head"], active_heads=config["routed_head"])
     heads = config["num_heads"]
     recipe = Recipe(num_heads=heads, num_kv_heads=heads, head_dim=config["head_dim"], causal=False)
     weights = routers(golden)
@@ -61,7 +61,7 @@ def test_moh_is_the_published_layer_of_the_image_generator() -> None:
     weights |= {f"o_proj.{kind}": golden[f"w.proj.{kind}"].requires_grad_() for kind in ("weight", "bias")}
     weights |= routers(golden)
     recipe = Recipe(num_heads=6, num_kv_heads=6, head_dim=8, causal=False, rotary_base=None)
-    result = moh(x, weights, recipe, Routing(shared_heads=2, active_heads=2))
+    result = moh(x, weights, recipe, MoHRouting(shared_heads=2, active_heads=2))
     near(result.out, golden["y"])
     near(result.gates, golden["gates"])
     assert torch.equal(result.selected, golden["gates"] > 0)
@@ -78,7 +78,7 @@ def test_moh_is_the_published_layer_of_the_image_generator() -> None:
 def test_moh_is_the_published_layer_of_the_language_model() -> None:
     golden = Golden("moh_llama_h8_kv2_s4_k2")
     recipe = Recipe(num_heads=8, num_kv_heads=2, head_dim=8, rotary_base=500000.0)
-    routing = Routing(shared_heads=4, active_heads=2, router="norm")
+    routing = MoHRouting(shared_heads=4, active_heads=2, router="norm")
     result = moh(golden["x"], golden.projections(), recipe, routing)
     assert torch.equal(result.gates, golden["gates"].double())
     assert torch.equal(result.selected, golden["gates"].bool())
@@ -92,7 +92,7 @@ def test_moh_with_all_heads_and_zero_routers_is_plain_attention(shared: int) -> 
     weights |= {name: x.new_zeros(rows, 16) for name, rows in zero.items()}
     for options in ({}, {"window": 4, "sink": 1}):
         result = moh(
-            x, weights, GQA, Routing(shared_heads=shared, active_heads=4 - shared), key_padding=HOLES, **options
+            x, weights, GQA, MoHRouting(shared_heads=shared, active_heads=4 - shared), key_padding=HOLES, **options
         )
         near(result.out, mha(x, weights, GQA, key_padding=HOLES, **options))
         assert torch.equal(result.selected, ~HOLES.unsqueeze(-1).expand(-1, -1, 4))
@@ -105,7 +105,7 @@ def test_moh_gates_sum_as_the_paper_and_the_code_say() -> None:
     weights = projections(recipe)
     weights |= {f"{name}.weight": random(n, 16, seed=n) for name, n in
                 {"router": 4, "shared_router": 2, "type_router": 2}.items()}  # fmt: skip
-    routing = Routing(shared_heads=2, active_heads=3)
+    routing = MoHRouting(shared_heads=2, active_heads=3)
     code = moh(x, weights, recipe, routing)
     types = 2 * torch.softmax(x @ weights["type_router.weight"].T, -1)
     near(code.gates[..., :2].sum(-1), 2 * types[..., 0])
@@ -121,8 +121,8 @@ def test_moh_gates_sum_as_the_paper_and_the_code_say() -> None:
 def test_moh_equal_scores_choose_the_lowest_heads_and_groups_are_chosen_whole() -> None:
     recipe = Recipe(num_heads=8, num_kv_heads=4, head_dim=4)
     p = torch.tensor([0.1, 0.2, 0.2, 0.1, 0.2, 0.2])
-    assert chosen(p, Routing(shared_heads=2, active_heads=3), recipe) == {1, 2, 4}
-    groups = Routing(shared_heads=2, active_heads=2, unit="kv_group")
+    assert chosen(p, MoHRouting(shared_heads=2, active_heads=3), recipe) == {1, 2, 4}
+    groups = MoHRouting(shared_heads=2, active_heads=2, unit="kv_group")
     assert chosen(p, groups, recipe) == {4, 5}
     assert chosen(torch.full((6,), 1 / 6), groups, recipe) == {0, 1}
     with pytest.raises(ValueError, match="whole groups"):
@@ -133,7 +133,7 @@ def test_moh_equal_scores_choose_the_lowest_heads_and_groups_are_chosen_whole() 
 def test_moh_straight_through_gates_pass_the_gradient_of_the_probabilities(scope: Any) -> None:
     weights, x = projections(GQA), random(1, 1, 16, seed=9)
     q = (x[0, 0] @ weights["q_proj.weight"].T).reshape(4, 4).requires_grad_()
-    routing = Routing(shared_heads=1, active_heads=1, router="norm", ste_scope=scope, ste_coefficient=0.5)
+    routing = MoHRouting(shared_heads=1, active_heads=1, router="norm", ste_scope=scope, ste_coefficient=0.5)
     gate, p, on = gates(x[0, 0], q, weights, GQA, routing)
     assert sorted(gate.tolist()) == [0, 0, 1, 1]
     wanted = random(4, seed=3)
@@ -146,7 +146,7 @@ def test_moh_straight_through_gates_pass_the_gradient_of_the_probabilities(scope
 def test_moh_router_without_parameters_ranks_by_length_whatever_the_scale() -> None:
     recipe = Recipe(num_heads=5, num_kv_heads=5, head_dim=2)
     q = torch.tensor([[9.0, 0], [0, 3], [-4, 0], [0.6, 0.8], [3, 4]], dtype=torch.float64)
-    routing = Routing(shared_heads=1, active_heads=2, router="norm", eps=0.0)
+    routing = MoHRouting(shared_heads=1, active_heads=2, router="norm", eps=0.0)
     for factor in (1.0, 10.0):
         gate, p, on = gates(q.new_zeros(16), factor * q, {}, recipe, routing)
         assert gate.tolist() == [1, 0, 1, 0, 1]
@@ -163,7 +163,7 @@ def test_moh_router_without_parameters_ranks_by_length_whatever_the_scale() -> N
 def test_moh_padding_is_not_there(router: Any) -> None:
     weights, x = projections(GQA), random(2, 11, 16, seed=9)
     weights |= {"router.weight": random(3, 16, seed=6), "type_router.weight": random(2, 16, seed=7)}
-    routing = Routing(shared_heads=1, active_heads=1, router=router)
+    routing = MoHRouting(shared_heads=1, active_heads=1, router=router)
     padded = moh(x.masked_fill(HOLES.unsqueeze(-1), torch.nan), weights, GQA, routing, key_padding=HOLES)
     alone = [moh(x[b : b + 1, ~HOLES[b]], weights, GQA, routing) for b in range(2)]
     for b in range(2):

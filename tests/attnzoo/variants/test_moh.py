@@ -52,9 +52,9 @@ def config_of(**options: Any) -> Any:
     return attnzoo.get_config("moh")(**{"dim": 32, "num_heads": 4, **options})
 
 
-def routing_of(config: Any) -> oracle.Routing:
+def routing_of(config: Any) -> oracle.MoHRouting:
     counts = config.counts
-    return oracle.Routing(
+    return oracle.MoHRouting(
         shared_heads=counts.shared,
         active_heads=counts.active,
         router=config.router,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import attnzoo
 from attnzoo.oracles.mha import Recipe
-from attnzoo.oracles.s2 import Pattern, block_mask, reads, s2
+from attnzoo.oracles.s2 import S2Pattern, block_mask, reads, s2
 from tests.attnzoo.cases import assert_same, build, gradients, recipe_of, tokens
 
 GOLDEN = sorted((Path(__file__).parents[2] / "golden").glob("s2_mask_*.npz"))
@@ -79,8 +79,8 @@ def layer_of(config: Any, dtype: torch.dtype = torch.float64) -> Any:
     return build(config, dtype=dtype)
 
 
-def pattern_of(config: Any) -> Pattern:
-    return Pattern(
+def pattern_of(config: Any) -> S2Pattern:
+    return S2Pattern(
         block_size=config.block_size,
         local_blocks=config.local_blocks,
         vert_stride=config.vert_stride,
@@ -183,7 +183,7 @@ def test_oracle_is_the_published_mask(path: Path) -> None:
     keys_first = given.get("kv_start_position", 0)
     keys_last = keys_first + given.get("kv_seqlen", given["seqlen"])
     blocks = range(first // size, -(-last // size)), range(keys_first // size, -(-keys_last // size))
-    mask = block_mask(Pattern(**options), recipe, *blocks)
+    mask = block_mask(S2Pattern(**options), recipe, *blocks)
     published = torch.from_numpy(file["block_mask"]).bool()
     published = published if published.shape[0] == 1 else published[:: recipe.num_heads // recipe.num_kv_heads]
     if path.stem == "s2_mask_official_bug_past100_w64":
@@ -221,7 +221,7 @@ def test_formula_reads_the_published_tokens(path: Path) -> None:
     published = torch.from_numpy(np.unpackbits(packed, axis=-1)[..., : shape[-1]]).bool()
     recipe, size = golden_recipe(given), given["block_size"]
     past = given.get("past_len", given.get("q_start_position", 0))
-    pattern = Pattern(**options)
+    pattern = S2Pattern(**options)
     tokens_read = torch.tensor(
         [
             [
