@@ -80,8 +80,10 @@ class Sequence:
 
     def __init__(self, qkv: tuple[Tensor, Tensor, Tensor], positions: Tensor, marks: list[bool], recipe: Recipe):
         q, k, self.v = qkv
-        self.q, self.k = rotate(q, positions, recipe), rotate(k, positions, recipe)
-        self.recipe, self.marks = recipe, marks
+        self.q = rotate(q, positions, recipe)
+        self.k = rotate(k, positions, recipe)
+        self.recipe = recipe
+        self.marks = marks
         self.scale = 1.0 / math.sqrt(recipe.head_dim) if recipe.scale is None else recipe.scale
         self.positions = [int(p) for p in positions]
         self.block = [sum(marks[:t]) for t in range(len(marks))]
@@ -122,7 +124,8 @@ class Sequence:
     def shifts(self, chosen: tuple[int, ...], complete: int, last: int) -> dict[int, int]:
         """How far each chosen block is moved in the attention."""
         gap = max((self.extent(b) for b in range(complete)), default=0)
-        moved, end = {}, self.start(complete)
+        moved = {}
+        end = self.start(complete)
         for b in reversed(chosen):
             end -= self.extent(b)
             moved[b] = end - (0 if b >= complete - last else gap) - self.start(b)
@@ -142,7 +145,8 @@ class Sequence:
         """
         g = h // (self.recipe.num_heads // self.recipe.num_kv_heads)
         own = [s for s in self.tokens(self.block[t]) if s <= t and not self.marks[s]]
-        logits, values = [self.scores(h, t, own, 0)], [self.v[own, g]]
+        logits = [self.scores(h, t, own, 0)]
+        values = [self.v[own, g]]
         for b, shift in visible.items():
             ordinary = [s for s in self.tokens(b) if not self.marks[s]]
             if not ordinary:
@@ -181,7 +185,8 @@ def attend(
     Raises:
         ValueError: If the calls are not as long as the sequence, or the rows are not causal.
     """
-    sequence, length = Sequence(qkv, positions, marks, recipe), len(marks)
+    sequence = Sequence(qkv, positions, marks, recipe)
+    length = len(marks)
     calls = landmarks.calls
     if calls is None:
         calls = (length,) if landmarks.mode == "soft" else (1,) * length
@@ -191,9 +196,12 @@ def attend(
     chosen: list[list[tuple[int, ...]]] = []
     for h in range(recipe.num_heads):
         mix = landmarks.gate_mix[h] if isinstance(landmarks.gate_mix, Tensor) else landmarks.gate_mix
-        rows, taken, first = [sequence.v.new_zeros(0, sequence.v.shape[-1])], list[tuple[int, ...]](), 0
+        rows = [sequence.v.new_zeros(0, sequence.v.shape[-1])]
+        taken = list[tuple[int, ...]]()
+        first = 0
         for count in calls:
-            call, complete = range(first, first + count), sum(marks[:first])
+            call = range(first, first + count)
+            complete = sum(marks[:first])
             found = choices(sequence, h, call, complete, landmarks)
             for t, blocks in zip(call, found, strict=True):
                 visible = sequence.shifts(blocks, complete, min(landmarks.top_k, complete)) if blocks else {}

@@ -90,7 +90,8 @@ def chunk_key(q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, chunks: Chunks) -
     """
     scale = 1.0 / math.sqrt(recipe.head_dim) if recipe.scale is None else recipe.scale
     offsets = torch.arange(len(k))
-    q, k = rotate(q[:, None], offsets, recipe)[:, 0], rotate(k[:, None], offsets, recipe)[:, 0]
+    q = rotate(q[:, None], offsets, recipe)[:, 0]
+    k = rotate(k[:, None], offsets, recipe)[:, 0]
     if chunks.chunk_rep == "mean_key":
         return k.mean(0)
     outputs = torch.stack([torch.softmax(scale * (k @ q[u]), 0) @ v for u in range(len(q))])
@@ -188,11 +189,13 @@ def longheads(
         raise ValueError("chunks need causal attention and whole blocks of queries")
     found: list[list[list[tuple[int, ...]]]] = []
     all_keys: list[Tensor] = []
-    project, size = separate(weights, recipe), chunks.size
+    project = separate(weights, recipe)
+    size = chunks.size
 
     def one(tokens: Tensor, _: Tensor) -> Tensor:
         q, k, v = project(tokens)
-        group, length = recipe.num_heads // recipe.num_kv_heads, len(tokens)
+        group = recipe.num_heads // recipe.num_kv_heads
+        length = len(tokens)
         keys = q.new_zeros(recipe.num_heads, length // size, recipe.head_dim)
         spans = [slice(c * size, (c + 1) * size) for c in range(length // size)]
         if spans:

@@ -24,7 +24,8 @@ def expanded(weights: Mapping[str, Tensor], recipe: Recipe) -> Project:
         latent = linear(x, weights, "kv_down")
         both = linear(latent, weights, "kv_up")
         keys = recipe.num_kv_heads * recipe.head_dim
-        k, v = both[:, :keys], both[:, keys:]
+        k = both[:, :keys]
+        v = both[:, keys:]
         return heads(q, recipe.num_heads), heads(k, recipe.num_kv_heads), heads(v, recipe.num_kv_heads)
 
     return project

@@ -69,17 +69,21 @@ def rotate(x: Tensor, places: Tensor, recipe: Recipe) -> Tensor:
     columns = list(x.unbind(-1))
     for f in range(width // 2):
         angle = places.double() * recipe.rotary_base ** (-2.0 * f / width)
-        cos, sin = angle.cos().to(x.dtype)[:, None], angle.sin().to(x.dtype)[:, None]
+        cos = angle.cos().to(x.dtype)[:, None]
+        sin = angle.sin().to(x.dtype)[:, None]
         first, second = (2 * f, 2 * f + 1) if recipe.interleaved else (f, f + width // 2)
-        a, b = x[..., first], x[..., second]
-        columns[first], columns[second] = a * cos - b * sin, b * cos + a * sin
+        a = x[..., first]
+        b = x[..., second]
+        columns[first] = a * cos - b * sin
+        columns[second] = b * cos + a * sin
     return torch.stack(columns, -1)
 
 
 def one_sequence(x: Tensor, places: Tensor, project: Project, recipe: Recipe, sees: Sees) -> Tensor:
     """Attention over the real tokens of one sequence, ``[T, C]`` to ``[T, H * Dv]``."""
     q, k, v = project(x)
-    q, k = rotate(q, places, recipe), rotate(k, places, recipe)
+    q = rotate(q, places, recipe)
+    k = rotate(k, places, recipe)
     scale = 1.0 / math.sqrt(recipe.head_dim) if recipe.scale is None else recipe.scale
     tokens = range(x.shape[0])
     columns = []

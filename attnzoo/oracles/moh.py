@@ -118,13 +118,17 @@ def gates(
     With ``gate_norm="paper"`` the factors h_s, K / sum and 2 are 1.
     """
     code = routing.gate_norm == "code"
-    shared, routed, active = routing.shared_heads, recipe.num_heads - routing.shared_heads, routing.active_heads
-    p, on = x.new_zeros(routed), set[int]()
+    shared = routing.shared_heads
+    routed = recipe.num_heads - routing.shared_heads
+    active = routing.active_heads
+    p = x.new_zeros(routed)
+    on = set[int]()
     if routed:
         p = probabilities(x, q, weights, routing, shared, routed)
         on = chosen(p, routing, recipe)
     one = x.new_ones(())
-    s, r = [one] * shared, [one * 0] * routed
+    s = [one] * shared
+    r = [one * 0] * routed
     if routing.router == "norm":
         for e in range(routed):
             if e in on or routing.ste_scope == "all":
@@ -138,7 +142,8 @@ def gates(
             r[e] = active * p[e] / total if code else p[e]
         if shared and active:
             types = torch.softmax(linear(x, weights, "type_router"), 0) * (2 if code else 1)
-            s, r = [types[0] * gate for gate in s], [types[1] * gate for gate in r]
+            s = [types[0] * gate for gate in s]
+            r = [types[1] * gate for gate in r]
     gate = torch.stack([*s, *r])
     return (gate * recipe.num_heads / (shared + active) if routing.rescale else gate), p, on
 

@@ -81,7 +81,8 @@ def projected(
     """Queries, keys or values ``[M + T, h, D]`` of ``memory [M, C]`` and ``x [T, C]``, by ``name`` "q", "k" or "v"."""
     count = recipe.num_heads if name == "q" else recipe.num_kv_heads
     convolves = relative.taps > 0 and name in relative.conv_on
-    weight, bias = weights.get(f"{name}_conv.weight"), weights.get(f"{name}_conv.bias")
+    weight = weights.get(f"{name}_conv.weight")
+    bias = weights.get(f"{name}_conv.bias")
     seen = [memory.detach(), x]
     if relative.conv_pos == "pre_proj":
         both = torch.cat(seen)
@@ -124,7 +125,8 @@ def one_sequence(
     q, k, v = (projected(x, memory, weights, recipe, relative, name) for name in "qkv")
     scale = 1.0 / math.sqrt(recipe.head_dim) if recipe.scale is None else recipe.scale
     content = q if relative.scores is None else q + weights["content_bias"]
-    content, k = rotate(content, places, recipe), rotate(k, places, recipe)
+    content = rotate(content, places, recipe)
+    k = rotate(k, places, recipe)
     columns = []
     for h in range(recipe.num_heads):
         g = h // (recipe.num_heads // recipe.num_kv_heads)
