@@ -45,8 +45,8 @@ class Offence:
 OFFENCES = [
     # A module that no layer names, and low modules that reach up: from the top level, in a function, for types alone.
     Offence(LAYERS, "attnzoo.brand_new", ""),
-    Offence(LAYERS, "attnzoo.evaluation.timing", "from attnzoo import surgery"),
-    Offence(LAYERS, "attnzoo.evaluation.timing", "def late():\n    import attnzoo.surgery.hosts.llama"),
+    Offence(LAYERS, "attnzoo.base.recording", "from attnzoo import surgery"),
+    Offence(LAYERS, "attnzoo.selection.topk", "def late():\n    import attnzoo.surgery.hosts.llama"),
     Offence(LAYERS, "attnzoo.cache.streams", "from attnzoo.base.config import AttentionConfig"),
     Offence(LAYERS, "attnzoo.base.layer", "from attnzoo.variants.mha import MHAAttention"),
     Offence(LAYERS, "attnzoo.surgery.report", "from attnzoo.evaluation.compare import Row"),
