@@ -58,11 +58,11 @@ def attend(call: Call) -> tuple[Tensor, Tensor]:
     # contiguous: products of other strides differ in their last bits.
     q = call.q.to(acc).contiguous()
     k = _for_heads(call.k.to(acc).contiguous(), call)
-    scores = _by_sight(q, k, lambda q, k: _products(call, q, k, call.block_k))
+    scores = _where_seen(q, k, lambda q, k: _products(call, q, k, call.block_k))
     if call.aux is not None:
         q_aux, k_aux = call.aux
         k_aux = _for_heads(k_aux.to(acc).expand(call.k.shape[0], call.k.shape[1], -1, -1), call)
-        scores = scores + _by_sight(q_aux.to(acc), k_aux, lambda q, k: torch.matmul(q, k.transpose(-1, -2)))
+        scores = scores + _where_seen(q_aux.to(acc), k_aux, lambda q, k: torch.matmul(q, k.transpose(-1, -2)))
     scores = scores * call.scale
     if bias is not None:
         scores = scores + bias.to(acc)
@@ -83,7 +83,7 @@ def attend(call: Call) -> tuple[Tensor, Tensor]:
     return out.to(call.q.dtype).view(call.q.shape[0], heads, call.q.shape[2], v.shape[-1]), lse
 
 
-def _by_sight(q: Tensor, k: Tensor, products: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+def _where_seen(q: Tensor, k: Tensor, products: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """Scores in which a query or key that is not finite reaches no gradient of a row or slot that it has no part in.
 
     The gradient of a pair that is hidden is 0, and 0 * NaN is NaN.
@@ -160,7 +160,7 @@ def _gated(call: Call, gate: Gate, scores: Tensor, mask: Tensor, q: Tensor) -> t
         seen = seen & ordinary
     else:
         key = _for_heads(gate.key.to(s.dtype), call)
-        logits = _by_sight(q, key, lambda q, k: _products(call, q, k, 1)) * call.scale
+        logits = _where_seen(q, key, lambda q, k: _products(call, q, k, 1)) * call.scale
         open_ = torch.ones_like(seen[..., 0])
     alive = seen.any(-1)
     inner = torch.where(seen, s, -torch.inf)

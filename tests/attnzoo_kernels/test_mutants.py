@@ -267,8 +267,8 @@ REFERENCE: dict[str, Callable[[Patch], None]] = {
     "a window one key wider": BLOCKED["a window one key wider"],
     "the scale squared": text(reference, "attend", "scores * call.scale", "scores * call.scale**2"),
     "the bias forgotten": text(reference, "attend", "scores + bias.to(acc)", "scores + 0 * bias.to(acc)"),
-    "NaN of absent rows": text(reference, "_by_sight", "torch.where(finite_q, q, 0.0)", "q"),
-    "NaN of hidden keys": text(reference, "_by_sight", "torch.where(finite_k, k, 0.0)", "k"),
+    "NaN of absent rows": text(reference, "_where_seen", "torch.where(finite_q, q, 0.0)", "q"),
+    "NaN of hidden keys": text(reference, "_where_seen", "torch.where(finite_k, k, 0.0)", "k"),
     "NaN of hidden values": text(reference, "_weighted", "torch.where(finite.transpose(-1, -2), v, 0.0)", "v"),
     "log-sum-exp without the shift": text(reference, "attend", "peak + torch.log(total)", "torch.log(total)"),
     "layout heads by remainder": text(

@@ -83,6 +83,7 @@ def _forward(call: Call, schedule: Schedule, *, need_lse: bool, careful: bool = 
     for part in parts:
         chunk = weigh(inputs, part, need_lse=need_lse)
         v = _values(values, chunk)
+        # out = p v.
         weights = chunk.probs
         if weights.dtype != v.dtype:
             weights = scratch("probs", tuple(weights.shape), v.dtype, v.device).copy_(weights)
@@ -189,6 +190,7 @@ def _backward(
     dout_tiles = tile(dout, call.block_q).to(acc)
     dlse_tiles = None if dlse is None else tile(dlse, call.block_q).to(acc)
     for part in parts:
+        # Recomputed probabilities, as the forward made them.
         chunk = weigh(inputs, part, need_lse=False, training=True)
         dout_rows = rows_of(dout_tiles, "dout", part)
         dlse_rows = None if dlse_tiles is None else rows_of(dlse_tiles, "dlse", part)
@@ -210,10 +212,12 @@ def _accumulate(
     call = inputs.call
     part = chunk.part
     kv = part.kv.reshape(-1)
+    # dv = p^T do.
     if grads.v is not None:
         _add_product(inputs, grads.v, chunk, chunk.probs, dout)
     if not grads.of_scores:
         return
+    # dp = do v^T, then through the softmax to ds.
     dscores = product("dscores", dout, _values(values, chunk).transpose(1, 2))
     dgates = None
     if chunk.gated is not None:
@@ -221,6 +225,7 @@ def _accumulate(
     else:
         _through_softmax(inputs, chunk, dscores, dlse)
     multiply = product_where_seen if inputs.careful else product
+    # dq = ds k, dk = ds^T q.
     if grads.q is not None:
         here = None if part.span is None else grads.q[part.span]
         dq = multiply("dq", dscores, chunk.k, out=here, scale=call.scale)

@@ -168,6 +168,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor] | None:
                     rows, own_k[:, :, keys.slots], own_v[:, :, keys.slots], 0.0, keys.causal,
                     attn_mask=edges.mask(tile, keys), scale=call.scale,
                 )  # fmt: skip
+                # Online softmax over key ranges: two results are joined by their log-sum-exps.
                 found = one if found is None else _merged(found, one)
             own_out[:, :, tile.rows] = 0.0 if found is None else found[0]
             own_lse[:, :, tile.rows] = 0.0 if found is None else found[1]

@@ -173,6 +173,7 @@ def weigh(inputs: Inputs, part: Bucket, *, need_lse: bool, training: bool = Fals
     in_place = inputs.k.view(part.firsts, part.kv.shape[1]) if inputs.reads_in_place(part, training=training) else None
     k = _keys(inputs, part) if in_place is None else in_place
     q_aux, k_aux = _auxiliary(inputs, part)
+    # Scores: scale * q k^T, with auxiliary channels and the bias on top.
     scores = product("scores", q, k.transpose(1, 2), scale=scale)
     if q_aux is not None and k_aux is not None:
         product("scores", q_aux, k_aux.transpose(1, 2), out=scores, scale=scale, add=True)
@@ -189,6 +190,7 @@ def weigh(inputs: Inputs, part: Bucket, *, need_lse: bool, training: bool = Fals
         unseen = _unseen(inputs, part, bias, scores)
         scores.masked_fill_(unseen, -torch.inf)
     elif part.partial:
+        # The causal edge, and those of window and sink: partial blocks come last in a row.
         _hide(inputs, part, scores)
     chunk = Chunk(part, q, k, q_aux, k_aux, scores, in_place=in_place is not None)
     if call.gate is not None:
@@ -238,6 +240,7 @@ def _normalise(inputs: Inputs, chunk: Chunk, scores: Tensor, *, need_lse: bool) 
     rows = scores.flatten(0, 1)
     if dead is not None:
         rows.index_fill_(0, dead, 0.0)
+    # A chunk holds whole rows: an ordinary softmax, not an online one.
     torch.softmax(scores, -1, out=scores)
     if dead is not None:
         rows.index_fill_(0, dead, 0.0)

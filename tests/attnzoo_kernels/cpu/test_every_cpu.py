@@ -73,8 +73,8 @@ MACHINES = {
 @pytest.mark.parametrize("machine", MACHINES)
 def test_the_numbers_hold_with_fewer_instructions(machine: str) -> None:
     """A process of its own: torch and oneDNN look at these once."""
-    files = ["test_op_every_cpu.py", "test_op_sight.py", "test_op_scale.py", "test_gemm.py", "test_op_state.py"]
-    paths = [str(Path(__file__).with_name(name)) for name in files]
+    files = ["cpu/test_every_cpu", "cpu/test_nonfinite", "op/test_scale", "cpu/test_products", "op/test_state"]
+    paths = [f"tests/attnzoo_kernels/{name}.py" for name in files]
     ran = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not slow", *paths],
         cwd=ROOT, env={**os.environ, **MACHINES[machine]}, capture_output=True, text=True, check=False,

@@ -275,10 +275,10 @@ def from_one_row_on() -> Iterator[None]:
         yield
 
 
-# A CPU, a dtype, and whether rows read one run of slots each: torch's kernel on strips, on chunks, or blocks.
+# A CPU, a dtype, and whether rows read one run of slots each: torch's kernel on row tiles, on chunks, or blocks.
 PATHS = {
-    "strips": ("avx2", torch.float32, True),
-    "strips in half precision": ("amx", torch.bfloat16, True),
+    "row tiles": ("avx2", torch.float32, True),
+    "row tiles in half precision": ("amx", torch.bfloat16, True),
     "chunks in half precision": ("amx", torch.bfloat16, False),
     "products in half precision": ("avx512 with bf16", torch.bfloat16, False),
     "the other half": ("avx512", torch.float16, False),

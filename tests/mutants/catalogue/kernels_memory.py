@@ -66,7 +66,7 @@ MUTANTS = (
         wrong="calls with other origins share a plan", tests=f"{TESTS}/layouts/test_kept_plans.py",
     ),
     memo(
-        "memo-without-fold", old="        rule.packed,\n", new="", wrong="calls whose heads are packed otherwise share a plan",
+        "memo-without-packed-heads", old="        rule.packed,\n", new="", wrong="calls whose heads are packed otherwise share a plan",
     ),
     memo(
         "memo-without-causality", old="        rule.causal,\n", new="", wrong="causal calls and others share a plan",
@@ -219,7 +219,7 @@ MUTANTS = (
     ),
     Mutant(
         "reference-aux-hidden-keys", f"{FOLDER}/reference.py",
-        old="scores = scores + _by_sight(q_aux.to(acc), k_aux, lambda q, k: torch.matmul(q, k.transpose(-1, -2)))",
+        old="scores = scores + _where_seen(q_aux.to(acc), k_aux, lambda q, k: torch.matmul(q, k.transpose(-1, -2)))",
         new="scores = scores + torch.matmul(q_aux.to(acc), k_aux.transpose(-1, -2))",
         wrong="a NaN in hidden auxiliary channels reaches gradients in the reference",
         tests=f"{TESTS}/cpu/test_nonfinite.py -k 'reference and aux'",
