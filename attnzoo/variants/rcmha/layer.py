@@ -147,7 +147,7 @@ class PlacedInputs(AttentionInputs):
 
 @dataclass(frozen=True, eq=False)
 class ClippedPlan(Plan):
-    """A plan whose scores have a learned part for each distance."""
+    """A plan; with learned distances, the part of the score that each row has for each, and where the rows begin."""
 
     tau: Tensor | None = None
     first: int | Tensor = 0
@@ -265,14 +265,14 @@ class RCMHAAttention(AttentionLayer, name="rcmha"):
         key_padding: Tensor | None,
         cache: KVCache | None,
         context: Tensor | None,
-    ) -> Step:
+    ) -> PlacedStep:
         """Notes whether positions were given: without, they are slots, and one table serves all items."""
         step = super().begin(x, positions, key_padding, cache, context)
         if positions is not None and self.config.rel == "learned":
             raise UnsupportedError("positions: learned distances are those of tokens; expected None, got a Tensor")
         return PlacedStep(**vars(step), given=positions is not None)
 
-    def project(self, step: Step) -> Heads:
+    def project(self, step: Step) -> ConvolvedHeads:
         """Projections with the convolutions behind or before them."""
         config = self.config
         if config.conv_pos == "post_proj":
@@ -305,18 +305,20 @@ class RCMHAAttention(AttentionLayer, name="rcmha"):
         convolved: Tensor = self.conv[name](x, history)
         return convolved
 
-    def remember(self, step: Step, heads: Heads) -> AttentionInputs:
+    # The steps from here on are given the records of this layer's own steps.
+
+    def remember(self, step: PlacedStep, heads: ConvolvedHeads) -> PlacedInputs:  # type: ignore[override]
         """Caches convolved keys and values, and the last values before the convolutions."""
         q, k, v = heads.q, heads.k, heads.v
         if self.config.rel is not None:
             q = q + self.rel_u.unsqueeze(1).to(q.dtype)  # [H, 1, D]
         if self.config.rotary is not None:
             q, k = self.rotate(step.positions, q, k)
-        given = isinstance(step, PlacedStep) and step.given and self.config.rel == "sinusoidal"
+        given = step.given and self.config.rel == "sinusoidal"
         places = step.positions if given else None
         cache = step.cache
         if cache is not None:
-            values = {"k": k, "v": v, **(heads.before if isinstance(heads, ConvolvedHeads) else {})}
+            values = {"k": k, "v": v, **heads.before}
             if isinstance(cache, PlacedCache) and given:
                 cache.place()
             placed = isinstance(cache, PlacedCache) and cache.placed
@@ -329,25 +331,25 @@ class RCMHAAttention(AttentionLayer, name="rcmha"):
             places = seen["position"].flatten(1) if placed else None  # [B, S]
         return PlacedInputs(**vars(self.attention_inputs(step, q, k, v)), places=places)
 
-    def plan(self, step: Step, heads: Heads, inputs: AttentionInputs) -> Plan:
+    def plan(self, step: Step, heads: Heads, inputs: PlacedInputs) -> ClippedPlan:  # type: ignore[override]
         """Everything is read; distances come as auxiliary channels, or as a learned part."""
         config, tokens, slots = self.config, inputs.q.shape[2], inputs.k.shape[2]
         layout = dense_layout(DENSE_BLOCK, tokens, slots, inputs.q)
         if config.rel is None:
-            return Plan(layout, Extras(), config.causal)
+            return ClippedPlan(layout, Extras(), config.causal)
         q = heads.q + self.rel_v.unsqueeze(1).to(heads.q.dtype)  # [B, H, T, D]
         if config.rel == "learned":
             tau = q @ self.rel_table.transpose(1, 2)  # [B, H, T, distances]
             return ClippedPlan(layout, Extras(), config.causal, tau=tau, first=step.offset)
         gamma = q @ self.rel_proj  # [B, H, T, Da]
-        places = inputs.places if isinstance(inputs, PlacedInputs) else None
+        places = inputs.places
         if places is None:
             q_aux, k_aux = channels_by_slot(gamma, inputs.q_pos, slots)
         else:
             present = None if inputs.q_pos is None else inputs.q_pos.squeeze(1) >= 0
             q_aux, k_aux = channels_by_position(gamma, step.positions, places, present)
         dtype = inputs.q.dtype
-        return Plan(layout, Extras(aux=(q_aux.to(dtype), k_aux.to(dtype))), config.causal)
+        return ClippedPlan(layout, Extras(aux=(q_aux.to(dtype), k_aux.to(dtype))), config.causal)
 
     def plan_for(self, inputs: AttentionInputs, *, offset: int | Tensor, lengths: int | Tensor | None = None) -> Plan:
         """Refuses: what rcmha reads depends on its weights.
@@ -357,9 +359,9 @@ class RCMHAAttention(AttentionLayer, name="rcmha"):
         """
         raise UnsupportedError("rcmha: a plan needs the layer's weights, it cannot be made for another's queries")
 
-    def operate(self, inputs: AttentionInputs, plan: Plan) -> Tensor:
+    def operate(self, inputs: AttentionInputs, plan: ClippedPlan) -> Tensor:  # type: ignore[override]
         """The operation; with learned distances, joined parts of it."""
-        if not isinstance(plan, ClippedPlan) or plan.tau is None:
+        if plan.tau is None:
             return super().operate(inputs, plan)
         scale = self.config.head_width**-0.5 if self.config.scale is None else float(self.config.scale)
         call = Clipped(inputs.q, inputs.k, inputs.v, plan.extras, plan.first, scale, self.impl)
