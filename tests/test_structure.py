@@ -62,17 +62,9 @@ class Figures:
 
 
 BOUNDS = {
-    "attnzoo": Figures(
-        circles_of_files=1,
-        circles_of_folders=2,
-        long_files=5,
-        packed_percent=6.1,
-        repeated_classes=4,
-        private_names=44,
-        private_prose=58,
-    ),
-    "attnzoo_kernels": Figures(packed_percent=4.9, repeated_classes=4, private_names=78, private_prose=27),
-    "bench": Figures(packed_percent=5.1, repeated_classes=1),
+    "attnzoo": Figures(repeated_classes=1, private_names=16),
+    "attnzoo_kernels": Figures(full_folders=1, private_names=2),
+    "bench": Figures(),
 }
 """A field that is not named has the bound of the house."""
 
