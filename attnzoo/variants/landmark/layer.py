@@ -214,7 +214,13 @@ class LandmarkAttention(AttentionLayer, name="landmark"):
             return inputs
         _complete(cache, step, inputs.k, self.config.block_size)
         return OffloadedInputs(
-            inputs.q, inputs.k, inputs.v, inputs.q_pos, inputs.key_bias, landmarks=cache.groups("landmark")
+            inputs.q,
+            inputs.k,
+            inputs.v,
+            inputs.q_pos,
+            inputs.key_bias,
+            offloaded=True,
+            landmarks=cache.groups("landmark"),
         )
 
     def _reads_all(self, slots: int) -> bool:
@@ -236,7 +242,7 @@ class LandmarkAttention(AttentionLayer, name="landmark"):
 
     def operate(self, inputs: AttentionInputs, plan: Plan) -> Tensor:
         """The operation, over what had to be fetched for it."""
-        if isinstance(inputs, OffloadedInputs):
+        if inputs.offloaded:
             inputs, plan = fetch_blocks(inputs, plan)
         return super().operate(inputs, plan)
 
@@ -273,7 +279,6 @@ class LandmarkAttention(AttentionLayer, name="landmark"):
         config, q, slots, size = self.config, inputs.q, inputs.k.shape[2], self.config.block_size
         if not is_open(q.shape[2]) and q.shape[2] >= LONG_CALL:
             self.caution(_SLOW)
-        offloaded = isinstance(inputs, OffloadedInputs)
         own = torch.div(_slots(step, inputs), size, rounding_mode="floor")  # [B|1, T]
         turns = None
         if config.rotary is not None:
@@ -289,7 +294,7 @@ class LandmarkAttention(AttentionLayer, name="landmark"):
             top_k=config.top_k,
             scale=1 / math.sqrt(config.head_width) if config.scale is None else config.scale,
             turns=turns,
-            shared=config.official_quirks and offloaded,
+            shared=config.official_quirks and inputs.offloaded,
         )
         # One list a query: the chosen blocks, moved, and the near ones, where they are.
         near = near.unsqueeze(1).expand(*found.blocks.shape[:2], -1, -1)
