@@ -142,12 +142,12 @@ def test_a_block_with_a_configuration_of_its_own_is_switched_and_switched_back()
     assert torch.equal(logits(model, tokens), dense)
 
 
-def test_a_rule_that_is_gone_with_its_block_is_not_saved_as_if_it_stood(tmp_path: Path) -> None:
+def test_a_read_pattern_that_is_gone_with_its_block_is_not_saved_as_if_it_stood(tmp_path: Path) -> None:
     model, other = tiny(), tiny(seed=1)
     convert_as(model, "window")
     model.model.layers[1].self_attn = other.model.layers[1].self_attn
     with pytest.raises(
-        attnzoo.ConversionError, match=r"^model: model\.layers\.1\.self_attn: expected the rule of 'mha'"
+        attnzoo.ConversionError, match=r"^model: model\.layers\.1\.self_attn: expected the read pattern of 'mha'"
     ):
         surgery.save(model, tmp_path / "model")
 
