@@ -63,7 +63,7 @@ class Figures:
 
 BOUNDS = {
     "attnzoo": Figures(repeated_classes=1, private_names=16),
-    "attnzoo_kernels": Figures(full_folders=1, private_names=2),
+    "attnzoo_kernels": Figures(),
     "bench": Figures(),
 }
 """A field that is not named has the bound of the house."""

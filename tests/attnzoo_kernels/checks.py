@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from attnzoo_kernels import Extras
-from attnzoo_kernels.cpu import chunks, schedule
+from attnzoo_kernels.cpu import schedule
 from attnzoo_kernels.op import make_call
 from tests.attnzoo_kernels.op.test_agreement import run, seeds_of
 from tests.attnzoo_kernels.op.test_switches import assert_is, solved, switched
@@ -150,7 +150,7 @@ def check_runs(impl: str) -> None:
         answer = solve(p, *seeds_of(p), mask)
         for scores in (1, 1 << 12):
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(chunks, "CHUNK_SCORES", scores)
+                patch.setattr(schedule, "CHUNK_SCORES", scores)
                 assert_near(run(p, layout_of(p), seeds_of(p), impl), answer, p, seeds_of(p), mask)
 
 

@@ -180,8 +180,8 @@ def key_kernel(
     dk_aux_acc = blank(c.BN, c.DAP if c.DA > 0 else 16, c)
     dbias_acc = blank(c.BN, 0, c)
     dgate_acc = blank(c.DP, 0, c)
-    for pack in range(packs):
-        h = g * c.PER + pack * c.PACK_GQA
+    for group in range(packs):
+        h = g * c.PER + group * c.PACK_GQA
         index = index_of(b, h, groups, c.LIST_BATCH, c.LIST_HEADS, c) * blocks_k + block
         start = tl.load(lists.start + index) * row_parts
         count = tl.load(lists.end + index) * row_parts - start

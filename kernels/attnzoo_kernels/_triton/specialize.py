@@ -150,21 +150,21 @@ def job(call: Call, of: Pass, lists: BlockLists | None) -> Job:
     bias = (0, 0) if call.key_bias is None else _sharing(call.key_bias.shape, heads, groups)
     pos = (0, 0) if call.rule.q_pos is None else _sharing(call.rule.q_pos.shape, heads, heads)
     per = heads // groups
-    pack = per if per * call.block_q <= tiles.rows and listed[1] < 2 and bias[1] < 2 else 1
-    rows, keys = _sides(call, tiles, pack)
+    pack_gqa = per if per * call.block_q <= tiles.rows and listed[1] < 2 and bias[1] < 2 else 1
+    rows, keys = _sides(call, tiles, pack_gqa)
     gate = 0 if call.gate is None else 1 if call.gate.is_last else 2
     plain = call.key_bias is None and call.aux is None and gate == 0 and call.origins is None
     form = tiles.form if plain and of == "forward" else "plain"
     described = all(is_describable(x) for x in (call.k, call.v, *(() if call.aux is None else (call.aux[1],))))
     # Specialised warps cannot zero slots of the next block, which a tile wider than its own would reach.
-    whole = pack == 1 and call.block_k % keys == 0
+    whole = pack_gqa == 1 and call.block_k % keys == 0
     special = form == "specialised" and described and whole and is_describable(call.q)
     hidden = call.key_bias is not None or gate > 0 or call.block_k % keys > 0
     fields: dict[str, Any] = {
         "BLOCK_Q": call.block_q, "BLOCK_K": call.block_k, "BM": rows, "BN": keys,
         "D": width, "DV": value_width, "DA": aux_width,
         "DP": padded(width), "DVP": padded(value_width), "DAP": padded(aux_width),
-        "PER": per, "PACK_GQA": pack, "CAUSAL": call.rule.causal, "WINDOW": _hides(call.rule.window),
+        "PER": per, "PACK_GQA": pack_gqa, "CAUSAL": call.rule.causal, "WINDOW": _hides(call.rule.window),
         "SINK": isinstance(call.rule.sink, Tensor) or call.rule.sink > 0, "GATE": gate,
         "ROTARY": 0 if call.origins is None else call.origins.cos.shape[1],
         "LIST_BATCH": listed[0], "LIST_HEADS": listed[1], "POS_BATCH": pos[0], "POS_HEADS": pos[1],
@@ -215,9 +215,9 @@ def _narrowed(tiles: Tiles, of: Pass) -> Tiles:
     return tiles._replace(keys=max(16, tiles.keys // 2))
 
 
-def _sides(call: Call, tiles: Tiles, pack: int) -> tuple[int, int]:
+def _sides(call: Call, tiles: Tiles, pack_gqa: int) -> tuple[int, int]:
     """Rows and keys of a tile: powers of two from 16. A gated tile holds its whole block."""
-    rows = min(tiles.rows, padded(pack * call.block_q))
+    rows = min(tiles.rows, padded(pack_gqa * call.block_q))
     keys = min(tiles.keys, padded(call.block_k))
     if call.gate is None or call.block_k <= keys:
         return rows, keys

@@ -8,11 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnzoo_kernels.cpu.chunks import chunks_of
 from attnzoo_kernels.cpu.gather import Source, tile, untile
 from attnzoo_kernels.cpu.pack_gqa import pack_gqa, packed_rows, unpack_rows
 from attnzoo_kernels.cpu.path import CPUPath
-from attnzoo_kernels.cpu.schedule import Bucket, Schedule, schedule_for
+from attnzoo_kernels.cpu.schedule import Bucket, Schedule, chunks_of, schedule_for
 from attnzoo_kernels.cpu.scores import ceiling, rows_of
 from attnzoo_kernels.runtime.processor import cpu_class
 from attnzoo_kernels.runtime.workspace import scratch

@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from attnzoo_kernels.cpu import gates
-from attnzoo_kernels.cpu.chunks import chunks_of
 from attnzoo_kernels.cpu.gather import Source, tile, untile
 from attnzoo_kernels.cpu.nonfinite import are_numbers, hides, product_where_seen
 from attnzoo_kernels.cpu.pack_gqa import pack_gqa, pack_rows, unpack_rows
 from attnzoo_kernels.cpu.path import CPUPath, Gradients
 from attnzoo_kernels.cpu.products import product
-from attnzoo_kernels.cpu.schedule import Bucket, Schedule, schedule_for
+from attnzoo_kernels.cpu.schedule import Bucket, Schedule, chunks_of, schedule_for
 from attnzoo_kernels.cpu.scores import Chunk, Inputs, rows_of, weigh
 from attnzoo_kernels.runtime.processor import multiplies_bf16
 from attnzoo_kernels.runtime.workspace import scratch

@@ -19,6 +19,9 @@ from attnzoo_kernels.layouts.memo import remembered
 from attnzoo_kernels.runtime.store import bytes_of, note_growth
 from attnzoo_kernels.spec.call import Call
 
+CHUNK_SCORES = 1 << 18
+"""Scores in one chunk and thread: what stays in a core's cache between the two products."""
+
 MOST_LIMITS = 1 << 20
 """Limits that are made beforehand for a single call."""
 
@@ -350,3 +353,11 @@ def _limits_by_bucket(
 def schedule_for(call: Call, build: Callable[[Call], Schedule] = build_schedule) -> Schedule:
     """The schedule of a call, remembered where the rule holds no tensors."""
     return remembered(call, build)
+
+
+def chunks_of(call: Call, schedule: Schedule, *, tiled: bool = False) -> list[Bucket]:
+    """The call's rows in chunks; larger ones where scores are few beside the keys, or not kept: ``tiled``."""
+    few = tiled or call.grid[0] == 1
+    budget = CHUNK_SCORES * min(torch.get_num_threads(), 4) * (4 if few else 1)
+    # Small query blocks gather as many keys as large ones: their chunks are bounded by the keys.
+    return schedule.chunks(budget, max(call.block_q, 64), call.block_k)

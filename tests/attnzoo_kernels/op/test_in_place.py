@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from attnzoo_kernels.cpu import chunks
+from attnzoo_kernels.cpu import schedule
 from attnzoo_kernels.cpu.gather import Source
 from tests.attnzoo_kernels.op.test_agreement import assert_agrees
 from tests.attnzoo_kernels.oracle import Problem
@@ -32,7 +32,7 @@ def chunks_of(scores: int) -> Iterator[list[Tensor]]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Source, "view", spy)
-        patch.setattr(chunks, "CHUNK_SCORES", scores)
+        patch.setattr(schedule, "CHUNK_SCORES", scores)
         yield found
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attnzoo_kernels import BlockLayout, Extras, block_sparse_attention_with_lse
-from attnzoo_kernels.cpu import chunks, schedule
+from attnzoo_kernels.cpu import schedule
 from tests.strategies import Numbers
 
 B, H, G, T, S, D = 3, 4, 2, 20, 24, 4
@@ -105,7 +105,7 @@ def test_chunks_of_one_row_each_are_the_call(score: str, monkeypatch: pytest.Mon
         extras = Extras(rope=(angle.cos(), angle.sin()))
     extras = extras or Extras(**scoring(score))
     seed = (n.normal(B, H, T, D), n.normal(B, H, T))
-    monkeypatch.setattr(chunks, "CHUNK_SCORES", 1)
+    monkeypatch.setattr(schedule, "CHUNK_SCORES", 1)
     found, wanted = (results(impl, layout, extras, seed, True) for impl in ("blocked", "reference"))
     for mine, true in zip(found, wanted, strict=True):
         torch.testing.assert_close(mine, true, rtol=1e-9, atol=1e-9)
@@ -133,7 +133,7 @@ def test_limits_made_chunk_by_chunk_are_those_made_beforehand(
         # A layout of its own: what is remembered belongs to one.
         return results(impl, BlockLayout.from_mask(keep, *SIZES), extras, seed, True)
 
-    monkeypatch.setattr(chunks, "CHUNK_SCORES", 64 * 8 * 4)
+    monkeypatch.setattr(schedule, "CHUNK_SCORES", 64 * 8 * 4)
     monkeypatch.setattr(schedule, "limits_of", noting)
     wanted, beforehand = attend("reference"), attend("blocked")
     at_once = len(made)
