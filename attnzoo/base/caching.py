@@ -32,7 +32,8 @@ class CachingModule(WeightedModule):
 
     def streams(self) -> dict[str, Stream]:
         """What a cache holds for each token."""
-        width, groups = self.config.head_width, self.config.kv_heads
+        width = self.config.head_width
+        groups = self.config.kv_heads
         return {name: Stream(self.heads_held(f"{name}_proj", groups), width) for name in ("k", "v")}
 
     def new_cache(

@@ -93,7 +93,7 @@ def self_step(x: Tensor, positions: Tensor | None, key_padding: Tensor | None, c
         offset=offset,
         cache=cache,
         padding=key_padding,
-        place=moved.place,
+        row_index=moved.row_index,
     )
 
 

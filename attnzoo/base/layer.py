@@ -100,7 +100,9 @@ class AttentionLayer(CachingModule):
     def build_projections(self, *, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
         """Makes the layer's weights."""
         config = self.config
-        width, heads, groups = config.head_width, config.num_heads, config.kv_heads
+        width = config.head_width
+        heads = config.num_heads
+        groups = config.kv_heads
         self.q_proj = nn.Linear(config.dim, heads * width, bias=config.bias, device=device, dtype=dtype)
         self.k_proj = nn.Linear(config.dim, groups * width, bias=config.bias, device=device, dtype=dtype)
         self.v_proj = nn.Linear(config.dim, groups * width, bias=config.bias, device=device, dtype=dtype)
@@ -202,7 +204,8 @@ class AttentionLayer(CachingModule):
         whole = Filled.of(tokens, self.whole_block, x.device, self.least_blocks)
         if context is not None:
             keys = Filled.of(context.shape[1], self.whole_block, x.device)
-            context, key_padding = keys.take(context), keys.take_padding(key_padding, batch)
+            context = keys.take(context)
+            key_padding = keys.take_padding(key_padding, batch)
         elif key_padding is not None or not self.config.causal:
             # Causal rows see nothing that comes behind them.
             key_padding = whole.take_padding(key_padding, batch)
@@ -286,12 +289,15 @@ class AttentionLayer(CachingModule):
 
     def remember(self, step: Step, heads: Heads) -> AttentionInputs:
         """Rotates, writes the cache's streams, and gives what the operation sees."""
-        q, k, v = heads.q, heads.k, heads.v
+        q = heads.q
+        k = heads.k
+        v = heads.v
         if self.config.rotary is not None and step.context is None:
             q, k = self.rotate(step.positions, q, k)
         if step.cache is not None:
             seen = step.cache.append({"k": k, "v": v}, step.lengths, differentiable=is_training(q, k, v))
-            k, v = seen["k"], seen["v"]
+            k = seen["k"]
+            v = seen["v"]
         return self.attention_inputs(step, q, k, v)
 
     def rotate(self, positions: Tensor, *heads: Tensor) -> tuple[Tensor, ...]:
@@ -305,7 +311,8 @@ class AttentionLayer(CachingModule):
 
     def attention_inputs(self, step: Step, q: Tensor, k: Tensor, v: Tensor) -> AttentionInputs:
         """Rotated q, k, v together with the slots that rows have and that nobody may read."""
-        lengths, offset = step.lengths, step.offset
+        lengths = step.lengths
+        offset = step.offset
         if step.context is not None:
             return AttentionInputs(q, k, v, key_bias=None if step.padding is None else _hide(step.padding, q.dtype))
         if not isinstance(lengths, Tensor) and not isinstance(offset, Tensor):
@@ -348,7 +355,8 @@ class AttentionLayer(CachingModule):
 
     def operate(self, inputs: AttentionInputs, plan: Plan) -> Tensor:
         """The operation: ``[B, H, T, Dv]``."""
-        rows, tokens = plan.layout.seq_q, inputs.q.shape[2]
+        rows = plan.layout.seq_q
+        tokens = inputs.q.shape[2]
         out = block_sparse_attention(
             add_front(inputs.q, plan.front, rows),
             inputs.k,
@@ -366,10 +374,10 @@ class AttentionLayer(CachingModule):
         if plan.head_weight is not None:
             out = out * plan.head_weight
         y = out.transpose(1, 2).flatten(-2)  # [B, T, H * Dv]
-        if step.place is not None:
-            y = take_rows(y, step.place)
+        if step.row_index is not None:
+            y = take_rows(y, step.row_index)
         result: Tensor = self.o_proj(y)
-        if step.place is None or step.padding is None:
+        if step.row_index is None or step.padding is None:
             return result
         return result.masked_fill(step.padding.unsqueeze(-1), 0)
 

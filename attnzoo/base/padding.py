@@ -21,12 +21,12 @@ class Alignment:
 
     Attributes:
         order: For each row after moving, the token that comes there, int64 ``[B, T]``; padding comes last.
-        place: For each token, its row after moving, int64 ``[B, T]``; meaningless at padding.
+        row_index: For each token, its row after moving, int64 ``[B, T]``; meaningless at padding.
         lengths: Real tokens, int64 ``[B]``.
     """
 
     order: Tensor
-    place: Tensor
+    row_index: Tensor
     lengths: Tensor
 
     @classmethod
@@ -147,8 +147,8 @@ class Filled:
                 f"export: expected blocks of at most {MOST_FILLED} tokens where the length is left open, got {block}; "
                 "export at a fixed length"
             )
-        place = torch.arange((tokens // block + least) * block, device=device)
-        return cls(place.clamp(max=tokens - 1), place < tokens)
+        index = torch.arange((tokens // block + least) * block, device=device)
+        return cls(index.clamp(max=tokens - 1), index < tokens)
 
     def take(self, x: Tensor) -> Tensor:
         """``[B, T, C]`` to ``[B, T', C]``."""

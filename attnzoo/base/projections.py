@@ -124,7 +124,8 @@ def check_slice(config: AttentionConfig, held: tuple[int, int, int], o_proj: nn.
     Raises:
         ShapeError: If keys, values or the output's projection are sliced otherwise than queries.
     """
-    queries, whole = held[0], config.kv_heads
+    queries = held[0]
+    whole = config.kv_heads
     groups, rest = divmod(queries * whole, config.num_heads)
     # One KV head for all queries is whole in every slice.
     expected = 1 if whole == 1 else groups
@@ -193,7 +194,8 @@ def _innermost(projection: nn.Module) -> nn.Module:
     """The projection that adapters have been put round."""
     base = getattr(projection, "base_layer", None)
     while isinstance(base, nn.Module):
-        projection, base = base, getattr(base, "base_layer", None)
+        projection = base
+        base = getattr(base, "base_layer", None)
     return projection
 
 

@@ -234,9 +234,11 @@ def rotary_tables(
     """
     frequencies = rotary_frequencies(config, head_dim, length=length, device=positions.device)
     angles = positions.to(torch.float64).unsqueeze(-1) * frequencies
-    cos, sin = angles.cos(), angles.sin()
+    cos = angles.cos()
+    sin = angles.sin()
     if config.scaling is not None and config.scaling.table_factor != 1.0:
-        cos, sin = cos * config.scaling.table_factor, sin * config.scaling.table_factor
+        cos = cos * config.scaling.table_factor
+        sin = sin * config.scaling.table_factor
     return cos.to(dtype), sin.to(dtype)
 
 
@@ -250,10 +252,13 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False)
         interleaved: Whether neighbours form a plane.
     """
     width = 2 * cos.shape[-1]
-    cos, sin = cos.unsqueeze(-3), sin.unsqueeze(-3)
-    turned, rest = x[..., :width], x[..., width:]
+    cos = cos.unsqueeze(-3)
+    sin = sin.unsqueeze(-3)
+    turned = x[..., :width]
+    rest = x[..., width:]
     if interleaved:
-        a, b = turned[..., 0::2], turned[..., 1::2]
+        a = turned[..., 0::2]
+        b = turned[..., 1::2]
         turned = torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
     else:
         a, b = turned.chunk(2, -1)
@@ -302,18 +307,22 @@ def _yarn_share(config: RotaryConfig, width: int, plain: Tensor) -> Tensor:
     def plane(rotations: float) -> float:
         return width * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(config.base))
 
-    low, high = plane(scaling.beta_fast), plane(scaling.beta_slow)
+    low = plane(scaling.beta_fast)
+    high = plane(scaling.beta_slow)
     if scaling.truncate:
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, width - 1)
+        low = math.floor(low)
+        high = math.ceil(high)
+    low = max(low, 0)
+    high = min(high, width - 1)
     span = high - low if high != low else 0.001
-    place = torch.arange(width // 2, dtype=torch.float64, device=plain.device)
-    return 1 - ((place - low) / span).clamp(0, 1)
+    index = torch.arange(width // 2, dtype=torch.float64, device=plain.device)
+    return 1 - ((index - low) / span).clamp(0, 1)
 
 
 def _llama3_share(scaling: RotaryScaling, plain: Tensor) -> Tensor:
     """How much of its own frequency each plane keeps, by its rotations over the original length."""
-    low, high = float(_given(scaling.low_freq_factor)), float(_given(scaling.high_freq_factor))
+    low = float(_given(scaling.low_freq_factor))
+    high = float(_given(scaling.high_freq_factor))
     rotations = _given(scaling.original_max_position_embeddings) * plain / (2 * math.pi)
     if low == high:
         return (rotations >= low).to(plain.dtype)

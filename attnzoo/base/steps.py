@@ -31,7 +31,7 @@ class Step:
         cache: The cache that ``remember`` appends to.
         context: Tokens ``[B, S, C]`` that the keys come from instead of x, zeros at padding.
         padding: The caller's ``key_padding``, bool ``[B, T]`` (with a context: ``[B, S]``).
-        place: Where each of the caller's tokens lies in x, int64 ``[B, T]``; ``None`` where nothing moved.
+        row_index: Of each of the caller's tokens, its row in x, int64 ``[B, T]``; ``None`` where nothing moved.
     """
 
     x: Tensor
@@ -41,7 +41,7 @@ class Step:
     cache: KVCache | None = None
     context: Tensor | None = None
     padding: Tensor | None = None
-    place: Tensor | None = None
+    row_index: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)

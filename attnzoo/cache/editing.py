@@ -74,13 +74,15 @@ class EditableCache(CarriedCache):
         for ring in self._rings.values():
             ring.crop(after)
         if isinstance(after, Tensor):
-            self._lengths, self.length = after, None
+            self._lengths = after
+            self.length = None
         else:
             self.length = after
         self.bound = min(self.bound, most)
         self._clear_behind()
         if self.bound == 0:
-            self._lengths, self.length = None, 0
+            self._lengths = None
+            self.length = 0
 
     def _check_crop(self, length: int | Tensor) -> int:
         """The most tokens that a crop leaves to any item."""

@@ -242,7 +242,8 @@ class KVCache(EditableCache):
         before = self.lengths
         self.bound = min(self.bound + tokens, self.max_length)
         seen = self._append_ragged(values, before, lengths, differentiable)
-        self._lengths, self.length = before + lengths, None
+        self._lengths = before + lengths
+        self.length = None
         return seen
 
     def history(self, name: str, count: int) -> Tensor:
@@ -277,7 +278,8 @@ class KVCache(EditableCache):
         self._check_shapes(values, {name: x.values for name, x in self._groups.items()})
         self._widen(values)
         for name, value in values.items():
-            groups, given = self._groups[name], value.shape[2]
+            groups = self._groups[name]
+            given = value.shape[2]
             if self.length is not None and not isinstance(before, Tensor):
                 most = self.length // groups.every - before // groups.every
                 if given < most:
@@ -335,7 +337,8 @@ class KVCache(EditableCache):
     def _append_common(self, values: Mapping[str, Tensor], start: int, differentiable: bool) -> dict[str, Tensor]:
         seen = {}
         for name, value in values.items():
-            held, end = self._buffers[name], start + value.shape[2]
+            held = self._buffers[name]
+            end = start + value.shape[2]
             with torch.no_grad():
                 held[:, :, start:end].copy_(value)
             past = held[:, :, :start].to(value.dtype)
@@ -359,8 +362,8 @@ class KVCache(EditableCache):
                 copy = held[:, :, : self.bound + 1].to(value.dtype, copy=True).transpose(1, 2)
                 seen[name] = copy.index_put((item, slot), rows).transpose(1, 2)[:, :, : self.bound]
             with torch.no_grad():
-                place = (item.to(held.device), slot.to(held.device))
-                held.transpose(1, 2).index_put_(place, rows.detach().to(held.device, held.dtype))
+                index = (item.to(held.device), slot.to(held.device))
+                held.transpose(1, 2).index_put_(index, rows.detach().to(held.device, held.dtype))
             if not differentiable:
                 seen[name] = held[:, :, : self.bound].to(value.dtype)
         return seen

@@ -61,7 +61,7 @@ class CarriedCache:
             KVCache(10 of 200 tokens: k [1, 4, 200, 8], v [1, 4, 200, 8])
         """
         header = _header(type(self).__name__, self._config, self.batch, self.max_length)
-        counts = Counts(self.length, self.bound, self._lengths)
+        counts = TokenCounts(self.length, self.bound, self._lengths)
         held = self._held(self._buffers, self.bound)
         values = _values_of(held, self._rings, self._groups, counts)
         return {**header, **_counts_of(counts), **values}
@@ -92,7 +92,9 @@ class CarriedCache:
                 ring.load(state[f"ring.{name}"], counts.offset, ends[name])
             for name, groups in self._groups.items():
                 groups.values.zero_()[:, :, : counts.bound // groups.every].copy_(state[f"group.{name}"])
-        self.length, self.bound, self._lengths = counts.length, counts.bound, counts.lengths
+        self.length = counts.length
+        self.bound = counts.bound
+        self._lengths = counts.lengths
 
     def _held(self, buffers: Mapping[str, Tensor], bound: int) -> dict[str, Tensor]:
         """The part of buffers that so many tokens fill."""
@@ -104,7 +106,7 @@ class CarriedCache:
 
 
 @dataclass(frozen=True)
-class Counts:
+class TokenCounts:
     """How many tokens are held.
 
     Attributes:
@@ -129,14 +131,14 @@ def _header(kind: str, config: Any, batch: int, max_length: int) -> dict[str, An
     return {"format": FORMAT, "cache": kind, "config": of_layer, "batch": batch, "max_length": max_length}
 
 
-def _counts_of(counts: Counts) -> dict[str, Any]:
+def _counts_of(counts: TokenCounts) -> dict[str, Any]:
     """The part of a state that says how many tokens there are."""
     lengths = {} if counts.lengths is None else {"lengths": counts.lengths.clone()}
     return {"length": counts.length, "bound": counts.bound, **lengths}
 
 
 def _values_of(
-    buffers: Mapping[str, Tensor], rings: Mapping[str, Ring], groups: Mapping[str, Groups], counts: Counts
+    buffers: Mapping[str, Tensor], rings: Mapping[str, Ring], groups: Mapping[str, Groups], counts: TokenCounts
 ) -> dict[str, Any]:
     """The part of a state that holds values: copies, contiguous, of what is held and no more."""
     state: dict[str, Any] = {f"stream.{name}": _copy(x) for name, x in buffers.items()}
@@ -176,23 +178,25 @@ def _check_header(state: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
             )
 
 
-def _read_counts(state: Mapping[str, Any], batch: int, max_length: int, device: torch.device) -> Counts:
+def _read_counts(state: Mapping[str, Any], batch: int, max_length: int, device: torch.device) -> TokenCounts:
     """How many tokens a state says there are.
 
     Raises:
         ShapeError: If they do not fit each other, or the room.
     """
-    length, bound, lengths = state.get("length"), state.get("bound"), state.get("lengths")
+    length = state.get("length")
+    bound = state.get("bound")
+    lengths = state.get("lengths")
     if type(bound) is not int or bound < 0 or (lengths is None and length != bound):
         raise ShapeError(f"bound: expected an int >= 0, the length where all items share it, got {bound!r}")
     if bound > max_length:
         raise ShapeError(f"max_length: expected room for the {bound} tokens of the state, got {max_length}")
     if lengths is None:
-        return Counts(length, bound, None)
+        return TokenCounts(length, bound, None)
     fits = isinstance(lengths, Tensor) and lengths.dtype == torch.int64 and list(lengths.shape) == [batch]
     if not fits or (batch and not 0 <= int(lengths.min()) <= int(lengths.max()) <= bound):
         raise ShapeError(f"lengths: expected int64 [{batch}] from 0 to {bound}, got {lengths}")
-    return Counts(None, bound, lengths.to(device, copy=True))
+    return TokenCounts(None, bound, lengths.to(device, copy=True))
 
 
 def _check_values(state: Mapping[str, Any], wanted: Mapping[str, Tensor], beside: set[str]) -> None:

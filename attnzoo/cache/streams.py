@@ -170,7 +170,8 @@ class Ring:
         """Forgets what was written since: the history is as it was, and what was overwritten shortens the margin."""
         values, oldest = state
         if values is not self.values:
-            self.values, self.oldest = values, oldest
+            self.values = values
+            self.oldest = oldest
 
     def load(self, value: Tensor, length: int | Tensor, oldest: int | Tensor) -> None:
         """Holds ``value [B, h, n, D]`` as the last n of ``length`` tokens; those from ``oldest`` on are known."""
@@ -196,7 +197,8 @@ class Ring:
     def _with(self, values: Tensor, oldest: int | Tensor) -> Self:
         copy = object.__new__(type(self))
         copy.__dict__.update(self.__dict__)
-        copy.values, copy.oldest = values, oldest
+        copy.values = values
+        copy.oldest = oldest
         return copy
 
 
@@ -216,7 +218,8 @@ class Groups:
         """Writes ``value [B, h, P, D]`` at the groups from ``before // every`` on that ``after`` tokens complete."""
         batch, _, given, _ = value.shape
         if not isinstance(before, Tensor) and not isinstance(after, Tensor):
-            begin, end = before // self.every, after // self.every
+            begin = before // self.every
+            end = after // self.every
             self.values[:, :, begin:end].copy_(value[:, :, : end - begin])
             return
         rows = torch.arange(given, device=value.device)

@@ -32,12 +32,14 @@ def fetch_blocks(inputs: AttentionInputs, plan: Plan) -> tuple[AttentionInputs, 
         UnsupportedError: If the plan is not causal, or has a rule that counts slots or holds something for each of
             them (a window, a sink, a bias, auxiliary channels, gate keys).
     """
-    layout, extras = plan.layout, plan.extras
+    layout = plan.layout
+    extras = plan.extras
     by_slot = (extras.window, extras.key_bias, extras.aux, extras.gate if isinstance(extras.gate, Tensor) else None)
     if not plan.causal or any(x is not None for x in by_slot):
         raise UnsupportedError("offload: expected a causal plan without window, bias, auxiliary channels and gate keys")
     batch, groups, slots, _ = inputs.k.shape
-    block, device = layout.block_k, inputs.q.device
+    block = layout.block_k
+    device = inputs.q.device
     if not slots:
         return replace(inputs, k=inputs.k.to(device), v=inputs.v.to(device)), plan
     used = _used(layout, inputs.q.shape[1], groups).expand(batch, groups, -1)  # [B, G, N]
@@ -71,13 +73,14 @@ def _gather(x: Tensor, slot: Tensor, device: torch.device) -> Tensor:
 def _renumbered(layout: BlockLayout, upto: Tensor, most: int) -> BlockLayout:
     """The layout over the fetched blocks."""
     _, heads, blocks_q = layout.start.shape
-    row, place = listed_indices(layout.lists)
+    row, index = listed_indices(layout.lists)
     # Where items or heads share their lists, they share what is fetched.
-    item, head = row // (heads * blocks_q), row // blocks_q % heads
+    item = row // (heads * blocks_q)
+    head = row // blocks_q % heads
     group = head * upto.shape[1] // heads
     col = layout.col.clone()
-    listed = col[place].long()
-    col[place] = (upto[item, group, listed] - 1).to(torch.int32)
+    listed = col[index].long()
+    col[index] = (upto[item, group, listed] - 1).to(torch.int32)
     seq_k = most * layout.block_k
     sizes = (layout.block_q, layout.block_k, layout.seq_q, seq_k)
     return BlockLayout(*sizes, layout.start, layout.count, col, layout.origin)
@@ -85,7 +88,8 @@ def _renumbered(layout: BlockLayout, upto: Tensor, most: int) -> BlockLayout:
 
 def _moved_positions(plan: Plan, used: Tensor, upto: Tensor, heads: int, slots: int) -> Tensor:
     """The rows' positions among the fetched slots, int32 ``[B, H, T]``; a row sees the same keys as before."""
-    block, rows = plan.layout.block_k, plan.layout.seq_q
+    block = plan.layout.block_k
+    rows = plan.layout.seq_q
     batch, groups, blocks = used.shape
     pos = plan.extras.q_pos
     if pos is None:

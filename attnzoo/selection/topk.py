@@ -49,7 +49,8 @@ def top_blocks(scores: Tensor, count: int, *, allowed: Tensor | None = None, for
         key = torch.nn.functional.pad(key, (0, count), value=-torch.inf)
     # Not topk: which of two equal scores it takes is not defined.
     value, index = torch.sort(key, dim=-1, descending=True, stable=True)
-    value, index = value[..., :count], index[..., :count]
+    value = value[..., :count]
+    index = index[..., :count]
     index = index.masked_fill(value == -torch.inf, blocks).sort(-1).values
     index = index.masked_fill(index == blocks, -1)
     if not open_ended and count > blocks:

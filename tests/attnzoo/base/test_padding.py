@@ -25,7 +25,7 @@ def test_real_tokens_come_first_in_their_order_and_find_back() -> None:
         real = x[item][~padding]
         assert torch.equal(rows[item, : len(real)], real)
         assert int(moved.lengths[item]) == len(real)
-        assert torch.equal(rows[item][moved.place[item][~padding]], real)
+        assert torch.equal(rows[item][moved.row_index[item][~padding]], real)
         assert sorted(moved.order[item].tolist()) == list(range(5))
 
 

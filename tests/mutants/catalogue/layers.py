@@ -135,7 +135,7 @@ MUTANTS = (
         wrong="a group that is not complete is written",
     ),
     streams(
-        "ring-restore", old="        if values is not self.values:\n            self.values, self.oldest = values, oldest", new="        self.oldest = oldest",
+        "ring-restore", old="        if values is not self.values:\n            self.values = values\n            self.oldest = oldest", new="        self.oldest = oldest",
         wrong="a long call that fails leaves its tokens in a ring",
     ),
     pool(

@@ -49,7 +49,7 @@ MUTANTS = (
         wrong="the second half of each plane turns the other way",
     ),
     rope(
-        "rope-interleaved-order", old="a, b = turned[..., 0::2], turned[..., 1::2]", new="a, b = turned[..., 1::2], turned[..., 0::2]",
+        "rope-interleaved-order", old="a = turned[..., 0::2]\n        b = turned[..., 1::2]", new="a = turned[..., 1::2]\n        b = turned[..., 0::2]",
         wrong="neighbours of a plane are swapped",
     ),
     rope(
@@ -61,7 +61,7 @@ MUTANTS = (
         wrong="the original length already takes the long factors",
     ),
     rope(
-        "rope-yarn-ends", old="low, high = math.floor(low), math.ceil(high)", new="low, high = math.ceil(low), math.floor(high)",
+        "rope-yarn-ends", old="low = math.floor(low)\n        high = math.ceil(high)", new="low = math.ceil(low)\n        high = math.floor(high)",
         wrong="YaRN's ramp is rounded inwards",
     ),
     rope(
@@ -69,7 +69,7 @@ MUTANTS = (
         wrong="fast planes are interpolated and slow ones kept",
     ),
     rope(
-        "rope-attention-factor", old="cos * config.scaling.table_factor, sin * config.scaling.table_factor", new="cos * config.scaling.table_factor, sin",
+        "rope-attention-factor", old="sin = sin * config.scaling.table_factor", new="sin = sin",
         wrong="the attention factor is on the cosines alone",
     ),
     rope(
