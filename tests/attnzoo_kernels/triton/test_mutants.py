@@ -156,14 +156,14 @@ MUTANTS: dict[str, Mutant] = {
         "causal",
         {
             "forward": {"return b, h // c.PER, h": "return b, h % sizes.groups, h"},
-            "specialize": {"pack = per if": "pack = 1 if"},
+            "specialize": {"pack_gqa = per if": "pack_gqa = 1 if"},
         },
     ),
     "lists of heads by remainder": (
         "causal",
         {
             "primitives": {"+ h // c.PER\n    return index": "+ h % groups\n    return index"},
-            "specialize": {"pack = per if": "pack = 1 if"},
+            "specialize": {"pack_gqa = per if": "pack_gqa = 1 if"},
         },
     ),
     "transposed lists that are not": (
