@@ -69,7 +69,7 @@ def in_chunks(x: Tensor, size: int) -> Tensor:
 def attend_in_chunks(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Attention of whole chunks to themselves: ``q [B, H, N, w, D]``, k, v ``[B, G, N, w, D]``; as q."""
     if is_open(q.shape[2]):
-        # Nor that chunks, folded into the batch, unfold again.
+        # Nor that chunks, flattened into the batch, unflatten again.
         k, v = (for_heads(x, q.shape[1]) for x in (k, v))
         return scaled_dot_product_attention(q, k, v, scale=scale)
     # [B, h, N, w, D] to [B * N, h, w, D]

@@ -267,21 +267,24 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False)
     return turned if rest.shape[-1] == 0 else torch.cat((turned, rest), -1)
 
 
-def turns_of_places(
-    rotary: RotaryConfig, width: int, places: int, dtype: torch.dtype, device: torch.device
+def rotation_tables(
+    rotary: RotaryConfig, width: int, length: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of places, as turns alone: a form's attention factor is in queries and keys already."""
+    """Cosines and sines of positions 0, 1, ... ``length - 1``, as rotations alone.
+
+    A form's attention factor is in queries and keys already.
+    """
     plain = rotary if rotary.scaling is None else replace(rotary, scaling=replace(rotary.scaling, attention_factor=1.0))
-    return rotary_tables(plain, width, torch.arange(places, device=device), dtype)
+    return rotary_tables(plain, width, torch.arange(length, device=device), dtype)
 
 
 @remembers(32)
-def shared_turns(
-    rotary: RotaryConfig, width: int, places: int, dtype: torch.dtype, device: torch.device
+def shared_rotation_tables(
+    rotary: RotaryConfig, width: int, length: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """As :func:`turns_of_places`, kept for all layers of a model; not to be written to."""
+    """As :func:`rotation_tables`, kept for all layers of a model; not to be written to."""
     with torch.inference_mode(False):
-        return turns_of_places(rotary, width, places, dtype, device)
+        return rotation_tables(rotary, width, length, dtype, device)
 
 
 def _scaling(kind: str, given: Mapping[str, Any], max_positions: int | None) -> RotaryScaling:

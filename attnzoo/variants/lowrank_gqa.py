@@ -94,7 +94,9 @@ class LowRankGQAAttention(AttentionLayer, name="lowrank_gqa"):
         if config.latent_dim is None:
             super().build_projections(device=device, dtype=dtype)
             return
-        width, heads, latent = config.head_width, config.num_heads, config.latent_dim
+        width = config.head_width
+        heads = config.num_heads
+        latent = config.latent_dim
         both = 2 * config.kv_heads * width
         self.q_proj = nn.Linear(config.dim, heads * width, bias=config.bias, device=device, dtype=dtype)
         self.kv_down = nn.Linear(config.dim, latent, bias=config.bias, device=device, dtype=dtype)
@@ -120,16 +122,19 @@ class LowRankGQAAttention(AttentionLayer, name="lowrank_gqa"):
         """Caches the latent and each token's position; expands and rotates whatever may be read."""
         if self.config.latent_dim is None:
             return super().remember(step, heads)
-        latent, positions = heads.k, step.positions
+        latent = heads.k
+        positions = step.positions
         if step.cache is not None:
-            place = positions.to(torch.int32).expand(step.x.shape[0], -1)[:, None, :, None]  # [B, 1, T, 1]
+            position = positions.to(torch.int32).expand(step.x.shape[0], -1)[:, None, :, None]  # [B, 1, T, 1]
             training = is_training(heads.q, latent, *self.kv_up.parameters())
-            seen = step.cache.append({"latent": latent, "position": place}, step.lengths, differentiable=training)
-            latent, positions = seen["latent"], seen["position"].flatten(1)  # [B, S]
+            seen = step.cache.append({"latent": latent, "position": position}, step.lengths, differentiable=training)
+            latent = seen["latent"]
+            positions = seen["position"].flatten(1)  # [B, S]
         k, v = self.expand(latent)
         q = heads.q
         if step.context is None:
-            (q,), (k,) = self.rotate(step.positions, q), self.rotate(positions, k)
+            (q,) = self.rotate(step.positions, q)
+            (k,) = self.rotate(positions, k)
         return self.attention_inputs(step, q, k, v)
 
     def expand(self, latent: Tensor) -> tuple[Tensor, Tensor]:

@@ -64,7 +64,10 @@ class MHAAttention(AttentionLayer, name="mha"):
 
     def plan(self, step: Step, heads: Heads, inputs: AttentionInputs) -> Plan:
         """Everything, or the window's blocks; the token rule does the rest."""
-        config, q, tokens, slots = self.config, inputs.q, inputs.q.shape[2], inputs.k.shape[2]
+        config = self.config
+        q = inputs.q
+        tokens = inputs.q.shape[2]
+        slots = inputs.k.shape[2]
         if config.window is None:
             layout = dense_layout(config.block_size, tokens, slots, q)
             return Plan(layout, Extras(), config.causal and step.context is None)

@@ -48,7 +48,7 @@ from attnzoo.base.shared_layouts import dense_layout
 from attnzoo.cache.kv_cache import KVCache, Stream
 from attnzoo.selection.offloaded_blocks import fetch_blocks
 from attnzoo.variants.landmark.config import LandmarkConfig, Mode, check_mix, check_mode
-from attnzoo.variants.landmark.retrieval import BlockTurns, retrieve
+from attnzoo.variants.landmark.retrieval import BlockRotations, retrieve
 from attnzoo.variants.landmark.tokens import LandmarkGrid, check_landmarks
 from attnzoo_kernels import BlockLayout, Extras
 from attnzoo_kernels.errors import UnsupportedError
@@ -229,7 +229,9 @@ class LandmarkAttention(AttentionLayer, name="landmark"):
 
     def plan(self, step: Step, heads: Heads, inputs: AttentionInputs) -> Plan:
         """All blocks through their landmarks, or the own one and those that each query chooses."""
-        config, tokens, slots = self.config, inputs.q.shape[2], inputs.k.shape[2]
+        config = self.config
+        tokens = inputs.q.shape[2]
+        slots = inputs.k.shape[2]
         check_mix(self.gate_mix)
         extras = Extras(gate="last", gate_mix=self.gate_mix)
         if isinstance(step, IrregularStep):
@@ -276,15 +278,19 @@ class LandmarkAttention(AttentionLayer, name="landmark"):
         return self.make_cache(streams, batch, max_length, device=device, dtype=dtype)
 
     def _choose(self, step: Step, inputs: AttentionInputs, extras: Extras) -> Plan:
-        config, q, slots, size = self.config, inputs.q, inputs.k.shape[2], self.config.block_size
+        config = self.config
+        q = inputs.q
+        slots = inputs.k.shape[2]
+        size = self.config.block_size
         if not is_open(q.shape[2]) and q.shape[2] >= LONG_CALL:
             self.caution(_SLOW)
         own = torch.div(_slots(step, inputs), size, rounding_mode="floor")  # [B|1, T]
-        turns = None
+        rotations = None
         if config.rotary is not None:
-            turns = BlockTurns.of(config.rotary, config.head_width, config.stride, slots // size, q)
-            extras = replace(extras, rope=(turns.cos, turns.sin))
-        complete, near = own, own.unsqueeze(-1)
+            rotations = BlockRotations.of(config.rotary, config.head_width, config.stride, slots // size, q)
+            extras = replace(extras, rope=(rotations.cos, rotations.sin))
+        complete = own
+        near = own.unsqueeze(-1)
         if config.official_quirks:
             complete, near = _whole_call(step, own, size, q.shape[2])
         found = retrieve(
@@ -293,13 +299,13 @@ class LandmarkAttention(AttentionLayer, name="landmark"):
             complete,
             top_k=config.top_k,
             scale=1 / math.sqrt(config.head_width) if config.scale is None else config.scale,
-            turns=turns,
+            rotations=rotations,
             shared=config.official_quirks and inputs.offloaded,
         )
         # One list a query: the chosen blocks, moved, and the near ones, where they are.
         near = near.unsqueeze(1).expand(*found.blocks.shape[:2], -1, -1)
         index = torch.cat([found.blocks, near], -1)
-        origin = None if turns is None else torch.cat([found.shift, torch.zeros_like(near)], -1)
+        origin = None if rotations is None else torch.cat([found.shift, torch.zeros_like(near)], -1)
         layout = BlockLayout.from_indices(index, 1, size, q.shape[2], slots, origin)
         return Plan(layout, extras, True, info={"blocks": found.blocks})
 
@@ -321,8 +327,8 @@ def _complete(cache: KVCache, step: Step, k: Tensor, size: int) -> None:
     if isinstance(step.offset, Tensor):
         first = torch.div(step.offset, size, rounding_mode="floor").to(k.device).view(-1, 1)
         slot = (first + torch.arange(blocks, device=k.device)) * size + size - 1  # [B, P]
-        place = slot.clamp(max=max(k.shape[2] - 1, 0))[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
-        landmarks = k.gather(2, place) if k.shape[2] else k
+        index = slot.clamp(max=max(k.shape[2] - 1, 0))[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
+        landmarks = k.gather(2, index) if k.shape[2] else k
     else:
         landmarks = k[:, :, step.offset // size * size + size - 1 :: size]
     cache.complete({"landmark": landmarks.to(cache.device)}, step.offset)

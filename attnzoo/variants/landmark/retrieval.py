@@ -25,7 +25,7 @@ _SCORES_AT_ONCE = 1 << 24
 
 
 @dataclass(frozen=True, eq=False)
-class BlockTurns:
+class BlockRotations:
     """Rotations by whole blocks.
 
     Attributes:
@@ -37,7 +37,7 @@ class BlockTurns:
     sin: Tensor
 
     @classmethod
-    def of(cls, rotary: RotaryConfig, head_dim: int, stride: int, blocks: int, like: Tensor) -> BlockTurns:
+    def of(cls, rotary: RotaryConfig, head_dim: int, stride: int, blocks: int, like: Tensor) -> BlockRotations:
         """Tables for shifts of up to ``blocks`` blocks that take ``stride`` positions each; pure rotations."""
         frequencies = rotary_frequencies(rotary, head_dim, device=like.device)
         angles = torch.arange(blocks + 1, device=like.device).to(torch.float64).unsqueeze(-1) * (frequencies * stride)
@@ -69,7 +69,7 @@ def retrieve(
     *,
     top_k: int,
     scale: float,
-    turns: BlockTurns | None,
+    rotations: BlockRotations | None,
     shared: bool = False,
 ) -> Retrieved:
     """Chooses each query's blocks by the scores of their landmarks; of equal scores, the earlier block.
@@ -86,7 +86,7 @@ def retrieve(
         complete: Blocks that a query may choose from, the first ones, int64 ``[B|1, T]``; below 1 there are none.
         top_k: Blocks to choose.
         scale: The factor on scores.
-        turns: Rotations by blocks; ``None`` where nothing is rotated.
+        rotations: Rotations by blocks; ``None`` where nothing is rotated.
         shared: Whether all tokens of a head take the same blocks: those whose share of a softmax over the blocks is
             the largest at any token. Later tokens then decide for earlier ones.
     """
@@ -96,7 +96,7 @@ def retrieve(
 
     def best(q: Tensor, complete: Tensor) -> Tensor:
         allowed = _allowed(complete, keys.shape[2])
-        scores = (_scores(q, keys, complete, top_k, turns) * scale).masked_fill(~allowed, -torch.inf)
+        scores = (_scores(q, keys, complete, top_k, rotations) * scale).masked_fill(~allowed, -torch.inf)
         if shared:
             # A row without blocks has no softmax.
             share = torch.softmax(scores, -1).nan_to_num(0.0)
@@ -108,7 +108,8 @@ def retrieve(
         )
 
     with torch.no_grad(), no_autocast(q.device.type):
-        q, keys = q.detach(), keys.detach()
+        q = q.detach()
+        keys = keys.detach()
         rows = max(1, _SCORES_AT_ONCE // max(1, q.shape[0] * q.shape[1] * keys.shape[2]))
         # A loop over parts of a length that is being traced would fix that length.
         if shared or torch.compiler.is_compiling() or q.shape[2] <= rows:
@@ -138,13 +139,13 @@ def _allowed(complete: Tensor, blocks: int) -> Tensor:
     return torch.arange(blocks, device=complete.device) < complete[:, None, :, None]
 
 
-def _scores(q: Tensor, keys: Tensor, complete: Tensor, top_k: int, turns: BlockTurns | None) -> Tensor:
+def _scores(q: Tensor, keys: Tensor, complete: Tensor, top_k: int, rotations: BlockRotations | None) -> Tensor:
     """Products of queries and landmarks where they are scored, ``[B, H, T, N]``."""
     block = torch.arange(keys.shape[2], device=q.device)
     older = (complete - top_k).clamp(min=0)  # [B|1, T]: blocks before this one are packed
     scores = _products(q, keys)
-    if turns is not None:
-        packed = _products(turns.back(q, (older - 1).clamp(min=0)), turns.back(keys, block))
+    if rotations is not None:
+        packed = _products(rotations.back(q, (older - 1).clamp(min=0)), rotations.back(keys, block))
         scores = torch.where(block < older[:, None, :, None], packed, scores)
     return scores
 
@@ -153,7 +154,7 @@ def _products(q: Tensor, keys: Tensor) -> Tensor:
     """``q . k`` of each query head with its group's keys, ``[B, H, T, N]``, in fp32 at least."""
     acc = torch.promote_types(q.dtype, torch.float32)
     if is_open(keys.shape[2]):
-        # Torch cannot prove that rows and heads, folded, unfold again.
+        # Torch cannot prove that rows and heads, flattened, unflatten again.
         return torch.matmul(q.to(acc), for_heads(keys.to(acc), q.shape[1]).transpose(-1, -2))
     grouped = q.to(acc).unflatten(1, (keys.shape[1], -1))  # [B, G, h, T, D]
     found: Tensor = torch.matmul(grouped.flatten(2, 3), keys.to(acc).transpose(-1, -2))  # [B, G, h * T, N]

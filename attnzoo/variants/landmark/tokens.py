@@ -98,20 +98,22 @@ def insert_landmarks(
     """
     _check_insertion(tokens, landmark, block_size)
     _check_beside(tokens, (key_padding, labels, positions), offset, landmark_label)
-    (batch, length), device, fill = tokens.shape[:2], tokens.device, block_size - 1
+    batch, length = tokens.shape[:2]
+    device = tokens.device
+    fill = block_size - 1
     real = torch.ones(batch, length, dtype=torch.bool, device=device) if key_padding is None else ~key_padding
     start = offset.to(device).view(-1, 1) if isinstance(offset, Tensor) else offset
     count = start + real.cumsum(1)  # [B, T]: real tokens up to here
     closes = real & (count % fill == 0)
-    place = torch.arange(length, device=device) + (count - real.long()) // fill - start // fill
+    index = torch.arange(length, device=device) + (count - real.long()) // fill - start // fill
     known = key_padding is None and not isinstance(offset, Tensor)
     # Without reading a value: no more landmarks than that, where items differ.
     most = ((fill - 1 if isinstance(offset, Tensor) else offset % fill) + length) // fill
     given = torch.full((batch, length + most), -1, dtype=torch.int64, device=device)
-    given = given.scatter(1, place, torch.arange(length, device=device).expand(batch, -1))
+    given = given.scatter(1, index, torch.arange(length, device=device).expand(batch, -1))
     # Where no landmark comes, the last slot is written and overruled.
     ends = torch.zeros(batch, length + most + 1, dtype=torch.bool, device=device)
-    ends = ends.scatter(1, torch.where(closes, place + 1, length + most), True)[:, : length + most]
+    ends = ends.scatter(1, torch.where(closes, index + 1, length + most), True)[:, : length + most]
     source = given.clamp(min=0) if length else given
     is_real = (given >= 0) & (real.gather(1, source) if length else given >= 0)
     padding = ~(is_real | ends)
@@ -134,7 +136,7 @@ def insert_landmarks(
         key_padding=None if known else padding,
         positions=places.clamp(min=0),
         labels=None if labels is None else put(labels, landmark_label, -100),
-        place=place,
+        place=index,
     )
 
 
@@ -250,8 +252,8 @@ class LandmarkGrid:
 
     def spread(self, x: Tensor) -> Tensor:
         """Keys or values ``[B, G, T, D]`` on the grid, ``[B, G, S, D]``, zeros in holes."""
-        place = torch.where(self.slot < 0, self.slots, self.slot)[:, None, :, None].expand(
+        index = torch.where(self.slot < 0, self.slots, self.slot)[:, None, :, None].expand(
             -1, x.shape[1], -1, x.shape[3]
         )
         empty = x.new_zeros(*x.shape[:2], self.slots + 1, x.shape[3])
-        return empty.scatter(2, place, x)[:, :, : self.slots]
+        return empty.scatter(2, index, x)[:, :, : self.slots]

@@ -101,7 +101,8 @@ def _chosen(grid: ChunkGrid, asking: Asking, first: Tensor, own: Tensor) -> Tens
     asks = first - first % grid.block_q
     best = _best(grid, asking, asks - column(asking.offset), last)
     # Chunk 0, the best ones, and the two nearest.
-    last, own = last[:, None, :, None], own[:, None, :, None]
+    last = last[:, None, :, None]
+    own = own[:, None, :, None]
     forced = torch.cat((last, torch.where(own > last, own, -1)), -1).expand(*best.shape[:-1], 2)
     return torch.cat((torch.zeros_like(best[..., :1]), best, forced), -1)
 

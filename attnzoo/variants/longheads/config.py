@@ -44,7 +44,8 @@ class LongHeadsConfig(AttentionConfig):
             raise ConfigError("causal: expected True, since chunks of the past are chosen, got False")
         check_int("chunk_size", self.chunk_size, 1)
         check_int("attention_length", self.attention_length, 1)
-        size, length = self.chunk_size, self.attention_length
+        size = self.chunk_size
+        length = self.attention_length
         if length % size or length // size < 4:
             raise ConfigError(f"attention_length: expected at least 4 whole chunks of {size}, got {length}")
         if self.begin is not None:

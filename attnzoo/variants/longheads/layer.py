@@ -18,7 +18,7 @@ Departures: prefill follows the rule above in every row, as the published decodi
 sequence gives the same result. Under ``official_quirks`` a prefill row that selects does not read itself, and a
 decoding step whose token completes a chunk has a slot less and takes this chunk for the last complete one, as
 published. Grouped heads, ``group_select``, ``select="block"`` and ``chunk_rep="mean_key"`` are additions. A chunk's key
-goes by its tokens' places in the chunk; other positions that a caller gives turn queries and keys alone.
+goes by its tokens' places in the chunk; other positions that a caller gives rotate queries and keys alone.
 
 Letters: B batch, T query tokens, S key tokens, H query heads, G KV heads, D head width, M query blocks, N chunks,
 K slots, w tokens of a chunk.
@@ -36,7 +36,7 @@ from attnzoo.base.config import check_flag
 from attnzoo.base.layer import LONG_CALL, AttentionInputs, AttentionLayer, Heads, Plan, Step, is_training
 from attnzoo.base.padding import attend_in_chunks, for_heads, in_chunks, leading_rows
 from attnzoo.base.rope import RotaryConfig as RotaryConfig
-from attnzoo.base.rope import apply_rotary, rotary_tables, shared_turns, turns_of_places
+from attnzoo.base.rope import apply_rotary, rotary_tables, rotation_tables, shared_rotation_tables
 from attnzoo.base.shared_layouts import may_share
 from attnzoo.cache.kv_cache import KVCache, Stream
 from attnzoo.selection.offloaded_blocks import fetch_blocks
@@ -91,7 +91,7 @@ class LongHeadsAttention(AttentionLayer, name="longheads"):
         return Heads(self._in_halves(heads.q), self._in_halves(heads.k), heads.v)
 
     def _in_halves(self, x: Tensor) -> Tensor:
-        """Heads ``[.., D]`` with the values of a plane half a rotated width apart, as the operation turns them."""
+        """Heads ``[.., D]`` with the values of a plane half a rotated width apart, as the operation rotates them."""
         rotary = self.config.rotary
         if rotary is None or not rotary.interleaved:
             return x
@@ -109,7 +109,9 @@ class LongHeadsAttention(AttentionLayer, name="longheads"):
 
     def remember(self, step: Step, heads: Heads) -> ChunkInputs:
         """Rotates keys to their place in their chunk, and keeps what later choices need."""
-        config, cache, tokens = self.config, step.cache, heads.q.shape[2]
+        config = self.config
+        cache = step.cache
+        tokens = heads.q.shape[2]
         if cache is None and not is_open(tokens) and tokens <= config.first:
             return ChunkInputs(**vars(super().remember(step, heads)))
         size = config.chunk_size
@@ -123,7 +125,8 @@ class LongHeadsAttention(AttentionLayer, name="longheads"):
         return self._remember_in(cache, step, heads, (q, k))
 
     def _remember_in(self, cache: KVCache, step: Step, heads: Heads, rotated: tuple[Tensor, Tensor]) -> ChunkInputs:
-        config, (q, k) = self.config, rotated
+        config = self.config
+        q, k = rotated
         grows = self._may_complete(cache, step, q.shape[2])
         now = {name: {"key": heads.k, "query": heads.q}[name] for name in self._rings}
         back = {"key": config.chunk_size - 1 if grows else 0}
@@ -197,11 +200,12 @@ class LongHeadsAttention(AttentionLayer, name="longheads"):
             recent: Queries and keys of the ``w - 1`` tokens before the call and of the call, not rotated.
             values: All values ``[B, G, S, D]``.
         """
-        size, tokens = self.config.chunk_size, step.x.shape[1]
+        size = self.config.chunk_size
+        tokens = step.x.shape[1]
         before = size - 1
-        place = torch.arange((before + tokens) // size * size, device=step.x.device)
+        token = torch.arange((before + tokens) // size * size, device=step.x.device)
         offset = column(step.offset)
-        slot = place.unsqueeze(0) + (offset - offset % size)  # [B|1, P * w]
+        slot = token.unsqueeze(0) + (offset - offset % size)  # [B|1, P * w]
         # Rows behind the call's last token are of chunks that are not complete.
         row = (slot - offset + before).clamp(max=before + tokens - 1)
         k = take(recent["key"], row)
@@ -219,10 +223,11 @@ class LongHeadsAttention(AttentionLayer, name="longheads"):
             k: Keys ``[B, G, N * w, D]``, not rotated.
             v: Values ``[B, G, N * w, D]``.
         """
-        size, dtype = self.config.chunk_size, torch.promote_types(k.dtype, torch.float32)
-        place = torch.arange(size, device=k.device).repeat(k.shape[2] // size)
-        q, k_turned = self.rotate(place, q.to(dtype), k.to(dtype))
-        keys = in_chunks(k_turned, size)  # [B, G, N, w, D]
+        size = self.config.chunk_size
+        dtype = torch.promote_types(k.dtype, torch.float32)
+        index = torch.arange(size, device=k.device).repeat(k.shape[2] // size)
+        q, rotated = self.rotate(index, q.to(dtype), k.to(dtype))
+        keys = in_chunks(rotated, size)  # [B, G, N, w, D]
         if self.config.chunk_rep == "mean_key":
             return for_heads(keys.mean(3), self._local_heads).to(k.dtype)  # [B, H, N, D]
         queries, values = (in_chunks(x, size) for x in (q, v.to(dtype)))
@@ -277,14 +282,15 @@ class LongHeadsAttention(AttentionLayer, name="longheads"):
             raise UnsupportedError("plan_for: longheads chooses by queries that are not rotated, got rotated ones")
         return super().plan_for(ChunkInputs(**vars(inputs)), offset=offset, lengths=lengths)
 
-    def _extras(self, q: Tensor, places: int) -> Extras:
-        rotary, config = self.config.rotary, self.config
+    def _extras(self, q: Tensor, positions: int) -> Extras:
+        config = self.config
+        rotary = config.rotary
         if rotary is None:
             return Extras()
         dtype = torch.promote_types(q.dtype, torch.float32)
-        make = shared_turns if may_share(q) else turns_of_places
+        make = shared_rotation_tables if may_share(q) else rotation_tables
         length = config.chunk_size
-        while length < places:
+        while length < positions:
             length *= 2
         return Extras(rope=make(rotary, config.head_width, length, dtype, q.device))
 
@@ -300,8 +306,10 @@ class LongHeadsAttention(AttentionLayer, name="longheads"):
 
     def streams(self) -> dict[str, Stream]:
         """Keys and values of each token, a key of each chunk, and the last tokens as they were before rotation."""
-        config, streams = self.config, super().streams()
-        groups, width = streams["k"].heads, config.head_width
+        config = self.config
+        streams = super().streams()
+        groups = streams["k"].heads
+        width = config.head_width
         streams["chunk_key"] = Stream(self._local_heads, width, every=config.chunk_size)
         for name in self._rings:
             heads = groups if name == "key" else self._local_heads

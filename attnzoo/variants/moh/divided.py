@@ -117,7 +117,9 @@ def read_in_place(operation: Operation, inputs: AttentionInputs) -> Tensor:
     """
     if inputs.q_pos is None:
         raise AssertionError("one token whose heads are chosen has positions")
-    q, k, v = inputs.q, inputs.k, inputs.v
+    q = inputs.q
+    k = inputs.k
+    v = inputs.v
     each = q.shape[1] // k.shape[1]
     outs = []
     for item, positions in enumerate(inputs.q_pos[:, ::each, 0].tolist()):

@@ -60,7 +60,8 @@ class MoHAttention(AttentionLayer, name="moh"):
     def build_projections(self, *, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
         """As the base; with a learned router ``router``, ``shared_router`` and ``type_router`` where they decide."""
         super().build_projections(device=device, dtype=dtype)
-        counts, has = self.config.counts, self.config.router == "learned"
+        counts = self.config.counts
+        has = self.config.router == "learned"
 
         def build(needed: bool, outputs: int) -> nn.Linear | None:
             if not (has and needed):
@@ -91,11 +92,13 @@ class MoHAttention(AttentionLayer, name="moh"):
 
     def route(self, x: Tensor, q: Tensor) -> Routing:
         """The router's decision about tokens ``[B, T, C]`` with queries ``[B, H, T, D]``, in fp32 at least."""
-        config, counts = self.config, self.config.counts
+        config = self.config
+        counts = self.config.counts
         dtype = torch.promote_types(q.dtype, torch.float32)
         if config.router == "norm" and counts.routed:
             lengths = torch.linalg.vector_norm(q[:, counts.shared :], dim=-1, dtype=dtype).transpose(1, 2)
-            every, c = config.ste_scope == "all", config.ste_coefficient
+            every = config.ste_scope == "all"
+            c = config.ste_coefficient
             routing = by_norm(lengths, counts, eps=config.eps, coefficient=c, every=every)
         else:
             logits = self._router_logits(x, dtype)
@@ -222,7 +225,9 @@ class MoHAttention(AttentionLayer, name="moh"):
 
     def _cover(self, step: Step, inputs: AttentionInputs) -> BlockLayout:
         """The blocks of every row."""
-        config, tokens, slots = self.config, inputs.q.shape[2], inputs.k.shape[2]
+        config = self.config
+        tokens = inputs.q.shape[2]
+        slots = inputs.k.shape[2]
         if config.window is None:
             return dense_layout(config.block_size, tokens, slots, inputs.q)
         cover = Cover(config.window, config.sink, config.causal, step.offset)

@@ -35,10 +35,10 @@ class Rows:
         if is_readable(wanted) and wanted.numel():
             longest = int(wanted.sum(-1).max())
         # A row that is not wanted is written behind the last, which is cut off.
-        place = torch.where(wanted, wanted.cumsum(-1) - 1, longest)
+        row = torch.where(wanted, wanted.cumsum(-1) - 1, longest)
         index = torch.arange(tokens, device=wanted.device).expand(batch, heads, tokens)
         token = torch.full((batch, heads, longest + 1), -1, dtype=torch.int64, device=wanted.device)
-        return cls(token.scatter(-1, place, index)[..., :longest], tokens)
+        return cls(token.scatter(-1, row, index)[..., :longest], tokens)
 
     @property
     def present(self) -> Tensor:
@@ -46,7 +46,7 @@ class Rows:
         return self.token >= 0
 
     def _flat(self, *, heads_first: bool) -> Tensor:
-        """Each row's place in ``[B, H, T]`` or ``[B, T, H]``; absent rows go to a head's first token."""
+        """Each row's index in ``[B, H, T]`` or ``[B, T, H]``; absent rows go to a head's first token."""
         batch, heads, _ = self.token.shape
         item = torch.arange(batch, device=self.token.device).view(-1, 1, 1)
         head = torch.arange(heads, device=self.token.device).view(1, -1, 1)
@@ -69,12 +69,12 @@ class Rows:
     def scatter(self, rows: Tensor) -> Tensor:
         """``[B, H, T, D]`` from rows ``[B, H, R, D]``; 0 where there is none."""
         batch, heads, _, width = rows.shape
-        places = batch * self.tokens * heads
+        size = batch * self.tokens * heads
         flat = rows.reshape(batch * heads * self.token.shape[2], width)
-        # Absent rows are written behind the last place, which is cut off.
-        index = torch.where(self.present, self._flat(heads_first=False), places).reshape(-1)
-        whole = rows.new_zeros(places + 1, width).index_copy_(0, index, flat)
-        return whole[:places].view(batch, self.tokens, heads, width).transpose(1, 2)
+        # Absent rows are written behind the last one, which is cut off.
+        index = torch.where(self.present, self._flat(heads_first=False), size).reshape(-1)
+        whole = rows.new_zeros(size + 1, width).index_copy_(0, index, flat)
+        return whole[:size].view(batch, self.tokens, heads, width).transpose(1, 2)
 
     def add_products(self, total: Tensor, rows: Tensor, weights: Sequence[Tensor]) -> None:
         """Adds the products of rows ``[B, H, R, D]`` with their head's ``[C, D]`` to their tokens' ``[B * T, C]``.
@@ -82,9 +82,9 @@ class Rows:
         Rows that are absent have to be 0.
         """
         item = torch.arange(rows.shape[0], device=rows.device).view(-1, 1, 1)
-        places = (item * self.tokens + self.token.clamp(min=0)).unbind(1)
-        for place, of_head, weight in zip(places, rows.unbind(1), weights, strict=True):
-            total.index_add_(0, place.flatten(), of_head.flatten(0, 1) @ weight.t())
+        indices = (item * self.tokens + self.token.clamp(min=0)).unbind(1)
+        for index, of_head, weight in zip(indices, rows.unbind(1), weights, strict=True):
+            total.index_add_(0, index.flatten(), of_head.flatten(0, 1) @ weight.t())
 
     def positions(self, q_pos: Tensor | None, first: int) -> Tensor:
         """The slot of each row, int32 ``[B, H, R]``, from those of the tokens (``None``: token t has ``first + t``)."""

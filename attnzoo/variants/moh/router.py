@@ -89,14 +89,17 @@ def learned(
     shared = like.new_ones(*like.shape[:2], counts.shared)
     if of_shared is not None:
         shared = shares(of_shared, counts.shared if code else 1)
-    routed, chosen, probs = like.new_zeros(*like.shape[:2], 0), None, None
+    routed = like.new_zeros(*like.shape[:2], 0)
+    chosen = None
+    probs = None
     if of_routed is not None:
         probs = of_routed.softmax(-1)
         chosen = best(probs, counts)
         routed = shares(of_routed, counts.active, chosen) if code else probs.masked_fill(~chosen, 0)
     if of_types is not None:
         types = shares(of_types, 2 if code else 1)
-        shared, routed = shared * types[..., :1], routed * types[..., 1:]
+        shared = shared * types[..., :1]
+        routed = routed * types[..., 1:]
     return Routing(torch.cat([shared, routed], -1), _with_shared(chosen, counts, like), probs)
 
 
@@ -145,10 +148,12 @@ def balance_loss(routing: Routing, counts: Counts, real: Tensor | None, scale: N
     used = routing.active[..., counts.shared :].to(probs.dtype)
     if real is None:
         tokens = max(1, probs.shape[0] * probs.shape[1])
-        mean, share = probs.sum((0, 1)) / tokens, used.sum((0, 1)) / tokens
+        mean = probs.sum((0, 1)) / tokens
+        share = used.sum((0, 1)) / tokens
     else:
         weight = real.unsqueeze(-1).to(probs.dtype)
         count = weight.sum().clamp(min=1)
-        mean, share = (probs * weight).sum((0, 1)) / count, (used * weight).sum((0, 1)) / count
+        mean = (probs * weight).sum((0, 1)) / count
+        share = (used * weight).sum((0, 1)) / count
     loss = (mean * share).sum()
     return loss * counts.routed if scale == "code" else loss

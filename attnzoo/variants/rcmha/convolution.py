@@ -59,7 +59,8 @@ class DepthwiseConvolution(nn.Module):
             x: ``[B, h', T, D]``, h' any multiple that broadcasts; zeros where there is no token.
             history: The n - 1 values before x, ``[B, h', n - 1, D]``; ``None`` means zeros. Causal only.
         """
-        size, tokens = self.weight.shape[-1], x.shape[2]
+        size = self.weight.shape[-1]
+        tokens = x.shape[2]
         before = size - 1 - self.centre
         acc = torch.promote_types(x.dtype, torch.float32)
         wide = pad(x, (0, 0, before if history is None else 0, self.centre)).to(acc)

@@ -142,7 +142,7 @@ class ConvolvedHeads(Heads):
 class PlacedInputs(AttentionInputs):
     """What the operation sees, and the keys' positions ``[B|1, S]`` where the caller gave some."""
 
-    places: Tensor | None = None
+    key_positions: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,7 +161,7 @@ class PlacedCache(KVCache):
         """Whether positions are held."""
         return "position" in self._buffers
 
-    def place(self) -> None:
+    def hold_positions(self) -> None:
         """Holds positions from now on; those of the tokens held so far are their slots."""
         if not self.placed:
             self._buffers["position"] = self._slots()
@@ -203,7 +203,8 @@ class RCMHAAttention(AttentionLayer, name="rcmha"):
         """Projections, convolutions and distances."""
         super().build_projections(device=device, dtype=dtype)
         config = self.config
-        heads, width = config.num_heads, config.head_width
+        heads = config.num_heads
+        width = config.head_width
         self.conv = nn.ModuleDict()
         for name in config.conv_on:
             own = heads if name == "q" else config.kv_heads
@@ -225,7 +226,9 @@ class RCMHAAttention(AttentionLayer, name="rcmha"):
 
     def _relative_shapes(self) -> dict[str, tuple[int, ...]]:
         config = self.config
-        heads, width, reach = config.num_heads, config.head_width, config.max_distance
+        heads = config.num_heads
+        width = config.head_width
+        reach = config.max_distance
         if config.rel is None:
             return {}
         biases = {"rel_u": (heads, width), "rel_v": (heads, width)}
@@ -309,31 +312,36 @@ class RCMHAAttention(AttentionLayer, name="rcmha"):
 
     def remember(self, step: PlacedStep, heads: ConvolvedHeads) -> PlacedInputs:  # type: ignore[override]
         """Caches convolved keys and values, and the last values before the convolutions."""
-        q, k, v = heads.q, heads.k, heads.v
+        q = heads.q
+        k = heads.k
+        v = heads.v
         if self.config.rel is not None:
             q = q + self.rel_u.unsqueeze(1).to(q.dtype)  # [H, 1, D]
         if self.config.rotary is not None:
             q, k = self.rotate(step.positions, q, k)
         given = step.given and self.config.rel == "sinusoidal"
-        places = step.positions if given else None
+        key_positions = step.positions if given else None
         cache = step.cache
         if cache is not None:
             values = {"k": k, "v": v, **heads.before}
             if isinstance(cache, PlacedCache) and given:
-                cache.place()
+                cache.hold_positions()
             placed = isinstance(cache, PlacedCache) and cache.placed
             if placed:
                 values["position"] = step.positions.to(torch.int32).expand(step.x.shape[0], -1)[:, None, :, None]
             # Distances may be all that is trained.
             training = is_training(q, k, v, *self.parameters(recurse=False))
             seen = cache.append(values, step.lengths, differentiable=training)
-            k, v = seen["k"], seen["v"]
-            places = seen["position"].flatten(1) if placed else None  # [B, S]
-        return PlacedInputs(**vars(self.attention_inputs(step, q, k, v)), places=places)
+            k = seen["k"]
+            v = seen["v"]
+            key_positions = seen["position"].flatten(1) if placed else None  # [B, S]
+        return PlacedInputs(**vars(self.attention_inputs(step, q, k, v)), key_positions=key_positions)
 
     def plan(self, step: Step, heads: Heads, inputs: PlacedInputs) -> ClippedPlan:  # type: ignore[override]
         """Everything is read; distances come as auxiliary channels, or as a learned part."""
-        config, tokens, slots = self.config, inputs.q.shape[2], inputs.k.shape[2]
+        config = self.config
+        tokens = inputs.q.shape[2]
+        slots = inputs.k.shape[2]
         layout = dense_layout(DENSE_BLOCK, tokens, slots, inputs.q)
         if config.rel is None:
             return ClippedPlan(layout, Extras(), config.causal)
@@ -342,12 +350,12 @@ class RCMHAAttention(AttentionLayer, name="rcmha"):
             tau = q @ self.rel_table.transpose(1, 2)  # [B, H, T, distances]
             return ClippedPlan(layout, Extras(), config.causal, tau=tau, first=step.offset)
         gamma = q @ self.rel_proj  # [B, H, T, Da]
-        places = inputs.places
-        if places is None:
+        key_positions = inputs.key_positions
+        if key_positions is None:
             q_aux, k_aux = channels_by_slot(gamma, inputs.q_pos, slots)
         else:
             present = None if inputs.q_pos is None else inputs.q_pos.squeeze(1) >= 0
-            q_aux, k_aux = channels_by_position(gamma, step.positions, places, present)
+            q_aux, k_aux = channels_by_position(gamma, step.positions, key_positions, present)
         dtype = inputs.q.dtype
         return ClippedPlan(layout, Extras(aux=(q_aux.to(dtype), k_aux.to(dtype))), config.causal)
 
@@ -369,7 +377,8 @@ class RCMHAAttention(AttentionLayer, name="rcmha"):
 
     def streams(self) -> dict[str, Stream]:
         """Keys and values, and rings of what the convolutions still need."""
-        config, streams = self.config, super().streams()
+        config = self.config
+        streams = super().streams()
         history = config.conv_size - 1
         if self._convolved() and config.conv_pos == "pre_proj":
             streams["conv_x"] = Stream(1, config.dim, ring=history)

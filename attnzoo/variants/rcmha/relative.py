@@ -9,7 +9,7 @@ theorem takes the distance apart, for any i and j:
           [a \sin i\omega + c \cos i\omega \| c \sin i\omega - a \cos i\omega] \cdot [\cos j\omega \| \sin j\omega]
 
 so that a score over distances is one over channels, and no ``T x S`` matrix of distances exists. Only differences
-matter: places are counted from the last key, so that angles stay small where rows and keys are near it, whatever the
+matter: positions are counted from the last key, so that angles stay small where rows and keys are near it, whatever the
 length. Angles are fp64.
 
 Letters: B batch, H query heads, T query tokens, S key tokens, D head width, Da channels, R the largest distance told
@@ -31,21 +31,21 @@ BASE = 10000.0
 """The longest wavelength over 2 pi, as in the paper."""
 
 
-def waves(places: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    """``[cos | sin]`` of places times frequencies, ``[..., Da]``; the angles are fp64.
+def waves(positions: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """``[cos | sin]`` of positions times frequencies, ``[..., Da]``; the angles are fp64.
 
     Args:
-        places: Integers ``[...]``.
+        positions: Integers ``[...]``.
         width: Da, even.
         dtype: Of the result.
     """
-    exponent = torch.arange(0, width, 2, dtype=torch.float64, device=places.device) / width
-    angles = places.to(torch.float64).unsqueeze(-1) * torch.pow(BASE, -exponent)
+    exponent = torch.arange(0, width, 2, dtype=torch.float64, device=positions.device) / width
+    angles = positions.to(torch.float64).unsqueeze(-1) * torch.pow(BASE, -exponent)
     return torch.cat((angles.cos().to(dtype), angles.sin().to(dtype)), -1)
 
 
 def waves_behind(slots: int, width: int, like: Tensor) -> Tensor:
-    """Waves of the places ``-(slots - 1)`` to 0, ``[slots, Da]``, in fp32 at least; a view of a table that is kept."""
+    """Waves of positions ``-(slots - 1)`` to 0, ``[slots, Da]``, in fp32 at least; a view of a table that is kept."""
     dtype = torch.promote_types(like.dtype, torch.float32)
     if not may_share(like):
         return waves(torch.arange(slots, device=like.device) - (slots - 1), width, dtype)
@@ -55,7 +55,7 @@ def waves_behind(slots: int, width: int, like: Tensor) -> Tensor:
 
 @remembers(8)
 def _shared_waves(size: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A power of two of places serves all lengths up to it: a decoding step makes no table."""
+    """A power of two of positions serves all lengths up to it: a decoding step makes no table."""
     with torch.inference_mode(False), torch.no_grad():
         return waves(torch.arange(1 - size, 1, device=device), width, dtype)
 
@@ -65,7 +65,7 @@ def query_channels(gamma: Tensor, rows: Tensor) -> Tensor:
 
     Args:
         gamma: ``[B, H, T, Da]``, the factors of ``[sin | cos]`` of a distance.
-        rows: Waves of the rows' places, ``[B|1, 1, T, Da]``.
+        rows: Waves of the rows' positions, ``[B|1, 1, T, Da]``.
     """
     a, c = gamma.chunk(2, -1)
     cos, sin = rows.chunk(2, -1)
@@ -94,13 +94,15 @@ def channels_by_position(gamma: Tensor, rows: Tensor, keys: Tensor, present: Ten
         keys: The keys' positions, integers ``[B|1, S]``.
         present: Which rows are tokens, bool ``[B, T]``; the others' positions have no meaning. ``None`` means all.
     """
-    dtype, width = torch.promote_types(gamma.dtype, torch.float32), gamma.shape[-1]
+    dtype = torch.promote_types(gamma.dtype, torch.float32)
+    width = gamma.shape[-1]
     if rows.shape[1]:
         least = torch.iinfo(rows.dtype).min
         last = (rows if present is None else torch.where(present, rows, least)).amax(1, keepdim=True)
         # An item without a token has no last one.
         last = torch.where(last == least, 0, last)
-        rows, keys = rows - last, keys - last
+        rows = rows - last
+        keys = keys - last
     q_aux = query_channels(gamma, waves(rows, width, dtype).unsqueeze(1))
     return q_aux, waves(keys, width, gamma.dtype).unsqueeze(1)
 
@@ -141,7 +143,8 @@ def attend_clipped(call: Clipped, tau: Tensor, *, causal: bool, block: int) -> T
         causal: Whether keys behind the row alone are read.
         block: Tokens in a block of the layouts.
     """
-    tokens, slots = call.q.shape[2], call.k.shape[2]
+    tokens = call.q.shape[2]
+    slots = call.k.shape[2]
     reach = tau.shape[-1] - 1 if causal else (tau.shape[-1] - 1) // 2
     q_pos = call.extras.q_pos
     if q_pos is None:
@@ -169,7 +172,8 @@ def attend_clipped(call: Clipped, tau: Tensor, *, causal: bool, block: int) -> T
 
 def _near(call: Clipped, tau: Tensor, q_pos: Tensor, reach: int, *, causal: bool, block: int) -> tuple[Tensor, Tensor]:
     """The state over the keys nearer than ``reach``."""
-    tokens, slots = call.q.shape[2], call.k.shape[2]
+    tokens = call.q.shape[2]
+    slots = call.k.shape[2]
     least = 0 if causal else 1 - reach
     period = reach - least
     residue = torch.arange(period, device=tau.device)

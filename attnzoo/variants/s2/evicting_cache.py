@@ -50,16 +50,18 @@ class PoolCache(KVCache):
     """
 
     def __init__(self, streams: Mapping[str, Stream], *, pattern: Pattern, max_length: int, **options: Any) -> None:
-        place, blocks = _places(pattern)
+        index, blocks = _pool_indices(pattern)
         width = {name: Stream(1, stream.width, stream.dtype) for name, stream in streams.items()}
         super().__init__(width, max_length=(blocks + 1) * pattern.block - 1, **options)
         self.max_length = max_length
-        self.pattern, self.blocks = pattern, blocks
-        kept, count = pattern.kept, pattern.kept.sum(1)
+        self.pattern = pattern
+        self.blocks = blocks
+        kept = pattern.kept
+        count = kept.sum(1)
         order = torch.argsort(kept.to(torch.uint8), dim=1, descending=True, stable=True)
         order = torch.where(torch.arange(kept.shape[1], device=kept.device) < count.unsqueeze(1), order, -1)
         self._most_kept = kept.cumsum(1).amax(0).tolist()
-        self._kept, self._order, self._place = (x.to(self.device) for x in (kept, order, place))
+        self._kept, self._order, self._index = (x.to(self.device) for x in (kept, order, index))
         self._staged: tuple[dict[str, Tensor], int | Tensor] | None = None
 
     @property
@@ -119,16 +121,20 @@ class PoolCache(KVCache):
         """Writes the staged tokens where a later row may read them; called when the call has succeeded."""
         if self._staged is None:
             return
-        (values, lengths), self._staged = self._staged, None
-        tokens, device = next(iter(values.values())).shape[2], self.device
+        values, lengths = self._staged
+        self._staged = None
+        tokens = next(iter(values.values())).shape[2]
+        device = self.device
         token = torch.arange(tokens, device=device)
-        count, offset = _column(lengths), _column(self.offset)
+        count = _column(lengths)
+        offset = _column(self.offset)
         slot = (token + offset).expand(self.batch, -1)  # [B, T]
         block = (slot // self.pattern.block).clamp(max=self._kept.shape[1] - 1)
         last = torch.as_tensor((offset + count - 1) // self.pattern.block, device=device)
-        near, real = block > last - self.pattern.local, token < count
+        near = block > last - self.pattern.local
+        real = token < count
         written = (self._kept[:, block] | near) & real  # [G, B, T]
-        row = self._place[:, block] * self.pattern.block + slot % self.pattern.block
+        row = self._index[:, block] * self.pattern.block + slot % self.pattern.block
         row = torch.where(written, row, self.blocks * self.pattern.block).transpose(0, 1)  # [B, G, T]
         item = torch.arange(self.batch, device=device).view(-1, 1, 1)
         with torch.no_grad():
@@ -138,7 +144,8 @@ class PoolCache(KVCache):
             self.length += tokens
             self.bound = self.length
         else:
-            self._lengths, self.length = self.lengths + lengths, None
+            self._lengths = self.lengths + lengths
+            self.length = None
             self.bound = min(self.bound + tokens, self.max_length)
 
     def past(self, call: PoolInputs, scale: float | None, impl: str) -> tuple[Tensor, Tensor]:
@@ -158,7 +165,8 @@ class PoolCache(KVCache):
         )
         layout = BlockLayout.from_indices(index, grid.block_q, self.pattern.block, rows, k.shape[2])
         out, lse = block_sparse_attention_with_lse(q, k, v, layout, causal=False, scale=scale, extras=extras, impl=impl)
-        out, lse = out.view(batch, heads, rows, -1), lse.view(batch, heads, rows, 1)
+        out = out.view(batch, heads, rows, -1)
+        lse = lse.view(batch, heads, rows, 1)
         return drop_front(out, grid.front, tokens), drop_front(lse, grid.front, tokens).squeeze(-1)
 
     def _pool(self, name: str, call: PoolInputs) -> Tensor:
@@ -182,25 +190,27 @@ class PoolCache(KVCache):
         twice = self._kept[head, at]
         twice[..., : kept.shape[-1]] = False
         item = torch.arange(self.batch, device=own.device).view(-1, 1, 1, 1)
-        return torch.where(held & ~twice, self._place[head, at] + item * (self.blocks + 1), -1)
+        return torch.where(held & ~twice, self._index[head, at] + item * (self.blocks + 1), -1)
 
     def _unfilled(self, dtype: torch.dtype) -> Tensor:
         """A bias ``[1, 1, B (P + 1) w]`` that hides what lies behind the tokens in the block that is being filled."""
-        block, device = self.pattern.block, self.device
+        block = self.pattern.block
+        device = self.device
         offset = torch.as_tensor(self.offset, device=device).expand(self.batch)
         # An item that is full fills no block, and has no row that could read one.
         filling = (offset // block).clamp(max=self._kept.shape[1] - 1)
         item = torch.arange(self.batch, device=device)
-        place = (self._place[:, filling] + item * (self.blocks + 1)).T  # [B, G]
+        index = (self._index[:, filling] + item * (self.blocks + 1)).T  # [B, G]
         hidden = torch.arange(block, device=device) >= (offset % block).unsqueeze(1)  # [B, w]
         bias = torch.zeros(self.batch * (self.blocks + 1), block, dtype=_bias_dtype(dtype), device=device)
         part = bias.new_zeros(hidden.shape).masked_fill(hidden, -torch.inf)
-        bias[place] = part.unsqueeze(1).expand(-1, place.shape[1], -1)
+        bias[index] = part.unsqueeze(1).expand(-1, index.shape[1], -1)
         return bias.view(1, 1, -1)
 
     def own(self, call: PoolInputs, scale: float | None, impl: str) -> tuple[Tensor, Tensor]:
         """The state of a call's rows over the call's own tokens: ``[B, H, T, Dv]`` and ``[B, H, T]``."""
-        tokens, size = call.q.shape[2], self.pattern.block
+        tokens = call.q.shape[2]
+        size = self.pattern.block
         shared = not isinstance(self.offset, Tensor)
         if tokens == 1 or (shared and self.offset % size + tokens <= size):
             # One block, in which causality is the whole rule.
@@ -210,8 +220,10 @@ class PoolCache(KVCache):
             return block_sparse_attention_with_lse(
                 call.q, call.k, call.v, layout, scale=scale, extras=Extras(q_pos=q_pos), impl=impl
             )
-        keys, grid = _Grid.of(size, self.offset, size), _Grid.of(size, self.offset, tokens)
-        slots, rows = keys.front_tokens + tokens, grid.front_tokens + tokens
+        keys = _Grid.of(size, self.offset, size)
+        grid = _Grid.of(size, self.offset, tokens)
+        slots = keys.front_tokens + tokens
+        rows = grid.front_tokens + tokens
         k, v = (add_front(x, keys.front, slots) for x in (call.k, call.v))
         # Rows and keys count from the edge of the block in which the call begins.
         q_pos = torch.arange(tokens, device=call.q.device) + _column(keys.front)
@@ -287,7 +299,7 @@ class _Grid:
         return (torch.as_tensor(_column(self.first), device=device) + begin.unsqueeze(0)) // self.block
 
 
-def _places(pattern: Pattern) -> tuple[Tensor, int]:
+def _pool_indices(pattern: Pattern) -> tuple[Tensor, int]:
     """Where each head's blocks lie in an item's regions, int64 ``[G, N]``, and how many blocks these have."""
     kept = pattern.kept
     free = (~kept).long().cumsum(1)
@@ -296,8 +308,8 @@ def _places(pattern: Pattern) -> tuple[Tensor, int]:
     ring = (free - before).amax(1, keepdim=True)
     held = kept.sum(1, keepdim=True)
     sizes = held + ring
-    place = torch.where(kept, kept.cumsum(1) - 1, held + (free - 1) % ring.clamp(min=1))
-    return place + sizes.cumsum(0) - sizes, int(sizes.sum())
+    index = torch.where(kept, kept.cumsum(1) - 1, held + (free - 1) % ring.clamp(min=1))
+    return index + sizes.cumsum(0) - sizes, int(sizes.sum())
 
 
 def _column(x: int | Tensor, dims: int = 2) -> Any:

@@ -154,20 +154,21 @@ class S2Attention(AttentionLayer, name="s2"):
 
     def plan(self, step: Step, heads: Heads, inputs: AttentionInputs) -> Plan:
         """The shards of each item's own blocks."""
-        config, tokens = self.config, inputs.q.shape[2]
+        config = self.config
+        tokens = inputs.q.shape[2]
         slots = inputs.slots if isinstance(inputs, PoolInputs) else inputs.k.shape[2]
         offset = step.offset if config.causal else 0
         groups = self._groups(inputs.k.shape[1])
         if not isinstance(offset, Tensor):
             block_q = config.block_size if offset == 0 or tokens >= config.block_size else 1
             front = offset % block_q
-            place = _Place(offset - front, block_q, front + tokens, slots, *groups)
+            extent = _Extent(offset - front, block_q, front + tokens, slots, *groups)
             build = _shared_layout if may_share(inputs.q) else _layout
-            return Plan(build(config, place, inputs.q.device), Extras(), config.causal, front=front)
+            return Plan(build(config, extent, inputs.q.device), Extras(), config.causal, front=front)
         block_q = config.block_size if tokens >= config.block_size else 1
         first = offset - offset % block_q
-        place = _Place(first, block_q, tokens + block_q - 1, slots, *groups)
-        return Plan(_layout(config, place, inputs.q.device), Extras(), config.causal, front=offset - first)
+        extent = _Extent(first, block_q, tokens + block_q - 1, slots, *groups)
+        return Plan(_layout(config, extent, inputs.q.device), Extras(), config.causal, front=offset - first)
 
     def operate(self, inputs: AttentionInputs, plan: Plan) -> Tensor:
         """The operation; over a pool, and over what this call brings."""
@@ -247,7 +248,7 @@ class S2Attention(AttentionLayer, name="s2"):
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Extent:
     """Where the rows of one layout lie.
 
     Attributes:
@@ -267,9 +268,9 @@ class _Place:
     heads: int
 
 
-def _layout(config: S2Config, place: _Place, device: torch.device) -> BlockLayout:
-    sizes = (place.block_q, config.block_size, place.rows, place.slots)
-    heads = range(place.first_head, place.first_head + place.heads)
+def _layout(config: S2Config, extent: _Extent, device: torch.device) -> BlockLayout:
+    sizes = (extent.block_q, config.block_size, extent.rows, extent.slots)
+    heads = range(extent.first_head, extent.first_head + extent.heads)
     dense = [n >= config.kv_heads - config.num_dense_heads for n in heads]
     if not isinstance(config.local_blocks, int) or not config.causal:
         return BlockLayout.from_mask(_relative(config, sizes, dense, device), *sizes)
@@ -282,7 +283,7 @@ def _layout(config: S2Config, place: _Place, device: torch.device) -> BlockLayou
         shift=[n * step + config.head_offset for n in (heads[:1] if uniform else heads)],
         sink_blocks=config.sink_blocks,
         dense_heads=dense if any(dense) else None,
-        q_start=place.first,
+        q_start=extent.first,
         device=device,
     )
 
@@ -302,7 +303,7 @@ def _relative(config: S2Config, sizes: tuple[int, int, int, int], dense: list[bo
 
 
 @remembers(32)
-def _shared_layout(config: S2Config, place: _Place, device: torch.device) -> BlockLayout:
+def _shared_layout(config: S2Config, extent: _Extent, device: torch.device) -> BlockLayout:
     """One layout, and thereby one schedule, for all layers of a model."""
     with torch.inference_mode(False):
-        return _layout(config, place, device)
+        return _layout(config, extent, device)

@@ -124,7 +124,7 @@ def grid_without_room_for_an_unfinished_block(patch: Patch) -> None:
 
 
 MUTANTS: dict[str, Callable[[Patch], None]] = {
-    "older landmarks scored where they stand": text(retrieval, "_scores", "if turns is not None:", "if False:"),
+    "older landmarks scored where they stand": text(retrieval, "_scores", "if rotations is not None:", "if False:"),
     "older landmarks scored a place further": text(retrieval, "_scores", "(older - 1).clamp(min=0)", "older"),
     "one block more taken for recent": text(retrieval, "_shift", "taken >= older", "taken >= older - 1"),
     "blocks packed a place nearer": text(retrieval, "_shift", "older - 1 + rank", "older + rank"),
@@ -135,7 +135,7 @@ MUTANTS: dict[str, Callable[[Patch], None]] = {
     ),
     "rounding chooses among equal landmarks": text(retrieval, "_rounding", "unit = 16 *", "unit = 0 *"),
     "landmarks that differ taken for equal": text(retrieval, "_rounding", "unit = 16 *", "unit = 1e15 *"),
-    "the worst landmarks chosen": text(variant, "retrieve", "turns) * scale", "turns) * -scale"),
+    "the worst landmarks chosen": text(variant, "retrieve", "rotations) * scale", "rotations) * -scale"),
     "landmarks in a slot of ordinary tokens": grid_without_room_for_an_unfinished_block,
     "packed blocks as wide as tokens": stride_of_tokens,
     "top-k takes all for a block too long": text(

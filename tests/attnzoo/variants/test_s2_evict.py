@@ -289,8 +289,8 @@ MUTANTS: dict[str, tuple[Any, str, str, str]] = {
         "offset % block + 1)",
     ),
     "nothing is hidden": (evicting_cache.PoolCache, "_unfilled", "-torch.inf", "0.0"),
-    "rings one block short": (evicting_cache, "_places", ".amax(1, keepdim=True)", ".amax(1, keepdim=True) - 1"),
-    "heads share their regions": (evicting_cache, "_places", "sizes.cumsum(0) - sizes", "0 * sizes"),
+    "rings one block short": (evicting_cache, "_pool_indices", ".amax(1, keepdim=True)", ".amax(1, keepdim=True) - 1"),
+    "heads share their regions": (evicting_cache, "_pool_indices", "sizes.cumsum(0) - sizes", "0 * sizes"),
     "one near block freed too early": (evicting_cache.PoolCache, "commit", "last - self.pattern.local", "last - 1"),
     "padding is written": (
         evicting_cache.PoolCache,

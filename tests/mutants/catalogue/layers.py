@@ -139,11 +139,11 @@ MUTANTS = (
         wrong="a long call that fails leaves its tokens in a ring",
     ),
     pool(
-        "pool-place-of-groups", old="return place + sizes.cumsum(0) - sizes, int(sizes.sum())", new="return place + sizes.cumsum(0), int(sizes.sum() + sizes[-1])",
+        "pool-place-of-groups", old="return index + sizes.cumsum(0) - sizes, int(sizes.sum())", new="return index + sizes.cumsum(0), int(sizes.sum() + sizes[-1])",
         wrong="regions begin one head late",
     ),
     pool(
-        "pool-near-by-one", old="near, real = block > last - self.pattern.local, token < count", new="near, real = block >= last - self.pattern.local, token < count",
+        "pool-near-by-one", old="near = block > last - self.pattern.local", new="near = block >= last - self.pattern.local",
         wrong="a block that nobody will read overwrites one that somebody will",
         survives="the block that is one too many is written before the newer one that takes its place: only work is lost.",
     ),
@@ -217,7 +217,7 @@ MUTANTS = (
         "s2-dense-heads", old="dense = [n >= config.kv_heads - config.num_dense_heads for n in heads]", new="dense = [n >= config.num_dense_heads for n in heads]", wrong="the wrong heads are dense",
     ),
     s2(
-        "s2-front", old="return Plan(build(config, place, inputs.q.device), Extras(), config.causal, front=front)", new="return Plan(build(config, place, inputs.q.device), Extras(), config.causal, front=0)",
+        "s2-front", old="return Plan(build(config, extent, inputs.q.device), Extras(), config.causal, front=front)", new="return Plan(build(config, extent, inputs.q.device), Extras(), config.causal, front=0)",
         wrong="query blocks of a chunk lie off the sequence's grid", tests=f"{TESTS}/laws/test_contract_memory.py -k 's2 and (chunks or token)'",
     ),
     s2(
@@ -230,7 +230,7 @@ MUTANTS = (
         "lowrank-halves-swapped", old="keys, values = heads.chunk(2, dim=1)", new="values, keys = heads.chunk(2, dim=1)", wrong="keys and values of the latent are swapped",
     ),
     lowrank(
-        "lowrank-keys-by-own-positions", old="self.rotate(step.positions, q), self.rotate(positions, k)", new="self.rotate(step.positions, q), self.rotate(positions - positions[:, :1], k)",
+        "lowrank-keys-by-own-positions", old="self.rotate(positions, k)", new="self.rotate(positions - positions[:, :1], k)",
         wrong="keys are rotated from the first one on",
     ),
     rcmha(

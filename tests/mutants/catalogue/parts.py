@@ -106,7 +106,7 @@ MUTANTS = (
         "routing-unit-size", old="counts.active // counts.unit", new="counts.active", wrong="as many units as heads are active",
     ),
     routing(
-        "routing-types-swapped", old="shared * types[..., :1], routed * types[..., 1:]", new="shared * types[..., 1:], routed * types[..., :1]",
+        "routing-types-swapped", old="shared = shared * types[..., :1]\n        routed = routed * types[..., 1:]", new="shared = shared * types[..., 1:]\n        routed = routed * types[..., :1]",
         wrong="the weights of shared and routed heads are swapped",
     ),
     routing(
@@ -114,7 +114,7 @@ MUTANTS = (
         wrong="the loss counts the use of shared heads as that of routed ones",
     ),
     routing(
-        "routing-loss-padding", old="(probs * weight).sum((0, 1)) / count, (used * weight)", new="(probs * weight).sum((0, 1)) / count, used",
+        "routing-loss-padding", old="share = (used * weight)", new="share = used",
         wrong="padding counts as use of heads", tests=f"{VARIANTS}/test_moh.py -k 'oracle or balance' {TESTS}/oracles/test_oracles.py",
     ),
     routing(
@@ -126,7 +126,7 @@ MUTANTS = (
         wrong="the paper's form weighs kinds of heads twice as high",
     ),
     compaction(
-        "compaction-scatter-order", old="self._flat(heads_first=False), places)", new="self._flat(heads_first=True), places)",
+        "compaction-scatter-order", old="self._flat(heads_first=False), size)", new="self._flat(heads_first=True), size)",
         wrong="rows are written back as if heads came first",
     ),
     compaction(
@@ -147,7 +147,7 @@ MUTANTS = (
         wrong="the windowed layout begins a block too late",
     ),
     compaction(
-        "compaction-product-weights", old="of_head.flatten(0, 1) @ weight.t()", new="of_head.flatten(0, 1) @ weight.t() * (place.flatten() > 0).unsqueeze(1)",
+        "compaction-product-weights", old="of_head.flatten(0, 1) @ weight.t()", new="of_head.flatten(0, 1) @ weight.t() * (index.flatten() > 0).unsqueeze(1)",
         wrong="the first token of a batch gets no product", tests=f"{VARIANTS}/test_moh_projection.py -k 'alone'",
     ),
     landmarks(
