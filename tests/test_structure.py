@@ -28,7 +28,9 @@ LANGUAGE = (
     # A replacement; attention inputs; a read pattern.
     Private("attnzoo.", words=frozenset({"seat", "seats", "seated"}), names=frozenset({"Memory", "Rule"})),
     # Finish, finalise; rotation and index. A host is a family of models: memory is offloaded.
-    *(Private(folder, names=frozenset({"conclude", "settle", "turns", "BlockTurns", "place"})) for folder in LAYERS),
+    *(Private(folder, names=frozenset({"conclude", "settle", "turns", "BlockTurns"})) for folder in LAYERS),
+    # A public attribute of WithLandmarks is called so.
+    *(Private(folder, names=frozenset({"place"}), but="attnzoo.variants.landmark.tokens") for folder in LAYERS),
     *(Private(folder, words=frozenset({"settle", "host"})) for folder in LAYERS),
     # Pack GQA; zero what is not finite.
     Private("attnzoo_kernels", words=frozenset({"fold", "folds", "folded", "silence", "tame"})),
@@ -55,14 +57,14 @@ class Figures:
     long_files: float = 0
     long_functions: float = 0
     many_parameters: float = 0
-    packed_percent: float = 3
+    packed_percent: float = 1
     repeated_classes: float = 0
     private_names: float = 0
     private_prose: float = 0
 
 
 BOUNDS = {
-    "attnzoo": Figures(repeated_classes=1, private_names=16),
+    "attnzoo": Figures(),
     "attnzoo_kernels": Figures(),
     "bench": Figures(),
 }

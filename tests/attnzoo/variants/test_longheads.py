@@ -322,7 +322,9 @@ def test_a_longer_query_chooses_the_same() -> None:
     heads = layer.project(step)
     inputs = layer.remember(step, heads)
     plan = layer.plan(step, heads, inputs)
-    longer = layer.plan(step, heads, replace(inputs, queries=7 * inputs.queries))
+    assert inputs.candidates is not None
+    candidates = replace(inputs.candidates, queries=7 * inputs.candidates.queries)
+    longer = layer.plan(step, heads, replace(inputs, candidates=candidates))
     assert torch.equal(plan.info["chunks"], longer.info["chunks"])
 
 
@@ -389,8 +391,9 @@ def test_no_gradient_goes_through_a_choice() -> None:
     x = tokens(layer, 1, 40)
     inputs = layer.remember(step := layer.begin(x, None, None, None, None), layer.project(step))
     assert inputs.q.requires_grad
-    assert not inputs.chunk_keys.requires_grad
-    assert not inputs.queries.requires_grad
+    assert inputs.candidates is not None
+    assert not inputs.candidates.keys.requires_grad
+    assert not inputs.candidates.queries.requires_grad
 
 
 def test_a_gradient_reaches_chosen_chunks_alone() -> None:
