@@ -74,6 +74,16 @@ class AttentionInputs:
     key_bias: Tensor | None = None
     offloaded: bool = False
 
+    @property
+    def slots(self) -> int:
+        """Slots S that rows may read: those of k, and those that stayed in a cache."""
+        return self.k.shape[2]
+
+    @property
+    def in_cache(self) -> bool:
+        """Whether earlier tokens' keys and values stayed in a cache, so that k and v are this call's alone."""
+        return False
+
 
 @dataclass(frozen=True, eq=False)
 class Plan:

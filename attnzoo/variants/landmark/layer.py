@@ -24,7 +24,7 @@ Letters: B batch, T query tokens, S key tokens, H query heads, G KV heads, D hea
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -62,17 +62,29 @@ _SLOW = (
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class IrregularStep(Step):
-    """A call whose blocks have unequal lengths."""
+class LandmarkStep(Step):
+    """A call and its blocks.
 
-    grid: LandmarkGrid
+    Attributes:
+        grid: The blocks where their lengths are unequal; ``None`` where every ``block_size``-th slot is a landmark.
+    """
 
-    def attention_inputs(self, q: Tensor, k: Tensor, v: Tensor) -> AttentionInputs:
-        """Rotated q, and k and v on the grid."""
-        acc = torch.float64 if q.dtype == torch.float64 else torch.float32
-        holes = self.grid.holes.unsqueeze(1)  # [B, 1, S]
-        bias = torch.zeros(holes.shape, dtype=acc, device=q.device).masked_fill(holes, -torch.inf)
-        return AttentionInputs(q, self.grid.spread(k), self.grid.spread(v), self.grid.q_pos, bias)
+    grid: LandmarkGrid | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class LandmarkInputs(AttentionInputs):
+    """What the operation sees, and where landmarks are.
+
+    Attributes:
+        landmarks: The keys of complete blocks' landmarks, ``[B, G, N, D]``, where k does not lie on the device.
+    """
+
+    landmarks: Tensor | None = None
+
+    def landmark_keys(self, size: int) -> Tensor:
+        """The keys of complete blocks' landmarks, ``[B, G, N, D]``, on the device; a view."""
+        return self.k[:, :, size - 1 :: size] if self.landmarks is None else self.landmarks
 
 
 class LandmarkAttention(AttentionLayer, name="landmark"):
@@ -169,7 +181,7 @@ class LandmarkAttention(AttentionLayer, name="landmark"):
         if positions is None and not self.config.landmark_positions:
             counted = torch.arange(x.shape[1], device=x.device) - is_landmark.long().cumsum(1)
             step = replace(step, positions=counted.clamp(min=0))
-        result = self._run(IrregularStep(**vars(step), grid=LandmarkGrid.of(is_landmark, step.lengths)))
+        result = self._run(replace(step, grid=LandmarkGrid.of(is_landmark, step.lengths)))
         for recording in self.recordings:
             recording.add(self, result.plan)
         return result
@@ -181,9 +193,9 @@ class LandmarkAttention(AttentionLayer, name="landmark"):
         key_padding: Tensor | None,
         cache: KVCache | None,
         context: Tensor | None,
-    ) -> Step:
+    ) -> LandmarkStep:
         """As ever; where landmarks take no position, default positions count ordinary tokens alone."""
-        step = super().begin(x, positions, key_padding, cache, context)
+        step = LandmarkStep(**vars(super().begin(x, positions, key_padding, cache, context)))
         if positions is not None or self.config.landmark_positions:
             return step
         slot = step.positions
@@ -203,38 +215,39 @@ class LandmarkAttention(AttentionLayer, name="landmark"):
         cos, sin = rotary_tables(rotary, self.config.head_width, positions, dtype)
         return tuple(apply_rotary(_apart(x, width), cos, sin) for x in heads)
 
-    def remember(self, step: Step, heads: Heads) -> AttentionInputs:
+    def given_call(
+        self, inputs: AttentionInputs, offset: int | Tensor, lengths: int | Tensor | None
+    ) -> tuple[LandmarkStep, LandmarkInputs]:
+        """As ever; blocks are of ``block_size``, and landmarks lie among the keys."""
+        step, inputs = super().given_call(inputs, offset, lengths)
+        return LandmarkStep(**vars(step)), LandmarkInputs(**vars(inputs))
+
+    # The steps from here on are given the records of this layer's own steps.
+
+    def remember(self, step: LandmarkStep, heads: Heads) -> LandmarkInputs:  # type: ignore[override]
         """As ever, or from CPU memory: the blocks that are read are known only once they are chosen."""
-        if isinstance(step, IrregularStep):
+        if step.grid is not None:
             q, k = self.rotate(step.positions, heads.q, heads.k)
-            return step.attention_inputs(q, k, heads.v)
-        inputs = super().remember(step, heads)
+            return _on_grid(step.grid, q, k, heads.v)
+        inputs = LandmarkInputs(**vars(super().remember(step, heads)))
         cache = step.cache
         if cache is None or not cache.offloaded_nbytes:
             return inputs
         _complete(cache, step, inputs.k, self.config.block_size)
-        return OffloadedInputs(
-            inputs.q,
-            inputs.k,
-            inputs.v,
-            inputs.q_pos,
-            inputs.key_bias,
-            offloaded=True,
-            landmarks=cache.groups("landmark"),
-        )
+        return replace(inputs, offloaded=True, landmarks=cache.groups("landmark"))
 
     def _reads_all(self, slots: int) -> bool:
         """Whether a call over so many slots reads all blocks: among few of them, top-k takes all, and moves none."""
         return self.effective_mode == "soft" or slots <= (self.config.top_k + 1) * self.config.block_size
 
-    def plan(self, step: Step, heads: Heads, inputs: AttentionInputs) -> Plan:
+    def plan(self, step: LandmarkStep, heads: Heads, inputs: LandmarkInputs) -> Plan:  # type: ignore[override]
         """All blocks through their landmarks, or the own one and those that each query chooses."""
         config = self.config
         tokens = inputs.q.shape[2]
         slots = inputs.k.shape[2]
         check_mix(self.gate_mix)
         extras = Extras(gate="last", gate_mix=self.gate_mix)
-        if isinstance(step, IrregularStep):
+        if step.grid is not None:
             return Plan(dense_layout(step.grid.block, tokens, slots, inputs.q), extras, True)
         if slots < config.block_size:
             return Plan(dense_layout(DENSE_BLOCK, tokens, slots, inputs.q), Extras(), True)
@@ -277,7 +290,7 @@ class LandmarkAttention(AttentionLayer, name="landmark"):
             streams["landmark"] = Stream(streams["k"].heads, streams["k"].width, every=self.config.block_size)
         return self.make_cache(streams, batch, max_length, device=device, dtype=dtype)
 
-    def _choose(self, step: Step, inputs: AttentionInputs, extras: Extras) -> Plan:
+    def _choose(self, step: Step, inputs: LandmarkInputs, extras: Extras) -> Plan:
         config = self.config
         q = inputs.q
         slots = inputs.k.shape[2]
@@ -295,7 +308,7 @@ class LandmarkAttention(AttentionLayer, name="landmark"):
             complete, near = _whole_call(step, own, size, q.shape[2])
         found = retrieve(
             q,
-            inputs.landmarks if isinstance(inputs, OffloadedInputs) else inputs.k[:, :, size - 1 :: size],
+            inputs.landmark_keys(size),
             complete,
             top_k=config.top_k,
             scale=1 / math.sqrt(config.head_width) if config.scale is None else config.scale,
@@ -310,15 +323,12 @@ class LandmarkAttention(AttentionLayer, name="landmark"):
         return Plan(layout, extras, True, info={"blocks": found.blocks})
 
 
-@dataclass(frozen=True, eq=False)
-class OffloadedInputs(AttentionInputs):
-    """Keys and values in CPU memory, and landmarks on the device.
-
-    Attributes:
-        landmarks: The keys of complete blocks' landmarks, ``[B, G, N, D]``.
-    """
-
-    landmarks: Tensor = field(kw_only=True)
+def _on_grid(grid: LandmarkGrid, q: Tensor, k: Tensor, v: Tensor) -> LandmarkInputs:
+    """Rotated q, and k and v on a grid of blocks of unequal lengths, whose holes nobody may read."""
+    acc = torch.float64 if q.dtype == torch.float64 else torch.float32
+    holes = grid.holes.unsqueeze(1)  # [B, 1, S]
+    bias = torch.zeros(holes.shape, dtype=acc, device=q.device).masked_fill(holes, -torch.inf)
+    return LandmarkInputs(q, grid.spread(k), grid.spread(v), grid.q_pos, bias)
 
 
 def _complete(cache: KVCache, step: Step, k: Tensor, size: int) -> None:

@@ -11,7 +11,7 @@ blocks listed for a query block, P blocks of an item's regions, w tokens in a bl
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import torch
@@ -252,10 +252,25 @@ class PoolCache(KVCache):
 
 @dataclass(frozen=True, eq=False)
 class PoolInputs(AttentionInputs):
-    """A call's own tokens and rows, ``[B, G|H, T, D]``; what is remembered lies in a pool."""
+    """A call's own tokens and rows, ``[B, G|H, T, D]``; what is remembered lies in a pool.
 
-    cache: PoolCache | None = None
-    slots: int = 0
+    Attributes:
+        cache: The pool.
+        held: Slots, those of this call's tokens included.
+    """
+
+    cache: PoolCache = field(kw_only=True)
+    held: int = field(kw_only=True)
+
+    @property
+    def slots(self) -> int:
+        """Of the call's tokens and of all before it, kept or not."""
+        return self.held
+
+    @property
+    def in_cache(self) -> bool:
+        """True."""
+        return True
 
 
 def attend_pool(call: PoolInputs, cache: PoolCache, scale: float | None, impl: str) -> Tensor:

@@ -150,13 +150,13 @@ class S2Attention(AttentionLayer, name="s2"):
         q, k = self.rotate(step.positions, heads.q, heads.k)
         cache.stage({"k": k, "v": heads.v}, step.lengths)
         held = min(cache.bound + q.shape[2], cache.max_length)
-        return PoolInputs(**vars(self.attention_inputs(step, q, k, heads.v)), cache=cache, slots=held)
+        return PoolInputs(**vars(self.attention_inputs(step, q, k, heads.v)), cache=cache, held=held)
 
     def plan(self, step: Step, heads: Heads, inputs: AttentionInputs) -> Plan:
         """The shards of each item's own blocks."""
         config = self.config
         tokens = inputs.q.shape[2]
-        slots = inputs.slots if isinstance(inputs, PoolInputs) else inputs.k.shape[2]
+        slots = inputs.slots
         offset = step.offset if config.causal else 0
         groups = self._groups(inputs.k.shape[1])
         if not isinstance(offset, Tensor):
@@ -170,9 +170,9 @@ class S2Attention(AttentionLayer, name="s2"):
         extent = _Extent(first, block_q, tokens + block_q - 1, slots, *groups)
         return Plan(_layout(config, extent, inputs.q.device), Extras(), config.causal, front=offset - first)
 
-    def operate(self, inputs: AttentionInputs, plan: Plan) -> Tensor:
-        """The operation; over a pool, and over what this call brings."""
-        if not isinstance(inputs, PoolInputs) or inputs.cache is None:
+    def operate(self, inputs: PoolInputs, plan: Plan) -> Tensor:  # type: ignore[override]
+        """The operation; where keys stayed in a pool, over it and over what this call brings."""
+        if not inputs.in_cache:
             return super().operate(inputs, plan)
         return attend_pool(inputs, inputs.cache, self.config.scale, self.impl)
 
