@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from importlib import resources
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 import attnzoo
 
-VARIANTS = {
+OPTIONS: dict[str, dict[str, Any]] = {
     "mha": {"num_kv_heads": 2},
     "s2": {"block_size": 8, "local_blocks": 2, "vert_stride": 4},
     "lowrank_gqa": {"latent_dim": 24},
@@ -21,6 +22,7 @@ VARIANTS = {
     "longheads": {"chunk_size": 8, "attention_length": 32, "select": "block"},
     "moh": {"shared_heads": 1, "active_heads": 2, "compute": "routed"},
 }
+"""Where something is left out within the length, or shared; a variant that is not named learns at its defaults."""
 LENGTH, BATCH, STEPS = 96, 8, 150
 
 
@@ -52,14 +54,16 @@ def unigram_entropy(text: Tensor) -> float:
     return float(-(share * share.log()).sum())
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n == "s2" else pytest.mark.slow) for n in VARIANTS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == "s2" else pytest.mark.slow) for name in attnzoo.list_variants()]
+)
 def test_a_byte_model_learns(name: str) -> None:
     text = passage()
     split = len(text) * 9 // 10
     generator = torch.Generator().manual_seed(0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        blocks = [Block(attnzoo.create(name, dim=64, num_heads=4, **VARIANTS[name]), 64) for _ in range(4)]
+        blocks = [Block(attnzoo.create(name, dim=64, num_heads=4, **OPTIONS.get(name, {})), 64) for _ in range(4)]
         model = nn.Sequential(nn.Embedding(256, 64), *blocks, nn.LayerNorm(64), nn.Linear(64, 256))
 
     def loss(part: Tensor, batch: int) -> Tensor:
