@@ -11,6 +11,7 @@ from torch import Tensor
 from attnzoo.base.padding import Alignment, take_rows
 from attnzoo.base.steps import Step
 from attnzoo.cache.kv_cache import KVCache
+from attnzoo.cache.lengths import Lengths
 from attnzoo_kernels.errors import ShapeError
 from attnzoo_kernels.runtime.plain import NESTED, advice, is_readable, odd_layout
 
@@ -106,7 +107,7 @@ def cross_step(x: Tensor, context: Tensor, key_padding: Tensor | None) -> Step:
 
 def _default_positions(x: Tensor, offset: int | Tensor) -> Tensor:
     token = torch.arange(x.shape[1], device=x.device).unsqueeze(0)
-    return token + (offset.unsqueeze(1) if isinstance(offset, Tensor) else offset)
+    return token + Lengths(offset).column()
 
 
 def _check_tokens(name: str, x: Tensor, dim: int, like: Tensor | None) -> None:

@@ -22,6 +22,7 @@ from attnzoo.base.rope import apply_rotary, rotary_tables
 from attnzoo.base.shared_layouts import dense_layout
 from attnzoo.base.steps import AttentionInputs, AttentionOutput, Heads, Plan, Step, finalise
 from attnzoo.cache.kv_cache import KVCache
+from attnzoo.cache.lengths import Lengths
 from attnzoo_kernels import Extras, block_sparse_attention
 from attnzoo_kernels.errors import ConfigError, UnsupportedError
 from attnzoo_kernels.runtime.plain import is_open
@@ -311,18 +312,17 @@ class AttentionLayer(CachingModule):
 
     def attention_inputs(self, step: Step, q: Tensor, k: Tensor, v: Tensor) -> AttentionInputs:
         """Rotated q, k, v together with the slots that rows have and that nobody may read."""
-        lengths = step.lengths
-        offset = step.offset
         if step.context is not None:
             return AttentionInputs(q, k, v, key_bias=None if step.padding is None else _hide(step.padding, q.dtype))
-        if not isinstance(lengths, Tensor) and not isinstance(offset, Tensor):
+        lengths = Lengths(step.lengths)
+        offset = Lengths(step.offset)
+        if not (lengths.differ or offset.differ):
             return AttentionInputs(q, k, v)
         token = torch.arange(q.shape[2], device=q.device)
-        first = offset.unsqueeze(1) if isinstance(offset, Tensor) else offset
-        count = lengths.unsqueeze(1) if isinstance(lengths, Tensor) else lengths
-        q_pos = torch.where(token < count, token + first, -1).to(torch.int32).unsqueeze(1)  # [B, 1, T]
+        first = offset.column()
+        q_pos = torch.where(lengths.holds(token), token + first, -1).to(torch.int32).unsqueeze(1)  # [B, 1, T]
         slot = torch.arange(k.shape[2], device=k.device)
-        bias = None if self.config.causal else _hide(slot >= count + first, q.dtype)
+        bias = None if self.config.causal else _hide(slot >= lengths.column() + first, q.dtype)
         return AttentionInputs(q, k, v, q_pos, bias)
 
     def plan(self, step: Step, heads: Heads, inputs: AttentionInputs) -> Plan:
@@ -348,7 +348,7 @@ class AttentionLayer(CachingModule):
         rows = inputs.q.shape[2] if lengths is None else lengths
         nothing = inputs.q.new_empty(0)
         step = Step(x=nothing, positions=nothing, lengths=rows, offset=offset)
-        if inputs.q_pos is None and (isinstance(rows, Tensor) or isinstance(offset, Tensor)):
+        if inputs.q_pos is None and (Lengths(rows).differ or Lengths(offset).differ):
             made = self.attention_inputs(step, inputs.q, inputs.k, inputs.v)
             inputs = replace(inputs, q_pos=made.q_pos)
         return step, inputs

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from attnzoo.cache.lengths import Lengths
 from attnzoo_kernels.errors import UnsupportedError
 from attnzoo_kernels.runtime.plain import is_open
 
@@ -87,17 +88,19 @@ def add_front(q: Tensor, front: int | Tensor, rows: int) -> Tensor:
         front: Rows to put in front, an int or int64 ``[B]``.
         rows: Rows of the result.
     """
-    if not isinstance(front, Tensor):
-        return pad(q, (0, 0, front, rows - front - q.shape[2])) if rows != q.shape[2] else q
-    index = (torch.arange(rows, device=q.device) - front.unsqueeze(1)).clamp(0, q.shape[2] - 1)
+    absent = Lengths(front)
+    if absent.shared is not None:
+        return pad(q, (0, 0, absent.shared, rows - absent.shared - q.shape[2])) if rows != q.shape[2] else q
+    index = (torch.arange(rows, device=q.device) - absent.column()).clamp(0, q.shape[2] - 1)
     return q.gather(2, index[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3]))
 
 
 def drop_front(out: Tensor, front: int | Tensor, tokens: int) -> Tensor:
     """Takes the ``tokens`` rows behind ``front`` again: the inverse of :func:`add_front`."""
-    if not isinstance(front, Tensor):
-        return out[:, :, front : front + tokens] if tokens != out.shape[2] else out
-    index = torch.arange(tokens, device=out.device) + front.unsqueeze(1)
+    absent = Lengths(front)
+    if absent.shared is not None:
+        return out[:, :, absent.shared : absent.shared + tokens] if tokens != out.shape[2] else out
+    index = torch.arange(tokens, device=out.device) + absent.column()
     return out.gather(2, index[:, None, :, None].expand(-1, out.shape[1], -1, out.shape[3]))
 
 
@@ -106,10 +109,11 @@ def front_positions(q_pos: Tensor | None, front: int | Tensor, rows: int) -> Ten
     if q_pos is None:
         return None
     tokens = q_pos.shape[2]
-    if not isinstance(front, Tensor):
-        return pad(q_pos, (front, rows - front - tokens), value=-1) if rows != tokens else q_pos
-    index = torch.arange(rows, device=q_pos.device) - front.unsqueeze(1)
-    q_pos = q_pos.expand(front.shape[0], -1, -1)
+    absent = Lengths(front)
+    if absent.shared is not None:
+        return pad(q_pos, (absent.shared, rows - absent.shared - tokens), value=-1) if rows != tokens else q_pos
+    index = torch.arange(rows, device=q_pos.device) - absent.column()
+    q_pos = q_pos.expand(index.shape[0], -1, -1)
     moved = q_pos.gather(2, index.clamp(0, tokens - 1).unsqueeze(1).expand(-1, q_pos.shape[1], -1))
     present = (index >= 0) & (index < tokens)
     return torch.where(present.unsqueeze(1), moved, -1)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from attnzoo.cache.lengths import Lengths
 from attnzoo_kernels import BlockLayout, remembers
 from attnzoo_kernels.runtime.plain import is_plain
 
@@ -37,7 +38,7 @@ def dense_layout(block: int, tokens: int, slots: int, like: Tensor) -> BlockLayo
 
 def sink_window_layout(block: int, tokens: int, slots: int, cover: Cover, like: Tensor) -> BlockLayout:
     """The blocks that cover a window and its sink."""
-    if may_share(like) and not isinstance(cover.first, Tensor):
+    if may_share(like) and not Lengths(cover.first).differ:
         return _shared_sink_window(block, tokens, slots, cover, like.device)
     return _sink_window(block, tokens, slots, cover, like.device)
 

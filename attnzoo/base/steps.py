@@ -14,6 +14,7 @@ from torch import Tensor
 
 from attnzoo.base.padding import front_positions
 from attnzoo.cache.kv_cache import KVCache
+from attnzoo.cache.lengths import Lengths
 from attnzoo_kernels import BlockLayout, Extras, visible_pairs
 
 
@@ -125,7 +126,7 @@ class Plan:
     def density(self) -> float:
         """Visible (query, key) pairs by the whole rule over those of the dense call; 1 where there are none."""
         extras = self.extras
-        if extras.q_pos is None and not isinstance(self.front, Tensor) and self.front:
+        if extras.q_pos is None and Lengths(self.front).shared:
             # The operation computes the front's rows and drops them; they are no queries.
             rows = torch.arange(self.layout.seq_q, dtype=torch.int32, device=self.layout.col.device)
             q_pos = torch.where(rows < self.front, -1, rows + (self.layout.seq_k - self.layout.seq_q))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Self
 import torch
 from torch import Tensor
 
+from attnzoo.cache.lengths import Lengths
 from attnzoo.cache.replay import Birth
 from attnzoo.cache.state import CarriedCache
 from attnzoo.cache.streams import CROP_MARGIN, Groups, Ring, check_count, with_rows
@@ -60,11 +61,8 @@ class EditableCache(CarriedCache):
         """
         most = self._check_crop(length)
         before = self.offset
-        after: int | Tensor
-        if isinstance(length, Tensor):
-            after = torch.minimum(self.lengths, length.to(self.device))
-        else:
-            after = before.clamp(max=length) if isinstance(before, Tensor) else min(before, length)
+        left = Lengths(before).minimum(Lengths(length).to(self.device))
+        after = left.value
         for name, ring in self._rings.items():
             if not ring.can_crop(before, after):
                 raise ShapeError(
@@ -73,11 +71,8 @@ class EditableCache(CarriedCache):
                 )
         for ring in self._rings.values():
             ring.crop(after)
-        if isinstance(after, Tensor):
-            self._lengths = after
-            self.length = None
-        else:
-            self.length = after
+        self.length = left.shared
+        self._lengths = left.each
         self.bound = min(self.bound, most)
         self._clear_behind()
         if self.bound == 0:

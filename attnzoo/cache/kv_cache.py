@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.cache.editing import EditableCache
+from attnzoo.cache.lengths import Lengths
 from attnzoo.cache.owner import Identity
 from attnzoo.cache.replay import Birth, refuse_transforms
 from attnzoo.cache.streams import (
@@ -187,7 +188,7 @@ class KVCache(EditableCache):
         if self.batch == 0 or self.bound + tokens <= self.max_length:
             return
         longest = self.bound + tokens
-        differ = isinstance(lengths, Tensor) or self._lengths is not None
+        differ = Lengths(lengths).differ or self._lengths is not None
         if differ and self.batch and not torch.compiler.is_compiling():
             longest = int((self.lengths + lengths).max())
         if longest > self.max_length:
@@ -234,7 +235,7 @@ class KVCache(EditableCache):
                 for name, ring in self._rings.items():
                     ring.write(values[name].detach(), self.offset, lengths)
             values = {name: value for name, value in values.items() if name in self._buffers}
-        if self.length is not None and not isinstance(lengths, Tensor):
+        if self.length is not None and not Lengths(lengths).differ:
             seen = self._append_common(values, self.length, differentiable)
             self.length += tokens
             self.bound = self.length
@@ -280,8 +281,9 @@ class KVCache(EditableCache):
         for name, value in values.items():
             groups = self._groups[name]
             given = value.shape[2]
-            if self.length is not None and not isinstance(before, Tensor):
-                most = self.length // groups.every - before // groups.every
+            begin = Lengths(before).shared
+            if self.length is not None and begin is not None:
+                most = self.length // groups.every - begin // groups.every
                 if given < most:
                     raise ShapeError(f"cache: expected {most} groups of {name}, got {given}")
             with torch.no_grad():
@@ -351,8 +353,7 @@ class KVCache(EditableCache):
         tokens = next(iter(values.values())).shape[2]
         device = self.device
         token = torch.arange(tokens, device=device)
-        last = lengths.unsqueeze(1) if isinstance(lengths, Tensor) else lengths
-        slot = torch.where(token < last, before.unsqueeze(1) + token, self.bound)  # [B, T]
+        slot = torch.where(Lengths(lengths).holds(token), before.unsqueeze(1) + token, self.bound)  # [B, T]
         item = torch.arange(before.shape[0], device=device).unsqueeze(1)
         seen = {}
         for name, value in values.items():

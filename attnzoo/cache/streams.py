@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from attnzoo.cache.lengths import Lengths
 from attnzoo_kernels.errors import ConfigError
 
 CROP_MARGIN = 128
@@ -105,62 +106,57 @@ class Ring:
             # The history would be overwritten, and is needed again if the call fails: see restore.
             with torch.inference_mode(False):
                 self.values = self.values.clone()
-        if isinstance(before, Tensor) or isinstance(lengths, Tensor):
+        held = Lengths(before).shared
+        if held is None or Lengths(lengths).differ:
             self._write_ragged(value, before, lengths)
             return
         first = max(0, tokens - self.rows)
-        begin = (before + first) % self.rows
+        begin = (held + first) % self.rows
         if begin + tokens - first <= self.rows:
             self.values[:, :, begin : begin + tokens - first].copy_(value[:, :, first:])
         else:
-            row = torch.arange(before + first, before + tokens, device=value.device) % self.rows
+            row = torch.arange(held + first, held + tokens, device=value.device) % self.rows
             self.values.index_copy_(2, row, value[:, :, first:].to(self.values.dtype))
-        self.oldest = self._later(before + tokens - self.rows)
+        self.oldest = self._later(held + tokens - self.rows)
 
     def _write_ragged(self, value: Tensor, before: int | Tensor, lengths: int | Tensor) -> None:
         batch, _, tokens, _ = value.shape
         token = torch.arange(tokens, device=value.device)
-        count = lengths.unsqueeze(1) if isinstance(lengths, Tensor) else lengths
-        start = before.unsqueeze(1) if isinstance(before, Tensor) else before
-        kept = (token < count) & (token >= count - self.rows)
-        row = torch.where(kept, (start + token) % self.rows, self.rows).expand(batch, -1)  # [B, T]
+        count = Lengths(lengths)
+        kept = count.holds(token) & (token >= count.column() - self.rows)
+        row = torch.where(kept, (Lengths(before).column() + token) % self.rows, self.rows).expand(batch, -1)  # [B, T]
         item = torch.arange(batch, device=value.device).unsqueeze(1)
         self.values.transpose(1, 2).index_put_((item, row), value.transpose(1, 2).to(self.values.dtype))
         self.oldest = self._later(before + lengths - self.rows)
 
     def _later(self, token: int | Tensor) -> int | Tensor:
-        if isinstance(token, Tensor):
-            return token.clamp(min=self.oldest)
-        if isinstance(self.oldest, Tensor):
-            return self.oldest.clamp(min=token)
-        # Not max: a compiler would ask which it is.
-        return max(self.oldest, token) if not torch.compiler.is_compiling() else torch.sym_max(self.oldest, token)
+        return Lengths(token).maximum(Lengths(self.oldest)).value
 
     def last(self, count: int, length: int | Tensor) -> Tensor:
         """The values of the ``count`` tokens before token ``length``, ``[B, h, count, D]``; zeros before the first."""
         back = torch.arange(-count, 0, device=self.values.device)
-        if not isinstance(length, Tensor):
-            seen = self.values.index_select(2, (back + length) % self.rows)
-            return seen if length >= count else seen.masked_fill((back + length < 0).view(1, 1, -1, 1), 0)
-        token = length.unsqueeze(1) + back  # [B, count]
+        token = Lengths(length).column() + back  # [count] or [B, count]
+        shared = Lengths(length).shared
+        if shared is not None:
+            seen = self.values.index_select(2, token % self.rows)
+            return seen if shared >= count else seen.masked_fill((token < 0).view(1, 1, -1, 1), 0)
         row = (token % self.rows)[:, None, :, None].expand(-1, self.values.shape[1], -1, self.values.shape[3])
         return self.values.gather(2, row).masked_fill((token < 0)[:, None, :, None], 0)
 
     def can_crop(self, before: int | Tensor, after: int | Tensor) -> bool:
         """Whether the history of the ``after`` tokens that are left is still held; reads values where items differ."""
-        if not (isinstance(before, Tensor) or isinstance(after, Tensor) or isinstance(self.oldest, Tensor)):
-            return after == before or after == 0 or self.oldest <= max(after - self.history, 0)
-        left = torch.as_tensor(after, device=self.values.device)
-        held = (left - self.history).clamp(min=0) >= self.oldest
-        return bool((held | (left == before) | (left == 0)).all())
+        held = Lengths(before).shared
+        left = Lengths(after).shared
+        oldest = Lengths(self.oldest).shared
+        if held is not None and left is not None and oldest is not None:
+            return left in (held, 0) or oldest <= max(left - self.history, 0)
+        kept = torch.as_tensor(after, device=self.values.device)
+        reaches = (kept - self.history).clamp(min=0) >= self.oldest
+        return bool((reaches | (kept == before) | (kept == 0)).all())
 
     def crop(self, after: int | Tensor) -> None:
         """Forgets the tokens from ``after`` on."""
-        if isinstance(after, Tensor) or isinstance(self.oldest, Tensor):
-            self.oldest = torch.minimum(*(torch.as_tensor(x, device=self.values.device) for x in (self.oldest, after)))
-            self.oldest = self.oldest.expand(self.values.shape[0])
-        else:
-            self.oldest = min(self.oldest, after)
+        self.oldest = Lengths(self.oldest).minimum(Lengths(after)).value
 
     def state(self) -> tuple[Tensor, int | Tensor]:
         """What :meth:`restore` needs to forget what is written from here on."""
@@ -176,7 +172,7 @@ class Ring:
     def load(self, value: Tensor, length: int | Tensor, oldest: int | Tensor) -> None:
         """Holds ``value [B, h, n, D]`` as the last n of ``length`` tokens; those from ``oldest`` on are known."""
         token = torch.arange(-value.shape[2], 0, device=self.values.device)
-        token = token + (length.unsqueeze(1) if isinstance(length, Tensor) else length)
+        token = token + Lengths(length).column()
         row = torch.where(token < 0, self.rows, token % self.rows).expand(value.shape[0], -1)  # [B, n]
         item = torch.arange(value.shape[0], device=self.values.device).unsqueeze(1)
         self.values.zero_()
@@ -187,7 +183,7 @@ class Ring:
         """The items ``index``, in a ring of their own."""
         return self._with(
             self.values.index_select(0, index),
-            self.oldest.index_select(0, index) if isinstance(self.oldest, Tensor) else self.oldest,
+            Lengths(self.oldest).select(index).value,
         )
 
     def clone(self) -> Self:
@@ -217,14 +213,14 @@ class Groups:
     def write(self, value: Tensor, before: int | Tensor, after: int | Tensor) -> None:
         """Writes ``value [B, h, P, D]`` at the groups from ``before // every`` on that ``after`` tokens complete."""
         batch, _, given, _ = value.shape
-        if not isinstance(before, Tensor) and not isinstance(after, Tensor):
-            begin = before // self.every
-            end = after // self.every
-            self.values[:, :, begin:end].copy_(value[:, :, : end - begin])
+        begin = Lengths(before // self.every)
+        end = Lengths(after // self.every)
+        if begin.shared is not None and end.shared is not None:
+            self.values[:, :, begin.shared : end.shared].copy_(value[:, :, : end.shared - begin.shared])
             return
         rows = torch.arange(given, device=value.device)
-        first = torch.as_tensor(before // self.every, device=value.device).view(-1, 1)
-        behind = torch.as_tensor(after // self.every, device=value.device).view(-1, 1)
+        first = torch.as_tensor(begin.column(), device=value.device)
+        behind = torch.as_tensor(end.column(), device=value.device)
         last = self.values.shape[2] - 1
         group = torch.where(first + rows < behind, first + rows, last).expand(batch, -1)
         item = torch.arange(batch, device=value.device).unsqueeze(1)

@@ -46,6 +46,7 @@ from attnzoo.base.rope import RotaryConfig as RotaryConfig
 from attnzoo.base.rope import apply_rotary, rotary_tables
 from attnzoo.base.shared_layouts import dense_layout
 from attnzoo.cache.kv_cache import KVCache, Stream
+from attnzoo.cache.lengths import Lengths
 from attnzoo.selection.offloaded_blocks import fetch_blocks
 from attnzoo.variants.landmark.config import LandmarkConfig, Mode, check_mix, check_mode
 from attnzoo.variants.landmark.retrieval import BlockRotations, retrieve
@@ -334,13 +335,14 @@ def _on_grid(grid: LandmarkGrid, q: Tensor, k: Tensor, v: Tensor) -> LandmarkInp
 def _complete(cache: KVCache, step: Step, k: Tensor, size: int) -> None:
     """Writes the landmarks of the blocks that a call, stored already, has completed; ``k [B, G, S, D]`` is all keys."""
     blocks = (step.x.shape[1] + size - 1) // size
-    if isinstance(step.offset, Tensor):
-        first = torch.div(step.offset, size, rounding_mode="floor").to(k.device).view(-1, 1)
+    held = Lengths(step.offset).shared
+    if held is None:
+        first = Lengths(step.offset // size).to(k.device).column()
         slot = (first + torch.arange(blocks, device=k.device)) * size + size - 1  # [B, P]
         index = slot.clamp(max=max(k.shape[2] - 1, 0))[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
         landmarks = k.gather(2, index) if k.shape[2] else k
     else:
-        landmarks = k[:, :, step.offset // size * size + size - 1 :: size]
+        landmarks = k[:, :, held // size * size + size - 1 :: size]
     cache.complete({"landmark": landmarks.to(cache.device)}, step.offset)
 
 
@@ -357,11 +359,7 @@ def _whole_call(step: Step, own: Tensor, size: int, tokens: int) -> tuple[Tensor
     Returns:
         Blocks to choose from ``[B|1, T]``, -1 at absent rows, and blocks seen ``[B|1, T, n]``, -1 padded.
     """
-    offset = step.offset
-    before = (
-        torch.div(offset, size, rounding_mode="floor").unsqueeze(1) if isinstance(offset, Tensor) else offset // size
-    )
-    complete = torch.where(own >= 0, before, -1)
+    complete = torch.where(own >= 0, Lengths(step.offset // size).column(), -1)
     near = complete.unsqueeze(-1) + torch.arange((tokens + size - 2) // size + 1, device=own.device)
     return complete, torch.where((near <= own.unsqueeze(-1)) & (own >= 0).unsqueeze(-1), near, -1)
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.base.inputs import check_layout
+from attnzoo.cache.lengths import Lengths
 from attnzoo_kernels.errors import ShapeError
 
 Length = TypeVar("Length", int, Tensor)
@@ -102,13 +103,14 @@ def insert_landmarks(
     device = tokens.device
     fill = block_size - 1
     real = torch.ones(batch, length, dtype=torch.bool, device=device) if key_padding is None else ~key_padding
-    start = offset.to(device).view(-1, 1) if isinstance(offset, Tensor) else offset
+    before = Lengths(offset).to(device)
+    start = before.column()
     count = start + real.cumsum(1)  # [B, T]: real tokens up to here
     closes = real & (count % fill == 0)
     index = torch.arange(length, device=device) + (count - real.long()) // fill - start // fill
-    known = key_padding is None and not isinstance(offset, Tensor)
+    known = key_padding is None and not before.differ
     # Without reading a value: no more landmarks than that, where items differ.
-    most = ((fill - 1 if isinstance(offset, Tensor) else offset % fill) + length) // fill
+    most = (Lengths(before.value % fill).most(fill - 1) + length) // fill
     given = torch.full((batch, length + most), -1, dtype=torch.int64, device=device)
     given = given.scatter(1, index, torch.arange(length, device=device).expand(batch, -1))
     # Where no landmark comes, the last slot is written and overruled.
@@ -227,7 +229,7 @@ class LandmarkGrid:
             lengths: Real tokens of each item.
         """
         token = torch.arange(is_landmark.shape[1], device=is_landmark.device)
-        real = (token < (lengths.unsqueeze(1) if isinstance(lengths, Tensor) else lengths)).expand_as(is_landmark)
+        real = Lengths(lengths).holds(token).expand_as(is_landmark)
         ends = is_landmark & real
         number = ends.long().cumsum(1) - ends.long()
         opens = torch.cat([torch.ones_like(ends[:, :1]), ends[:, :-1]], 1)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from attnzoo.base.shared_layouts import dense_layout, may_share
+from attnzoo.cache.lengths import Lengths
 from attnzoo.selection.topk import top_blocks
 from attnzoo_kernels import BlockLayout, remembers
 from attnzoo_kernels.runtime.plain import is_open
@@ -99,7 +100,7 @@ def _chosen(grid: ChunkGrid, asking: Asking, first: Tensor, own: Tensor) -> Tens
     if asking.published_step:
         last = torch.where(first % grid.size == grid.size - 1, own, last)
     asks = first - first % grid.block_q
-    best = _best(grid, asking, asks - column(asking.offset), last)
+    best = _best(grid, asking, asks - Lengths(asking.offset).column(), last)
     # Chunk 0, the best ones, and the two nearest.
     last = last[:, None, :, None]
     own = own[:, None, :, None]
@@ -154,11 +155,6 @@ def _plain(size: int, block: int, tokens: int, slots: int, device: torch.device)
 def _shared_plain(size: int, block: int, tokens: int, slots: int, device: torch.device) -> BlockLayout:
     with torch.inference_mode(False):
         return _plain(size, block, tokens, slots, device)
-
-
-def column(value: int | Tensor) -> int | Tensor:
-    """A value of each item, int64 ``[B, 1]``, or of all, an int, of which a tensor would be compiled anew."""
-    return value.unsqueeze(1) if isinstance(value, Tensor) else value
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:

@@ -39,13 +39,13 @@ from attnzoo.base.rope import RotaryConfig as RotaryConfig
 from attnzoo.base.rope import apply_rotary, rotary_tables, rotation_tables, shared_rotation_tables
 from attnzoo.base.shared_layouts import may_share
 from attnzoo.cache.kv_cache import KVCache, Stream
+from attnzoo.cache.lengths import Lengths
 from attnzoo.selection.offloaded_blocks import fetch_blocks
 from attnzoo.variants.longheads.chunks import (
     Asking,
     Candidates,
     blocks_of,
     choose_chunks,
-    column,
     plain_layout,
     take,
 )
@@ -184,8 +184,9 @@ class LongHeadsAttention(AttentionLayer, name="longheads"):
     def _may_complete(self, cache: KVCache, step: Step, tokens: int) -> bool:
         """Whether this call may complete a chunk; it never says no where one is completed."""
         size = self.config.chunk_size
-        if not isinstance(step.offset, Tensor) and not isinstance(step.lengths, Tensor):
-            return (step.offset + tokens) // size > step.offset // size
+        held = Lengths(step.offset).shared
+        if held is not None and not Lengths(step.lengths).differ:
+            return (held + tokens) // size > held // size
         if cache.device.type != "cpu" or not is_plain(step.x):
             return True
         before = torch.as_tensor(step.offset, device=cache.device)
@@ -204,7 +205,7 @@ class LongHeadsAttention(AttentionLayer, name="longheads"):
         tokens = step.x.shape[1]
         before = size - 1
         token = torch.arange((before + tokens) // size * size, device=step.x.device)
-        offset = column(step.offset)
+        offset = Lengths(step.offset).column()
         slot = token.unsqueeze(0) + (offset - offset % size)  # [B|1, P * w]
         # Rows behind the call's last token are of chunks that are not complete.
         row = (slot - offset + before).clamp(max=before + tokens - 1)
@@ -254,9 +255,9 @@ class LongHeadsAttention(AttentionLayer, name="longheads"):
         offset = step.offset
         block_q = config.block_q if tokens >= config.block_q else 1
         front = offset % block_q if block_q > 1 else 0
-        rows = tokens + (block_q - 1 if isinstance(front, Tensor) else front)
+        rows = tokens + Lengths(front).most(block_q - 1)
         begin = torch.arange(-(-rows // block_q), device=inputs.q.device).unsqueeze(0) * block_q
-        first = begin + column(offset - front)  # [B|1, M]
+        first = begin + Lengths(offset - front).column()  # [B|1, M]
         # Each block's chunks, and the slots that they are moved to.
         asking = Asking(
             inputs.candidates,
@@ -353,4 +354,4 @@ def _is_step(step: Step, tokens: int) -> bool:
 
 def _slots(step: Step, tokens: int, device: torch.device) -> Tensor:
     """The slots of a call's rows in their sequences, int64 ``[B|1, T]``."""
-    return torch.arange(tokens, device=device).unsqueeze(0) + column(step.offset)
+    return torch.arange(tokens, device=device).unsqueeze(0) + Lengths(step.offset).column()

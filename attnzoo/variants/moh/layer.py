@@ -30,6 +30,7 @@ from attnzoo.base.layer import AttentionInputs, AttentionLayer, Plan, Step, fina
 from attnzoo.base.projections import is_plain, is_untouched
 from attnzoo.base.rope import RotaryConfig as RotaryConfig
 from attnzoo.base.shared_layouts import Cover, dense_layout, sink_window_layout
+from attnzoo.cache.lengths import Lengths
 from attnzoo.variants.moh import divided
 from attnzoo.variants.moh.config import MoHConfig
 from attnzoo.variants.moh.forms import Form, Setting, choose_form, query_block
@@ -267,12 +268,12 @@ class MoHAttention(AttentionLayer, name="moh"):
 
 
 def _real_or_none(step: Step, active: Tensor) -> Tensor | None:
-    return _real(step, active).squeeze(-1) if isinstance(step.lengths, Tensor) else None
+    return _real(step, active).squeeze(-1) if Lengths(step.lengths).differ else None
 
 
 def _real(step: Step, active: Tensor) -> Tensor:
     """Which rows hold tokens, bool ``[B|1, T|1, 1]``."""
-    if not isinstance(step.lengths, Tensor):
+    lengths = Lengths(step.lengths)
+    if not lengths.differ:
         return torch.ones(1, 1, 1, dtype=torch.bool, device=active.device)
-    token = torch.arange(active.shape[1], device=active.device)
-    return (token < step.lengths.unsqueeze(1)).unsqueeze(-1)
+    return lengths.holds(torch.arange(active.shape[1], device=active.device)).unsqueeze(-1)

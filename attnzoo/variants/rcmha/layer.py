@@ -31,6 +31,7 @@ from attnzoo.base.layer import DENSE_BLOCK, AttentionInputs, AttentionLayer, Hea
 from attnzoo.base.rope import RotaryConfig
 from attnzoo.base.shared_layouts import dense_layout
 from attnzoo.cache.kv_cache import KVCache, Stream
+from attnzoo.cache.lengths import Lengths
 from attnzoo.reporting.choices import hint
 from attnzoo.variants.rcmha.convolution import DepthwiseConvolution
 from attnzoo.variants.rcmha.relative import Clipped, attend_clipped, channels_by_position, channels_by_slot
@@ -302,8 +303,9 @@ class RCMHAAttention(AttentionLayer, name="rcmha"):
         history = None
         if step.cache is not None and self._convolved():
             history = step.cache.history(stream, self.config.conv_size - 1)
-        if not self.config.causal and isinstance(step.lengths, Tensor):
-            absent = torch.arange(x.shape[2], device=x.device) >= step.lengths.unsqueeze(1)
+        lengths = Lengths(step.lengths)
+        if not self.config.causal and lengths.differ:
+            absent = ~lengths.holds(torch.arange(x.shape[2], device=x.device))
             x = x.masked_fill(absent[:, None, :, None], 0)
         convolved: Tensor = self.conv[name](x, history)
         return convolved

@@ -22,6 +22,7 @@ from attnzoo.base.padding import add_front, drop_front, front_positions
 from attnzoo.base.shared_layouts import dense_layout
 from attnzoo.base.steps import AttentionInputs
 from attnzoo.cache.kv_cache import KVCache, Stream
+from attnzoo.cache.lengths import Lengths
 from attnzoo.cache.replay import refuse_transforms
 from attnzoo_kernels import BlockLayout, Extras, block_sparse_attention_with_lse, merge_states
 from attnzoo_kernels.errors import ShapeError, UnsupportedError
@@ -126,13 +127,13 @@ class PoolCache(KVCache):
         tokens = next(iter(values.values())).shape[2]
         device = self.device
         token = torch.arange(tokens, device=device)
-        count = _column(lengths)
-        offset = _column(self.offset)
+        count = Lengths(lengths)
+        offset = Lengths(self.offset).column()
         slot = (token + offset).expand(self.batch, -1)  # [B, T]
         block = (slot // self.pattern.block).clamp(max=self._kept.shape[1] - 1)
-        last = torch.as_tensor((offset + count - 1) // self.pattern.block, device=device)
+        last = torch.as_tensor((offset + count.column() - 1) // self.pattern.block, device=device)
         near = block > last - self.pattern.local
-        real = token < count
+        real = count.holds(token)
         written = (self._kept[:, block] | near) & real  # [G, B, T]
         row = self._index[:, block] * self.pattern.block + slot % self.pattern.block
         row = torch.where(written, row, self.blocks * self.pattern.block).transpose(0, 1)  # [B, G, T]
@@ -140,7 +141,7 @@ class PoolCache(KVCache):
         with torch.no_grad():
             for name, value in values.items():
                 self._buffers[name].squeeze(1).index_put_((item, row), value.to(self._buffers[name].dtype))
-        if self.length is not None and not isinstance(lengths, Tensor):
+        if self.length is not None and not count.differ:
             self.length += tokens
             self.bound = self.length
         else:
@@ -184,7 +185,7 @@ class PoolCache(KVCache):
         near = near.unsqueeze(1).expand(self.batch, kept.shape[1], -1, -1)
         block = torch.cat((kept, near), -1)
         head = torch.arange(kept.shape[1], device=own.device).view(1, -1, 1, 1)
-        held = (block >= 0) & (block * self.pattern.block < _column(self.offset, 4))
+        held = (block >= 0) & (block * self.pattern.block < Lengths(self.offset).column(4))
         at = block.clamp(0, self._kept.shape[1] - 1)
         # A near block that is kept is listed among those.
         twice = self._kept[head, at]
@@ -211,8 +212,8 @@ class PoolCache(KVCache):
         """The state of a call's rows over the call's own tokens: ``[B, H, T, Dv]`` and ``[B, H, T]``."""
         tokens = call.q.shape[2]
         size = self.pattern.block
-        shared = not isinstance(self.offset, Tensor)
-        if tokens == 1 or (shared and self.offset % size + tokens <= size):
+        held = Lengths(self.offset).shared
+        if tokens == 1 or (held is not None and held % size + tokens <= size):
             # One block, in which causality is the whole rule.
             token = torch.arange(tokens, device=call.q.device, dtype=torch.int32)
             q_pos = None if call.q_pos is None else torch.where(call.q_pos < 0, -1, token)
@@ -226,13 +227,13 @@ class PoolCache(KVCache):
         rows = grid.front_tokens + tokens
         k, v = (add_front(x, keys.front, slots) for x in (call.k, call.v))
         # Rows and keys count from the edge of the block in which the call begins.
-        q_pos = torch.arange(tokens, device=call.q.device) + _column(keys.front)
+        q_pos = torch.arange(tokens, device=call.q.device) + Lengths(keys.front).column()
         q_pos = q_pos.to(torch.int32).expand(self.batch, -1).unsqueeze(1)
         if call.q_pos is not None:
             q_pos = torch.where(call.q_pos < 0, -1, q_pos)
         slot = torch.arange(slots, device=call.q.device)
         bias = torch.zeros(self.batch, slots, dtype=_bias_dtype(call.q.dtype), device=call.q.device)
-        bias = bias.masked_fill(slot < _column(keys.front), -torch.inf).unsqueeze(1)
+        bias = bias.masked_fill(Lengths(keys.front).holds(slot), -torch.inf).unsqueeze(1)
         block = (keys.blocks(slots, call.q.device)).unsqueeze(1)  # [B|1, 1, N]
         own = grid.blocks(rows, call.q.device).unsqueeze(-1)  # [B|1, M, 1]
         kept = self._kept[:, block.squeeze(1).clamp(max=self._kept.shape[1] - 1)].transpose(0, 1)  # [B|1, G, N]
@@ -306,12 +307,12 @@ class _Grid:
     def of(cls, block: int, offset: int | Tensor, tokens: int) -> _Grid:
         block_q = block if tokens >= block else 1
         front = offset % block_q
-        return cls(block, block_q, offset - front, front, block_q - 1 if isinstance(front, Tensor) else front)
+        return cls(block, block_q, offset - front, front, Lengths(front).most(block_q - 1))
 
     def blocks(self, rows: int, device: torch.device) -> Tensor:
         """The sequence's block that each query block lies in, int64 ``[B|1, M]``."""
         begin = torch.arange(-(-rows // self.block_q), device=device) * self.block_q
-        return (torch.as_tensor(_column(self.first), device=device) + begin.unsqueeze(0)) // self.block
+        return (Lengths(self.first).column() + begin.unsqueeze(0)) // self.block
 
 
 def _pool_indices(pattern: Pattern) -> tuple[Tensor, int]:
@@ -325,11 +326,6 @@ def _pool_indices(pattern: Pattern) -> tuple[Tensor, int]:
     sizes = held + ring
     index = torch.where(kept, kept.cumsum(1) - 1, held + (free - 1) % ring.clamp(min=1))
     return index + sizes.cumsum(0) - sizes, int(sizes.sum())
-
-
-def _column(x: int | Tensor, dims: int = 2) -> Any:
-    """A number of each item, to go with ``[B, ...]``; ints as they are."""
-    return x.view(-1, *[1] * (dims - 1)) if isinstance(x, Tensor) else x
 
 
 def _bias_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -30,6 +30,7 @@ from attnzoo.base.projections import slice_index
 from attnzoo.base.rope import RotaryConfig as RotaryConfig
 from attnzoo.base.shared_layouts import may_share
 from attnzoo.cache.kv_cache import KVCache
+from attnzoo.cache.lengths import Lengths
 from attnzoo.variants.s2.evicting_cache import Pattern, PoolCache, PoolInputs, attend_pool
 from attnzoo_kernels import BlockLayout, Extras, remembers
 from attnzoo_kernels.errors import ConfigError, UnsupportedError
@@ -159,16 +160,14 @@ class S2Attention(AttentionLayer, name="s2"):
         slots = inputs.slots
         offset = step.offset if config.causal else 0
         groups = self._groups(inputs.k.shape[1])
-        if not isinstance(offset, Tensor):
-            block_q = config.block_size if offset == 0 or tokens >= config.block_size else 1
-            front = offset % block_q
-            extent = _Extent(offset - front, block_q, front + tokens, slots, *groups)
-            build = _shared_layout if may_share(inputs.q) else _layout
-            return Plan(build(config, extent, inputs.q.device), Extras(), config.causal, front=front)
-        block_q = config.block_size if tokens >= config.block_size else 1
-        first = offset - offset % block_q
-        extent = _Extent(first, block_q, tokens + block_q - 1, slots, *groups)
-        return Plan(_layout(config, extent, inputs.q.device), Extras(), config.causal, front=offset - first)
+        held = Lengths(offset).shared
+        block_q = config.block_size if held == 0 or tokens >= config.block_size else 1
+        # Query blocks lie on the sequence's own grid.
+        front = offset % block_q
+        rows = tokens + Lengths(front).most(block_q - 1)
+        extent = _Extent(offset - front, block_q, rows, slots, *groups)
+        build = _shared_layout if held is not None and may_share(inputs.q) else _layout
+        return Plan(build(config, extent, inputs.q.device), Extras(), config.causal, front=front)
 
     def operate(self, inputs: PoolInputs, plan: Plan) -> Tensor:  # type: ignore[override]
         """The operation; where keys stayed in a pool, over it and over what this call brings."""

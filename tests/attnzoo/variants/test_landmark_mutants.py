@@ -147,7 +147,7 @@ MUTANTS: dict[str, Callable[[Patch], None]] = {
     ),
     "landmarks of the block before": text(variant, "_complete", "* size + size - 1 :: size", "* size :: size"),
     "landmarks of padded items from the wrong block": text(
-        variant, "_complete", 'torch.div(step.offset, size, rounding_mode="floor")', "(0 * step.offset)"
+        variant, "_complete", "Lengths(step.offset // size)", "Lengths(0 * step.offset)"
     ),
     "offloaded blocks chosen by what was complete before": text(
         variant, "_complete", "landmarks.to(cache.device)", "0 * landmarks.to(cache.device)"

@@ -281,7 +281,12 @@ MUTANTS: dict[str, tuple[Any, str, str, str]] = {
     "a near block fewer": (evicting_cache.PoolCache, "_listed", "self.pattern.local,", "self.pattern.local - 1,"),
     "a near block listed twice": (evicting_cache.PoolCache, "_listed", "held & ~twice", "held"),
     "blocks of other items": (evicting_cache.PoolCache, "_listed", "item * (self.blocks + 1)", "item * 0"),
-    "blocks that the call itself brings": (evicting_cache.PoolCache, "_listed", "< _column(self.offset, 4)", ">= 0"),
+    "blocks that the call itself brings": (
+        evicting_cache.PoolCache,
+        "_listed",
+        "< Lengths(self.offset).column(4)",
+        ">= 0",
+    ),
     "what lies behind the tokens is read": (
         evicting_cache.PoolCache,
         "_unfilled",
@@ -314,8 +319,8 @@ MUTANTS: dict[str, tuple[Any, str, str, str]] = {
     "rows before the block's edge": (
         evicting_cache.PoolCache,
         "own",
-        "slot < _column(keys.front)",
-        "slot < 0 * _column(keys.front)",
+        "Lengths(keys.front).holds(slot)",
+        "Lengths(0 * keys.front).holds(slot)",
     ),
     "the past forgotten": (evicting_cache, "attend_pool", "cache.bound == 0", "True"),
 }

@@ -52,7 +52,7 @@ MUTANTS = (
     ),
     Mutant(
         "records-density-of-front-of-items", "attnzoo/base/steps.py",
-        old="if extras.q_pos is None and not isinstance(self.front, Tensor) and self.front:", new="if False:",
+        old="if extras.q_pos is None and Lengths(self.front).shared:", new="if False:",
         wrong="rows in front of a chunk count as queries", tests="tests/attnzoo/base/test_plan_density.py",
     ),
     Mutant(

@@ -64,7 +64,7 @@ MUTANTS = (
         tests=f"{VARIANTS}/test_mha.py -k context",
     ),
     base(
-        "base-ragged-first", old="torch.where(token < count, token + first, -1)", new="torch.where(token < count, token, -1)",
+        "base-ragged-first", old="torch.where(lengths.holds(token), token + first, -1)", new="torch.where(lengths.holds(token), token, -1)",
         wrong="rows of later calls stand at the beginning", tests=f"{TESTS}/laws/test_contract_memory.py -k '({MHA}) and different_lengths'",
     ),
     base(
@@ -75,7 +75,7 @@ MUTANTS = (
         wrong="half-precision layers rotate by half-precision tables", tests=f"{TESTS}/base/test_layer_parts.py",
     ),
     base(
-        "base-full-reads-padding", old="bias = None if self.config.causal else _hide(slot >= count + first, q.dtype)", new="bias = None",
+        "base-full-reads-padding", old="bias = None if self.config.causal else _hide(slot >= lengths.column() + first, q.dtype)", new="bias = None",
         wrong="layers without causality read the rows behind an item's last token", tests=f"{VARIANTS}/test_mha.py {TESTS}/laws/test_contract.py -k '{MHA}'",
     ),
     base(
@@ -91,7 +91,7 @@ MUTANTS = (
         wrong="a cache of another layer is taken", tests=f"{TESTS}/laws/test_contract_memory.py -k '({MHA}) and another_layer'",
     ),
     cache(
-        "cache-ragged-slot", old="slot = torch.where(token < last, before.unsqueeze(1) + token, self.bound)", new="slot = torch.where(token < last, before.unsqueeze(1) + token, 0)",
+        "cache-ragged-slot", old="slot = torch.where(Lengths(lengths).holds(token), before.unsqueeze(1) + token, self.bound)", new="slot = torch.where(Lengths(lengths).holds(token), before.unsqueeze(1) + token, 0)",
         wrong="rows without a token overwrite an item's first token",
     ),
     cache(
@@ -117,17 +117,17 @@ MUTANTS = (
         wrong="the last slot of a ragged cache is never read", tests=f"{TESTS}/cache/test_stream_parts.py",
     ),
     streams(
-        "ring-row", old="begin = (before + first) % self.rows", new="begin = before % self.rows", wrong="a call longer than a ring is written from the wrong row",
+        "ring-row", old="begin = (held + first) % self.rows", new="begin = held % self.rows", wrong="a call longer than a ring is written from the wrong row",
     ),
     streams(
-        "ring-oldest", old="self.oldest = self._later(before + tokens - self.rows)", new="self.oldest = self._later(before - self.rows)", wrong="a ring promises tokens that it has overwritten",
+        "ring-oldest", old="self.oldest = self._later(held + tokens - self.rows)", new="self.oldest = self._later(held - self.rows)", wrong="a ring promises tokens that it has overwritten",
     ),
     streams(
-        "ring-zeros-before", old="return seen if length >= count else seen.masked_fill((back + length < 0).view(1, 1, -1, 1), 0)", new="return seen",
+        "ring-zeros-before", old="return seen if shared >= count else seen.masked_fill((token < 0).view(1, 1, -1, 1), 0)", new="return seen",
         wrong="before the first token there is what the ring held", tests=f"{TESTS}/cache/test_stream_parts.py",
     ),
     streams(
-        "ring-select-oldest", old="self.oldest.index_select(0, index) if isinstance(self.oldest, Tensor) else self.oldest", new="self.oldest",
+        "ring-select-oldest", old="Lengths(self.oldest).select(index).value", new="self.oldest",
         wrong="chosen items keep the margins of those before", tests=f"{TESTS}/cache/test_stream_parts.py",
     ),
     streams(
@@ -159,7 +159,7 @@ MUTANTS = (
         wrong="positions stay where padding was while tokens move",
     ),
     inputs(
-        "inputs-offset-of-positions", old="return token + (offset.unsqueeze(1) if isinstance(offset, Tensor) else offset)", new="return token",
+        "inputs-offset-of-positions", old="return token + Lengths(offset).column()", new="return token",
         wrong="later calls count positions from the beginning", tests=f"{TESTS}/laws/test_contract_memory.py -k '({MHA}) and (token_by_token or chunks)'",
     ),
     inputs(

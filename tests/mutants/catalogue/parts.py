@@ -155,7 +155,7 @@ MUTANTS = (
         wrong="a landmark comes after w ordinary tokens instead of w - 1",
     ),
     landmarks(
-        "landmarks-offset", old="start = offset.to(device).view(-1, 1) if isinstance(offset, Tensor) else offset", new="start = 0",
+        "landmarks-offset", old="start = before.column()", new="start = 0",
         wrong="later calls count their blocks from the beginning",
     ),
     landmarks(
@@ -242,11 +242,11 @@ MUTANTS = (
         wrong="rows in front of an item stand where its first token stands",
     ),
     align(
-        "align-drop", old="index = torch.arange(tokens, device=out.device) + front.unsqueeze(1)", new="index = torch.arange(tokens, device=out.device) + 0 * front.unsqueeze(1)",
+        "align-drop", old="index = torch.arange(tokens, device=out.device) + absent.column()", new="index = torch.arange(tokens, device=out.device) + 0 * absent.column()",
         wrong="rows in front of an item are given out for its tokens",
     ),
     align(
-        "align-pad-behind", old="pad(q_pos, (front, rows - front - tokens), value=-1)", new="pad(q_pos, (front, rows - front - tokens), value=0)",
+        "align-pad-behind", old="pad(q_pos, (absent.shared, rows - absent.shared - tokens), value=-1)", new="pad(q_pos, (absent.shared, rows - absent.shared - tokens), value=0)",
         wrong="absent rows stand at slot 0",
     ),
     offload(
