@@ -228,15 +228,15 @@ def bench(  # noqa: PLR0913  (a command line has one parameter for each option)
     from attnzoo.evaluation import costs_report, layer_costs
 
     setting = layer_costs.CostSetting(
-        tokens,
-        batch,
-        dim,
-        heads,
-        kv_heads,
-        layer_costs.read_dtype(dtype),
-        layer_costs.read_device(device),
-        impl,
-        seconds,
+        tokens=tokens,
+        batch=batch,
+        dim=dim,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        dtype=layer_costs.read_dtype(dtype),
+        device=layer_costs.read_device(device),
+        impl=impl,
+        seconds=seconds,
     )
     if threads is not None:
         if threads < 1:

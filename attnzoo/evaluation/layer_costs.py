@@ -240,7 +240,7 @@ def check(name: str, layer: AttentionLayer, setting: CostSetting) -> Cost:
         problem = f"wrong: {worst} is off by {errors[worst]:.1e} of the largest value, {bound:.0e} is right"
     with torch.no_grad():
         density = layer.eval().attend(setting.inputs(setting.tokens)).plan.density
-    return Cost(name, density, errors[worst], tokens, problem)
+    return Cost(name=name, density=density, error=errors[worst], checked=tokens, problem=problem)
 
 
 def _results(layer: AttentionLayer, impl: str, setting: CostSetting, tokens: int) -> dict[str, Tensor]:

@@ -211,11 +211,16 @@ def longheads(
             found[-1].append([])
             out = [v.new_zeros(0, v.shape[-1])]
             for t in range(length):
-                read, position, end = chosen(q, keys, recipe, chunks, h, t)
+                read, position, end = chosen(q, keys, recipe, chunks, h=h, t=t)
                 found[-1][-1].append(read)
                 places = [s for c in read for s in range(c * size, min((c + 1) * size, end))]
                 row = one_query(
-                    q[t, h], k[places, h // group], v[places, h // group], recipe, chunks, (position, len(places))
+                    q[t, h],
+                    k[places, h // group],
+                    v[places, h // group],
+                    recipe=recipe,
+                    chunks=chunks,
+                    read=(position, len(places)),
                 )
                 out.append(row[None])
             columns.append(torch.cat(out))

@@ -124,7 +124,7 @@ def gates(
     p = x.new_zeros(routed)
     on = set[int]()
     if routed:
-        p = probabilities(x, q, weights, routing, shared, routed)
+        p = probabilities(x, q, weights, routing, shared=shared, routed=routed)
         on = chosen(p, routing, recipe)
     one = x.new_ones(())
     s = [one] * shared

@@ -184,6 +184,6 @@ def rcmha(
         earlier = next(sequences)
         if len(earlier):
             places = torch.arange(len(earlier) + len(tokens))
-        return one_sequence(tokens, earlier, places, weights, recipe, relative)
+        return one_sequence(tokens, earlier, places, weights=weights, recipe=recipe, relative=relative)
 
     return each_sequence(x, weights, one, key_padding=key_padding, positions=positions)

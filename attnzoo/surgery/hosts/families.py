@@ -54,7 +54,15 @@ def site_of(path: str, layer: int, module: nn.Module) -> Site:
     except ConversionError as error:
         raise ConversionError(f"{path}.{error}") from error
     name = family_of(module).name
-    return Site(path, name, layer, block.heads, block.kv_heads, block.head_dim, block.width)
+    return Site(
+        path=path,
+        host=name,
+        layer=layer,
+        heads=block.heads,
+        kv_heads=block.kv_heads,
+        head_dim=block.head_dim,
+        width=block.width,
+    )
 
 
 def weights_of(module: nn.Module) -> Projections:

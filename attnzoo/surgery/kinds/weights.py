@@ -72,7 +72,13 @@ class Weights(Kind):
     def _change(self, site: Site, old: nn.Module, solution: factor.Solution) -> Change:
         module, sizes = self._module(old, solution.projections)
         entry = {"path": site.path, "variant": VARIANT, "kind": self.word, **sizes}
-        report = SiteReport(site, self.values(old), self.values(module), solution.kept, solution.error)
+        report = SiteReport(
+            site=site,
+            values_before=self.values(old),
+            values_after=self.values(module),
+            kept=solution.kept,
+            error=solution.error,
+        )
         return Change(report, entry, module=module)
 
     def _module(self, old: nn.Module, found: Any) -> tuple[nn.Module, dict[str, int]]:

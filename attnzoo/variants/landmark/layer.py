@@ -301,7 +301,9 @@ class LandmarkAttention(AttentionLayer, name="landmark"):
         own = torch.div(_slots(step, inputs), size, rounding_mode="floor")  # [B|1, T]
         rotations = None
         if config.rotary is not None:
-            rotations = BlockRotations.of(config.rotary, config.head_width, config.stride, slots // size, q)
+            rotations = BlockRotations.of(
+                config.rotary, config.head_width, stride=config.stride, blocks=slots // size, like=q
+            )
             extras = replace(extras, rope=(rotations.cos, rotations.sin))
         complete = own
         near = own.unsqueeze(-1)

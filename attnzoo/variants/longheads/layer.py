@@ -169,7 +169,7 @@ class LongHeadsAttention(AttentionLayer, name="longheads"):
             q_pos = (slot if q_pos is None else q_pos) - (slot >= self.config.first).long()
             q_pos = q_pos.clamp(min=-1).to(torch.int32)
         candidates = Candidates(chunk_keys, queries.detach())
-        return ChunkInputs(seen.q, seen.k, seen.v, q_pos, seen.key_bias, candidates=candidates)
+        return ChunkInputs(q=seen.q, k=seen.k, v=seen.v, q_pos=q_pos, key_bias=seen.key_bias, candidates=candidates)
 
     def _moved(self, step: Step, slot: Tensor) -> Tensor:
         """By how much the queries at slots ``[B|1, T]`` are nearer to the start than they were."""

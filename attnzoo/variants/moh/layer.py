@@ -182,7 +182,7 @@ class MoHAttention(AttentionLayer, name="moh"):
             q = rows.gather(q)
             q_pos = rows.positions(inputs.q_pos, first)
             form = replace(form, rows=rows, dense_pos=inputs.q_pos)
-        return MoHInputs(q, inputs.k, inputs.v, q_pos, inputs.key_bias, form=form)
+        return MoHInputs(q=q, k=inputs.k, v=inputs.v, q_pos=q_pos, key_bias=inputs.key_bias, form=form)
 
     def plan(self, step: Step, heads: MoHHeads, inputs: MoHInputs) -> MoHPlan:  # type: ignore[override]
         """Everything or the window's blocks, for the rows that heads compute."""

@@ -374,7 +374,9 @@ class RCMHAAttention(AttentionLayer, name="rcmha"):
         if plan.tau is None:
             return super().operate(inputs, plan)
         scale = self.config.head_width**-0.5 if self.config.scale is None else float(self.config.scale)
-        call = Clipped(inputs.q, inputs.k, inputs.v, plan.extras, plan.first, scale, self.impl)
+        call = Clipped(
+            q=inputs.q, k=inputs.k, v=inputs.v, extras=plan.extras, first=plan.first, scale=scale, impl=self.impl
+        )
         return attend_clipped(call, plan.tau.to(inputs.q.dtype), causal=plan.causal, block=DENSE_BLOCK)
 
     def streams(self) -> dict[str, Stream]:

@@ -307,7 +307,13 @@ class _Grid:
     def of(cls, block: int, offset: int | Tensor, tokens: int) -> _Grid:
         block_q = block if tokens >= block else 1
         front = offset % block_q
-        return cls(block, block_q, offset - front, front, Lengths(front).most(block_q - 1))
+        return cls(
+            block=block,
+            block_q=block_q,
+            first=offset - front,
+            front=front,
+            front_tokens=Lengths(front).most(block_q - 1),
+        )
 
     def blocks(self, rows: int, device: torch.device) -> Tensor:
         """The sequence's block that each query block lies in, int64 ``[B|1, M]``."""
