@@ -1,14 +1,21 @@
-"""What the steps of a mixture of heads hand to each other, beside what every layer's do."""
+"""What the steps of a mixture of heads hand to each other, beside what every layer's do.
+
+Names that inherited fields are annotated with are imported as themselves: who evaluates annotations looks here.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any as Any
+
+from torch import Tensor as Tensor
 
 from attnzoo.base.shared_layouts import dense_layout
 from attnzoo.base.steps import AttentionInputs, Heads, Plan
 from attnzoo.variants.moh.forms import EVERY_ROW, Form
 from attnzoo.variants.moh.router import Routing
+from attnzoo_kernels import BlockLayout as BlockLayout
 from attnzoo_kernels import Extras, visible_pairs
 
 

@@ -35,6 +35,7 @@ from attnzoo.cache.lengths import Lengths
 from attnzoo.reporting.choices import hint
 from attnzoo.variants.rcmha.convolution import DepthwiseConvolution
 from attnzoo.variants.rcmha.relative import Clipped, attend_clipped, channels_by_position, channels_by_slot
+from attnzoo_kernels import BlockLayout as BlockLayout  # ClippedPlan inherits fields that are annotated with it
 from attnzoo_kernels import Extras
 from attnzoo_kernels.errors import ConfigError, UnsupportedError
 
