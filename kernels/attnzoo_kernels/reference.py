@@ -30,9 +30,9 @@ def layout_mask(call: Call) -> Tensor:
     target = _listed_blocks(call)
     keep = torch.zeros(*call.start.shape, blocks_k + 1, dtype=torch.int32, device=call.col.device)
     keep = keep.scatter_add(-1, target, torch.ones_like(target, dtype=torch.int32))[..., :blocks_k] > 0
-    keep = keep.repeat_interleave(call.block_q, -2)[..., :seq_q, :]
-    keep = keep.repeat_interleave(call.block_k, -1)[..., :seq_k]
-    return keep if keep.shape[1] == 1 else keep.repeat_interleave(heads // keep.shape[1], 1)
+    keep = _repeated(keep, call.block_q, seq_q, -2)
+    keep = _repeated(keep, call.block_k, seq_k, -1)
+    return keep if keep.shape[1] == 1 else _repeated(keep, heads // keep.shape[1], heads, 1)
 
 
 def visible_mask(call: Call) -> tuple[Tensor, Tensor | None]:
@@ -105,7 +105,12 @@ def _weighted(weights: Tensor, mask: Tensor, v: Tensor) -> Tensor:
 def _for_heads(x: Tensor, call: Call) -> Tensor:
     """Keys, values or gates ``[B, G, S, D]`` for each query head."""
     heads, groups = call.shape[1:3]
-    return x.repeat_interleave(heads // groups, 1)
+    return _repeated(x, heads // groups, heads, 1)
+
+
+def _repeated(x: Tensor, times: int, length: int, dim: int) -> Tensor:
+    """Each index of a dimension so many times, cut to a length; ``repeat_interleave`` asks an export about strides."""
+    return x.index_select(dim, torch.arange(length, device=x.device) // times)
 
 
 def _products(call: Call, q: Tensor, k: Tensor, block: int) -> Tensor:

@@ -82,7 +82,7 @@ def test_options_are_served_too(name: str, options: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        name if name in ("landmark", "longheads") else pytest.param(name, marks=pytest.mark.slow)
+        name if name in ("landmark", "longheads", "mha") else pytest.param(name, marks=pytest.mark.slow)
         for name in attnzoo.list_variants()
     ],
 )
