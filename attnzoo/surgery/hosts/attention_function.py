@@ -364,7 +364,7 @@ def _attend_padded(layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, geome
     k, v = (_take(x[:, :, :held], slots.order[:, :longest]) for x in (k, v))
     rows = Alignment.of(~real[:, first:])
     out = _run(layer, AttentionInputs(_take(q, rows.order), k, v), real[:, :first].sum(1), rows.lengths)
-    return _take(out, rows.place).masked_fill(~real[:, None, first:, None], 0.0)
+    return _take(out, rows.row_index).masked_fill(~real[:, None, first:, None], 0.0)
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:
