@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from attnzoo_kernels import reference, selftest
-from attnzoo_kernels.selftest import UNIT, Inputs, Sizes
+from attnzoo_kernels.selftest import UNIT, CaseInputs, CaseSizes
 from attnzoo_kernels.spec.call import Call
 
 CPU = torch.device("cpu")
@@ -67,7 +67,7 @@ def everything_rounded() -> Iterator[None]:
         reference.attend = real
 
 
-def score_of(given: Inputs) -> float:
+def score_of(given: CaseInputs) -> float:
     """The largest sum of absolute values that a score is made of."""
     group = given.q.shape[1] // given.k.shape[1]
     parts = given.q.abs() @ given.k.repeat_interleave(group, 1).abs().transpose(-1, -2)
@@ -80,7 +80,7 @@ def score_of(given: Inputs) -> float:
 
 
 @functools.lru_cache(maxsize=8)
-def truth_of(name: str, sizes: Sizes, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Tensor], float]:
+def truth_of(name: str, sizes: CaseSizes, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Tensor], float]:
     """What fp64 says on inputs rounded to a dtype, what plain torch says in that dtype, and the score's size."""
     rounded = selftest.make(name, sizes).to(dtype, CPU)
     exact = rounded.to(torch.float64, CPU)
@@ -90,7 +90,7 @@ def truth_of(name: str, sizes: Sizes, dtype: torch.dtype) -> tuple[dict[str, Ten
     return truth, plain, score_of(exact)
 
 
-def assert_within(name: str, sizes: Sizes, dtype: torch.dtype, found: dict[str, Tensor]) -> None:
+def assert_within(name: str, sizes: CaseSizes, dtype: torch.dtype, found: dict[str, Tensor]) -> None:
     """Fails if a result or gradient is further from fp64 than its budget, or empty elsewhere."""
     truth, plain, score = truth_of(name, sizes, dtype)
     unit = UNIT[dtype]
@@ -113,6 +113,8 @@ def assert_within(name: str, sizes: Sizes, dtype: torch.dtype, found: dict[str, 
     assert not found["dq"][empty].any()
 
 
-def run(name: str, sizes: Sizes, dtype: torch.dtype, device: torch.device, impl: str = "triton") -> dict[str, Tensor]:
+def run(
+    name: str, sizes: CaseSizes, dtype: torch.dtype, device: torch.device, impl: str = "triton"
+) -> dict[str, Tensor]:
     """Results and gradients of a case on a device."""
     return selftest.solve(selftest.make(name, sizes).to(dtype, device), impl, dtype)

@@ -21,7 +21,7 @@ from attnzoo_kernels import (
     selftest,
     why_not,
 )
-from attnzoo_kernels.selftest import Inputs, Sizes
+from attnzoo_kernels.selftest import CaseInputs, CaseSizes
 from tests.attnzoo_kernels.gpu.gpu_support import DTYPES, assert_within, find_device, run, short
 
 pytestmark = pytest.mark.gpu
@@ -38,12 +38,12 @@ def device() -> torch.device:
     return find_device()
 
 
-def sizes_of(width: int, block: int, **more: int) -> Sizes:
+def sizes_of(width: int, block: int, **more: int) -> CaseSizes:
     """Three rows of blocks, the last one ragged."""
-    return replace(Sizes(1, 4, 2, 2 * block + block // 2 + 3, width, width, block, block), **more)
+    return replace(CaseSizes(1, 4, 2, 2 * block + block // 2 + 3, width, width, block, block), **more)
 
 
-def check(case: str, sizes: Sizes, dtype: torch.dtype, device: torch.device) -> None:
+def check(case: str, sizes: CaseSizes, dtype: torch.dtype, device: torch.device) -> None:
     assert_within(case, sizes, dtype, run(case, sizes, dtype, device))
 
 
@@ -81,7 +81,7 @@ def test_odd_widths(widths: tuple[int, int], device: torch.device) -> None:
 
 @pytest.mark.parametrize("blocks", ODD_BLOCKS, ids=str)
 def test_odd_blocks(blocks: tuple[int, int], device: torch.device) -> None:
-    sizes = Sizes(2, 6, 2, 2 * max(blocks) + 7, 64, 64, *blocks)
+    sizes = CaseSizes(2, 6, 2, 2 * max(blocks) + 7, 64, 64, *blocks)
     check("plain", sizes, torch.float16, device)
 
 
@@ -103,7 +103,7 @@ def test_gradients_of_sparse_layouts_at_width_64_and_192(
         keep[:, 2, 3] = False
         layout = BlockLayout.from_mask(keep, 128, 128, 600, 600)
         q, k, v = (torch.randn(1, 4, 600, width, generator=generator, dtype=torch.float64) for _ in range(3))
-        given = Inputs(q, k, v, layout, True, Extras()).to(dtype, torch.device("cpu"))
+        given = CaseInputs(q, k, v, layout, True, Extras()).to(dtype, torch.device("cpu"))
         truth = selftest.solve(given.to(torch.float64, torch.device("cpu")), "reference", dtype)
         found = selftest.solve(given.to(dtype, device), "triton", dtype)
         fields = selftest.compare(found, truth, dtype, given.score)
@@ -131,7 +131,7 @@ def test_exactly_the_visible_keys_are_read(
         q_pos=given.extras.q_pos, window=given.extras.window, sink=given.extras.sink,
         key_bias=None if bias is None else torch.where(bias == -math.inf, bias, 0.0),
     )  # fmt: skip
-    blank = Inputs(torch.zeros_like(given.q), given.k, given.v, given.layout, True, extras)
+    blank = CaseInputs(torch.zeros_like(given.q), given.k, given.v, given.layout, True, extras)
     seen = probe(blank.to(torch.float64, torch.device("cpu")), "reference")
     found = probe(blank.to(dtype, device), "triton")
     assert torch.equal(found[0], seen[0]), "the forward reads other keys"
@@ -140,7 +140,7 @@ def test_exactly_the_visible_keys_are_read(
     torch.testing.assert_close(found[2], count, rtol=0, atol=2e-6 * (1 + float(count.max())))
 
 
-def probe(given: Inputs, impl: str) -> tuple[Tensor, Tensor, Tensor]:
+def probe(given: CaseInputs, impl: str) -> tuple[Tensor, Tensor, Tensor]:
     """What each row reads, bool ``[B, H, T, S]``, by the forward and by dV; and lse, fp64. H must be G."""
     slots, rows, width = given.k.shape[2], given.q.shape[2], given.v.shape[3]
     forward, backward, lse = [], [], torch.empty(0)
@@ -159,7 +159,7 @@ def probe(given: Inputs, impl: str) -> tuple[Tensor, Tensor, Tensor]:
     return torch.cat(forward, -1).cpu(), torch.cat(backward, 2).cpu(), lse.double().cpu()
 
 
-def moved(case: str, device: torch.device, dtype: torch.dtype = torch.bfloat16, **more: int) -> Inputs:
+def moved(case: str, device: torch.device, dtype: torch.dtype = torch.bfloat16, **more: int) -> CaseInputs:
     return selftest.make(case, sizes_of(64, 64, **{"heads": 4, **more})).to(dtype, device)
 
 
@@ -180,7 +180,7 @@ def test_strides_change_nothing(device: torch.device) -> None:
     q = given.q.transpose(2, 3).contiguous().transpose(2, 3)
     odd = torch.empty(*v.shape[:3], v.shape[3] + 1, dtype=v.dtype, device=device)[..., 1:].copy_(v)
     for values in (v, odd):
-        again = selftest.solve(Inputs(q, k, values, given.layout, True, Extras()), "triton", torch.bfloat16)
+        again = selftest.solve(CaseInputs(q, k, values, given.layout, True, Extras()), "triton", torch.bfloat16)
         assert all(torch.equal(again[name], x) for name, x in first.items())
 
 
@@ -189,10 +189,10 @@ def test_nan_in_what_nobody_reads_stays_there(device: torch.device) -> None:
     keep[..., 1] = False
     given = moved("plain", device)
     layout = BlockLayout.from_mask(keep, 64, 64, given.q.shape[2], given.k.shape[2]).to(device)
-    clean = selftest.solve(Inputs(given.q, given.k, given.v, layout, True, Extras()), "triton", torch.bfloat16)
+    clean = selftest.solve(CaseInputs(given.q, given.k, given.v, layout, True, Extras()), "triton", torch.bfloat16)
     k, v = given.k.clone(), given.v.clone()
     k[:, :, 64:128] = v[:, :, 64:128] = math.nan
-    spoilt = selftest.solve(Inputs(given.q, k, v, layout, True, Extras()), "triton", torch.bfloat16)
+    spoilt = selftest.solve(CaseInputs(given.q, k, v, layout, True, Extras()), "triton", torch.bfloat16)
     assert all(torch.equal(spoilt[name], x) for name, x in clean.items())
     assert not clean["dk"][:, :, 64:128].any()
     assert not clean["dv"][:, :, 64:128].any()

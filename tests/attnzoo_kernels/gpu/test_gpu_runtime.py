@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attnzoo_kernels import BlockLayout, Extras, UnsupportedError, block_sparse_attention, dispatch, selftest
 from attnzoo_kernels.errors import KernelError
-from attnzoo_kernels.selftest import Inputs, Sizes
+from attnzoo_kernels.selftest import CaseInputs, CaseSizes
 from tests.attnzoo_kernels.gpu.gpu_support import CPU, REASON, find_device
 
 pytestmark = pytest.mark.gpu
@@ -26,11 +26,11 @@ def cuda() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def given_on(device: torch.device, case: str = "plain", tokens: int = 1000) -> Inputs:
-    return selftest.make(case, Sizes(1, 8, 2, tokens, 64, 64, 64, 64)).to(DTYPE, device)
+def given_on(device: torch.device, case: str = "plain", tokens: int = 1000) -> CaseInputs:
+    return selftest.make(case, CaseSizes(1, 8, 2, tokens, 64, 64, 64, 64)).to(DTYPE, device)
 
 
-def forward(x: Inputs, impl: str = "triton") -> Tensor:
+def forward(x: CaseInputs, impl: str = "triton") -> Tensor:
     return block_sparse_attention(x.q, x.k, x.v, x.layout, extras=x.extras, impl=impl)
 
 
@@ -99,7 +99,7 @@ def test_a_stream_of_its_own_waits_for_nobody_else(cuda: torch.device) -> None:
         torch.cuda._sleep(50_000_000)
         for target, source in zip(late, (x.q, x.k, x.v), strict=True):
             target.copy_(source)
-        found = selftest.solve(Inputs(late[0], late[1], late[2], x.layout, True, x.extras), "triton", DTYPE)
+        found = selftest.solve(CaseInputs(late[0], late[1], late[2], x.layout, True, x.extras), "triton", DTYPE)
     torch.cuda.synchronize(cuda)
     assert all(torch.equal(found[name], y) for name, y in expected.items())
 
@@ -180,9 +180,9 @@ def test_offsets_beyond_31_bits_between_heads(cuda: torch.device) -> None:
         view = storage.as_strided((1, *apart), (0, 1 << 31, 64, 1), i * rows * 64)
         views.append(view.copy_(torch.randn(1, *apart, generator=generator, device=cuda)))
     layout = BlockLayout.window(64, 64, rows, rows, window=200, device=cuda)
-    far = selftest.solve(Inputs(views[0], views[1], views[2], layout, True, Extras()), "triton", torch.float16)
+    far = selftest.solve(CaseInputs(views[0], views[1], views[2], layout, True, Extras()), "triton", torch.float16)
     close = [x.contiguous() for x in views]
-    near = selftest.solve(Inputs(close[0], close[1], close[2], layout, True, Extras()), "triton", torch.float16)
+    near = selftest.solve(CaseInputs(close[0], close[1], close[2], layout, True, Extras()), "triton", torch.float16)
     assert all(torch.equal(far[name], y) for name, y in near.items())
 
 

@@ -131,7 +131,7 @@ def test_a_version_that_is_too_old_is_refused_by_name(version: str, monkeypatch:
 def test_a_version_that_was_not_tested_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(versions, "_warned", set())
     monkeypatch.setattr(sys.modules["transformers"], "__version__", "5.25.0")
-    with pytest.warns(UserWarning, match=r"transformers 5\.25\.0 is outside what was versions, 5\.4\.0 to ") as caught:
+    with pytest.warns(UserWarning, match=r"transformers 5\.25\.0 is outside what was tested, 5\.4\.0 to ") as caught:
         surgery.convert(tiny(layers=1), "mha")
     assert [warning.filename for warning in caught] == [__file__]
     with warnings.catch_warnings():
