@@ -11,6 +11,7 @@ import typing
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -146,19 +147,28 @@ def test_every_announced_step_is_run_once_whoever_overrides_it(config: attnzoo.A
         assert dict(runs) == wanted, name
 
 
-def test_what_an_overridden_step_gives_is_what_comes_out() -> None:
-    """Where shared heads are computed apart, the way round the steps would ignore what they give."""
+@pytest.mark.parametrize("how", ["subclass", "instance"])
+def test_an_overridden_step_has_whole_heads_and_what_it_gives_comes_out(how: str) -> None:
+    """Where shared heads are computed apart, the layer's own steps hand each other packed rows."""
+    shapes = []
 
-    class Halved(attnzoo.MoHAttention):
-        def operate(self, memory: Any, plan: Any) -> Tensor:
-            return super().operate(memory, plan) / 2
+    def halved(self: Any, inputs: Any, plan: Any) -> Tensor:
+        out = attnzoo.MoHAttention.operate(self, inputs, plan)
+        shapes.append(tuple(out.shape))
+        return out / 2
 
     config = attnzoo.MoHConfig(dim=32, num_heads=4, shared_heads=2, active_heads=1, compute="routed")
-    layer = build(config)
+    layer: Any = build(config)
     x = tokens(layer, 2, 40)
-    plain = layer(x)
-    layer.__class__ = Halved
-    assert_same(layer(x), plain / 2)
+    plain = layer.attend(x)
+    assert plain.plan.form.kind == "two_calls"
+    assert plain.plan.form.packed
+    if how == "subclass":
+        layer.__class__ = type("Halved", (attnzoo.MoHAttention,), {"operate": halved})
+    else:
+        layer.operate = partial(halved, layer)
+    assert_same(layer(x), plain.out / 2)
+    assert shapes == [(2, 4, 40, 8)]
 
 
 @every_variant
