@@ -12,12 +12,12 @@ base = partial(Mutant, file="attnzoo/base/layer.py", tests=f"{TESTS}/laws/test_c
 cache = partial(
     Mutant,
     file="attnzoo/cache/kv_cache.py",
-    tests=f"{TESTS}/laws/test_contract_memory.py {TESTS}/cache/test_kv_cache.py -k '({MHA}) or test_cache'",
+    tests=f"{TESTS}/laws/test_contract_memory.py {TESTS}/cache/test_kv_cache.py -k '({MHA}) or test_kv_cache'",
 )
 streams = partial(
     Mutant,
     file="attnzoo/cache/streams.py",
-    tests=f"{TESTS}/cache/test_streams.py {TESTS}/laws/test_contract_memory.py -k 'rcmha or longheads or test_cache'",
+    tests=f"{TESTS}/cache/test_streams.py {TESTS}/laws/test_contract_memory.py -k 'rcmha or longheads or test_kv_cache'",
 )
 pool = partial(
     Mutant,
