@@ -13,7 +13,9 @@ import torch
 # Inductor finds compiled graphs by the names of their operations alone: one made for an older schema would be run.
 _registration = Path(__file__).resolve().parents[1] / "kernels" / "attnzoo_kernels" / "registration.py"
 _schema = hashlib.sha256(_registration.read_bytes()).hexdigest()[:12]
-os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/attnzoo-inductor-{_schema}")
+# Neither is code for one class of CPU for another, which a variable may ask for.
+_processor = torch.backends.cpu.get_cpu_capability().lower().replace(" ", "-")
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/attnzoo-inductor-{_schema}-{_processor}")
 if not torch.cuda.is_available():
     # Before anything imports triton, which reads it once: the kernels then run on CPU tensors.
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -326,5 +326,8 @@ def test_a_fork_goes_its_own_way(case: Case) -> None:
     with torch.no_grad():
         layer.attend(x[:, :20], cache=cache)
         branch = cache.fork()
-        layer.attend(other, cache=branch)
-        assert_same(layer.attend(x[:, 20:], cache=cache).out, layer(x)[:, 20:])
+        forked = torch.cat([x[:, :20], other], 1)
+        # By turns: each would read what the other has written last.
+        for begin, end in ((20, 30), (30, 40)):
+            assert_same(layer.attend(forked[:, begin:end], cache=branch).out, layer(forked[:, :end])[:, begin:])
+            assert_same(layer.attend(x[:, begin:end], cache=cache).out, layer(x[:, :end])[:, begin:])
