@@ -197,6 +197,16 @@ def test_what_was_cropped_away_is_not_read_where_lengths_differ(name: str) -> No
     assert out.isfinite().all()
 
 
+def test_what_was_cropped_away_is_handed_on_as_zeros() -> None:
+    cache = cache_of()
+    cache.append(values_of(2, 5, 1.0), 5, differentiable=False)
+    cache.crop(2)
+    seen = cache.append(values_of(2, 3, 2.0), torch.tensor([1, 3]), differentiable=False)
+    for values in seen.values():
+        assert not values[0, :, 3:].any()
+        assert values[1].all()
+
+
 def test_bad_lengths_for_each_item_and_less_room_are_refused() -> None:
     cache = cache_of()
     cache.append(values_of(2, 3, 1.0), 3, differentiable=False)

@@ -17,7 +17,7 @@ cache = partial(
 streams = partial(
     Mutant,
     file="attnzoo/cache/streams.py",
-    tests=f"{TESTS}/cache/test_streams.py {TESTS}/laws/test_contract_memory.py -k 'rcmha or longheads or test_kv_cache'",
+    tests=f"{TESTS}/cache/test_streams.py {TESTS}/laws/test_contract_memory.py -k 'rcmha or longheads or test_streams'",
 )
 pool = partial(
     Mutant,
