@@ -140,6 +140,20 @@ def test_an_item_of_padding_alone_gives_zeros_and_disturbs_nobody(case: Case) ->
 
 
 @every_variant
+def test_what_padding_holds_reaches_no_weight(case: Case) -> None:
+    layer = case.layer(dtype=torch.float64)
+    x = tokens(layer, 2, 40)
+    key_padding = torch.arange(40) < torch.tensor([[0], [15]])
+    found = []
+    for held in (0.0, torch.nan):
+        filled = torch.where(key_padding.unsqueeze(-1), held, x)
+        out = layer.attend(filled, key_padding=key_padding).out
+        found.append(torch.autograd.grad(out.square().sum(), list(layer.parameters()), allow_unused=True))
+    for clean, poisoned in zip(*found, strict=True):
+        assert (clean is None and poisoned is None) or torch.equal(clean, poisoned)
+
+
+@every_variant
 def test_no_padding_is_padding_nowhere(case: Case) -> None:
     layer = case.layer()
     x = tokens(layer, 2, 70)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask, flex_attention
 
-from attnzoo_kernels import BlockLayout, UnsupportedError, block_sparse_attention_with_lse
+from attnzoo_kernels import BlockLayout, Extras, UnsupportedError, block_sparse_attention_with_lse
 from tests.attnzoo_kernels.oracle import Problem, solve, visible
 from tests.strategies import Numbers
 
@@ -113,3 +113,14 @@ def test_a_given_layout_is_left_alone() -> None:
     mask: BlockMask = layout.to_block_mask()
     BlockLayout.from_block_mask(mask)
     assert all(torch.equal(x, y) for x, y in zip((layout.start, layout.count, layout.col), before, strict=True))
+
+
+def test_positions_of_items_and_heads_are_inside_the_mask() -> None:
+    """What FlexAttention sees of a call in which items and heads have positions of their own."""
+    q_pos = torch.stack(
+        [torch.arange(32), (torch.arange(32) - 9).clamp(min=-1), torch.arange(32) // 2, torch.arange(32) + 3]
+    )
+    extras = Extras(q_pos=q_pos.view(2, 2, 32).int())
+    mask = BlockLayout.dense(16, 16, 32, 40).to_block_mask(causal=True, extras=extras)
+    shown = create_mask(mask.mask_mod, 2, 2, 32, 40, "cpu")
+    assert torch.equal(shown, torch.arange(40) <= q_pos.view(2, 2, 32, 1))

@@ -275,7 +275,8 @@ MUTANTS = (
     ),
     registration(
         "registration-autocast-inside", old="torch.autocast(device, enabled=False) if", new="torch.autocast(device) if",
-        wrong="scores and accumulators are rounded by autocast", tests=f"{TESTS}/op/test_state.py -k autocast",
+        wrong="scores and accumulators are rounded by autocast",
+        tests=f"{TESTS}/op/test_state.py {TESTS}/op/test_agreement.py -k 'autocast or dtype_goes'",
     ),
     registration(
         "registration-sink-tensor-lost", old="sink_size if sink is None else sink", new="sink_size",
