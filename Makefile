@@ -19,7 +19,7 @@ setup-demo:
 demo: setup-demo  ## Convert SmolLM2-135M several ways and compare on real text
 	$(BIN)/python -m attnzoo compare smollm2 --preset demo --out out/demo
 
-test: setup  ## The test suite; under 12 minutes on two cores
+test: setup  ## The test suite; about 16 minutes on two cores
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not gpu" --doctest-modules attnzoo kernels tests
 
 test-oldest: setup  ## The kernels' tests with the oldest supported triton
@@ -34,7 +34,7 @@ test-transformers: setup  ## Surgery with the older versions of transformers tha
 		$$python -m pytest -q -n $(WORKERS) --dist worksteal -m "not slow and not gpu" $(TRANSFORMERS_TESTS); \
 	done
 
-test-slow: setup  ## The tests that take minutes
+test-slow: setup  ## What the suite leaves out: whole grids, mutants inside the suite, exports of everything
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m slow tests
 
 mutants: setup  ## Mistakes on purpose: do the tests notice? About half an hour on two cores
