@@ -11,7 +11,7 @@ import torch
 from hypothesis import example, given
 from torch import Tensor
 
-from attnzoo_kernels import Extras, block_sparse_attention, block_sparse_attention_with_lse
+from attnzoo_kernels import Extras, block_sparse_attention, block_sparse_attention_with_lse, why_not
 from attnzoo_kernels.cpu import bf16 as half
 from attnzoo_kernels.cpu import flash, schedule
 from tests.attnzoo_kernels.cpu.cpu_classes import PROCESSORS, answering
@@ -173,3 +173,12 @@ def test_a_wrong_one_is_found_out(mutant: tuple[Any, str, str, str], monkeypatch
     rewrite(monkeypatch, *mutant)
     with pytest.raises(AssertionError):
         battery()
+
+
+def test_values_of_another_width_are_a_reason_and_computed_otherwise() -> None:
+    p = problem(33, 33)
+    wide = p.change(v=Numbers.of(1).normal(2, 2, 33, 12).bfloat16())
+    assert why_not("blocked/bf16", p.q, p.k, p.v, layout_of(p)) == ()
+    assert why_not("blocked/bf16", wide.q, wide.k, wide.v, layout_of(wide)) == (
+        "bf16: keys and values have widths 8 and 12; it takes equal ones",
+    )
