@@ -17,6 +17,7 @@ from tests.attnzoo_kernels.op.test_switches import (
     MIXES,
     assert_is,
     call,
+    poisoned_pair,
     seeds_of,
     solved,
     switched,
@@ -121,33 +122,6 @@ def test_one_gradient_alone_is_the_one_beside_others(name: str) -> None:
     torch.testing.assert_close(mine, truth, rtol=1e-10, atol=1e-10)
 
 
-def poisoned_pair(gate: str | None) -> tuple[Switched, Switched]:
-    """A call, and the same with NaN wherever nobody reads."""
-    bias = torch.zeros(1, 1, 27, dtype=torch.float64)
-    bias[..., 24:] = -math.inf
-    q_pos = torch.arange(21, dtype=torch.int32).view(1, 1, 21) + 6
-    q_pos[..., ::4] = -1
-    base = plain(key_bias=bias, q_pos=q_pos.contiguous())
-    base.keep[..., 1] = False
-    p = switched(base, 4, aux=True, rope=True, gate=gate, mix=0.5)
-    assert p.q_aux is not None and p.k_aux is not None
-    absent = (q_pos == -1).unsqueeze(-1)
-    slots = torch.arange(27)
-    unread = ((slots >= 24) | ((slots >= 10) & (slots < 20))).view(1, 1, 27, 1)
-    poisoned = p.change(
-        q=p.q.masked_fill(absent, math.nan),
-        q_aux=p.q_aux.masked_fill(absent, math.nan),
-        k=p.k.masked_fill(unread, math.nan),
-        v=p.v.masked_fill(unread, math.nan),
-        k_aux=p.k_aux.masked_fill(unread, math.nan),
-    )
-    if isinstance(p.gate, Tensor):
-        gate_keys = p.gate.clone()
-        gate_keys[:, :, 1] = math.nan
-        poisoned = poisoned.change(gate=gate_keys)
-    return p, poisoned  # type: ignore[return-value]
-
-
 @grid(gate=GATES, form=["whole", "split", "stepped"])
 def test_nan_where_nobody_reads_does_not_leak_through_any_switch(
     gate: str | None, form: str, monkeypatch: pytest.MonkeyPatch
@@ -155,7 +129,7 @@ def test_nan_where_nobody_reads_does_not_leak_through_any_switch(
     split_lists(monkeypatch, 1000 if form == "split" else 1)
     if form == "stepped":
         tiles_of(monkeypatch, stepped)
-    p, poisoned = poisoned_pair(gate)
+    p, poisoned = poisoned_pair(plain, gate)
     dout, dlse = seeds_of(p)
     assert p.q_pos is not None
     dead = p.q_pos.expand(1, 4, 21) == -1
