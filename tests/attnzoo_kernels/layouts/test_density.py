@@ -50,6 +50,16 @@ def test_pairs_at_lengths_beyond_any_mask_are_exact(causal: bool) -> None:
     assert dense == 12 * (length * (length + 1) // 2 if causal else length * length)
 
 
+def test_a_bias_of_each_group_meets_the_positions_of_its_own_heads() -> None:
+    # Four heads at positions of their own, two groups whose biases hide different keys: heads 0 and 1 are group 0.
+    q_pos = torch.tensor([7, 6, 1, 0], dtype=torch.int32).view(1, 4, 1)
+    bias = torch.zeros(1, 2, 8)
+    bias[:, 0, :3] = -torch.inf
+    layout = BlockLayout.dense(8, 8, 1, 8)
+    pairs = visible_pairs(layout, causal=True, extras=Extras(q_pos=q_pos, key_bias=bias), batch=1, heads=4)
+    assert pairs == (5 + 4 + 2 + 1, 5 + 4 + 2 + 1)
+
+
 @pytest.mark.parametrize("field", ["window", "sink"])
 def test_numbers_for_each_head_count_each_head(field: str) -> None:
     layout = BlockLayout.dense(8, 8, 32, 32)

@@ -115,6 +115,21 @@ def test_padded_keys_in_a_live_block_may_hold_anything(poison: float, impl: str)
     assert not got.dk[1, :, 21:].any()
 
 
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+@both
+def test_a_bias_alone_hides_what_may_hold_anything(poison: float, impl: str) -> None:
+    # All to all, in whole blocks: no slot is hidden by anything but the bias.
+    bias = torch.zeros(2, 1, 32)
+    bias[1, :, 21:] = -math.inf
+    p = problem(queries=16, keys=32, causal=False, key_bias=bias)
+    p.keep[:] = True
+    clean = answer(p, impl)
+    p.k[1, :, 21:], p.v[1, :, 21:] = poison, poison
+    got = answer(p, impl)
+    assert_bitwise(got, clean)
+    assert not got.dk[1, :, 21:].any()
+
+
 @both
 def test_an_absent_row_may_hold_nan_and_disturbs_nobody(impl: str) -> None:
     q_pos = torch.arange(40, dtype=torch.int32).view(1, 1, 40).clone()

@@ -34,7 +34,7 @@ MUTANTS = (
     nonfinite(
         "nonfinite-bias-hides-nothing", old="return call.key_bias is not None and bool((call.key_bias == -torch.inf).any())",
         new="return False", wrong="calls in which the bias alone hides are not computed again",
-        tests=f"{TESTS}/op/test_torture.py -k padded_keys",
+        tests=f"{TESTS}/op/test_torture.py -k bias_alone",
     ),
     nonfinite(
         "nonfinite-rule-hides-nothing", old="call.gate is not None or any(part.partial for part in parts)",
