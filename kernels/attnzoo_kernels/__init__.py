@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from attnzoo_kernels.cpu.slots import Slots, attend_slots
 from attnzoo_kernels.errors import AttnzooError, ConfigError, ConversionError, ShapeError, UnsupportedError
 from attnzoo_kernels.layouts.flex_call import MaskedCall, read_block_mask
 from attnzoo_kernels.layouts.layout import BlockLayout
@@ -21,7 +22,9 @@ __all__ = [
     "Extras",
     "MaskedCall",
     "ShapeError",
+    "Slots",
     "UnsupportedError",
+    "attend_slots",
     "block_sparse_attention",
     "block_sparse_attention_with_lse",
     "clear_memory",
