@@ -10,13 +10,13 @@ from torch.autograd import forward_ad
 
 from attnzoo_kernels import reference
 from attnzoo_kernels.checks import check_arguments, check_counting
-from attnzoo_kernels.cpu.products import rounds_to_zero
 from attnzoo_kernels.dispatch import PATH_NAMES, reasons_against
 from attnzoo_kernels.errors import UnsupportedError
 from attnzoo_kernels.flops import register_when_counting
 from attnzoo_kernels.layouts.density import count_pairs
 from attnzoo_kernels.layouts.layout import BlockLayout
 from attnzoo_kernels.registration import flatten, no_autocast
+from attnzoo_kernels.runtime.products import rounds_to_zero
 from attnzoo_kernels.runtime.tracing import traceable
 from attnzoo_kernels.spec.call import Call, Gate, Origins
 from attnzoo_kernels.spec.extras import Extras

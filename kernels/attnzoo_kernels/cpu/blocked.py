@@ -13,13 +13,12 @@ from torch import Tensor
 
 from attnzoo_kernels.cpu import gates
 from attnzoo_kernels.cpu.gather import Source, tile, untile
-from attnzoo_kernels.cpu.nonfinite import are_numbers, hides, product_where_seen
 from attnzoo_kernels.cpu.pack_gqa import pack_gqa, pack_rows, unpack_rows
 from attnzoo_kernels.cpu.path import CPUPath, Gradients
-from attnzoo_kernels.cpu.products import product
 from attnzoo_kernels.cpu.schedule import Bucket, Schedule, chunks_of, schedule_for
 from attnzoo_kernels.cpu.scores import Chunk, Inputs, rows_of, weigh
 from attnzoo_kernels.runtime.processor import multiplies_bf16
+from attnzoo_kernels.runtime.products import are_numbers, product, product_where_seen
 from attnzoo_kernels.runtime.workspace import scratch
 from attnzoo_kernels.spec.call import Call
 
@@ -59,7 +58,7 @@ def forward(call: Call, *, need_lse: bool) -> tuple[Tensor, Tensor]:
     packed = pack_gqa(call)
     schedule = schedule_for(packed)
     out, lse = _forward(packed, schedule, need_lse=need_lse)
-    if not are_numbers(out) and hides(packed, chunks_of(packed, schedule)):
+    if not are_numbers(out) and _hides(packed, chunks_of(packed, schedule)):
         out, lse = _forward(packed, schedule, need_lse=need_lse, careful=True)
     out = unpack_rows(out, packed).contiguous()
     lse = unpack_rows(lse.unsqueeze(-1), packed).squeeze(-1).contiguous() if need_lse else lse
@@ -101,6 +100,13 @@ def _forward(call: Call, schedule: Schedule, *, need_lse: bool, careful: bool = 
 def _cover(parts: list[Bucket], rows: int) -> bool:
     """Whether chunks hold all rows; those that none holds read nothing, and stay zero."""
     return sum(part.rows.shape[0] for part in parts) == rows
+
+
+def _hides(call: Call, parts: list[Bucket]) -> bool:
+    """Whether a call computes pairs that it then hides; where it does not, what is no number is so by right."""
+    if call.gate is not None or any(part.partial for part in parts):
+        return True
+    return call.key_bias is not None and bool((call.key_bias == -torch.inf).any())
 
 
 def _value_dtype(call: Call) -> torch.dtype:
@@ -150,7 +156,7 @@ def backward(call: Call, dout: Tensor | None, dlse: Tensor | None, need: list[bo
     dlse = None if dlse is None else pack_rows(dlse.unsqueeze(-1), packed)
     schedule = schedule_for(packed)
     grads = _backward(packed, schedule, dout, dlse, need)
-    if not are_numbers(*grads.every) and hides(packed, chunks_of(packed, schedule)):
+    if not are_numbers(*grads.every) and _hides(packed, chunks_of(packed, schedule)):
         grads = _backward(packed, schedule, dout, dlse, need, careful=True)
     return _as_given(call, packed, grads)
 

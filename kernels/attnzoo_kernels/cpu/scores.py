@@ -15,8 +15,8 @@ from torch import Tensor
 
 from attnzoo_kernels.cpu import gates
 from attnzoo_kernels.cpu.gather import Source, tile
-from attnzoo_kernels.cpu.products import product
 from attnzoo_kernels.cpu.schedule import Bucket, Limits, Schedule
+from attnzoo_kernels.runtime.products import product
 from attnzoo_kernels.runtime.store import remembers
 from attnzoo_kernels.runtime.workspace import scratch
 from attnzoo_kernels.spec.call import Call, Origins

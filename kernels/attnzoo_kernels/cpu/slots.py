@@ -71,9 +71,7 @@ class Slots:
         return cls(None, index, shown)
 
 
-def attend_slots(
-    q: Tensor, k: Tensor, v: Tensor, slots: Slots, *, scale: float, bias: Tensor | None = None
-) -> Tensor:
+def attend_slots(q: Tensor, k: Tensor, v: Tensor, slots: Slots, *, scale: float, bias: Tensor | None = None) -> Tensor:
     """Softmax attention of one row over the slots that it reads.
 
     Args:

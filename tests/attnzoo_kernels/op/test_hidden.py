@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attnzoo_kernels import BlockLayout, Extras, block_sparse_attention, block_sparse_attention_with_lse
-from attnzoo_kernels.cpu.products import product
+from attnzoo_kernels.runtime.products import product
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2}

@@ -7,8 +7,8 @@ from functools import partial
 from tests.mutants.record import Mutant
 
 FOLDER, TESTS = "kernels/attnzoo_kernels", "tests/attnzoo_kernels"
-gemm = partial(Mutant, file=f"{FOLDER}/cpu/products.py", tests=f"{TESTS}/cpu/test_products.py")
-nonfinite = partial(Mutant, file=f"{FOLDER}/cpu/nonfinite.py", tests=f"{TESTS}/cpu/test_nonfinite.py -k blocked")
+gemm = partial(Mutant, file=f"{FOLDER}/runtime/products.py", tests=f"{TESTS}/runtime/test_products.py")
+nonfinite = partial(Mutant, file=f"{FOLDER}/runtime/products.py", tests=f"{TESTS}/cpu/test_nonfinite.py -k blocked")
 checks = partial(Mutant, file=f"{FOLDER}/checks.py", tests=f"{TESTS}/op/test_scale.py -k refuse")
 
 MUTANTS = (
@@ -32,12 +32,12 @@ MUTANTS = (
         "nonfinite-touched-by-all", old=".float()) > 0", new=".float()) >= 0", wrong="a NaN reaches rows that give it no weight",
     ),
     nonfinite(
-        "nonfinite-bias-hides-nothing", old="return call.key_bias is not None and bool((call.key_bias == -torch.inf).any())",
+        "nonfinite-bias-hides-nothing", file=f"{FOLDER}/cpu/blocked.py", old="return call.key_bias is not None and bool((call.key_bias == -torch.inf).any())",
         new="return False", wrong="calls in which the bias alone hides are not computed again",
         tests=f"{TESTS}/op/test_torture.py -k bias_alone",
     ),
     nonfinite(
-        "nonfinite-rule-hides-nothing", old="call.gate is not None or any(part.partial for part in parts)",
+        "nonfinite-rule-hides-nothing", file=f"{FOLDER}/cpu/blocked.py", old="call.gate is not None or any(part.partial for part in parts)",
         new="call.gate is not None", wrong="calls in which the rule alone hides are not computed again",
     ),
     Mutant(

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from attnzoo_kernels import BlockLayout, Extras, block_sparse_attention
-from attnzoo_kernels.cpu.products import product, rounds_to_zero
 from attnzoo_kernels.runtime.processor import CLASSES, cpu_class, multiplies_bf16
+from attnzoo_kernels.runtime.products import product, rounds_to_zero
 from tests.attnzoo_kernels.cpu.cpu_classes import PROCESSORS, answering
 from tests.bounds import UNIT
 from tests.strategies import Numbers

@@ -1,6 +1,12 @@
 """Batched products into memory that is there already, by the one library that torch uses anyway.
 
 Nothing of the process is set, and no lock is held: a precision that a user has chosen for all products holds here too.
+
+A hidden pair counts for nothing because its weight is 0. That is so for every number, but 0 times NaN is NaN. Calls are
+computed as if there were numbers alone; where the result is none, :func:`product_where_seen` lets non-finite values
+(NaN, infinity) reach only the rows that see them.
+
+Letters: R rows of a chunk, m rows and s slots of a product, D width.
 """
 
 from __future__ import annotations
@@ -52,3 +58,38 @@ def _half_product(a: Tensor, b: Tensor, out: Tensor, *, scale: float, add: bool)
         found = torch.bmm(a.float(), b.float()).mul_(scale)
         out.copy_(out + found if add else found)
     return out
+
+
+def are_numbers(*tensors: Tensor | None) -> bool:
+    """Whether tensors hold numbers alone; numbers whose sum overflows count as none."""
+    for x in tensors:
+        if x is None:
+            continue
+        # The sum of fp16 numbers soon is none.
+        low = x.dtype in (torch.float16, torch.bfloat16)
+        if not bool(x.sum(dtype=torch.float32 if low else x.dtype).isfinite()):
+            return False
+    return True
+
+
+def product_where_seen(
+    name: str, weights: Tensor, x: Tensor, out: Tensor | None = None, *, scale: float = 1.0, add: bool = False
+) -> Tensor:
+    """As :func:`product`, where a weight of 0 zeroes even non-finite values.
+
+    Args:
+        name: As there.
+        weights: ``[R, m, s]``, exactly 0 where nothing is seen.
+        x: ``[R, s, D]``.
+        out: As there.
+        scale: As there.
+        add: As there.
+    """
+    wrong = ~x.isfinite()
+    if not bool(wrong.any()):
+        return product(name, weights, x, out=out, scale=scale, add=add)
+    found = product(name, weights, x.masked_fill(wrong, 0.0), out=out, scale=scale, add=add)
+    # How many of the wrong values each result has a weight for.
+    touched = torch.bmm((weights != 0).float(), wrong.float()) > 0
+    spoiled = torch.bmm(weights, x) * scale
+    return found.add_(torch.where(touched, spoiled, 0.0))
