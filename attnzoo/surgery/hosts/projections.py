@@ -6,7 +6,7 @@ Letters: C model width, H query heads, G KV heads, D head width, Dv value width,
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -83,6 +83,24 @@ class LatentProjections:
     rotary: RotaryConfig | None
     scale: float
 
+    @classmethod
+    def beside(cls, p: Projections, down: Tensor, up: Tensor, down_bias: Tensor | None) -> Self:
+        """Latent keys and values beside the queries, the output and the geometry of other projections."""
+        return cls(
+            q=p.q,
+            down=down,
+            up=up,
+            o=p.o,
+            q_bias=p.q_bias,
+            down_bias=down_bias,
+            o_bias=p.o_bias,
+            num_heads=p.num_heads,
+            num_kv_heads=p.num_kv_heads,
+            head_dim=p.head_dim,
+            rotary=p.rotary,
+            scale=p.scale,
+        )
+
 
 def with_kv_heads(projections: Projections, count: int) -> Projections:
     """The same projections with zeros for ``count`` KV heads: to be loaded into."""
@@ -102,19 +120,11 @@ def latent_like(projections: Projections, rank: int) -> LatentProjections:
     """Weights of the sizes that a latent of a block with these projections would have, zero: to be loaded into."""
     p = projections
     constant = any(bias is not None for bias in (p.q_bias, p.k_bias, p.v_bias))
-    return LatentProjections(
-        q=p.q,
+    return LatentProjections.beside(
+        p,
         down=p.k.new_zeros(rank, p.k.shape[1]),
         up=p.k.new_zeros(p.k.shape[0] + p.v.shape[0], rank),
-        o=p.o,
-        q_bias=p.q_bias,
         down_bias=p.k.new_zeros(rank) if constant else None,
-        o_bias=p.o_bias,
-        num_heads=p.num_heads,
-        num_kv_heads=p.num_kv_heads,
-        head_dim=p.head_dim,
-        rotary=p.rotary,
-        scale=p.scale,
     )
 
 

@@ -189,19 +189,11 @@ def latent_site(
     found = solve.reduce_rank(both, moment, metric, rank)
     like = p.k
     inputs = found.down.shape[0] - int(weights.constant)
-    latent = LatentProjections(
-        q=p.q,
+    latent = LatentProjections.beside(
+        p,
         down=found.down[:inputs].T.to(like),
         up=found.up.T.to(like),
-        o=p.o,
-        q_bias=p.q_bias,
         down_bias=found.down[inputs].to(like) if weights.constant else None,
-        o_bias=p.o_bias,
-        num_heads=p.num_heads,
-        num_kv_heads=p.num_kv_heads,
-        head_dim=p.head_dim,
-        rotary=p.rotary,
-        scale=p.scale,
     )
     return latent, found.kept
 

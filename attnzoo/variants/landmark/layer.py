@@ -30,12 +30,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from attnzoo.base.config import check_flag
 from attnzoo.base.layer import (
     DENSE_BLOCK,
     LONG_CALL,
     AttentionInputs,
-    AttentionLayer,
     AttentionOutput,
     Heads,
     Plan,
@@ -47,7 +45,7 @@ from attnzoo.base.rope import apply_rotary, rotary_tables
 from attnzoo.base.shared_layouts import dense_layout
 from attnzoo.cache.kv_cache import KVCache, Stream
 from attnzoo.cache.lengths import Lengths
-from attnzoo.selection.offloaded_blocks import fetch_blocks
+from attnzoo.selection.offloading import OffloadingLayer
 from attnzoo.variants.landmark.config import LandmarkConfig, Mode, check_mix, check_mode
 from attnzoo.variants.landmark.retrieval import BlockRotations, retrieve
 from attnzoo.variants.landmark.tokens import LandmarkGrid, check_landmarks
@@ -88,7 +86,7 @@ class LandmarkInputs(AttentionInputs):
         return self.k[:, :, size - 1 :: size] if self.landmarks is None else self.landmarks
 
 
-class LandmarkAttention(AttentionLayer, name="landmark"):
+class LandmarkAttention(OffloadingLayer, name="landmark"):
     """Attention through landmarks: every ``block_size``-th token of an item is one.
 
     Attributes:
@@ -256,40 +254,9 @@ class LandmarkAttention(AttentionLayer, name="landmark"):
             return Plan(dense_layout(config.block_size, tokens, slots, inputs.q), extras, True)
         return self._choose(step, inputs, extras)
 
-    def operate(self, inputs: AttentionInputs, plan: Plan) -> Tensor:
-        """The operation, over what had to be fetched for it."""
-        if inputs.offloaded:
-            inputs, plan = fetch_blocks(inputs, plan)
-        return super().operate(inputs, plan)
-
-    def new_cache(
-        self,
-        batch: int,
-        max_length: int,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        offload: bool = False,
-    ) -> KVCache:
-        """An empty cache for this layer; see :meth:`AttentionLayer.new_cache`.
-
-        Args:
-            batch: Items B.
-            max_length: Tokens that fit, for each item.
-            device: Where it lies; ``None`` means with the weights.
-            dtype: Of its values; ``None`` means the weights'.
-            offload: Whether keys and values stay in CPU memory. The keys of landmarks lie on the device too; a
-                call in mode "topk" fetches the blocks that its queries read, one in mode "soft" all. Not for training.
-
-        Raises:
-            TypeError: If ``offload`` is no bool.
-        """
-        check_flag("offload", offload)
-        streams = self.streams()
-        if offload:
-            streams |= {name: replace(streams[name], offloaded=True) for name in ("k", "v")}
-            streams["landmark"] = Stream(streams["k"].heads, streams["k"].width, every=self.config.block_size)
-        return self.make_cache(streams, batch, max_length, device=device, dtype=dtype)
+    def streams_beside_offloaded(self, keys: Stream) -> dict[str, Stream]:
+        """The keys of landmarks."""
+        return {"landmark": Stream(keys.heads, keys.width, every=self.config.block_size)}
 
     def _choose(self, step: Step, inputs: LandmarkInputs, extras: Extras) -> Plan:
         config = self.config

@@ -32,15 +32,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from attnzoo.base.config import check_flag
-from attnzoo.base.layer import LONG_CALL, AttentionInputs, AttentionLayer, Heads, Plan, Step, is_training
+from attnzoo.base.layer import LONG_CALL, AttentionInputs, Heads, Plan, Step, is_training
 from attnzoo.base.padding import attend_in_chunks, for_heads, in_chunks, leading_rows
 from attnzoo.base.rope import RotaryConfig as RotaryConfig
 from attnzoo.base.rope import apply_rotary, rotary_tables, rotation_tables, shared_rotation_tables
 from attnzoo.base.shared_layouts import may_share
 from attnzoo.cache.kv_cache import KVCache, Stream
 from attnzoo.cache.lengths import Lengths
-from attnzoo.selection.offloaded_blocks import fetch_blocks
+from attnzoo.selection.offloading import OffloadingLayer
 from attnzoo.variants.longheads.chunks import (
     Asking,
     Candidates,
@@ -72,7 +71,7 @@ class ChunkInputs(AttentionInputs):
     candidates: Candidates | None = field(default=None, kw_only=True)
 
 
-class LongHeadsAttention(AttentionLayer, name="longheads"):
+class LongHeadsAttention(OffloadingLayer, name="longheads"):
     """Attention over a few chosen chunks of the past, at positions that the model was trained at."""
 
     config_class = LongHeadsConfig
@@ -295,12 +294,6 @@ class LongHeadsAttention(AttentionLayer, name="longheads"):
             length *= 2
         return Extras(rope=make(rotary, config.head_width, length, dtype, q.device))
 
-    def operate(self, inputs: AttentionInputs, plan: Plan) -> Tensor:
-        """The operation, on the chosen chunks alone where keys and values are offloaded."""
-        if inputs.offloaded:
-            inputs, plan = fetch_blocks(inputs, plan)
-        return super().operate(inputs, plan)
-
     @property
     def _local_heads(self) -> int:
         return self.heads_held("q_proj", self.config.num_heads)
@@ -316,35 +309,6 @@ class LongHeadsAttention(AttentionLayer, name="longheads"):
             heads = groups if name == "key" else self._local_heads
             streams[name] = Stream(heads, width, ring=max(1, config.chunk_size - 1))
         return streams
-
-    def new_cache(
-        self,
-        batch: int,
-        max_length: int,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        offload: bool = False,
-    ) -> KVCache:
-        """An empty cache for this layer; see :meth:`AttentionLayer.new_cache`.
-
-        Args:
-            batch: Items B.
-            max_length: Tokens that fit, for each item.
-            device: Where it lies; ``None`` means with the weights.
-            dtype: Of its values; ``None`` means the weights'.
-            offload: Whether keys and values stay in CPU memory. Chunk keys and the last tokens lie on the
-                device; a call fetches the chunks that its rows read, which for one token are at most
-                ``attention_length`` tokens for each query head. Not for training.
-
-        Raises:
-            TypeError: If ``offload`` is no bool.
-        """
-        check_flag("offload", offload)
-        streams = self.streams()
-        if offload:
-            streams |= {name: replace(streams[name], offloaded=True) for name in ("k", "v")}
-        return self.make_cache(streams, batch, max_length, device=device, dtype=dtype)
 
 
 def _is_step(step: Step, tokens: int) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import attnzoo
 from attnzoo.cache.kv_cache import KVCache
-from attnzoo.variants.landmark import layer as variant
+from attnzoo.selection import offloading
 from tests.attnzoo.cases import Case, assert_same, build, tokens
 
 TOTAL = 75
@@ -180,7 +180,7 @@ def test_a_step_fetches_what_it_reads_and_the_device_holds_little(monkeypatch: p
     x = tokens(layer, 1, 801)
     cache = offloaded(layer, 1, 801)
     fetched: list[Any] = []
-    fetch = variant.fetch_blocks
+    fetch = offloading.fetch_blocks
 
     def listening(memory: Any, plan: Any) -> Any:
         fetched.append(fetch(memory, plan))
@@ -188,7 +188,7 @@ def test_a_step_fetches_what_it_reads_and_the_device_holds_little(monkeypatch: p
 
     with torch.no_grad():
         layer.attend(x[:, :800], cache=cache)
-        monkeypatch.setattr(variant, "fetch_blocks", listening)
+        monkeypatch.setattr(offloading, "fetch_blocks", listening)
         plan = layer.attend(x[:, 800:], cache=cache).plan
     ((memory, _),) = fetched
     chosen = plan.info["blocks"][0, :, 0]  # [H, k]

@@ -110,6 +110,6 @@ def test_a_mutant_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if function == "top_blocks":
         monkeypatch.setattr("attnzoo.variants.longheads.chunks.top_blocks", topk.top_blocks)
     if function == "fetch_blocks":
-        monkeypatch.setattr("attnzoo.variants.longheads.layer.fetch_blocks", offloaded_blocks.fetch_blocks)
+        monkeypatch.setattr("attnzoo.selection.offloading.fetch_blocks", offloaded_blocks.fetch_blocks)
     with pytest.raises((AssertionError, ValueError, RuntimeError, IndexError)):
         check(monkeypatch)
