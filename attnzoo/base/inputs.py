@@ -13,7 +13,7 @@ from attnzoo.base.steps import Step
 from attnzoo.cache.kv_cache import KVCache
 from attnzoo.cache.lengths import Lengths
 from attnzoo_kernels.errors import ShapeError
-from attnzoo_kernels.runtime.plain import NESTED, advice, is_readable, odd_layout
+from attnzoo_kernels.runtime.plain import NESTED, advice, is_plain, is_readable, odd_layout
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -79,9 +79,11 @@ def self_step(x: Tensor, positions: Tensor | None, key_padding: Tensor | None, c
     if positions is not None:
         positions = positions.long()
         positions = positions if positions.dim() == 2 else positions.unsqueeze(0)
+    # A program that is traced takes positions as they come.
+    first = offset if positions is None and isinstance(offset, int) and is_plain(x) else None
     if key_padding is None:
         places = _default_positions(x, offset) if positions is None else positions
-        return Step(x=x, positions=places, lengths=tokens, offset=offset, cache=cache)
+        return Step(x=x, positions=places, lengths=tokens, offset=offset, cache=cache, first=first)
     moved = Alignment.of(key_padding)
     if positions is None:
         places = _default_positions(x, offset)
@@ -95,6 +97,7 @@ def self_step(x: Tensor, positions: Tensor | None, key_padding: Tensor | None, c
         cache=cache,
         padding=key_padding,
         row_index=moved.row_index,
+        first=first,
     )
 
 

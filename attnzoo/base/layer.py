@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from attnzoo.base.caching import CachingModule
 from attnzoo.base.config import AttentionConfig, build_config
+from attnzoo.base.decoding.rotation import shared_rotary_tables
 from attnzoo.base.inputs import check_dtype, check_inputs, cross_step, is_all_padding, self_step
 from attnzoo.base.padding import Filled, add_front, drop_front, take_rows
-from attnzoo.base.projections import check_slice, takes_its_own_dtype
+from attnzoo.base.projections import takes_its_own_dtype
 from attnzoo.base.recording import Recording
 from attnzoo.base.registry import register
-from attnzoo.base.rope import apply_rotary, rotary_tables
+from attnzoo.base.rope import apply_rotary
 from attnzoo.base.shared_layouts import dense_layout
 from attnzoo.base.steps import AttentionInputs, AttentionOutput, Heads, Plan, Step, finalise
 from attnzoo.cache.kv_cache import KVCache
@@ -56,8 +57,6 @@ class AttentionLayer(CachingModule):
             that, and ``causal=False`` works too; "selection-looks-ahead": only the values that are read are causal.
         trainable_selection: Whether what is read depends on parameters that training reaches.
         decode: Whether decoding token by token is the same function as one call: "exact", "approximate" or "none".
-        splits_heads: Whether a layer may hold some of the heads, as under tensor parallelism; sharded parameters (FSDP)
-            are no matter.
         dense_limit: Options at which the variant is plain attention, exactly.
     """
 
@@ -65,7 +64,6 @@ class AttentionLayer(CachingModule):
     causal_promise: ClassVar[Literal["strict", "selection-looks-ahead", "bidirectional-capable"]] = "strict"
     trainable_selection: ClassVar[bool] = False
     decode: ClassVar[Literal["exact", "approximate", "none"]] = "exact"
-    splits_heads: ClassVar[bool] = True
     dense_limit: ClassVar[dict[str, Any]] = {}
 
     config: AttentionConfig
@@ -270,44 +268,34 @@ class AttentionLayer(CachingModule):
         self.check_slice(q, k, v)
         return Heads(q, k, v)
 
-    def check_slice(self, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """Raises unless the heads that are here, of ``[B, h, T, D]``, are all of them or a slice that fits together.
-
-        Raises:
-            UnsupportedError: If the variant cannot hold some of its heads only.
-            ShapeError: If keys, values or the output's projection are sliced otherwise than queries.
-        """
-        held = (q.shape[1], k.shape[1], v.shape[1])
-        if held == (self.config.num_heads, self.config.kv_heads, self.config.kv_heads):
-            return
-        if not self.splits_heads:
-            whole = (self.config.num_heads, self.config.kv_heads)
-            raise UnsupportedError(
-                f"q_proj, k_proj, v_proj: expected all heads, {whole}, got {held}: {self.config.kind} does not run "
-                "under tensor parallelism, since weights of its own belong to all heads; shard its parameters (FSDP)"
-            )
-        check_slice(self.config, held, self.o_proj, held[0] * v.shape[3])
-
     def remember(self, step: Step, heads: Heads) -> AttentionInputs:
         """Rotates, writes the cache's streams, and gives what the operation sees."""
         q = heads.q
         k = heads.k
         v = heads.v
         if self.config.rotary is not None and step.context is None:
-            q, k = self.rotate(step.positions, q, k)
+            q, k = self.rotate_rows(step, q, k)
         if step.cache is not None:
             seen = step.cache.append({"k": k, "v": v}, step.lengths, differentiable=is_training(q, k, v))
             k = seen["k"]
             v = seen["v"]
         return self.attention_inputs(step, q, k, v)
 
+    def rotate_rows(self, step: Step, *heads: Tensor) -> tuple[Tensor, ...]:
+        """Rotates this call's heads ``[B, h, T, D]`` by the positions of its tokens; see :meth:`rotate`."""
+        if step.first is None or not self.runs_own("rotate", AttentionLayer):
+            return self.rotate(step.positions, *heads)
+        return self._rotate(range(step.first, step.first + step.x.shape[1]), *heads)
+
     def rotate(self, positions: Tensor, *heads: Tensor) -> tuple[Tensor, ...]:
         """Rotates tensors ``[B, h, T, D]`` by positions ``[B|1, T]``; in fp32 at least."""
+        return self._rotate(positions, *heads)
+
+    def _rotate(self, positions: Tensor | range, *heads: Tensor) -> tuple[Tensor, ...]:
         rotary = self.config.rotary
         if rotary is None:
             return heads
-        dtype = torch.promote_types(heads[0].dtype, torch.float32)
-        cos, sin = rotary_tables(rotary, self.config.head_width, positions, dtype)
+        cos, sin = shared_rotary_tables(rotary, self.config.head_width, positions, heads[0])
         return tuple(apply_rotary(x, cos, sin, rotary.interleaved) for x in heads)
 
     def attention_inputs(self, step: Step, q: Tensor, k: Tensor, v: Tensor) -> AttentionInputs:

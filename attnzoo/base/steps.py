@@ -33,6 +33,8 @@ class Step:
         context: Tokens ``[B, S, C]`` that the keys come from instead of x, zeros at padding.
         padding: The caller's ``key_padding``, bool ``[B, T]`` (with a context: ``[B, S]``).
         row_index: Of each of the caller's tokens, its row in x, int64 ``[B, T]``; ``None`` where nothing moved.
+        first: Position of the first row, where rows follow one another for all items alike and it is known without
+            reading a tensor.
     """
 
     x: Tensor
@@ -43,6 +45,7 @@ class Step:
     context: Tensor | None = None
     padding: Tensor | None = None
     row_index: Tensor | None = None
+    first: int | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from attnzoo.base.config import AttentionConfig
-from attnzoo.base.projections import check_restart, computing_device, computing_dtype, heads_held
+from attnzoo.base.projections import check_restart, check_slice, computing_device, computing_dtype, heads_held
 from attnzoo.reporting.warn import warn_caller
 from attnzoo_kernels import traceable
 from attnzoo_kernels.errors import UnsupportedError
@@ -19,7 +19,11 @@ class WeightedModule(nn.Module):
 
     Attributes:
         config: The configuration; frozen.
+        splits_heads: Whether a layer may hold some of the heads, as under tensor parallelism; sharded parameters (FSDP)
+            are no matter.
     """
+
+    splits_heads: ClassVar[bool] = True
 
     config: AttentionConfig
     q_proj: nn.Linear
@@ -77,6 +81,24 @@ class WeightedModule(nn.Module):
     def heads_held(self, name: str, heads: int) -> int:
         """Of a projection's heads, how many are here: all, or a slice of them under tensor parallelism."""
         return heads_held(name, getattr(self, name), heads, self.config)
+
+    def check_slice(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Raises unless the heads that are here, of ``[B, h, T, D]``, are all of them or a slice that fits together.
+
+        Raises:
+            UnsupportedError: If the variant cannot hold some of its heads only.
+            ShapeError: If keys, values or the output's projection are sliced otherwise than queries.
+        """
+        held = (q.shape[1], k.shape[1], v.shape[1])
+        if held == (self.config.num_heads, self.config.kv_heads, self.config.kv_heads):
+            return
+        if not self.splits_heads:
+            whole = (self.config.num_heads, self.config.kv_heads)
+            raise UnsupportedError(
+                f"q_proj, k_proj, v_proj: expected all heads, {whole}, got {held}: {self.config.kind} does not run "
+                "under tensor parallelism, since weights of its own belong to all heads; shard its parameters (FSDP)"
+            )
+        check_slice(self.config, held, self.o_proj, held[0] * v.shape[3])
 
     @property
     def compute_dtype(self) -> torch.dtype:

@@ -133,8 +133,8 @@ class LowRankGQAAttention(AttentionLayer, name="lowrank_gqa"):
         k, v = self.expand(latent)
         q = heads.q
         if step.context is None:
-            (q,) = self.rotate(step.positions, q)
-            (k,) = self.rotate(positions, k)
+            (q,) = self.rotate_rows(step, q)
+            (k,) = self.rotate_rows(step, k) if step.cache is None else self.rotate(positions, k)
         return self.attention_inputs(step, q, k, v)
 
     def expand(self, latent: Tensor) -> tuple[Tensor, Tensor]:

@@ -321,7 +321,7 @@ class RCMHAAttention(AttentionLayer, name="rcmha"):
         if self.config.rel is not None:
             q = q + self.rel_u.unsqueeze(1).to(q.dtype)  # [H, 1, D]
         if self.config.rotary is not None:
-            q, k = self.rotate(step.positions, q, k)
+            q, k = self.rotate_rows(step, q, k)
         given = step.given and self.config.rel == "sinusoidal"
         key_positions = step.positions if given else None
         cache = step.cache

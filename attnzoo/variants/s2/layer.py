@@ -148,7 +148,7 @@ class S2Attention(AttentionLayer, name="s2"):
         cache = step.cache
         if not isinstance(cache, PoolCache):
             return super().remember(step, heads)
-        q, k = self.rotate(step.positions, heads.q, heads.k)
+        q, k = self.rotate_rows(step, heads.q, heads.k)
         cache.stage({"k": k, "v": heads.v}, step.lengths)
         held = min(cache.bound + q.shape[2], cache.max_length)
         return PoolInputs(**vars(self.attention_inputs(step, q, k, heads.v)), cache=cache, held=held)

@@ -24,6 +24,7 @@ pool = partial(
     file="attnzoo/variants/s2/evicting_cache.py",
     tests=f"{VARIANTS}/test_s2_evict.py -k 'right_one or every_pattern or largest or fall or refused'",
 )
+rotation = partial(Mutant, file="attnzoo/base/decoding/rotation.py", tests=f"{TESTS}/base/decoding/test_rotation.py")
 inputs = partial(Mutant, file="attnzoo/base/inputs.py", tests=f"{TESTS}/laws/test_contract.py -k '{MHA}'")
 records = partial(Mutant, file="attnzoo/base/steps.py", tests=f"{TESTS}/laws/test_contract.py -k 'density or sparse'")
 record = partial(
@@ -70,9 +71,34 @@ MUTANTS = (
     base(
         "base-padding-comes-out", old="return result.masked_fill(step.padding.unsqueeze(-1), 0)", new="return result", wrong="padding comes out as whatever lies in its row",
     ),
-    base(
-        "base-rotate-in-half", old="dtype = torch.promote_types(heads[0].dtype, torch.float32)", new="dtype = heads[0].dtype", within="AttentionLayer.rotate",
+    rotation(
+        "base-rotate-in-half", old="dtype = torch.promote_types(like.dtype, torch.float32)", new="dtype = like.dtype",
         wrong="half-precision layers rotate by half-precision tables", tests=f"{TESTS}/base/test_layer_parts.py",
+    ),
+    rotation(
+        "rotation-slice-from-zero", old="return cos[positions.start : positions.stop], sin[positions.start : positions.stop]", new="return cos[: len(positions)], sin[: len(positions)]",
+        wrong="a chunk is rotated as if it were the first",
+    ),
+    rotation(
+        "rotation-forgets-length", old="_kept_tables(config, head_dim, _rows_for(positions.stop), dtype, like.device, length)", new="_kept_tables(config, head_dim, _rows_for(positions.stop), dtype, like.device, None)",
+        wrong="forms that depend on a length share one table",
+    ),
+    rotation(
+        "rotation-reads-before-the-first", old="if least >= 0 and", new="if", wrong="negative positions read a table from its end",
+    ),
+    rotation(
+        "rotation-one-row-turns-back", old="torch.cat((-sin, sin))", new="torch.cat((sin, -sin))", wrong="a decoding step's row is rotated the other way",
+    ),
+    rotation(
+        "rotation-keeps-any-size", old="return size * LARGEST_SHARE <= memory_limit()", new="return True", wrong="tables that cannot be kept are made whole for each call",
+    ),
+    base(
+        "base-rotates-chunks-from-zero", old="range(step.first, step.first + step.x.shape[1])", new="range(0, step.x.shape[1])",
+        wrong="each call's tokens are rotated as if they were the first", tests=f"{TESTS}/laws/test_contract_memory.py -k '{MHA} and chunks'",
+    ),
+    base(
+        "base-overridden-rotation", old='if step.first is None or not self.runs_own("rotate", AttentionLayer):', new="if step.first is None:",
+        wrong="a rotation of one's own is left out", tests=f"{TESTS}/base/decoding/test_rotation.py",
     ),
     base(
         "base-full-reads-padding", old="bias = None if self.config.causal else _hide(slot >= lengths.column() + first, q.dtype)", new="bias = None",
