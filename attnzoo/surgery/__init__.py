@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from attnzoo.surgery.convert import cache_bytes, convert
+from attnzoo.surgery.convert import cache_bytes, convert, new_cache
 from attnzoo.surgery.files import load, save
 from attnzoo.surgery.hosts.site import Site
 from attnzoo.surgery.lowrank.calibration import Statistics, collect
@@ -21,6 +21,7 @@ __all__ = [
     "convert",
     "find",
     "load",
+    "new_cache",
     "save",
     "set_gate_mix",
     "statistics_bytes",

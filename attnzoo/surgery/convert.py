@@ -12,6 +12,7 @@ from torch import nn
 from attnzoo.reporting.versions import check_transformers
 from attnzoo.surgery.hosts.families import block_of
 from attnzoo.surgery.hosts.site import Site
+from attnzoo.surgery.hosts.weights import type_name
 from attnzoo.surgery.kinds import kind_for
 from attnzoo.surgery.kinds.kind import Kind, Order
 from attnzoo.surgery.lookalikes import refuse_unknown
@@ -97,3 +98,30 @@ def cache_bytes(model: nn.Module) -> int:
         refuse_unknown(model)
     values = sum(block_of(model.get_submodule(site.path)).cached_values() for site in sites)
     return values * next(model.parameters()).element_size()
+
+
+def new_cache(model: nn.Module) -> Any:
+    """An empty cache for a model of transformers, converted or not, that copies nothing when a token is added.
+
+    The host's own growing cache joins all keys and values anew in every step. In this one they lie in buffers with
+    room for a sixteenth more (32 tokens at least). It is a ``DynamicCache``, for ``generate(past_key_values=...)`` or
+    calls of the model: cropping, beams and assisted decoding are as ever, and so are gradients, for which it copies.
+    Layers with sliding windows are the host's own. Converted blocks take such layers by themselves.
+
+    Args:
+        model: A model of transformers that decodes with a ``DynamicCache``.
+
+    Raises:
+        ConfigError: If it has no configuration of transformers, or is an encoder with a decoder, which take two caches.
+        UnsupportedError: If transformers is too old.
+    """
+    config = getattr(model, "config", None)
+    if not callable(getattr(config, "get_text_config", None)):
+        raise ConfigError(f"model: expected a model of transformers, got {type_name(model)}")
+    check_transformers()
+    if getattr(config, "is_encoder_decoder", False):
+        raise ConfigError(f"model: expected a decoder, got {type_name(model)}, an encoder with a decoder")
+    # Importing the host's library is for callers who have one of its models.
+    from attnzoo.surgery.hosts.caches.growing import growing_cache
+
+    return growing_cache(config)

@@ -21,7 +21,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from attnzoo.base.layer import AttentionInputs, AttentionLayer
 from attnzoo.base.padding import Alignment
 from attnzoo.base.recording import RULE
-from attnzoo.surgery.hosts.calls import read_call
+from attnzoo.surgery.hosts.calls import CACHE_NAMES, read_call
+from attnzoo.surgery.hosts.one_row import attend_one_row
 from attnzoo.surgery.hosts.weights import type_name
 from attnzoo.variants.mha import MHAAttention, MHAConfig
 from attnzoo_kernels.errors import ShapeError, UnsupportedError
@@ -63,13 +64,14 @@ class Geometry:
 def set_pattern(module: nn.Module, pattern: ReadPattern | None) -> None:
     """Puts a pattern on a module, or takes it off; with it goes the check that it is followed."""
     for key, hook in list(module._forward_pre_hooks.items()):
-        if hook is _check_block:
+        if hook is _prepare_block:
             del module._forward_pre_hooks[key]
+            del module._forward_pre_hooks_with_kwargs[key]
     if pattern is None:
         module.__dict__.pop(RULE, None)
     else:
         module.__dict__[RULE] = pattern
-        module.register_forward_pre_hook(_check_block)
+        module.register_forward_pre_hook(_prepare_block, with_kwargs=True)
 
 
 def pattern_of(module: nn.Module) -> ReadPattern | None:
@@ -131,8 +133,21 @@ def check_implementation(config: Any) -> None:
             )
 
 
-def _check_block(module: nn.Module, args: Any) -> None:
+def _prepare_block(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    """Before a block's call: it is called through the functions here, and its memory grows without copying."""
     check_implementation(module.config)
+    for name in CACHE_NAMES:
+        cache = kwargs.get(name)
+        if cache is not None:
+            let_grow(cache, module.layer_idx)
+
+
+def let_grow(cache: Any, index: int) -> None:
+    """Makes an empty plain layer of a host's cache one that copies nothing when a token is added."""
+    # Importing the host's library is for callers who have one of its caches.
+    from attnzoo.surgery.hosts.caches import growing
+
+    growing.let_grow(cache, index)
 
 
 @dataclass(frozen=True, eq=False)
@@ -344,6 +359,9 @@ def _attend_plain(layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, first:
         held = first + tokens
         if held > k.shape[2]:
             raise ShapeError(f"attention_mask: expected at most {k.shape[2]} slots, got queries up to slot {held - 1}")
+        out = attend_one_row(layer, q, k, v, held) if tokens == 1 else None
+        if out is not None:
+            return out
         # A static cache is longer than what it holds.
         return _run(layer, AttentionInputs(q, k[:, :, :held], v[:, :, :held]), first, None)
     return _run(layer, AttentionInputs(q, k, v), first.view(1).expand(q.shape[0]), None)

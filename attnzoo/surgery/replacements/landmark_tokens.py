@@ -24,7 +24,7 @@ from attnzoo.variants.landmark.tokens import WithLandmarks, insert_landmarks, me
 from attnzoo_kernels.errors import ConversionError, ShapeError, UnsupportedError
 
 if TYPE_CHECKING:
-    from attnzoo.surgery.hosts.landmark_cache import LandmarkCacheLayer
+    from attnzoo.surgery.hosts.caches.landmark_cache import LandmarkCacheLayer
 
 NAME = "landmark_tokens"
 """The decoder's child that holds the landmark's embedding."""
@@ -130,8 +130,8 @@ class LandmarkTokens(nn.Module):
         if cache is None and not (decoder.config.use_cache if use is None else use):
             return None, ()
         # Importing the host's library is for callers who want one of its caches.
-        from attnzoo.surgery.hosts.cache_layer import new_cache
-        from attnzoo.surgery.hosts.landmark_cache import landmark_layer
+        from attnzoo.surgery.hosts.caches.cache_layer import new_cache
+        from attnzoo.surgery.hosts.caches.landmark_cache import landmark_layer
 
         cache = new_cache(decoder.config) if cache is None else cache
         replaced = [module for module in decoder.modules() if isinstance(module, Replacement)]

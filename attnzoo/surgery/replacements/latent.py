@@ -16,7 +16,10 @@ from attnzoo.surgery.hosts import attention_function
 from attnzoo.surgery.hosts.block import Block, Need, ReplacementModule
 from attnzoo.surgery.hosts.calls import read_call
 from attnzoo.surgery.hosts.families import block_of, family_of
+from attnzoo.surgery.hosts.one_row import slots_of_row
 from attnzoo.surgery.hosts.projections import LatentProjections, Projections, as_linear, set_weights, size_of
+from attnzoo.surgery.replacements.latent_step import LatentHeads, attend_absorbed, may_absorb
+from attnzoo_kernels import Slots
 from attnzoo_kernels.errors import ConversionError
 
 _REASON = "it is a latent replacement already; undo that conversion first"
@@ -101,7 +104,13 @@ class LatentReplacement(ReplacementModule):
         )
         # The KV cache: latents of earlier tokens before those of this call.
         if call.cache is not None:
+            attention_function.let_grow(call.cache, self.layer_idx)
             latent, _ = call.cache.update(latent, latent[..., :0], self.layer_idx)
+        if real is None and isinstance(first, int) and may_absorb(q, latent, self.kv_up):
+            slots = self._slots(first + 1)
+            if slots is not None and slots.runs is not None:
+                out = attend_absorbed(q, latent[:, 0, : first + 1], self.kv_up.weight, self._heads, slots)
+                return self.o_proj(out.flatten(1).unsqueeze(1)), None
         k, v = self._expand(latent.squeeze(1))  # [B, G, S, D] each
         # Rotation by slot, of queries and of all keys.
         slots = torch.arange(k.shape[2], device=k.device)
@@ -109,6 +118,15 @@ class LatentReplacement(ReplacementModule):
         k = self._rotate(k, slots)
         out, _ = attention_function.attend(self, q, k, v, attention_mask, scaling=self.scaling)
         return self.o_proj(out.flatten(-2)), None
+
+    @property
+    def _heads(self) -> LatentHeads:
+        return LatentHeads(self.num_kv_heads, self.head_dim, self.rotary, self.scaling)
+
+    def _slots(self, held: int) -> Slots | None:
+        """What a decoding step reads of so many slots: all, or what the block's read pattern says."""
+        pattern = attention_function.pattern_of(self)
+        return Slots(((0, held),)) if pattern is None else slots_of_row(pattern.layer, held)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q = self.q_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H, T, D]

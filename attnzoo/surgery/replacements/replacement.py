@@ -1,7 +1,7 @@
 """A layer of attnzoo in the place of a host's attention block.
 
 The layer's projections are the host's own modules, so that optimisers, tied weights and hooks stay as they are. What it
-remembers lies in the host's cache as a layer of its own kind, see :mod:`attnzoo.surgery.hosts.cache_layer`.
+remembers lies in the host's cache as a layer of its own kind, see :mod:`attnzoo.surgery.hosts.caches.cache_layer`.
 
 Letters: B batch, T query tokens, S slots of the host's cache (padding has slots too), C model width.
 """
@@ -23,7 +23,7 @@ from attnzoo.surgery.hosts.projections import Projections, size_of
 from attnzoo_kernels.errors import ConversionError, ShapeError, UnsupportedError
 
 if TYPE_CHECKING:
-    from attnzoo.surgery.hosts.cache_layer import ReplacementCacheLayer
+    from attnzoo.surgery.hosts.caches.cache_layer import ReplacementCacheLayer
 
 
 class Replacement(ReplacementModule):
@@ -168,7 +168,7 @@ class Replacement(ReplacementModule):
 
     def _held(self, cache: Any) -> ReplacementCacheLayer:
         # Importing the host's library is for callers who have one of its caches.
-        from attnzoo.surgery.hosts.cache_layer import replacement_layer
+        from attnzoo.surgery.hosts.caches.cache_layer import replacement_layer
 
         return replacement_layer(cache, self.layer_idx)
 

@@ -22,7 +22,7 @@ replacement = partial(
 )
 replacement_cache = partial(
     Mutant,
-    file=f"{FOLDER}/hosts/cache_layer.py",
+    file=f"{FOLDER}/hosts/caches/cache_layer.py",
     tests=f"{TESTS}/replacements/test_replacements.py -k 'cache or refused'",
 )
 tokens = partial(
@@ -31,7 +31,9 @@ tokens = partial(
     tests=f"{TESTS}/replacements/test_landmark.py -k 'not heal'",
 )
 landmark_cache = partial(
-    Mutant, file=f"{FOLDER}/hosts/landmark_cache.py", tests=f"{TESTS}/replacements/test_landmark.py -k 'cut_back'"
+    Mutant,
+    file=f"{FOLDER}/hosts/caches/landmark_cache.py",
+    tests=f"{TESTS}/replacements/test_landmark.py -k 'cut_back'",
 )
 llama = partial(Mutant, file=f"{FOLDER}/hosts/llama.py", tests=f"{TESTS}/lowrank/test_factor.py")
 projections = partial(Mutant, file=f"{FOLDER}/hosts/projections.py", tests=f"{TESTS}/lowrank/test_factor.py")

@@ -17,6 +17,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 from attnzoo.base.layer import AttentionLayer
 from attnzoo.cache.kv_cache import KVCache
 from attnzoo.cache.replay import current_backward, refuse_replay
+from attnzoo.surgery.hosts.caches.growing import GrowingLayer
 from attnzoo_kernels.errors import ShapeError, UnsupportedError
 
 _LEAST_ROOM = 64
@@ -177,7 +178,7 @@ def replacement_layer(
     if isinstance(found, ReplacementCacheLayer):
         refuse_replay("past_key_values", found.born)
         return found
-    if type(found) is not DynamicLayer:
+    if type(found) not in (DynamicLayer, GrowingLayer):
         raise UnsupportedError(
             f"past_key_values: expected a DynamicCache with a layer for each block, got {type(found).__name__} in a "
             f"{type(cache).__name__} at layer {index}; a replacement's streams have no place there"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.cache.kv_cache import KVCache
-from attnzoo.surgery.hosts.cache_layer import ReplacementCacheLayer, replacement_layer
+from attnzoo.surgery.hosts.caches.cache_layer import ReplacementCacheLayer, replacement_layer
 from attnzoo.variants.landmark.tokens import length_with_landmarks
 from attnzoo_kernels.errors import ShapeError
 
