@@ -11,9 +11,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from attnzoo.base.caching import CachingModule
 from attnzoo.base.config import AttentionConfig, build_config
 from attnzoo.base.decoding.rotation import shared_rotary_tables
+from attnzoo.base.decoding.step import DecodingModule
 from attnzoo.base.inputs import check_dtype, check_inputs, cross_step, is_all_padding, self_step
 from attnzoo.base.padding import Filled, add_front, drop_front, take_rows
 from attnzoo.base.projections import takes_its_own_dtype
@@ -44,7 +44,7 @@ LONG_CALL = 512
 """Tokens from which on a call says so where an option would make it much quicker."""
 
 
-class AttentionLayer(CachingModule):
+class AttentionLayer(DecodingModule):
     """An attention layer, ``[B, T, C]`` to ``[B, T, C]``, for training, prefill and decoding with a cache.
 
     A variant is a subclass ``class MyAttention(AttentionLayer, name="my")`` with a ``config_class`` of its own; the
@@ -67,7 +67,6 @@ class AttentionLayer(CachingModule):
     dense_limit: ClassVar[dict[str, Any]] = {}
 
     config: AttentionConfig
-    impl: str
 
     def __init_subclass__(cls, *, name: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -119,7 +118,11 @@ class AttentionLayer(CachingModule):
         cache: KVCache | None = None,
         context: Tensor | None = None,
     ) -> Tensor:
-        """The output of :meth:`attend` alone."""
+        """The output of :meth:`attend` alone; decoding steps that nobody watches make no plan."""
+        if cache is not None and positions is None and key_padding is None and context is None:
+            row = self.decode_row(x, cache)
+            if row is not None:
+                return row
         return self.attend(x, positions, key_padding, cache, context).out
 
     def attend(

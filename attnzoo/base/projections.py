@@ -180,6 +180,25 @@ def is_untouched(projection: nn.Module, x: Tensor) -> bool:
     )
 
 
+def is_product(projection: nn.Module, rows: int, x: Tensor) -> bool:
+    """Whether calling it on a CPU is a product with its own weight and no more, to so many features, as x is.
+
+    Reads attributes past the module's look-up: it is asked for each projection at each decoding step.
+    """
+    held = vars(projection)
+    if type(projection) is not nn.Linear or "forward" in held or held["_forward_hooks"] or held["_forward_pre_hooks"]:
+        return False
+    if nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks:
+        return False
+    weight = held["_parameters"].get("weight")
+    return (
+        type(weight) is nn.Parameter
+        and weight.shape[0] == rows
+        and weight.dtype == x.dtype
+        and weight.device == x.device
+    )
+
+
 def is_plain(projection: nn.Module, x: Tensor) -> bool:
     """Whether a projection is nothing but the product with its weight, in the precision of x, single or double."""
     return (

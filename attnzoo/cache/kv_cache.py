@@ -15,10 +15,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from attnzoo.cache.editing import EditableCache
 from attnzoo.cache.lengths import Lengths
 from attnzoo.cache.owner import Identity
 from attnzoo.cache.replay import Birth, refuse_transforms
+from attnzoo.cache.rows import RowCache
 from attnzoo.cache.streams import (
     Groups,
     Ring,
@@ -34,7 +34,7 @@ from attnzoo_kernels.errors import ConfigError, ShapeError, UnsupportedError
 __all__ = ["KVCache", "Stream"]
 
 
-class KVCache(EditableCache):
+class KVCache(RowCache):
     """Fixed buffers for the tokens that a layer has seen; made by ``layer.new_cache``.
 
     Slot s of an item holds its s-th real token. The buffers start as zeros and hold detached values: training through
@@ -155,10 +155,6 @@ class KVCache(EditableCache):
         """Bytes of the buffers that are kept in CPU memory."""
         return sum(x.numel() * x.element_size() for name, x in self.streams.items() if name in self._offloaded)
 
-    @property
-    def _belongs_to(self) -> Identity | None:
-        return self._heir if self._heir is not None and self._heir.taken else self._owner
-
     def check(self, owner: tuple[Identity | None, Any], batch: int, device: torch.device) -> None:
         """Raises unless the cache belongs to this layer and fits its input.
 
@@ -193,6 +189,10 @@ class KVCache(EditableCache):
             longest = int((self.lengths + lengths).max())
         if longest > self.max_length:
             raise ShapeError(f"cache: expected at most max_length {self.max_length} tokens, got {longest}")
+
+    def takes_row(self, owner: tuple[Identity | None, Any], x: Tensor) -> bool:
+        """As every cache's; of a class that appends in a way of its own, not unless it says so."""
+        return type(self).append is KVCache.append and super().takes_row(owner, x)
 
     @contextmanager
     def all_or_nothing(self) -> Iterator[None]:

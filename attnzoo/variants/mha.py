@@ -17,11 +17,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
+import torch
+
 from attnzoo.base.config import AttentionConfig, check_int
 from attnzoo.base.layer import AttentionInputs, AttentionLayer, Heads, Plan, Step
 from attnzoo.base.rope import RotaryConfig as RotaryConfig
 from attnzoo.base.shared_layouts import Cover, dense_layout, sink_window_layout
-from attnzoo_kernels import Extras
+from attnzoo_kernels import Extras, Slots
 from attnzoo_kernels.errors import ConfigError, UnsupportedError
 
 
@@ -76,3 +78,10 @@ class MHAAttention(AttentionLayer, name="mha"):
         extras = Extras(window=config.window, sink=config.sink)
         cover = Cover(config.window, config.sink, config.causal, step.offset)
         return Plan(sink_window_layout(config.block_size, tokens, slots, cover, q), extras, config.causal)
+
+    def row_slots(self, held: int, device: torch.device) -> Slots:
+        """Everything, or the sink and the window."""
+        window = self.config.window
+        if window is None or held <= window:
+            return Slots(((0, held),))
+        return Slots.of_runs(((0, min(self.config.sink, held - window)), (held - window, held)), device)

@@ -18,6 +18,8 @@ from attnzoo_kernels.runtime.plain import is_plain, is_readable
 
 LEAST_ROWS = 64
 """Positions of the shortest table."""
+ROWS = 64
+"""Neighbouring positions whose rotations are made at once for decoding steps."""
 LARGEST_SHARE = 8
 """A table takes no more than this part of the bytes that may be remembered; what lies beyond is computed anew."""
 
@@ -60,7 +62,7 @@ class RowRotation(NamedTuple):
 
 
 def row_rotation(config: RotaryConfig, head_dim: int, position: int, like: Tensor) -> RowRotation:
-    """The rotation of a decoding step, made once for all layers of a model; see :func:`rotate_row`.
+    """The rotation of a decoding step, made once for all layers of a model and for some steps; see :func:`rotate_row`.
 
     Args:
         config: The rotary configuration.
@@ -68,7 +70,9 @@ def row_rotation(config: RotaryConfig, head_dim: int, position: int, like: Tenso
         position: The row's position.
         like: What will be rotated.
     """
-    return _kept_row(config, head_dim, position, like.dtype, like.device)
+    block, row = divmod(position, ROWS)
+    own, partner = _kept_rows(config, head_dim, block, like.dtype, like.device)
+    return RowRotation(own[row], partner[row])
 
 
 def rotate_row(x: Tensor, rotation: RowRotation, interleaved: bool = False) -> Tensor:
@@ -107,12 +111,14 @@ def _kept_tables(
 
 
 @remembers(16)
-def _kept_row(
-    config: RotaryConfig, head_dim: int, position: int, dtype: torch.dtype, device: torch.device
+def _kept_rows(
+    config: RotaryConfig, head_dim: int, block: int, dtype: torch.dtype, device: torch.device
 ) -> RowRotation:
+    """The rotations of the positions of a block, ``[ROWS, Dr]`` each: most decoding steps make nothing."""
     with torch.inference_mode(False), torch.no_grad():
         like = torch.empty(0, dtype=dtype, device=device)
-        cos, sin = (x[0] for x in shared_rotary_tables(config, head_dim, range(position, position + 1), like))
+        positions = range(block * ROWS, (block + 1) * ROWS)
+        cos, sin = shared_rotary_tables(config, head_dim, positions, like)
         if config.interleaved:
-            return RowRotation(cos.repeat_interleave(2), torch.stack((-sin, sin), -1).flatten())
-        return RowRotation(torch.cat((cos, cos)), torch.cat((-sin, sin)))
+            return RowRotation(cos.repeat_interleave(2, -1), torch.stack((-sin, sin), -1).flatten(-2))
+        return RowRotation(torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1))

@@ -13,6 +13,7 @@ state = partial(
 cache = partial(
     Mutant, file="attnzoo/cache/kv_cache.py", tests=f"{TESTS}/cache/test_state.py -k 'copied_cache and mha'"
 )
+rows = partial(Mutant, file="attnzoo/cache/rows.py", tests=f"{TESTS}/cache/test_state.py -k 'copied_cache and mha'")
 ring = partial(Mutant, file="attnzoo/cache/streams.py", tests=f"{TESTS}/cache/test_state.py -k 'twin and rcmha'")
 replay = partial(Mutant, file="attnzoo/cache/replay.py", tests=f"{TESTS}/cache/test_replay.py -k 'mha or s2'")
 compiled = partial(Mutant, file="attnzoo/cache/replay.py", tests=f"{TESTS}/laws/test_compiled_replay.py")
@@ -70,16 +71,16 @@ MUTANTS = (
         new="token = torch.arange(-value.shape[2], 0, device=self.values.device) + 1",
         wrong="carried values belong to the tokens behind them",
     ),
-    cache(
+    rows(
         "copy-stays",
-        within="KVCache._belongs_to",
+        within="RowCache._belongs_to",
         old="return self._heir if self._heir is not None and self._heir.taken else self._owner",
         new="return self._owner",
         wrong="a cache that is copied with its layer belongs to the old one",
     ),
-    cache(
+    rows(
         "copy-always-leaves",
-        within="KVCache._belongs_to",
+        within="RowCache._belongs_to",
         old="return self._heir if self._heir is not None and self._heir.taken else self._owner",
         new="return self._heir if self._heir is not None else self._owner",
         wrong="a cache that is copied alone belongs to nobody",

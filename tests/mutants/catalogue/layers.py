@@ -24,6 +24,11 @@ pool = partial(
     file="attnzoo/variants/s2/evicting_cache.py",
     tests=f"{VARIANTS}/test_s2_evict.py -k 'right_one or every_pattern or largest or fall or refused'",
 )
+quick = partial(
+    Mutant,
+    file="attnzoo/base/decoding/step.py",
+    tests=f"{TESTS}/laws/test_quick_step.py -k 'own or wants or quick_again or ({MHA})'",
+)
 rotation = partial(Mutant, file="attnzoo/base/decoding/rotation.py", tests=f"{TESTS}/base/decoding/test_rotation.py")
 inputs = partial(Mutant, file="attnzoo/base/inputs.py", tests=f"{TESTS}/laws/test_contract.py -k '{MHA}'")
 records = partial(Mutant, file="attnzoo/base/steps.py", tests=f"{TESTS}/laws/test_contract.py -k 'density or sparse'")
@@ -87,10 +92,42 @@ MUTANTS = (
         "rotation-reads-before-the-first", old="if least >= 0 and", new="if", wrong="negative positions read a table from its end",
     ),
     rotation(
-        "rotation-one-row-turns-back", old="torch.cat((-sin, sin))", new="torch.cat((sin, -sin))", wrong="a decoding step's row is rotated the other way",
+        "rotation-one-row-turns-back", old="torch.cat((-sin, sin), -1)", new="torch.cat((sin, -sin), -1)", wrong="a decoding step's row is rotated the other way",
     ),
     rotation(
         "rotation-keeps-any-size", old="return size * LARGEST_SHARE <= memory_limit()", new="return True", wrong="tables that cannot be kept are made whole for each call",
+    ),
+    quick(
+        "quick-one-behind", old="slots = self.row_slots(row.position + 1, row.x.device)", new="slots = self.row_slots(max(1, row.position), row.x.device)",
+        wrong="a decoding step does not read its own token",
+    ),
+    quick(
+        "quick-ignores-steps", old="return all(getattr(cls, name) is step for name, step in known)", new="return True",
+        wrong="a step that was replaced on the class is left out",
+    ),
+    quick(
+        "quick-for-any-subclass", old="        if not STEPS.isdisjoint(vars(base)):\n            return False\n", new="",
+        wrong="a subclass's own steps are left out in decoding",
+    ),
+    quick(
+        "quick-with-gradients", old="if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())):", new="if torch.is_grad_enabled() and x.requires_grad:",
+        wrong="a decoding step that trains has no gradient",
+    ),
+    quick(
+        "quick-unrecorded", old='if self.recordings or self.impl != "auto" or', new='if self.impl != "auto" or',
+        wrong="decoding steps are missing from a record",
+    ),
+    quick(
+        "quick-in-other-precision", old='(values.dtype == x.dtype or not values.is_floating_point())', new="True",
+        wrong="a cache of another dtype is read as if it had the layer's", file="attnzoo/cache/rows.py",
+    ),
+    quick(
+        "quick-past-hooks", old='or held["_forward_hooks"] or held["_forward_pre_hooks"]', new="", file="attnzoo/base/projections.py",
+        wrong="a projection that somebody watches is taken for a product",
+    ),
+    mha(
+        "mha-row-window", old="(held - window, held)), device)", new="(held - window - 1, held)), device)", tests=f"{TESTS}/laws/test_quick_step.py -k 'quick_step and mha'",
+        wrong="a decoding step's window is one token longer",
     ),
     base(
         "base-rotates-chunks-from-zero", old="range(step.first, step.first + step.x.shape[1])", new="range(0, step.x.shape[1])",

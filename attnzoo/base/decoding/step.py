@@ -1,0 +1,175 @@
+"""A decoding step of a layer: one token of each item, without a plan, a layout, or a trip through the operation.
+
+A step is quick where all items share their length, on a CPU, and nobody wants a gradient, a record or an
+implementation by name. It stands for the steps of a layer's call (``begin``, ``project``, ... ``combine``) and says the
+same. A variant joins by one of two hooks, in the body of the class whose steps they stand for:
+
+- ``row_slots(held, device)``: which slots the row reads, where that follows from their number alone;
+- ``attend_row(row)``: all of it, from the row's token to the heads' outputs, where more is needed.
+
+A class that overrides one of a call's steps without a hook of its own is never quick; it has its steps run.
+
+Letters: B batch, C model width, H query heads, G KV heads, D head width, Dv value width, n slots of a buffer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from attnzoo.base.caching import CachingModule
+from attnzoo.base.decoding.rotation import rotate_row, row_rotation
+from attnzoo.base.projections import is_product
+from attnzoo.base.recording import Recording
+from attnzoo.cache.kv_cache import KVCache
+from attnzoo_kernels import Slots, attend_slots
+from attnzoo_kernels.runtime.plain import is_readable
+
+HOOKS = frozenset({"row_slots", "attend_row"})
+STEPS = frozenset({
+    "attend", "begin", "project", "remember", "rotate", "rotate_rows", "attention_inputs", "plan", "operate", "combine",
+    "check_slice", "_attend", "_run",
+})  # fmt: skip
+"""What a quick step stands for."""
+COMPUTED = (torch.float32, torch.float64, torch.bfloat16)
+
+
+class Row(NamedTuple):
+    """One token of each item, all of which hold equally many.
+
+    Attributes:
+        x: Tokens ``[B, 1, C]``.
+        cache: What earlier calls remembered, with room for the token.
+        position: Tokens held before this one, which is its slot and its position.
+    """
+
+    x: Tensor
+    cache: KVCache
+    position: int
+
+
+class DecodingModule(CachingModule):
+    """A layer that may do decoding steps the quick way."""
+
+    impl: str
+    recordings: tuple[Recording, ...]
+
+    _stands_for: ClassVar[tuple[tuple[str, Callable[..., Any]], ...] | None] = None
+    """The steps that the class's hooks stand for, as they were when it was made; ``None`` where they stand for none."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls._stands_for = tuple((name, getattr(cls, name)) for name in STEPS) if _has_hooks(cls) else None
+
+    def row_slots(self, held: int, device: torch.device) -> Slots | None:
+        """What the last of ``held`` tokens reads; ``None`` where that is not known beforehand.
+
+        Args:
+            held: Tokens of each item, the row's own the last.
+            device: Where lists of slots lie.
+        """
+        return None
+
+    def attend_row(self, row: Row) -> Tensor | None:
+        """The heads' outputs ``[B, H, 1, Dv]`` for a row, whose keys and values are written to the cache.
+
+        ``None`` where the call's steps have to be run; nothing is written then, and no module called.
+        """
+        slots = self.row_slots(row.position + 1, row.x.device)
+        if slots is None:
+            return None
+        q, k, v = self.project_row(row)
+        seen = row.cache.write_row({"k": k, "v": v})
+        return attend_slots(q, seen["k"], seen["v"], slots, scale=self.row_scale)
+
+    def project_row(self, row: Row) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries ``[B, H, 1, D]`` and keys ``[B, G, 1, D]``, and values ``[B, G, 1, Dv]``."""
+        config = self.config
+        heads = config.num_heads
+        # Of one token, heads lie one behind the other, as rows do.
+        size = (row.x.shape[0], -1, 1, config.head_width)
+        both = torch.cat((self.q_proj(row.x), self.k_proj(row.x)), -1).view(size)
+        v = self.v_proj(row.x).view(size)
+        both = self.rotate_row(row, both)
+        return both[:, :heads], both[:, heads:], v
+
+    def rotate_row(self, row: Row, x: Tensor) -> Tensor:
+        """Rotates heads ``[B, h, 1, D]`` of a row by its position."""
+        rotary = self.config.rotary
+        if rotary is None:
+            return x
+        return rotate_row(x, row_rotation(rotary, self.config.head_width, row.position, x), rotary.interleaved)
+
+    @property
+    def row_scale(self) -> float:
+        """The factor on scores."""
+        scale = self.config.scale
+        return float(self.config.head_width**-0.5 if scale is None else scale)
+
+    def row_projections(self) -> tuple[tuple[nn.Module, int], ...]:
+        """The projections that a quick step calls, each with the features that it has where all heads are here."""
+        config = self.config
+        groups = config.kv_heads * config.head_width
+        return (
+            (self.q_proj, config.num_heads * config.head_width),
+            (self.k_proj, groups),
+            (self.v_proj, groups),
+            (self.o_proj, config.dim),
+        )
+
+    def decode_row(self, x: Tensor, cache: KVCache) -> Tensor | None:
+        """The output of a decoding step ``[B, 1, C]``, the quick way; ``None`` where the call's steps have to be run.
+
+        Args:
+            x: Tokens ``[B, T, C]``.
+            cache: The call's cache.
+        """
+        if not (is_readable(x) and isinstance(cache, KVCache) and self._may_be_quick(x)):
+            return None
+        if not cache.takes_row((self._identity, self.config), x):
+            return None
+        with cache.all_or_nothing():
+            out = self.attend_row(Row(x, cache, cache.bound))
+            if out is None:
+                return None
+            result: Tensor = self.o_proj(out.reshape(x.shape[0], 1, -1))
+            return result
+
+    def _may_be_quick(self, x: Tensor) -> bool:
+        """Whether nothing about a call on a CPU, or about this layer, asks for the call's steps."""
+        if x.dim() != 3 or x.shape[1] != 1 or x.shape[2] != self.config.dim or x.dtype not in COMPUTED:
+            return False
+        if self.recordings or self.impl != "auto" or not self._has_steps_stood_for():
+            return False
+        if torch.is_autocast_enabled("cpu") or is_watched():
+            return False
+        if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())):
+            return False
+        return all(is_product(projection, rows, x) for projection, rows in self.row_projections())
+
+    def _has_steps_stood_for(self) -> bool:
+        """Whether the steps are still those of the class, replaced neither on it nor on this layer."""
+        known = self._stands_for
+        if known is None or not STEPS.isdisjoint(vars(self)):
+            return False
+        cls = type(self)
+        return all(getattr(cls, name) is step for name, step in known)
+
+
+def is_watched() -> bool:
+    """Whether something looks at every operation: a mode that counts or fakes them, or forward-mode derivatives."""
+    return torch._C._len_torch_dispatch_stack() > 0 or forward_ad._current_level >= 0
+
+
+def _has_hooks(cls: type) -> bool:
+    """Whether the first class that has a hook comes no later than the first that overrides a step."""
+    for base in cls.__mro__:
+        if not HOOKS.isdisjoint(vars(base)):
+            return base is not DecodingModule
+        if not STEPS.isdisjoint(vars(base)):
+            return False
+    return False
