@@ -17,7 +17,7 @@ from torch import Tensor
 
 import attnzoo
 from attnzoo.evaluation import timing
-from attnzoo.evaluation.layer_costs import PlainAttention
+from attnzoo.evaluation.ten_lines import TenLines
 from attnzoo.variants.moh.forms import gathering_pays, query_block
 from attnzoo.variants.moh.routed_rows import Rows
 from attnzoo.variants.moh.router import Counts, best
@@ -149,7 +149,8 @@ def _layers(active: int) -> dict[str, Any]:
             name: attnzoo.create("moh", **options, shared_heads=shared, active_heads=active - shared, compute=compute)
             for name, compute in kinds.items()
         }
-        plain = {"mha": attnzoo.create("mha", **options), "mha on dense sdpa": PlainAttention(**options)}
+        ten_lines = TenLines(**options, most=max(TOKENS, *CACHES) + 1)
+        plain = {"mha": attnzoo.create("mha", **options), "mha on dense sdpa": ten_lines}
     weights = layers["routed"].state_dict()
     with torch.no_grad():
         weights["router.weight"].normal_(std=0.5, generator=torch.Generator().manual_seed(5))
@@ -211,16 +212,25 @@ def decoding() -> Iterator[Row]:
             layers = _layers(HEADS // 2)
             contestants: dict[str, Callable[[], Tensor]] = {}
             token = _normal(1, 1, HEADS * WIDTH, seed=8)
+            held = _normal(1, HEADS, slots - 1, WIDTH, seed=7)
             for name, layer in layers.items():
-                cache = layer.new_cache(1, slots + ROOM)
-                streams = {key: _normal(1, HEADS, slots - 1, WIDTH, seed=7) for key in ("k", "v")}
-                cache.append(streams, slots - 1, differentiable=False)
-
-                contestants[name] = lambda layer=layer, cache=cache, token=token: layer(token, cache=cache)
+                contestants[name] = _one_more_token(layer, token, held)
             gate.check("routed", contestants["routed"](), contestants["all heads x gates"]())
             figures = timing.medians(contestants, wall=False, seconds=3, most=ROOM - 2)
             ratio = figures["routed"] / figures["all heads x gates"]
             yield Row("decoding, 1 thread", f"{slots} tokens, 4 of 8 heads", figures, ratio=ratio, at_most=True)
+
+
+def _one_more_token(layer: Any, token: Tensor, held: Tensor) -> Callable[[], Tensor]:
+    """Behind so many keys, and as many values; each run of a layer finds one more, ten lines of torch as many."""
+    slots = held.shape[2]
+    if isinstance(layer, TenLines):
+        buffers = layer.new_cache(1, slots + 1)
+        buffers[:, :, :, :slots] = held
+        return lambda: layer(token, buffers, slots)
+    cache = layer.new_cache(1, slots + ROOM)
+    cache.append({"k": held, "v": held}, slots, differentiable=False)
+    return lambda: layer(token, cache=cache)
 
 
 PARTS: dict[str, Callable[[], Iterator[Row]]] = {

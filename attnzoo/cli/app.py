@@ -208,7 +208,7 @@ def bench(  # noqa: PLR0913  (a command line has one parameter for each option)
     variants_: Annotated[
         list[str] | None, typer.Option("--variants", help="variant:option=value,...; may be repeated.")
     ] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens of a sequence; a decoding step has as many behind it.")] = 2048,
+    tokens: Annotated[int, typer.Option(help="Tokens of a sequence, and nearly all that a step has behind it.")] = 2048,
     batch: Annotated[int, typer.Option(help="Sequences.")] = 1,
     dim: Annotated[int, typer.Option(help="The layer's width.")] = 512,
     heads: Annotated[int, typer.Option(help="Query heads.")] = 8,
@@ -221,20 +221,20 @@ def bench(  # noqa: PLR0913  (a command line has one parameter for each option)
     out: Annotated[Path | None, typer.Option(help="Write OUT.json, OUT.md and OUT.png.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Measures layers on this machine beside plain attention on torch's own operation; correctness first."""
+    """Measures layers on this machine beside ten lines of torch, in turns; correctness first."""
     import torch
 
     from attnzoo.doctor import IMPLEMENTATIONS
-    from attnzoo.evaluation import costs_report, layer_costs
+    from attnzoo.evaluation import cost_setting, costs_report, layer_costs
 
-    setting = layer_costs.CostSetting(
+    setting = cost_setting.CostSetting(
         tokens=tokens,
         batch=batch,
         dim=dim,
         num_heads=heads,
         num_kv_heads=kv_heads,
-        dtype=layer_costs.read_dtype(dtype),
-        device=layer_costs.read_device(device),
+        dtype=cost_setting.read_dtype(dtype),
+        device=cost_setting.read_device(device),
         impl=impl,
         seconds=seconds,
     )

@@ -32,7 +32,7 @@ def load_model(name: str, *, dtype: str = AS_STORED, device: str = "cpu") -> tup
         ConfigError: If the dtype or the device is none.
         ConversionError: If there is no such model, or it is not to be trusted.
     """
-    from attnzoo.evaluation.layer_costs import read_device, read_dtype
+    from attnzoo.evaluation.cost_setting import read_device, read_dtype
 
     kind = None if dtype == AS_STORED else read_dtype(SHORT.get(dtype, dtype))
     place = read_device(device)

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+
 
 def medians(
     contestants: Mapping[str, Callable[[], Any]], *, wall: bool, seconds: float = 6.0, least: int = 5, most: int = 41
@@ -25,8 +27,19 @@ def paired(found: Mapping[str, list[float]], first: str, second: str) -> float:
     return statistics.median(a / b for a, b in zip(found[first], found[second], strict=True))
 
 
+def by_wall(device: torch.device) -> bool:
+    """Whether wall time counts: of one thread on a shared machine, the time that it really ran says more."""
+    return device.type != "cpu" or torch.get_num_threads() > 1
+
+
 def rounds(
-    contestants: Mapping[str, Callable[[], Any]], *, wall: bool, seconds: float = 6.0, least: int = 5, most: int = 41
+    contestants: Mapping[str, Callable[[], Any]],
+    *,
+    wall: bool,
+    seconds: float = 6.0,
+    least: int = 5,
+    most: int = 41,
+    before: Mapping[str, Callable[[], Any]] | None = None,
 ) -> dict[str, list[float]]:
     """Milliseconds of each contestant, round by round; in a round each runs once.
 
@@ -37,17 +50,25 @@ def rounds(
         seconds: About how long to measure.
         least: Fewest rounds.
         most: Most rounds.
+        before: What some contestants need done before each of their runs, by name; it is not timed.
     """
     clock = time.perf_counter if wall else time.thread_time
-    for run in contestants.values():
-        run()
+    before = before or {}
+
+    def timed(name: str) -> float:
+        if name in before:
+            before[name]()
+        start = clock()
+        contestants[name]()
+        return (clock() - start) * 1e3
+
+    for name in contestants:
+        timed(name)
     found: dict[str, list[float]] = {name: [] for name in contestants}
     begin = time.perf_counter()
     for done in range(most):
-        for name, run in contestants.items():
-            start = clock()
-            run()
-            found[name].append((clock() - start) * 1e3)
+        for name in contestants:
+            found[name].append(timed(name))
         if done + 1 >= least and time.perf_counter() - begin > seconds:
             break
     return found

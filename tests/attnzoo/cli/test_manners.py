@@ -17,7 +17,7 @@ import pytest
 
 import attnzoo.cli.app
 from attnzoo.cli.app import app
-from attnzoo.evaluation import compare_picture, layer_costs
+from attnzoo.evaluation import compare_picture, cost_setting, layer_costs
 from attnzoo.reporting import outputs
 from attnzoo_kernels.errors import ConfigError
 from tests.attnzoo.cli.cli_support import call, write_model, write_text
@@ -153,7 +153,7 @@ def test_ctrl_c_while_files_are_written_leaves_none(
     monkeypatch.setattr(holder, attribute, lambda *_, **__: signal.raise_signal(signal.SIGINT))
     if name == "bench":
         # What is measured does not matter here.
-        monkeypatch.setattr(layer_costs, "measure", lambda *_: [layer_costs.Cost("mha")])
+        monkeypatch.setattr(layer_costs, "measure", lambda *_: [cost_setting.Cost("mha")])
     code, _, err = call(monkeypatch, capsys, *arguments(name, places, tmp_path))
     assert code == 130, err
     assert err.splitlines()[-1] == "attnzoo: interrupted; what was not finished is not there"

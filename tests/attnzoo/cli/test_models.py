@@ -11,8 +11,8 @@ import torch
 
 from attnzoo.cli import models
 from attnzoo.cli.models import text_tokens
+from attnzoo.evaluation.cost_setting import KINDS, Cost
 from attnzoo.evaluation.costs_report import cells
-from attnzoo.evaluation.layer_costs import KINDS, Cost
 from attnzoo_kernels.errors import ConfigError
 
 
@@ -47,6 +47,6 @@ def test_what_is_no_text_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.
 def test_each_kind_has_its_time_and_its_ratio_side_by_side() -> None:
     times = {kind: float(n + 1) for n, kind in enumerate(KINDS)}
     ratios = {kind: n + 0.25 for n, kind in enumerate(KINDS)}
-    cost = Cost("mha", density=0.5, error=2e-7, milliseconds=times, times_plain=ratios)
+    cost = Cost("mha", density=0.5, error=2e-7, milliseconds=times, times_baseline=ratios)
     assert cells(cost) == ["mha", "0.500", "1", "0.25", "2", "1.25", "3", "2.25", "2e-07"]
     assert cells(Cost("moh", problem="wrong")) == ["moh", "", *[""] * 6, ""]

@@ -15,7 +15,7 @@ import attnzoo
 from attnzoo import surgery
 from attnzoo.cli import doctor_view, prose, show_view
 from attnzoo.doctor import Device, Finding, Report
-from attnzoo.evaluation import compare_report, costs_report, layer_costs
+from attnzoo.evaluation import compare_report, cost_setting, costs_report, layer_costs
 from attnzoo.evaluation.compare import Comparison, Row
 from attnzoo.reporting.tables import Grid, lines
 from attnzoo.surgery.options import options_of
@@ -36,10 +36,10 @@ def comparison() -> Grid:
 
 
 def measured() -> Grid:
-    kinds = dict.fromkeys(layer_costs.KINDS, 123.456)
-    found = [layer_costs.Cost(name, 0.5, 1e-6, 8, None, kinds, kinds) for name in (*layer_costs.SPECS, LONG)]
+    kinds = dict.fromkeys(cost_setting.KINDS, 123.456)
+    found = [cost_setting.Cost(name, 0.5, 1e-6, 8, None, kinds, kinds) for name in (*layer_costs.SPECS, LONG)]
     return costs_report.grid(
-        [*found, layer_costs.Cost("broken", problem="wrong")], costs_report.about(layer_costs.CostSetting())
+        [*found, cost_setting.Cost("broken", problem="wrong")], costs_report.about(cost_setting.CostSetting())
     )
 
 

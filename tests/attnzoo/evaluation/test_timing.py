@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from attnzoo.evaluation import timing
-from attnzoo.evaluation.layer_costs import read_device
+from attnzoo.evaluation.cost_setting import read_device
 from attnzoo_kernels.errors import ConfigError
 
 
@@ -55,6 +55,15 @@ def test_the_median_counts_of_times_and_of_ratios_round_by_round(monkeypatch: py
     clock = Clock(monkeypatch)
     run = clock.contestant("a", [9.0, 1.0, 2.0, 60.0])
     assert timing.medians({"a": run}, wall=True, seconds=0.0, least=3, most=3) == {"a": 2e3}  # type: ignore[dict-item]
+
+
+def test_what_comes_before_a_run_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    runs = {name: clock.contestant(name, [1.0] * 4) for name in "ab"}
+    before = {"a": clock.contestant("before a", [50.0] * 4)}
+    found = timing.rounds(runs, wall=True, seconds=0.0, least=3, most=3, before=before)  # type: ignore[arg-type]
+    assert clock.ran == ["before a", "a", "b"] * 4
+    assert found == {"a": [1e3] * 3, "b": [1e3] * 3}
 
 
 def test_a_device_behind_the_last_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:

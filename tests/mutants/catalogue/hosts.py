@@ -181,6 +181,6 @@ MUTANTS = (
         "models-special-tokens", old="tokenizer(text, add_special_tokens=False, verbose=False)", new="tokenizer(text, verbose=False)", wrong="a text begins with special tokens",
     ),
     bench(
-        "bench-ratio-column", old='f"{cost.times_plain[kind]:.2f}"] if known', new='f"{cost.milliseconds[kind]:.2f}"] if known', wrong="the ratio's column shows milliseconds", tests="tests/attnzoo/cli/test_models.py",
+        "bench-ratio-column", old='f"{cost.times_baseline[kind]:.2f}"] if known', new='f"{cost.milliseconds[kind]:.2f}"] if known', wrong="the ratio's column shows milliseconds", tests="tests/attnzoo/cli/test_models.py",
     ),
 )  # fmt: skip

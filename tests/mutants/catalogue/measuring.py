@@ -11,6 +11,11 @@ evaluate = partial(Mutant, file="attnzoo/evaluation/model_scores.py", tests=f"{T
 compare = partial(Mutant, file="attnzoo/evaluation/compare.py", tests=f"{TESTS}/evaluation/test_compare.py")
 render = partial(Mutant, file="attnzoo/evaluation/compare_report.py", tests=f"{TESTS}/evaluation/test_compare.py")
 costs = partial(Mutant, file="attnzoo/evaluation/layer_costs.py", tests=f"{TESTS}/evaluation/test_layer_costs.py")
+checks = partial(Mutant, file="attnzoo/evaluation/layer_checks.py", tests=f"{TESTS}/evaluation/test_layer_costs.py")
+ten_lines = partial(
+    Mutant, file="attnzoo/evaluation/ten_lines.py", tests=f"{TESTS}/evaluation/test_layer_costs.py -k 'mha_forward'"
+)
+setting = partial(Mutant, file="attnzoo/evaluation/cost_setting.py", tests=f"{TESTS}/evaluation/test_timing.py")
 timing = partial(Mutant, file="attnzoo/evaluation/timing.py", tests=f"{TESTS}/evaluation/test_timing.py")
 selftest = partial(Mutant, file="kernels/attnzoo_kernels/selftest.py", tests="tests/attnzoo_kernels/test_selftest.py")
 
@@ -74,23 +79,46 @@ MUTANTS = (
         "compare-held-of-dense", old="held = surgery.cache_bytes(self.model)", new="held = surgery.cache_bytes(self.model) if self._dense is None else 0",
         wrong="cached bytes are not those of the converted model",
     ),
-    costs(
+    checks(
         "costs-bound-ignored", old="if errors[worst] > bound:", new="if errors[worst] > 1e30:", wrong="wrong layers are timed", tests=f"{TESTS}/evaluation/test_layer_costs.py -k 'wrong'",
     ),
-    costs(
+    checks(
         "costs-nan-right", old="return math.inf if math.isnan(worst) else worst", new="return 0.0 if math.isnan(worst) else worst",
         wrong="what is no number counts as right", tests=f"{TESTS}/evaluation/test_layer_costs.py -k 'number'",
     ),
-    costs(
+    checks(
         "costs-aux-loss", old="if aux is not None and aux.requires_grad:", new="if aux is None:", wrong="auxiliary losses are not trained", tests=f"{TESTS}/evaluation/test_layer_costs.py -k 'auxiliary'",
     ),
-    costs(
+    checks(
         "costs-density-of-check", old="layer.eval().attend(setting.inputs(setting.tokens)).plan.density", new="layer.eval().attend(setting.inputs(tokens)).plan.density",
         wrong="density is that of the shorter check", tests=f"{TESTS}/evaluation/test_layer_costs.py -k 'density'",
     ),
     costs(
+        "costs-wrong-baseline", old="comparable = cost.problem is None and first.problem is None", new="comparable = cost.problem is None",
+        wrong="times are given beside a baseline that is wrong", tests=f"{TESTS}/evaluation/test_layer_costs.py -k 'baseline_that_is_wrong'",
+    ),
+    costs(
+        "costs-step-kept", old="        clear_memory()\n", new="", wrong="a step finds what an earlier round made for its own length",
+        tests=f"{TESTS}/evaluation/test_layer_costs.py -k 'same_one_each_time'",
+    ),
+    costs(
+        "costs-step-grows", old="cache.crop(max(0, slots - 1))", new="cache.crop(slots)", wrong="the step before is not made anew",
+        tests=f"{TESTS}/evaluation/test_layer_costs.py -k 'same_one_each_time'",
+    ),
+    costs(
+        "costs-groups-empty", old="    if groups:\n", new="    if groups and tokens < 0:\n", wrong="what stands for blocks is zero in a cache that is filled",
+        tests=f"{TESTS}/evaluation/test_layer_costs.py -k 'as_a_prefill'",
+    ),
+    ten_lines(
+        "ten-lines-reads-all", old="k, v = cache[:, :, :, :end]", new="k, v = cache", wrong="a step reads slots that nobody has written",
+    ),
+    ten_lines(
+        "ten-lines-not-rotated", old="k = rotated(k, self.cos[start:end], self.sin[start:end])", new="k = rotated(k, self.cos[: end - start], self.sin[: end - start])",
+        wrong="a step's key is rotated as the first",
+    ),
+    setting(
         "costs-cuda-index", old="int(index or 0) >= torch.cuda.device_count()", new="int(index or 0) > torch.cuda.device_count()",
-        wrong="a device behind the last is accepted", tests=f"{TESTS}/evaluation/test_timing.py",
+        wrong="a device behind the last is accepted",
     ),
     timing(
         "timing-mean", old="statistics.median(values) for name", new="statistics.fmean(values) for name", wrong="outliers count",
@@ -103,11 +131,15 @@ MUTANTS = (
         "timing-least", old="if done + 1 >= least and time", new="if time", wrong="fewer rounds than asked for",
     ),
     timing(
-        "timing-one-after-the-other", old="    for done in range(most):\n        for name, run in contestants.items():", new="    for name, run in contestants.items():\n        for done in range(most):",
+        "timing-one-after-the-other", old="    for done in range(most):\n        for name in contestants:", new="    for name in contestants:\n        for done in range(most):",
         wrong="contestants do not take turns",
     ),
     timing(
-        "timing-warm-up", old="    for run in contestants.values():\n        run()\n", new="", wrong="the first run is timed cold",
+        "timing-warm-up", old="    for name in contestants:\n        timed(name)\n", new="", wrong="the first run is timed cold",
+    ),
+    timing(
+        "timing-before-timed", old="        if name in before:\n            before[name]()\n        start = clock()", new="        start = clock()\n        if name in before:\n            before[name]()",
+        wrong="what comes before a run is timed",
     ),
     selftest(
         "selftest-bias-added", old="return most / math.sqrt(self.q.shape[3]) + added", new="return most + added", wrong="the bound is wider by the root of the width",
