@@ -110,8 +110,9 @@ def why_not(
     """The reasons why an implementation cannot run these inputs; empty if it runs them.
 
     Reads metadata only, so that it also answers on fake and meta tensors. ``"blocked"`` runs everything, on the first
-    of its paths that takes a call; ``"blocked/flash"``, ``"blocked/bf16"`` and ``"blocked/blocked"`` ask for the
-    reasons of one path. A path without a reason may still leave a call to the next at what it finds in the values.
+    of its paths that takes a call; ``"blocked/few_rows"``, ``"blocked/flash"``, ``"blocked/bf16"`` and
+    ``"blocked/blocked"`` ask for the reasons of one path. A path without a reason may still leave a call to the next at
+    what it finds in the values.
 
     Raises:
         TypeError: If an argument has the wrong type.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from attnzoo_kernels import BlockLayout, dispatch
-from attnzoo_kernels.cpu import flash
+from attnzoo_kernels.cpu import few_rows, flash
 from attnzoo_kernels.errors import KernelError
 from attnzoo_kernels.spec.call import Call, Gate, Origins
 from attnzoo_kernels.spec.token_rule import TokenRule
@@ -229,6 +229,7 @@ def test_gradients_come_back_where_they_are_wanted_alone() -> None:
 def test_what_the_fused_backward_gives_beside_what_is_wanted_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     call = KINDS["the same"]
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(few_rows, "MOST_ROWS", 0)
     monkeypatch.setattr(flash, "LEAST_ROWS", 1)
     monkeypatch.setattr(flash, "backward", lambda call, results, dout: (call.q + 1, call.k + 2, call.v + 3))
     for at in range(3):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from attnzoo_kernels import Extras, block_sparse_attention, block_sparse_attention_with_lse, why_not
 from attnzoo_kernels.cpu import bf16 as half
-from attnzoo_kernels.cpu import flash, schedule
+from attnzoo_kernels.cpu import few_rows, flash, schedule
 from tests.attnzoo_kernels.cpu.cpu_classes import PROCESSORS, answering
 from tests.attnzoo_kernels.op.test_agreement import seeds_of
 from tests.attnzoo_kernels.oracle import Answer, Problem, solve, visible
@@ -26,6 +26,7 @@ from tests.strategies import Numbers, extras_of, layout_of, problems, unread
 def _as_on_amx() -> Iterator[None]:
     with answering("amx"), pytest.MonkeyPatch.context() as patch:
         patch.setattr(half, "LEAST_BLOCK", 1)
+        patch.setattr(few_rows, "MOST_ROWS", 0)
         patch.setattr(flash, "LEAST_ROWS", 10**6)
         patch.setattr(schedule, "CHUNK_SCORES", 1 << 9)
         yield

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from attnzoo_kernels import BlockLayout, Extras, block_sparse_attention, block_sparse_attention_with_lse, dispatch
-from attnzoo_kernels.cpu import flash, row_tiles
+from attnzoo_kernels.cpu import few_rows, flash, row_tiles
 from attnzoo_kernels.spec.call import Call
 from attnzoo_kernels.spec.token_rule import TokenRule
 from tests.attnzoo_kernels.cpu.cpu_classes import PROCESSORS, answering
@@ -28,6 +28,7 @@ from tests.strategies import STRIDES, Numbers, extras_of, layout_of, problems, s
 @pytest.fixture(autouse=True)
 def _from_one_row_on() -> Iterator[None]:
     with answering("amx"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(few_rows, "MOST_ROWS", 0)
         patch.setattr(flash, "LEAST_ROWS", 1)
         patch.setattr(flash, "LEAST_SLOTS", 0)
         patch.setattr(flash, "MOST_WASTE", {torch.float32: 1e9, torch.bfloat16: 1e9})

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from attnzoo_kernels import BlockLayout, Extras, UnsupportedError, block_sparse_attention, dispatch, why_not
-from attnzoo_kernels.cpu import PATHS
+from attnzoo_kernels.cpu import PATHS, few_rows
 from attnzoo_kernels.cpu.path import CPUPath
 from attnzoo_kernels.op import attend_on_path, make_call
 from attnzoo_kernels.spec.call import Call
@@ -31,7 +31,8 @@ each = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.name)
 
 @pytest.fixture(autouse=True)
 def _where_every_path_runs() -> Iterator[None]:
-    with answering("amx"), from_one_row_on():
+    with answering("amx"), from_one_row_on(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(few_rows, "MOST_ROWS", 64)
         yield
 
 
@@ -57,6 +58,9 @@ def kinds(p: Problem, seed: int) -> Iterator[Problem]:
     for dtype in (torch.bfloat16, torch.float32):
         plain = p.change(q=p.q.to(dtype), k=p.k.to(dtype), v=v.to(dtype), key_bias=None)
         yield plain
+        window = p.window if isinstance(p.window, int) else None
+        sink = p.sink if isinstance(p.sink, int) else 0
+        yield plain.change(q_pos=None, window=window, sink=sink, scale=None)
         keep = runs(Numbers.of(seed), *p.keep.shape[:2], p.keep.shape[2:])
         yield plain.change(keep=keep, sink=0, scale=None)
 
@@ -152,7 +156,7 @@ def test_a_forced_path_with_reasons_raises_them(path: CPUPath) -> None:
 
 def test_a_log_sum_exp_is_a_reason_where_the_kernel_rounds_it() -> None:
     given_ = plain_call(torch.bfloat16)
-    for name in ("flash", "bf16"):
+    for name in ("few_rows", "flash", "bf16"):
         assert why_not(f"blocked/{name}", *given_, BlockLayout.dense(16, 16, 32, 32)) == ()
         with pytest.raises(UnsupportedError, match="log-sum-exp"):
             attend_on_path(name, given_, BlockLayout.dense(16, 16, 32, 32), need_lse=True)

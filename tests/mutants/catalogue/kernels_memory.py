@@ -62,7 +62,7 @@ MUTANTS = (
         wrong="rows behind an item's last count as pairs that dense attention sees", tests="tests/attnzoo/base/test_plan_density.py",
     ),
     memo(
-        "memo-origins-of-another", old="lists and origin is wanted and", new="lists and",
+        "memo-origins-of-another", old="same and known is origin and", new="same and",
         wrong="calls with other origins share a plan", tests=f"{TESTS}/layouts/test_kept_plans.py",
     ),
     memo(
@@ -72,7 +72,7 @@ MUTANTS = (
         "memo-without-causality", old="        rule.causal,\n", new="", wrong="causal calls and others share a plan",
     ),
     memo(
-        "memo-outlives-its-layout", old="weakref.ref(call.col, forget)", new="weakref.ref(call.col)",
+        "memo-outlives-its-layout", old="weakref.ref(lists.col, forget)", new="weakref.ref(lists.col)",
         wrong="what was made for a layout stays when that is gone",
     ),
     memo(

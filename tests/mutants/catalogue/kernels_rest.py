@@ -243,7 +243,7 @@ MUTANTS = (
         "memo-without-window", old="        rule.window,\n", new="", wrong="calls that differ in the window share a plan",
     ),
     memo(
-        "memo-stale-lists", old="origin is wanted and self.versions == _versions(call)", new="origin is wanted",
+        "memo-stale-lists", old="known is origin and self.versions == _versions(lists, origin)", new="known is origin",
         wrong="lists that were written to keep their old plan",
     ),
     memo(
