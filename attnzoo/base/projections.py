@@ -180,17 +180,22 @@ def is_untouched(projection: nn.Module, x: Tensor) -> bool:
     )
 
 
+def is_unwatched(module: nn.Module) -> bool:
+    """Whether nobody has put something round the calls of a module, as long as no gradients are wanted."""
+    held = vars(module)
+    if "forward" in held or held["_forward_hooks"] or held["_forward_pre_hooks"]:
+        return False
+    return not (nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks)
+
+
 def is_product(projection: nn.Module, rows: int, x: Tensor) -> bool:
     """Whether calling it on a CPU is a product with its own weight and no more, to so many features, as x is.
 
     Reads attributes past the module's look-up: it is asked for each projection at each decoding step.
     """
-    held = vars(projection)
-    if type(projection) is not nn.Linear or "forward" in held or held["_forward_hooks"] or held["_forward_pre_hooks"]:
+    if type(projection) is not nn.Linear or not is_unwatched(projection):
         return False
-    if nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks:
-        return False
-    weight = held["_parameters"].get("weight")
+    weight = vars(projection)["_parameters"].get("weight")
     return (
         type(weight) is nn.Parameter
         and weight.shape[0] == rows

@@ -44,6 +44,14 @@ class RowCache(EditableCache):
             for values in (*self._buffers.values(), *(ring.values for ring in self._rings.values()))
         )
 
+    def row_buffer(self, name: str) -> Tensor:
+        """The buffer of a stream with a value for each token, ``[B, G, n, D]``, as :meth:`write_row` gives it."""
+        return self._buffers[name]
+
+    def recent(self, name: str, count: int) -> Tensor:
+        """What a ring holds of the last ``count`` tokens, as ``history``; where they lie together, no copy."""
+        return self._rings[name].recent(count, self.offset)
+
     def write_row(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Writes the next token of each item, where :meth:`takes_row` says so.
 

@@ -143,6 +143,13 @@ class Ring:
         row = (token % self.rows)[:, None, :, None].expand(-1, self.values.shape[1], -1, self.values.shape[3])
         return self.values.gather(2, row).masked_fill((token < 0)[:, None, :, None], 0)
 
+    def recent(self, count: int, length: int | Tensor) -> Tensor:
+        """As :meth:`last`; a view where all items have so many tokens, and these lie together."""
+        shared = Lengths(length).shared
+        if shared is None or shared < count or (shared - count) % self.rows + count > self.rows:
+            return self.last(count, length)
+        return self.values.narrow(2, (shared - count) % self.rows, count)
+
     def can_crop(self, before: int | Tensor, after: int | Tensor) -> bool:
         """Whether the history of the ``after`` tokens that are left is still held; reads values where items differ."""
         held = Lengths(before).shared

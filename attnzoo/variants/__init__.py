@@ -12,7 +12,7 @@ from attnzoo.variants.mha import MHAAttention as MHAAttention
 from attnzoo.variants.mha import MHAConfig as MHAConfig
 from attnzoo.variants.moh.config import MoHConfig as MoHConfig
 from attnzoo.variants.moh.layer import MoHAttention as MoHAttention
+from attnzoo.variants.rcmha.config import RCMHAConfig as RCMHAConfig
 from attnzoo.variants.rcmha.layer import RCMHAAttention as RCMHAAttention
-from attnzoo.variants.rcmha.layer import RCMHAConfig as RCMHAConfig
 from attnzoo.variants.s2.layer import S2Attention as S2Attention
 from attnzoo.variants.s2.layer import S2Config as S2Config

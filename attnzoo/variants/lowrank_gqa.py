@@ -22,9 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from attnzoo.base.config import AttentionConfig, check_int
+from attnzoo.base.decoding.latent import LatentHeads, attend_absorbed
+from attnzoo.base.decoding.step import Row
 from attnzoo.base.layer import AttentionInputs, AttentionLayer, Heads, Step, is_training
 from attnzoo.base.rope import RotaryConfig as RotaryConfig
 from attnzoo.cache.kv_cache import Stream
+from attnzoo_kernels import Slots
 from attnzoo_kernels.errors import UnsupportedError
 
 
@@ -147,6 +150,37 @@ class LowRankGQAAttention(AttentionLayer, name="lowrank_gqa"):
             )
         keys, values = heads.chunk(2, dim=1)  # [B, G, S, D] each
         return keys, values
+
+    def row_slots(self, held: int, device: torch.device) -> Slots:
+        """Everything."""
+        return Slots(((0, held),))
+
+    def row_projections(self) -> tuple[tuple[nn.Module, int], ...]:
+        """With a latent, those that make it and expand it."""
+        config = self.config
+        if config.latent_dim is None:
+            return super().row_projections()
+        both = 2 * config.kv_heads * config.head_width
+        latent = ((self.kv_down, config.latent_dim), (self.kv_up, both))
+        return ((self.q_proj, config.num_heads * config.head_width), *latent, (self.o_proj, config.dim))
+
+    def attend_row(self, row: Row) -> Tensor | None:
+        """As the base; latents are absorbed: of the past, keys alone are expanded."""
+        config = self.config
+        if config.latent_dim is None:
+            return super().attend_row(row)
+        held = row.position + 1
+        places = row.cache.row_buffer("position")[:, 0, : row.position, 0]
+        known = self.runs_own("expand", LowRankGQAAttention) and self.kv_up.bias is None
+        # Keys are rotated by their slots: positions that were given to earlier calls may be others.
+        if not known or not torch.equal(places, torch.arange(row.position, device=places.device).expand_as(places)):
+            return None
+        batch = row.x.shape[0]
+        q = self.q_proj(row.x).view(batch, config.num_heads, 1, config.head_width)
+        position = places.new_full((batch, 1, 1, 1), row.position)
+        seen = row.cache.write_row({"latent": self.kv_down(row.x).unsqueeze(1), "position": position})
+        heads = LatentHeads(config.kv_heads, config.head_width, config.rotary, self.row_scale)
+        return attend_absorbed(q, seen["latent"][:, 0, :held], self.kv_up.weight, heads, self.row_slots(held, q.device))
 
     def streams(self) -> dict[str, Stream]:
         """The latent, and the position that its key will be rotated by."""

@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Self
 import torch
 
 from attnzoo.base.config import AttentionConfig, check_int
+from attnzoo.base.decoding.step import sink_window_slots
 from attnzoo.base.layer import AttentionInputs, AttentionLayer, Heads, Plan, Step
 from attnzoo.base.rope import RotaryConfig as RotaryConfig
 from attnzoo.base.shared_layouts import Cover, dense_layout, sink_window_layout
@@ -81,7 +82,4 @@ class MHAAttention(AttentionLayer, name="mha"):
 
     def row_slots(self, held: int, device: torch.device) -> Slots:
         """Everything, or the sink and the window."""
-        window = self.config.window
-        if window is None or held <= window:
-            return Slots(((0, held),))
-        return Slots.of_runs(((0, min(self.config.sink, held - window)), (held - window, held)), device)
+        return sink_window_slots(held, self.config.window, self.config.sink, device)

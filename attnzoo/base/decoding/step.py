@@ -88,14 +88,16 @@ class DecodingModule(CachingModule):
 
     def project_row(self, row: Row) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries ``[B, H, 1, D]`` and keys ``[B, G, 1, D]``, and values ``[B, G, 1, Dv]``."""
-        config = self.config
-        heads = config.num_heads
+        both, v = self.heads_of_row(row)
+        q, k = self.rotate_row(row, both).tensor_split((self.config.num_heads,), 1)
+        return q, k, v
+
+    def heads_of_row(self, row: Row) -> tuple[Tensor, Tensor]:
+        """Queries before keys ``[B, H + G, 1, D]``, not rotated, and values ``[B, G, 1, Dv]``."""
         # Of one token, heads lie one behind the other, as rows do.
-        size = (row.x.shape[0], -1, 1, config.head_width)
+        size = (row.x.shape[0], -1, 1, self.config.head_width)
         both = torch.cat((self.q_proj(row.x), self.k_proj(row.x)), -1).view(size)
-        v = self.v_proj(row.x).view(size)
-        both = self.rotate_row(row, both)
-        return both[:, :heads], both[:, heads:], v
+        return both, self.v_proj(row.x).view(size)
 
     def rotate_row(self, row: Row, x: Tensor) -> Tensor:
         """Rotates heads ``[B, h, 1, D]`` of a row by its position."""
@@ -158,6 +160,13 @@ class DecodingModule(CachingModule):
             return False
         cls = type(self)
         return all(getattr(cls, name) is step for name, step in known)
+
+
+def sink_window_slots(held: int, window: int | None, sink: int, device: torch.device) -> Slots:
+    """The slots of a window and its sink that the last of ``held`` tokens reads; all where there is no window."""
+    if window is None or held <= window:
+        return Slots(((0, held),))
+    return Slots.of_runs(((0, min(sink, held - window)), (held - window, held)), device)
 
 
 def is_watched() -> bool:

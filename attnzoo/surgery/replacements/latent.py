@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attnzoo.base.decoding.latent import LatentHeads, attend_absorbed, may_absorb
 from attnzoo.base.rope import apply_rotary, rotary_tables
 from attnzoo.cache.replay import is_replay, refuse_replay
 from attnzoo.surgery.hosts import attention_function
@@ -18,7 +19,6 @@ from attnzoo.surgery.hosts.calls import read_call
 from attnzoo.surgery.hosts.families import block_of, family_of
 from attnzoo.surgery.hosts.one_row import slots_of_row
 from attnzoo.surgery.hosts.projections import LatentProjections, Projections, as_linear, set_weights, size_of
-from attnzoo.surgery.replacements.latent_step import LatentHeads, attend_absorbed, may_absorb
 from attnzoo_kernels import Slots
 from attnzoo_kernels.errors import ConversionError
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from attnzoo.base.config import AttentionConfig
 from attnzoo.surgery.replacements.spec import ReplacementSpec
-from attnzoo.variants.rcmha.layer import RCMHAConfig
+from attnzoo.variants.rcmha.config import RCMHAConfig
 from attnzoo_kernels.errors import ConfigError
 
 

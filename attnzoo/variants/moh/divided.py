@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from attnzoo.base.shared_layouts import dense_layout
 from attnzoo.base.steps import AttentionInputs
 from attnzoo.variants.moh.forms import query_block
 from attnzoo.variants.moh.routed_rows import Rows
-from attnzoo_kernels import BlockLayout, Extras, block_sparse_attention
+from attnzoo_kernels import BlockLayout, Extras, Slots, attend_slots, block_sparse_attention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +106,40 @@ def project_packed(out: Tensor, o_proj: nn.Linear, gates: Tensor, rows: Rows) ->
     y = linear(joined, torch.cat(weights[:shared], 1), o_proj.bias)
     rows.add_products(y, routed * rows.gather(of_routed), weights[shared:])
     return y.view(batch, tokens, -1)
+
+
+class RowCall(NamedTuple):
+    """A decoding step: a row of queries ``[B, H, 1, D]``, a cache's keys and values, what is read, and the scale."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    slots: Slots
+    scale: float
+
+
+def attend_needed(call: RowCall, active: Tensor) -> Tensor:
+    """A row's heads ``[B, H, 1, Dv]``, of which KV heads that nobody needs are not read, and give 0.
+
+    Args:
+        call: All heads.
+        active: Which query heads are needed, bool ``[B, H]``.
+    """
+    q, k, v, slots, scale = call
+    each = q.shape[1] // k.shape[1]
+    out = q.new_zeros(*q.shape[:3], v.shape[3])
+    for item, needed in enumerate(active.unflatten(1, (-1, each)).any(2).tolist()):
+        first = 0
+        for is_needed, run in groupby(needed):
+            last = first + len(list(run))
+            if is_needed:
+                rows = slice(first * each, last * each)
+                here = (
+                    x[item : item + 1, at] for x, at in ((q, rows), (k, slice(first, last)), (v, slice(first, last)))
+                )
+                out[item : item + 1, rows] = attend_slots(*here, slots, scale=scale)
+            first = last
+    return out
 
 
 def read_in_place(operation: Operation, inputs: AttentionInputs) -> Tensor:

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from attnzoo.base.decoding.step import Row, sink_window_slots
 from attnzoo.base.layer import AttentionInputs, AttentionLayer, Plan, Step, finalise
 from attnzoo.base.projections import is_plain, is_untouched
 from attnzoo.base.rope import RotaryConfig as RotaryConfig
@@ -33,11 +34,11 @@ from attnzoo.base.shared_layouts import Cover, dense_layout, sink_window_layout
 from attnzoo.cache.lengths import Lengths
 from attnzoo.variants.moh import divided
 from attnzoo.variants.moh.config import MoHConfig
-from attnzoo.variants.moh.forms import Form, Setting, choose_form, query_block
+from attnzoo.variants.moh.forms import LEAST_SLOTS, Form, Setting, choose_form, query_block
 from attnzoo.variants.moh.records import MoHHeads, MoHInputs, MoHPlan
 from attnzoo.variants.moh.routed_rows import Rows, windowed_layout
 from attnzoo.variants.moh.router import Routing, balance_loss, by_norm, learned
-from attnzoo_kernels import BlockLayout, Extras, no_autocast
+from attnzoo_kernels import BlockLayout, Extras, Slots, attend_slots, no_autocast
 from attnzoo_kernels.errors import UnsupportedError
 
 ROUTER_STD = 0.02
@@ -237,6 +238,27 @@ class MoHAttention(AttentionLayer, name="moh"):
     @property
     def _operation(self) -> divided.Operation:
         return divided.Operation(block=self.config.block_size, scale=self.config.scale, impl=self.impl)
+
+    def row_slots(self, held: int, device: torch.device) -> Slots:
+        """Everything, or the sink and the window."""
+        return sink_window_slots(held, self.config.window, self.config.sink, device)
+
+    def attend_row(self, row: Row) -> Tensor:
+        """As the base, with the weights of heads; KV heads that no active head needs are not read where that pays."""
+        config = self.config
+        heads = config.num_heads
+        slots = self.row_slots(row.position + 1, row.x.device)
+        both, v = self.heads_of_row(row)
+        routing = self.route(row.x, both[:, :heads])
+        q, k = self.rotate_row(row, both).tensor_split((heads,), 1)
+        seen = row.cache.write_row({"k": k, "v": v})
+        call = divided.RowCall(q, seen["k"], seen["v"], slots, self.row_scale)
+        skips = config.compute == "routed" or (config.compute == "auto" and row.position >= LEAST_SLOTS)
+        if skips and config.counts.active < config.counts.routed:
+            out = divided.attend_needed(call, routing.active[:, 0])
+        else:
+            out = attend_slots(*call[:4], scale=call.scale)
+        return out * routing.gates.transpose(1, 2).unsqueeze(-1).to(out.dtype)
 
     def operate(self, inputs: MoHInputs, plan: MoHPlan) -> Tensor:  # type: ignore[override]
         """As the base, in the form that was chosen for the call.

@@ -5,6 +5,8 @@ Letters: B batch, T tokens, h heads, D width of a head, n tokens that a kernel s
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
@@ -73,3 +75,39 @@ class DepthwiseConvolution(nn.Module):
         if self.bias is not None:
             total = total + self.bias.to(acc).unsqueeze(1)
         return total.to(x.dtype)
+
+
+def convolve_row(
+    convolutions: Mapping[str, DepthwiseConvolution], x: Mapping[str, Tensor], history: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Causal convolutions of one token, several at once: the numbers of each one's forward, to the bit.
+
+    Args:
+        convolutions: By name; all see equally many tokens.
+        x: The token of each, ``[B, h, 1, D]``.
+        history: The n - 1 values before it, ``[B, h, n - 1, D]``; none where n is 1.
+
+    Returns:
+        For each name as x.
+    """
+    if not convolutions:
+        return {}
+    heads = [x[name].shape[1] for name in convolutions]
+    given = torch.cat([x[name] for name in convolutions], 1)
+    acc = torch.promote_types(given.dtype, torch.float32)
+    weights = [
+        one.weight.expand(count, -1, -1) if one.weight.shape[0] != count else one.weight
+        for one, count in zip(convolutions.values(), heads, strict=True)
+    ]
+    taps = torch.cat(weights).to(acc).unsqueeze(1).unbind(-1)  # n of [h, 1, D]
+    total = given.to(acc) * taps[0]
+    if len(taps) > 1:
+        past = torch.cat([history[name] for name in convolutions], 1).to(acc)
+        for r in range(1, len(taps)):
+            total = total + past.narrow(2, len(taps) - 1 - r, 1) * taps[r]
+    parts = total.split(heads, 1)
+    made = {}
+    for (name, one), part in zip(convolutions.items(), parts, strict=True):
+        biased = part if one.bias is None else part + one.bias.to(acc).unsqueeze(1)
+        made[name] = biased.to(given.dtype)
+    return made

@@ -21,109 +21,31 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from attnzoo.base.config import AttentionConfig, check_bool, check_int
+from attnzoo.base.decoding.step import Row
 from attnzoo.base.layer import DENSE_BLOCK, AttentionInputs, AttentionLayer, Heads, Plan, Step, is_training
+from attnzoo.base.projections import is_unwatched
 from attnzoo.base.rope import RotaryConfig
 from attnzoo.base.shared_layouts import dense_layout
 from attnzoo.cache.kv_cache import KVCache, Stream
 from attnzoo.cache.lengths import Lengths
-from attnzoo.reporting.choices import hint
-from attnzoo.variants.rcmha.convolution import DepthwiseConvolution
-from attnzoo.variants.rcmha.relative import Clipped, attend_clipped, channels_by_position, channels_by_slot
+from attnzoo.variants.rcmha.config import CONVOLVED, RCMHAConfig
+from attnzoo.variants.rcmha.convolution import DepthwiseConvolution, convolve_row
+from attnzoo.variants.rcmha.relative import (
+    Clipped,
+    attend_clipped,
+    channels_by_position,
+    channels_by_slot,
+    clipped_bias,
+    sinusoid_bias,
+)
 from attnzoo_kernels import BlockLayout as BlockLayout  # ClippedPlan inherits fields that are annotated with it
-from attnzoo_kernels import Extras
-from attnzoo_kernels.errors import ConfigError, UnsupportedError
-
-CONVOLVED = ("q", "k", "v")
-
-
-@dataclass(frozen=True, kw_only=True)
-class RCMHAConfig(AttentionConfig):
-    """Relative convolutional attention; without convolutions it is RMHA, with ``rel=None`` MDHA.
-
-    Attributes:
-        rotary: As everywhere, but off unless asked for.
-        conv_size: Tokens n that a convolution sees, the own one included; odd where the layer is not causal.
-        conv_on: What is convolved, of "q", "k" and "v".
-        conv_share: Whether each head has kernels of its own ("per_head") or all heads share them ("across_heads").
-        conv_pos: Whether the convolutions follow the projections ("post_proj") or see the layer's input ("pre_proj").
-        conv_bias: Whether the convolutions have biases; that of keys has one only beside ``rotary``.
-        conv_init: Kernels at the start: "uniform" as torch's convolutions, "delta" passes what comes.
-        rel: Distances in the score: "sinusoidal", "learned" or ``None``.
-        rel_dim: Width of a distance's vector, even; ``None`` means a head's. Sinusoidal distances only.
-        rel_init: How distances' vectors start: "xavier" (learned ones small), or "zero", as if there were none.
-        max_distance: Distance from which on all share one learned vector.
-    """
-
-    rotary: RotaryConfig | None = None
-    conv_size: int = 3
-    conv_on: tuple[str, ...] = CONVOLVED
-    conv_share: Literal["per_head", "across_heads"] = "per_head"
-    conv_pos: Literal["post_proj", "pre_proj"] = "post_proj"
-    conv_bias: bool = True
-    conv_init: Literal["uniform", "delta"] = "uniform"
-    rel: Literal["sinusoidal", "learned"] | None = "sinusoidal"
-    rel_dim: int | None = None
-    rel_init: Literal["xavier", "zero"] = "xavier"
-    max_distance: int = 128
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_int("conv_size", self.conv_size, 1)
-        check_bool("conv_bias", self.conv_bias)
-        check_int("max_distance", self.max_distance, 1)
-        self._check_choices()
-        if not self.causal and self.conv_on and self.conv_size % 2 == 0:
-            raise ConfigError(f"conv_size: expected an odd int where the layer is not causal, got {self.conv_size}")
-        if self.conv_pos == "pre_proj" and self.conv_share == "across_heads":
-            raise ConfigError(
-                "conv_share: expected 'per_head' before the projections, where there are no heads to share"
-            )
-        if self.rel_dim is not None:
-            check_int("rel_dim", self.rel_dim, 2)
-            if self.rel_dim % 2:
-                raise ConfigError(f"rel_dim: expected an even int, got {self.rel_dim}")
-
-    def _check_choices(self) -> None:
-        if not isinstance(self.conv_on, list | tuple) or not set(self.conv_on) <= set(CONVOLVED):
-            raise ConfigError(f"conv_on: expected some of {', '.join(CONVOLVED)}, got {self.conv_on!r}")
-        object.__setattr__(self, "conv_on", tuple(name for name in CONVOLVED if name in self.conv_on))
-        choices: dict[str, tuple[str | None, ...]] = {
-            "conv_share": ("per_head", "across_heads"),
-            "conv_pos": ("post_proj", "pre_proj"),
-            "conv_init": ("uniform", "delta"),
-            "rel": ("sinusoidal", "learned", None),
-            "rel_init": ("xavier", "zero"),
-        }
-        for name, known in choices.items():
-            if (got := getattr(self, name)) not in known:
-                near = hint(got, [word for word in known if word is not None])
-                raise ConfigError(f"{name}: expected one of {', '.join(map(repr, known))}, got {got!r}{near}")
-
-    @property
-    def rel_width(self) -> int:
-        """Width of a distance's vector of sinusoids; even."""
-        return self.head_width + self.head_width % 2 if self.rel_dim is None else self.rel_dim
-
-    @property
-    def cautions(self) -> tuple[str, ...]:
-        """That nothing is convolved, and no distance scored."""
-        if self.conv_on or self.rel is not None:
-            return ()
-        return (
-            "rcmha: with conv_on=() and rel=None nothing is convolved and no distance is scored: this is plain "
-            "attention, which 'mha' computes",
-        )
-
-    @classmethod
-    def small(cls) -> Self:
-        """Four heads of 8 on two KV heads, kernels of five tokens for all heads, few channels."""
-        return cls(dim=32, num_heads=4, num_kv_heads=2, conv_size=5, conv_share="across_heads", rel_dim=6)
+from attnzoo_kernels import Extras, Slots, attend_slots
+from attnzoo_kernels.errors import UnsupportedError
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -379,6 +301,39 @@ class RCMHAAttention(AttentionLayer, name="rcmha"):
             q=inputs.q, k=inputs.k, v=inputs.v, extras=plan.extras, first=plan.first, scale=scale, impl=self.impl
         )
         return attend_clipped(call, plan.tau.to(inputs.q.dtype), causal=plan.causal, block=DENSE_BLOCK)
+
+    def attend_row(self, row: Row) -> Tensor | None:
+        """As the base, with the convolutions of the row behind what the rings hold, and a bias of distances."""
+        cache = row.cache
+        convolutions = {name: self.conv[name] for name in self.config.conv_on}
+        known = all(type(one) is DepthwiseConvolution and is_unwatched(one) for one in convolutions.values())
+        if self.config.conv_pos == "pre_proj" or not known or not isinstance(cache, PlacedCache) or cache.placed:
+            return None
+        heads = self.config.num_heads
+        both, v = self.heads_of_row(row)
+        given = dict(zip(CONVOLVED, (*both.tensor_split((heads,), 1), v), strict=True))
+        reach = self.config.conv_size - 1
+        before = {f"conv_{name}": given[name] for name in self._convolved()}
+        history = {name: cache.recent(f"conv_{name}", reach) for name in self._convolved()}
+        made = given | convolve_row(convolutions, {name: given[name] for name in convolutions}, history)
+        q = made["q"]
+        if self.config.rel is not None:
+            q = q + self.rel_u.unsqueeze(1)
+        if self.config.rotary is not None:
+            q, made["k"] = self.rotate_row(row, torch.cat((q, made["k"]), 1)).tensor_split((heads,), 1)
+        seen = cache.write_row({"k": made["k"], "v": made["v"], **before})
+        bias = self._row_bias(made["q"], row.position + 1)
+        slots = Slots(((0, row.position + 1),))
+        return attend_slots(q, seen["k"], seen["v"], slots, scale=self.row_scale, bias=bias)
+
+    def _row_bias(self, q: Tensor, held: int) -> Tensor | None:
+        """The part of the scores that is about distances, ``[B, H, 1, S]``, of convolved queries ``[B, H, 1, D]``."""
+        if self.config.rel is None:
+            return None
+        q = q + self.rel_v.unsqueeze(1)
+        if self.config.rel == "learned":
+            return clipped_bias(q @ self.rel_table.transpose(1, 2), held) * self.row_scale
+        return sinusoid_bias(q @ self.rel_proj, held) * self.row_scale
 
     def streams(self) -> dict[str, Stream]:
         """Keys and values, and rings of what the convolutions still need."""

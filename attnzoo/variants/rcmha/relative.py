@@ -107,6 +107,33 @@ def channels_by_position(gamma: Tensor, rows: Tensor, keys: Tensor, present: Ten
     return q_aux, waves(keys, width, gamma.dtype).unsqueeze(1)
 
 
+def sinusoid_bias(gamma: Tensor, held: int) -> Tensor:
+    """What distances add to the scores of the last of ``held`` tokens, not scaled, ``[B, H, 1, held]``.
+
+    Args:
+        gamma: ``[B, H, 1, Da]``.
+        held: Tokens, the row's own the last; a token's position is its slot.
+    """
+    # The row lies at position 0, where cosines are 1 and sines 0.
+    a, c = gamma.chunk(2, -1)
+    table = waves_behind(held, gamma.shape[-1], gamma)
+    return torch.matmul(torch.cat((c, -a), -1).to(table.dtype), table.t()).to(gamma.dtype)
+
+
+def clipped_bias(tau: Tensor, held: int) -> Tensor:
+    """As :func:`sinusoid_bias` of learned vectors: ``tau [B, H, 1, R + 1]`` has each distance's part.
+
+    Args:
+        tau: Of distances 0 to R; all farther ones share the last.
+        held: Tokens, the row's own the last.
+    """
+    reach = tau.shape[-1] - 1
+    near = tau[..., : min(held, reach + 1)].flip(-1)
+    if held <= reach + 1:
+        return near
+    return torch.cat((tau[..., reach:].expand(*tau.shape[:3], held - reach - 1), near), -1)
+
+
 @dataclass(frozen=True, eq=False)
 class Clipped:
     """A call of the operation whose scores have a part for each distance.

@@ -31,8 +31,9 @@ from attnzoo.base.rope import RotaryConfig as RotaryConfig
 from attnzoo.base.shared_layouts import may_share
 from attnzoo.cache.kv_cache import KVCache
 from attnzoo.cache.lengths import Lengths
+from attnzoo.variants.s2.blocks_of_row import ending_at, slots_of_blocks
 from attnzoo.variants.s2.evicting_cache import Pattern, PoolCache, PoolInputs, attend_pool
-from attnzoo_kernels import BlockLayout, Extras, remembers
+from attnzoo_kernels import BlockLayout, Extras, Slots, remembers
 from attnzoo_kernels.errors import ConfigError, UnsupportedError
 
 
@@ -169,6 +170,12 @@ class S2Attention(AttentionLayer, name="s2"):
         build = _shared_layout if held is not None and may_share(inputs.q) else _layout
         return Plan(build(config, extent, inputs.q.device), Extras(), config.causal, front=front)
 
+    def row_slots(self, held: int, device: torch.device) -> Slots:
+        """The blocks of each head, of which the row's own is filled up to the row."""
+        size = self.config.block_size
+        own = (held - 1) // size
+        return ending_at(_shared_slots(self.config, self._groups(self.config.kv_heads), own, device), held, size)
+
     def operate(self, inputs: PoolInputs, plan: Plan) -> Tensor:  # type: ignore[override]
         """The operation; where keys stayed in a pool, over it and over what this call brings."""
         if not inputs.in_cache:
@@ -224,12 +231,7 @@ class S2Attention(AttentionLayer, name="s2"):
     def _pattern(self, tokens: int) -> Pattern:
         """What is kept of so many tokens, for the KV heads that are held here."""
         config = self.config
-        first, count = self._groups(self.streams()["k"].heads)
-        head = torch.arange(first, first + count, device="cpu").unsqueeze(1)
-        block = torch.arange(-(-tokens // config.block_size), device="cpu")
-        shift = (0 if config.homogeneous else config.head_step) * head + config.head_offset
-        kept = ((block + shift) % config.vert_stride == 0) | (block < config.sink_blocks)
-        kept = kept | (head >= config.kv_heads - config.num_dense_heads)
+        kept = _kept(config, self._groups(self.streams()["k"].heads), -(-tokens // config.block_size))
         local = config.local_blocks
         return Pattern(config.block_size, local if isinstance(local, int) else local[0], kept)
 
@@ -244,6 +246,30 @@ class S2Attention(AttentionLayer, name="s2"):
                 )
             first = (slice_here or 0) * held
         return first or 0, held
+
+
+def _kept(config: S2Config, groups: tuple[int, int], blocks: int) -> Tensor:
+    """Which of the first blocks each KV head reads however far away they are, bool ``[G, N]``.
+
+    Args:
+        config: The layer's.
+        groups: Index of the first KV head, and their number.
+        blocks: Blocks N.
+    """
+    head = torch.arange(groups[0], sum(groups), device="cpu").unsqueeze(1)
+    block = torch.arange(blocks, device="cpu")
+    shift = (0 if config.homogeneous else config.head_step) * head + config.head_offset
+    kept = ((block + shift) % config.vert_stride == 0) | (block < config.sink_blocks)
+    return kept | (head >= config.kv_heads - config.num_dense_heads)
+
+
+@remembers(16)
+def _shared_slots(config: S2Config, groups: tuple[int, int], own: int, device: torch.device) -> Slots:
+    """What a row in block ``own`` reads up to the block's end: lists change at the borders of blocks alone."""
+    local = config.local_blocks
+    near = torch.arange(own + 1, device="cpu") > own - (local if isinstance(local, int) else local[0])
+    with torch.inference_mode(False):
+        return slots_of_blocks(_kept(config, groups, own + 1) | near, config.block_size, device)
 
 
 @dataclass(frozen=True)

@@ -125,9 +125,33 @@ MUTANTS = (
         "quick-past-hooks", old='or held["_forward_hooks"] or held["_forward_pre_hooks"]', new="", file="attnzoo/base/projections.py",
         wrong="a projection that somebody watches is taken for a product",
     ),
-    mha(
+    quick(
         "mha-row-window", old="(held - window, held)), device)", new="(held - window - 1, held)), device)", tests=f"{TESTS}/laws/test_quick_step.py -k 'quick_step and mha'",
         wrong="a decoding step's window is one token longer",
+    ),
+    quick(
+        "s2-row-own-block", old="behind = -held % size", new="behind = 0", file="attnzoo/variants/s2/blocks_of_row.py",
+        wrong="a decoding step reads what lies behind its token", tests=f"{TESTS}/laws/test_quick_step.py -k '(says_what or hidden) and s2'",
+    ),
+    quick(
+        "s2-row-repeats", old=">= missing).to(device)", new=">= 0).to(device)", file="attnzoo/variants/s2/blocks_of_row.py",
+        wrong="a head with fewer blocks counts one of its slots several times", tests=f"{TESTS}/laws/test_quick_step.py -k 'says_what and s2'",
+    ),
+    quick(
+        "moh-row-needed", old=".unflatten(1, (-1, each)).any(2).tolist()", new=".unflatten(1, (-1, each)).all(2).tolist()", file="attnzoo/variants/moh/divided.py",
+        wrong="a KV head is read only where all of its query heads are active", tests=f"{TESTS}/laws/test_quick_step.py -k 'says_what and moh' {VARIANTS}/test_moh.py -k grouped",
+    ),
+    quick(
+        "rcmha-row-taps", old="past.narrow(2, len(taps) - 1 - r, 1)", new="past.narrow(2, r - 1, 1)", file="attnzoo/variants/rcmha/convolution.py",
+        wrong="a decoding step convolves the tokens before it in the other order", tests=f"{TESTS}/laws/test_quick_step.py -k 'says_what and rcmha'",
+    ),
+    quick(
+        "rcmha-row-far", old="tau[..., reach:].expand", new="tau[..., :1].expand", file="attnzoo/variants/rcmha/relative.py",
+        wrong="far tokens are scored as the nearest", tests=f"{TESTS}/laws/test_quick_step.py -k 'says_what and rcmha'",
+    ),
+    quick(
+        "ring-recent-wraps", old="(shared - count) % self.rows + count > self.rows", new="False", file="attnzoo/cache/streams.py",
+        wrong="a ring that comes round is read past its end", tests=f"{TESTS}/laws/test_quick_step.py -k 'rings'",
     ),
     base(
         "base-rotates-chunks-from-zero", old="range(step.first, step.first + step.x.shape[1])", new="range(0, step.x.shape[1])",
