@@ -36,6 +36,7 @@ from attnzoo_kernels._triton import launch, specialize
 from attnzoo_kernels._triton.tile_table import PASSES, WIDTHS, Pass, Tiles, tiles_for
 from attnzoo_kernels.op import make_call
 from attnzoo_kernels.spec.call import Call
+from bench.gpu.peers import SPECIALISED
 
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
 SHARED_LIMIT = {"sm_80": 166_912, "sm_89": 101_376, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
@@ -174,6 +175,9 @@ def compiling(architecture: str, tiles: Tiles | None = None) -> Iterator[list[Re
     finally:
         for (module, name), seam in before.items():
             setattr(module, name, seam)
+        if torch.cuda.is_available():
+            # Where there is a device, what is launched next runs on it.
+            driver.reset_active()
 
 
 def call_of(
@@ -211,6 +215,11 @@ def compile_pass(of: Pass, call: Call) -> None:
     if of in ("forward", "decode"):
         launch.forward(call)
         return
+    with launch._on(call.q.device):
+        _compile_gradients(of, call)
+
+
+def _compile_gradients(of: Pass, call: Call) -> None:
     lists = launch.lists_of(call)
     out = torch.zeros_like(call.q)
     lse = torch.zeros(call.q.shape[:3], device=out.device)
@@ -300,8 +309,8 @@ def compile_switches(architecture: str) -> Iterator[tuple[str, Resources, list[s
             wrong = faults(found[0], architecture, of, size)
             wrong = [text for text in wrong if not text.startswith(("spills", "products"))]
             yield f"{name}, {of}", found[0], wrong
-    for form, tiles in (("skewed", (128, 64, 8, 3)), ("specialised", (128, 64, 4, 2))):
-        with compiling(architecture, Tiles(*tiles, form)) as found:
+    for form, tiles in (("skewed", Tiles(128, 64, 8, 3, "skewed")), ("specialised", Tiles(**SPECIALISED))):
+        with compiling(architecture, tiles) as found:
             compile_pass("forward", call_of(128, torch.bfloat16))
         wrong = faults(found[0], architecture, "forward", 2)
         if form == "specialised" and not found[0].specialised:

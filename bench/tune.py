@@ -17,7 +17,7 @@ from pathlib import Path
 import triton
 
 from attnzoo_kernels._triton import launch, specialize
-from attnzoo_kernels._triton.tile_table import WIDTHS, Pass, Tiles
+from attnzoo_kernels._triton.tile_table import PASSES, WIDTHS, Pass, Tiles, architecture_of
 from bench.aot import ARCHITECTURES, DTYPES, call_of, compile_entry, compile_pass, entries, faults
 
 TABLE = Path(launch.__file__).with_name("tiles.json")
@@ -57,6 +57,9 @@ def fastest(of: Pass, width: int, size: int, survivors: Sequence[Tiles]) -> Tile
     """The fastest of some tiles on the current device, by the median of launches on 64k tokens."""
     timed = {}
     call = call_of(width, DTYPES[size], decoding=of == "decode", tokens=1 << 16, device="cuda")
+    for x in (call.q, call.k, call.v):
+        # Products of zeros take less power, and run faster than any real ones.
+        x.normal_()
     chosen = specialize.tiles_for
     try:
         for tiles in survivors:
@@ -81,15 +84,15 @@ def tune(architecture: str, of: Pass, width: int, size: int, *, measured: bool) 
     return fastest(of, width, size, survivors) if measured else survivors[0]
 
 
-def write(tables: dict[str, dict[str, list[object]]]) -> None:
+def write(tables: dict[str, dict[str, list[object]]], path: Path = TABLE) -> None:
     """Writes the tables, one entry a line."""
     parts = []
     for name, table in tables.items():
         lines = ",\n".join(f'  "{key}": {json.dumps(value)}' for key, value in table.items())
         parts.append(f' "{name}": {{\n{lines}\n }}')
-    partial = TABLE.with_suffix(".partial")
+    partial = path.with_suffix(".partial")
     partial.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
-    partial.replace(TABLE)
+    partial.replace(path)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -98,11 +101,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--architecture", choices=ARCHITECTURES, nargs="+", required=True)
     parser.add_argument("--sizes", type=int, nargs="*", default=[2, 4], help="bytes of a value")
     parser.add_argument("--widths", type=int, nargs="*", default=list(WIDTHS))
+    parser.add_argument("--passes", choices=PASSES, nargs="*", default=list(PASSES))
+    parser.add_argument("--table", type=Path, default=TABLE, help="the file of tables, written entry by entry")
     parser.add_argument("--measure", action="store_true", help="time the survivors on this machine's GPU")
     options = parser.parse_args(arguments)
+    if options.measure and options.architecture != [here := architecture_of(0)]:
+        parser.error(f"--measure: expected --architecture {here}, which this machine's GPU is")
+    if not options.table.exists():
+        write(json.loads(TABLE.read_text(encoding="utf-8")), options.table)
     missing = 0
     for architecture, (of, width, size) in itertools.product(
-        options.architecture, entries(options.widths, options.sizes)
+        options.architecture, entries(options.widths, options.sizes, options.passes)
     ):
         try:
             tiles = tune(architecture, of, width, size, measured=options.measure)
@@ -110,9 +119,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(error, flush=True)
             missing += 1
             continue
-        tables = json.loads(TABLE.read_text(encoding="utf-8"))
+        tables = json.loads(options.table.read_text(encoding="utf-8"))
         tables.setdefault(architecture, {})[f"{of}/{width}/{size}"] = list(tiles)
-        write(tables)
+        write(tables, options.table)
         print(f"{architecture} {of}/{width}/{size}: {tuple(tiles)}", flush=True)
     return int(missing > 0)
 

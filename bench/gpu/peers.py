@@ -28,16 +28,22 @@ def ours(layout: BlockLayout) -> Run:
     return run
 
 
+SPECIALISED: dict[str, Any] = {"rows": 128, "keys": 128, "warps": 4, "stages": 2, "form": "specialised"}
+"""Tiles whose warps get different tasks: with the eight warps of the tables the compiler gives all of them one task."""
+
+
 @contextmanager
 def form(name: str) -> Iterator[None]:
-    """Within, the forward loop has another form."""
+    """Within, the forward loop has another form, and the tiles that this form needs."""
     from attnzoo_kernels._triton import specialize
 
     before = specialize.tiles_for
 
     def changed(architecture: str, of: Any, width: int, size: int) -> Any:
         tiles = before(architecture, of, width, size)
-        return tiles._replace(form=name) if of == "forward" else tiles
+        if of != "forward":
+            return tiles
+        return tiles._replace(**(SPECIALISED if name == "specialised" else {"form": name}))
 
     specialize.tiles_for = changed
     try:
