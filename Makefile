@@ -3,9 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 WORKERS ?= 2
 SOURCES := attnzoo kernels tests docs bench
+FROM_SOURCE := .:kernels$(if $(PYTHONPATH),:$(PYTHONPATH))
 TRANSFORMERS_TESTS := $(addprefix tests/attnzoo/surgery/,hosts/test_transformers.py replacements/test_replacements.py test_files.py)
 
-.PHONY: help setup setup-demo demo test test-oldest test-transformers test-slow test-gpu check mutants bench-cpu bench-gpu fix docs clean
+.PHONY: help setup setup-demo demo test test-oldest test-transformers test-slow test-gpu check mutants bench-cpu bench-gpu gpu-first gpu-first-kernels fix docs clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -51,10 +52,23 @@ bench-cpu: setup  ## The operation beside its peers on this CPU; about ten minut
 
 # A GPU machine brings its own torch and triton, and often no network: nothing is set up there.
 test-gpu:  ## The operation on the GPU against fp64, with the Python that has torch and triton
-	PYTHONPATH=.:kernels $(PYTHON) -m pytest -q -m "gpu and not slow" tests/attnzoo_kernels/gpu/test_gpu.py tests/attnzoo_kernels/gpu/test_gpu_runtime.py
+	PYTHONPATH=$(FROM_SOURCE) $(PYTHON) -m pytest -q -m "gpu and not slow" tests/attnzoo_kernels/gpu/test_gpu.py tests/attnzoo_kernels/gpu/test_gpu_runtime.py
 
 bench-gpu:  ## The kernels beside their peers on the GPU, likewise; goes on where it stopped
-	PYTHONPATH=.:kernels $(PYTHON) -m bench.gpu --out out/gpu
+	PYTHONPATH=$(FROM_SOURCE) $(PYTHON) -m bench.gpu --out out/gpu
+
+# OUT=folder SECONDS=500 IMPL=reference,blocked,triton CORES=16 KERNELS=archive NAME=files; REHEARSE=1 needs no GPU.
+gpu-first: OUT ?= out/gpu-first
+gpu-first:  ## Eight minutes on a GPU: self-test, tests, the dearest figures, in one archive; OUT= SECONDS= IMPL= KERNELS=
+	PYTHONPATH=$(FROM_SOURCE) $(PYTHON) -m bench.gpu_first --out $(OUT) $(if $(SECONDS),--seconds $(SECONDS)) \
+		$(if $(IMPL),--impl $(IMPL)) $(if $(CORES),--cores $(CORES)) $(if $(KERNELS),--kernels $(KERNELS)) \
+		$(if $(NAME),--name $(NAME)) $(if $(REHEARSE),--rehearse)
+
+# RECORDER= has torch, and the same triton as PYTHON=, which has the GPU machine's version of Python, and needs no torch.
+gpu-first-kernels: RECORDER ?= $(PYTHON)
+gpu-first-kernels:  ## Kernels for gpu-first, compiled where there is no GPU; PYTHON= RECORDER= ARCHITECTURE= PARTS=
+	PYTHONPATH=$(FROM_SOURCE) $(RECORDER) -m bench.kernel_cache --python $(PYTHON) --out $(or $(OUT),out/kernels.tar.gz) \
+		$(if $(ARCHITECTURE),--architecture $(ARCHITECTURE)) $(if $(PARTS),--parts $(PARTS))
 
 fix: setup  ## Format and repair what can be repaired
 	$(BIN)/ruff format $(SOURCES)

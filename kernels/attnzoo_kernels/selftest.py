@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,6 +25,9 @@ CASES = (
     "rotary origins", "decoding",
 )  # fmt: skip
 """One call for each switch, and a decoding step. All have ragged tails and two query heads to a KV head."""
+
+Job = tuple[torch.device, str, torch.dtype, str]
+"""What is checked: device, implementation, dtype, case."""
 
 
 @dataclass(frozen=True)
@@ -237,6 +240,17 @@ def dtypes_of(impl: str, device: torch.device) -> tuple[torch.dtype, ...]:
     return (torch.float64, torch.float32, torch.bfloat16) if device.type == "cpu" else (torch.float32, torch.bfloat16)
 
 
+def jobs(devices: list[torch.device]) -> list[Job]:
+    """Everything that is checked on some devices, as far as it runs there."""
+    return [
+        (device, impl, dtype, case)
+        for device in devices
+        for impl in ("reference", "blocked", "triton")
+        for dtype in dtypes_of(impl, device)
+        for case in CASES
+    ]
+
+
 def run(devices: list[torch.device], progress: Callable[[str, int, int], None]) -> Iterator[Check]:
     """Checks each implementation on each device, as far as it runs there.
 
@@ -244,17 +258,15 @@ def run(devices: list[torch.device], progress: Callable[[str, int, int], None]) 
         devices: Where.
         progress: Called with (what, done, total).
     """
-    jobs = [
-        (device, impl, dtype, case)
-        for device in devices
-        for impl in ("reference", "blocked", "triton")
-        for dtype in dtypes_of(impl, device)
-        for case in CASES
-    ]
+    yield from run_jobs(jobs(devices), progress)
+
+
+def run_jobs(chosen: Sequence[Job], progress: Callable[[str, int, int], None] = lambda *_: None) -> Iterator[Check]:
+    """Checks what :func:`jobs` lists, or some of it; nothing comes of a job that does not run."""
     truths: dict[tuple[torch.dtype, str], dict[str, Tensor]] = {}
     cpu = torch.device("cpu")
-    for done, (device, impl, dtype, case) in enumerate(jobs):
-        progress(f"{impl} on {device}", done, len(jobs))
+    for done, (device, impl, dtype, case) in enumerate(chosen):
+        progress(f"{impl} on {device}", done, len(chosen))
         given = make(case).to(dtype, device)
         if why_not(impl, given.q, given.k, given.v, given.layout, causal=given.causal, extras=given.extras):
             continue

@@ -25,7 +25,7 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("name", ["cpu", "gpu", "moh", "longheads", "aot", "tune"])
+@pytest.mark.parametrize("name", ["cpu", "gpu", "gpu_first", "moh", "longheads", "aot", "kernel_cache", "tune"])
 def test_a_benchmark_says_what_it_takes(name: str) -> None:
     done = run(f"bench.{name}", "--help")
     assert done.returncode == 0, done.stderr

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -247,6 +248,40 @@ def test_it_goes_on_where_it_stopped_and_refuses_results_of_another_machine(
     gpu.write(tmp_path / "machine.json", {**machine, "device": "H200"})
     with pytest.raises(SystemExit, match="device 'H200', here 'cpu'"):
         gpu.main(given)
+
+
+@pytest.mark.parametrize("width", [64, 128])
+def test_a_form_has_tiles_that_it_can_run_with(width: int) -> None:
+    pytest.importorskip("triton")
+    from attnzoo_kernels._triton import specialize
+
+    table = specialize.tiles_for("sm_90", "forward", width, 2)
+    with peers.form("specialised"):
+        assert specialize.tiles_for("sm_90", "forward", width, 2)[2:] == (4, 2, "specialised")
+        assert specialize.tiles_for("sm_90", "query", width, 2).form == "plain"
+    with peers.form("skewed"):
+        assert specialize.tiles_for("sm_90", "forward", width, 2) == table._replace(form="skewed")
+    assert specialize.tiles_for("sm_90", "forward", width, 2) == table
+
+
+def test_a_peer_that_a_graph_cannot_hold_leaves_us_our_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Graph:
+        def replay(self) -> None: ...
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: nullcontext())
+    monkeypatch.setattr(gpu_run, "milliseconds", lambda run, device: 1.0)
+
+    def refuse(*_: Tensor) -> Tensor:
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    reasons: dict[str, str] = {}
+    x = torch.zeros(1)
+    runs: dict[str, Run] = {"ours": lambda *_: x, "flex": refuse, "sdpa flash": refuse}
+    assert gpu_run._graphed(reasons, runs, (x, x, x), CPU) == {"ours, graph": 1.0}
+    assert reasons == {"flex, graph": "RuntimeError: operation not permitted when stream is capturing"}
+    with pytest.raises(RuntimeError, match="capturing"):
+        gpu_run._graphed(reasons, {**runs, "ours": refuse}, (x, x, x), CPU)
 
 
 ASKED = (
