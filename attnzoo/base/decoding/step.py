@@ -74,6 +74,19 @@ class DecodingModule(CachingModule):
         """
         return None
 
+    def known_slots(self, held: int, device: torch.device) -> Slots | None:
+        """What the last of ``held`` tokens reads, for somebody else's queries, keys and values on a CPU.
+
+        ``None`` where a plan has to be made: what is read is not known beforehand, or somebody wants to see the plan.
+
+        Args:
+            held: Tokens of each item, the row's own the last.
+            device: Where lists of slots lie.
+        """
+        if is_watched() or self.impl != "auto" or self.recordings or not self._has_steps_stood_for():
+            return None
+        return self.row_slots(held, device)
+
     def attend_row(self, row: Row) -> Tensor | None:
         """The heads' outputs ``[B, H, 1, Dv]`` for a row, whose keys and values are written to the cache.
 

@@ -8,7 +8,6 @@ Letters: B batch, T query tokens, S slots of the host's cache, H query heads, G 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -16,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from attnzoo.base.layer import AttentionInputs, AttentionLayer
 from attnzoo.base.padding import Alignment
@@ -270,56 +268,6 @@ def _as_autocast_does(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
-
-
-def check_consecutive(
-    position_ids: Tensor | None, first: int | Tensor, real: Tensor | None, who: str, *, padding_counts: bool = False
-) -> None:
-    """Raises unless a call's positions are those that a block counts by itself, for blocks that do.
-
-    A sequence may begin anywhere. What a later call continues is not known, but for where it would begin: at 0, or
-    behind the padding on its left.
-
-    Args:
-        position_ids: ``[B|1, T]``, or ``None`` where the host has none.
-        first: The slot of the call's first token; a tensor is not read.
-        real: Which slots hold tokens rather than padding, bool ``[B, S]``; ``None`` where all do.
-        who: What to call the block.
-        padding_counts: Whether the block counts slots; else it counts tokens.
-
-    Raises:
-        UnsupportedError: If they are others.
-    """
-    if position_ids is None or torch.compiler.is_compiling():
-        return
-    begin = first if isinstance(first, int) else 0
-    known, counts, mask = _consecutive.get(position_ids, (None, None, None))
-    if known == begin and counts == padding_counts and mask is real:
-        # Every block of a model is handed the same tensors.
-        return
-    end = begin + position_ids.shape[-1]
-    place = torch.arange(begin, end, device=position_ids.device).unsqueeze(0)
-    seen = None
-    margin = place.new_zeros(1)
-    if real is not None and isinstance(first, int):
-        count = real[:, :end].cumsum(1)
-        seen = real[:, begin:end]
-        margin = (count == 0).sum(1)
-        place, margin = (place, -margin) if padding_counts else (count[:, begin:] - 1, margin)
-    shift = (position_ids - place).double()
-    hidden = torch.zeros_like(shift, dtype=torch.bool) if seen is None else ~seen
-    low = shift.masked_fill(hidden, math.inf).amin(1)
-    high = shift.masked_fill(hidden, -math.inf).amax(1)
-    right = low == high
-    if begin:
-        right &= (low == 0) | (low == margin)
-    if not bool((right | hidden.all(1)).all()):
-        raise UnsupportedError(f"position_ids: expected consecutive positions, which {who} counts by itself")
-    _consecutive[position_ids] = (begin, padding_counts, real)
-
-
-_consecutive: Any = WeakTensorKeyDictionary()
-"""For positions that were found right: the first slot, what was counted, and the mask."""
 
 
 def geometry_of(attention_mask: Any, tokens: int, slots: int) -> Geometry:

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.base.layer import AttentionLayer
-from attnzoo.variants.mha import MHAAttention
-from attnzoo_kernels import Slots, attend_slots
+from attnzoo_kernels import attend_slots
 from attnzoo_kernels.runtime.plain import is_plain
 
 
@@ -26,22 +25,11 @@ def attend_one_row(layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, held:
     """
     if not _takes(layer, q, k, v):
         return None
-    slots = slots_of_row(layer, held)
+    slots = layer.known_slots(held, q.device)
     if slots is None:
         return None
     scale = layer.config.scale
     return attend_slots(q, k, v, slots, scale=q.shape[3] ** -0.5 if scale is None else scale)
-
-
-def slots_of_row(layer: AttentionLayer, held: int) -> Slots | None:
-    """What the last of ``held`` slots reads; ``None`` where a plan must say it, or somebody wants to see one."""
-    if layer.recordings or layer.impl != "auto" or not isinstance(layer, MHAAttention):
-        return None
-    config = layer.config
-    if config.window is None or config.window >= held:
-        return Slots(((0, held),))
-    first = held - config.window
-    return Slots.of_runs(((0, min(config.sink, first)), (first, held)))
 
 
 def _takes(layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor) -> bool:

@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from attnzoo.base.decoding.latent import LatentHeads, attend_absorbed, may_absorb
 from attnzoo.base.rope import apply_rotary, rotary_tables
+from attnzoo.base.decoding.rotation import shared_rotary_tables
+from attnzoo.base.rope import apply_rotary
 from attnzoo.cache.replay import is_replay, refuse_replay
 from attnzoo.surgery.hosts import attention_function
 from attnzoo.surgery.hosts.block import Block, Need, ReplacementModule
 from attnzoo.surgery.hosts.calls import read_call
 from attnzoo.surgery.hosts.families import block_of, family_of
-from attnzoo.surgery.hosts.one_row import slots_of_row
+from attnzoo.surgery.hosts.positions import check_consecutive
 from attnzoo.surgery.hosts.projections import LatentProjections, Projections, as_linear, set_weights, size_of
 from attnzoo_kernels import Slots
 from attnzoo_kernels.errors import ConversionError
@@ -99,9 +101,7 @@ class LatentReplacement(ReplacementModule):
         latent = self.kv_down(hidden_states).unsqueeze(1)  # [B, 1, T, r]
         first = attention_function.first_slot(attention_mask, call.cache, self.layer_idx)
         real = getattr(attention_mask, "real", None)
-        attention_function.check_consecutive(
-            call.position_ids, first, real, "a latent replacement", padding_counts=True
-        )
+        check_consecutive(call.position_ids, first, real, "a latent replacement", padding_counts=True)
         # The KV cache: latents of earlier tokens before those of this call.
         if call.cache is not None:
             attention_function.let_grow(call.cache, self.layer_idx)
@@ -113,9 +113,8 @@ class LatentReplacement(ReplacementModule):
                 return self.o_proj(out.flatten(1).unsqueeze(1)), None
         k, v = self._expand(latent.squeeze(1))  # [B, G, S, D] each
         # Rotation by slot, of queries and of all keys.
-        slots = torch.arange(k.shape[2], device=k.device)
-        q = self._rotate(q, slots[: q.shape[2]] + first)
-        k = self._rotate(k, slots)
+        q = self._rotate(q, first)
+        k = self._rotate(k, 0)
         out, _ = attention_function.attend(self, q, k, v, attention_mask, scaling=self.scaling)
         return self.o_proj(out.flatten(-2)), None
 
@@ -126,7 +125,9 @@ class LatentReplacement(ReplacementModule):
     def _slots(self, held: int) -> Slots | None:
         """What a decoding step reads of so many slots: all, or what the block's read pattern says."""
         pattern = attention_function.pattern_of(self)
-        return Slots(((0, held),)) if pattern is None else slots_of_row(pattern.layer, held)
+        if pattern is None:
+            return Slots(((0, held),))
+        return pattern.layer.known_slots(held, self.q_proj.weight.device)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q = self.q_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H, T, D]
@@ -141,9 +142,14 @@ class LatentReplacement(ReplacementModule):
     def _weights(self) -> Projections:
         raise ConversionError("kv_down: expected projections of keys and values, got a latent that stands for both")
 
-    def _rotate(self, x: Tensor, slots: Tensor) -> Tensor:
+    def _rotate(self, x: Tensor, first: int | Tensor) -> Tensor:
+        """Rotates ``[B, h, n, D]`` by slots from ``first`` on."""
         if self.rotary is None:
             return x
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        cos, sin = rotary_tables(self.rotary, self.head_dim, slots.unsqueeze(0), dtype)
+        slots: Tensor | range
+        if isinstance(first, int):
+            slots = range(first, first + x.shape[2])
+        else:
+            slots = (torch.arange(x.shape[2], device=x.device) + first).unsqueeze(0)
+        cos, sin = shared_rotary_tables(self.rotary, self.head_dim, slots, x)
         return apply_rotary(x, cos, sin, self.rotary.interleaved)

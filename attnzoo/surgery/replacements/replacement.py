@@ -19,6 +19,7 @@ from attnzoo.surgery.hosts import attention_function
 from attnzoo.surgery.hosts.block import ROLES, Block, Need, ReplacementModule
 from attnzoo.surgery.hosts.calls import read_call
 from attnzoo.surgery.hosts.families import block_of, family_of
+from attnzoo.surgery.hosts.positions import are_slots, check_consecutive
 from attnzoo.surgery.hosts.projections import Projections, size_of
 from attnzoo_kernels.errors import ConversionError, ShapeError, UnsupportedError
 
@@ -148,6 +149,9 @@ class Replacement(ReplacementModule):
         real = _real_slots(geometry, held, first, tokens)
         padding = None if real is None else ~real[:, first:]
         positions = self._positions(call.position_ids, position_embeddings, first, real)
+        if positions is not None and real is None and are_slots(positions, first):
+            # What the layer counts by itself needs no table of positions, and no plan in a decoding step.
+            positions = None
         if held is None:
             return self.layer(hidden_states, positions, padding), None
         memory = held.room(self.layer, hidden_states)
@@ -174,7 +178,7 @@ class Replacement(ReplacementModule):
 
     def _positions(self, ids: Tensor | None, embeddings: Any, first: int, real: Tensor | None) -> Tensor | None:
         if self.by_slot:
-            attention_function.check_consecutive(ids, first, real, f"a replacement by {self.variant!r}")
+            check_consecutive(ids, first, real, f"a replacement by {self.variant!r}")
             return None
         if ids is None and embeddings is not None and self.layer.config.rotary is not None:
             raise UnsupportedError("position_ids: expected beside position_embeddings, got None")

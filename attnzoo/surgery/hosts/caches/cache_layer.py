@@ -17,10 +17,8 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 from attnzoo.base.layer import AttentionLayer
 from attnzoo.cache.kv_cache import KVCache
 from attnzoo.cache.replay import current_backward, refuse_replay
-from attnzoo.surgery.hosts.caches.growing import GrowingLayer
+from attnzoo.surgery.hosts.caches.growing import GrowingLayer, room_for
 from attnzoo_kernels.errors import ShapeError, UnsupportedError
-
-_LEAST_ROOM = 64
 
 
 class ReplacementCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
@@ -52,10 +50,10 @@ class ReplacementCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         needed = self.seen + x.shape[1]
         if self.memory is None:
             # Weights may lie elsewhere until they are called.
-            self.memory = layer.new_cache(x.shape[0], max(_LEAST_ROOM, needed), device=x.device)
+            self.memory = layer.new_cache(x.shape[0], room_for(needed), device=x.device)
             self.is_initialized = True
         elif needed > self.memory.max_length:
-            self.memory.grow(max(2 * self.memory.max_length, needed))
+            self.memory.grow(room_for(needed))
         return self.memory
 
     def note(self, tokens: int, real: Tensor | None) -> None:

@@ -83,12 +83,11 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     def _with_room(self, held: int, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         """New buffers with what is held, and room for a call's tokens and some more."""
         end = held + key_states.shape[2]
-        room = end + max(_LEAST_ROOM, end // _SHARE_OF_ROOM)
         # Buffers outlive the mode that they are made in.
         with torch.inference_mode(False), torch.no_grad():
             made = []
             for new, old in ((key_states, self.keys), (value_states, self.values)):
-                buffer = new.new_empty((*new.shape[:2], room, new.shape[3]), requires_grad=False)
+                buffer = new.new_empty((*new.shape[:2], room_for(end), new.shape[3]), requires_grad=False)
                 if held:
                     buffer.narrow(2, 0, held).copy_(old)
                 made.append(buffer)
@@ -147,6 +146,11 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         super().offload()
         if not self._is_own:
             self._buffers = None
+
+
+def room_for(tokens: int) -> int:
+    """Tokens that a buffer has room for when it is made for so many: by so little more, each is moved a few times."""
+    return tokens + max(_LEAST_ROOM, tokens // _SHARE_OF_ROOM)
 
 
 def _fits(new: Tensor, held: Tensor) -> bool:

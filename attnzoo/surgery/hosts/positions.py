@@ -1,0 +1,86 @@
+"""The positions that a host gives its tokens, beside those that a block counts by itself.
+
+Letters: B batch, T query tokens, S slots of the host's cache.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from attnzoo_kernels.errors import UnsupportedError
+from attnzoo_kernels.runtime.plain import is_readable
+
+
+def check_consecutive(
+    position_ids: Tensor | None, first: int | Tensor, real: Tensor | None, who: str, *, padding_counts: bool = False
+) -> None:
+    """Raises unless a call's positions are those that a block counts by itself, for blocks that do.
+
+    A sequence may begin anywhere. What a later call continues is not known, but for where it would begin: at 0, or
+    behind the padding on its left.
+
+    Args:
+        position_ids: ``[B|1, T]``, or ``None`` where the host has none.
+        first: The slot of the call's first token; a tensor is not read.
+        real: Which slots hold tokens rather than padding, bool ``[B, S]``; ``None`` where all do.
+        who: What to call the block.
+        padding_counts: Whether the block counts slots; else it counts tokens.
+
+    Raises:
+        UnsupportedError: If they are others.
+    """
+    if position_ids is None or torch.compiler.is_compiling():
+        return
+    begin = first if isinstance(first, int) else 0
+    known, counts, mask = _consecutive.get(position_ids, (None, None, None))
+    if known == begin and counts == padding_counts and mask is real:
+        # Every block of a model is handed the same tensors.
+        return
+    end = begin + position_ids.shape[-1]
+    place = torch.arange(begin, end, device=position_ids.device).unsqueeze(0)
+    seen = None
+    margin = place.new_zeros(1)
+    if real is not None and isinstance(first, int):
+        count = real[:, :end].cumsum(1)
+        seen = real[:, begin:end]
+        margin = (count == 0).sum(1)
+        place, margin = (place, -margin) if padding_counts else (count[:, begin:] - 1, margin)
+    shift = (position_ids - place).double()
+    hidden = torch.zeros_like(shift, dtype=torch.bool) if seen is None else ~seen
+    low = shift.masked_fill(hidden, math.inf).amin(1)
+    high = shift.masked_fill(hidden, -math.inf).amax(1)
+    right = low == high
+    if begin:
+        right &= (low == 0) | (low == margin)
+    if not bool((right | hidden.all(1)).all()):
+        raise UnsupportedError(f"position_ids: expected consecutive positions, which {who} counts by itself")
+    _consecutive[position_ids] = (begin, padding_counts, real)
+
+
+_consecutive: Any = WeakTensorKeyDictionary()
+"""For positions that were found right: the first slot, what was counted, and the mask."""
+
+
+def are_slots(position_ids: Tensor, first: int) -> bool:
+    """Whether a call's positions ``[B|1, T]`` are the slots of its tokens; not asked where reading synchronises."""
+    if not is_readable(position_ids):
+        return False
+    version = None if position_ids.is_inference() else position_ids._version
+    if version is not None and _slots.get(position_ids) == (first, version):
+        # Every block of a model is handed the same tensor.
+        return True
+    slots = torch.arange(first, first + position_ids.shape[-1])
+    if not bool((position_ids == slots).all()):
+        return False
+    if version is not None:
+        _slots[position_ids] = (first, version)
+    return True
+
+
+_slots: Any = WeakTensorKeyDictionary()
+"""For positions that are slots: the first, and the tensor's version."""
