@@ -144,8 +144,12 @@ def _weighted_latents(rows: Tensor, latent: Tensor, keys: _Keys, slots: Slots) -
 
 def _rotate(x: Tensor, table: Tensor) -> None:
     """Turns the planes ``[n, h, W]`` at the front of ``x [n, h, D]``, each two neighbours, by ``table [n, W / 2]``."""
-    planes = x[..., : 2 * table.shape[1]].unflatten(-1, (-1, 2))
-    torch.view_as_complex(planes).mul_(table.unsqueeze(1))
+    planes = x[..., : 2 * table.shape[1]]
+    # Pairs begin at even places alone where rows are of even length.
+    pairs = planes if x.shape[-1] % 2 == 0 else planes.contiguous()
+    torch.view_as_complex(pairs.unflatten(-1, (-1, 2))).mul_(table.unsqueeze(1))
+    if pairs is not planes:
+        planes.copy_(pairs)
 
 
 def _rounded(slots: int) -> int:

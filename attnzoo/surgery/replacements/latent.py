@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from attnzoo.base.decoding.latent import LatentHeads, attend_absorbed, may_absorb
-from attnzoo.base.rope import apply_rotary, rotary_tables
 from attnzoo.base.decoding.rotation import shared_rotary_tables
+from attnzoo.base.decoding.step import is_watched
 from attnzoo.base.rope import apply_rotary
 from attnzoo.cache.replay import is_replay, refuse_replay
 from attnzoo.surgery.hosts import attention_function
@@ -126,7 +126,7 @@ class LatentReplacement(ReplacementModule):
         """What a decoding step reads of so many slots: all, or what the block's read pattern says."""
         pattern = attention_function.pattern_of(self)
         if pattern is None:
-            return Slots(((0, held),))
+            return None if is_watched() else Slots(((0, held),))
         return pattern.layer.known_slots(held, self.q_proj.weight.device)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -240,9 +240,8 @@ def test_training_through_a_cache_gives_the_gradients_of_the_hosts_own(kind: str
     assert_close(found[1], found[0], 1e-9)
 
 
-@pytest.mark.parametrize("kind", ["dense", *READING])
-def test_a_compiled_model_takes_it(kind: str) -> None:
-    model, tokens = model_of(kind), ids(1, PROMPT)
+def test_a_compiled_model_takes_it() -> None:
+    model, tokens = model_of("window"), ids(1, PROMPT)
     compiled = torch.compile(model, backend="eager")
     cache = surgery.new_cache(model)
     with torch.no_grad():
