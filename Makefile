@@ -18,7 +18,7 @@ setup-demo:
 	@PYTHON=$(PYTHON) scripts/setup.sh cli,hf
 
 demo: setup-demo  ## Convert SmolLM2-135M several ways and compare on real text
-	$(BIN)/python -m attnzoo compare smollm2 --preset demo --out out/demo
+	$(BIN)/python -m attnzoo compare smollm2 --preset demo --decode-at 4096 --out out/demo
 
 test: setup  ## The test suite; about 16 minutes on two cores
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not gpu" --doctest-modules attnzoo kernels tests

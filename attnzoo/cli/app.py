@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +16,7 @@ from attnzoo.cli.models import load_model, text_tokens
 from attnzoo.cli.notices import Commands
 from attnzoo.cli.progress import Bar
 from attnzoo.evaluation.compare import PRESETS, Comparer, VariantSpec
+from attnzoo.evaluation.decoding import STEPS
 from attnzoo.evaluation.model_scores import cut_windows
 from attnzoo.reporting.choices import check_choice
 from attnzoo.reporting.outputs import check_place, check_writable
@@ -168,6 +170,9 @@ def compare(  # noqa: PLR0913  (a command line has one parameter for each option
     text: Annotated[str, typer.Option(help="Text to score: a file, or botchan or devil, which ship.")] = "botchan",
     calibrate: Annotated[str, typer.Option(help="Calibration text, another one.")] = "devil",
     calibration_windows: Annotated[int, typer.Option(help="Calibration windows of 512 tokens.")] = 16,
+    decode_at: Annotated[
+        list[int] | None, typer.Option(help="Time decoding behind so many tokens too; may be repeated.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Write OUT.json, OUT.md and OUT.png.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -182,20 +187,25 @@ def compare(  # noqa: PLR0913  (a command line has one parameter for each option
         raise ConfigError(f"calibrate: expected another text than the one scored, got {text!r} for both")
     # Certificates and small losses drown in the rounding of narrower weights.
     found, tokenizer = load_model(model, dtype="float32")
-    scored = cut_windows(text_tokens(tokenizer, text), length=length, offset=offset, count=windows)
+    tokens = text_tokens(tokenizer, text)
+    scored = cut_windows(tokens, length=length, offset=offset, count=windows)
+    longer = [cut_windows(tokens, length=more, offset=offset, count=1)[0] for more in _longer(decode_at, length)]
     about = {"model": model, "text": text, "offset": offset}
     calibration = None
     if needed:
         calibration = cut_windows(text_tokens(tokenizer, calibrate), length=512, offset=0, count=calibration_windows)
         about |= {"calibration": calibrate, "calibration_tokens": calibration.numel()}
     with Bar() as progress:
-        comparison = Comparer(found, scored, calibration, progress=progress).run(specs, about)
+        comparison = Comparer(found, scored, calibration, progress=progress, longer=longer).run(specs, about)
     if out is not None:
         compare_report.write(comparison, out)
     if as_json:
         typer.echo(compare_report.to_json(comparison), nl=False)
     else:
         screen.table(compare_report.grid(comparison))
+        for grid in compare_report.long_grids(comparison):
+            screen.text("")
+            screen.table(grid)
         if out is not None:
             screen.text(f"written: {out}.json, .md, .png")
     failed = [row.name for row in comparison.rows if "CERTIFICATE FAILS" in row.flags]
@@ -282,6 +292,19 @@ def doctor(
         show_report(report)
     if report.wrong:
         raise typer.Exit(1)
+
+
+def _longer(decode_at: list[int] | None, length: int) -> list[int]:
+    """The lengths of prompts behind which decoding is timed too, ascending.
+
+    Raises:
+        ConfigError: If one leaves no room for the steps behind a window.
+    """
+    found = sorted(set(decode_at or []))
+    for shorter, more in pairwise([length, *found]):
+        if more < shorter + STEPS:
+            raise ConfigError(f"decode_at: expected at least {STEPS} tokens more than {shorter}, got {more}")
+    return found
 
 
 def _specs(texts: list[str] | None, preset: str | None) -> list[VariantSpec]:

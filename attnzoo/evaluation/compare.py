@@ -7,7 +7,8 @@ import math
 import platform
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator
+from collections.abc import Sequence as Listed
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +17,8 @@ from torch import Tensor
 
 from attnzoo import surgery
 from attnzoo.base.registry import variants
-from attnzoo.evaluation.model_scores import Decoding, Progress, Score, decode, score
+from attnzoo.evaluation.decoding import Decoding, Sequence, race, twin_of
+from attnzoo.evaluation.model_scores import Progress, Score, score
 from attnzoo.factory import class_names, read_spec
 from attnzoo.reporting.choices import check_known
 from attnzoo.surgery.lowrank.factor import CALIBRATED
@@ -52,12 +54,16 @@ class VariantSpec:
         conversions: What is done.
         exact: Whether the output must stay equal: a certificate.
         control: Whether the row is there to fail: a negative control.
+        long: Whether decoding is timed behind longer prompts too, where some are asked for.
+        own_cache: Whether the model decodes with a cache of ``surgery.new_cache``.
     """
 
     name: str
     conversions: tuple[ConversionSpec, ...] = ()
     exact: bool = False
     control: bool = False
+    long: bool = True
+    own_cache: bool = False
 
     @property
     def needs_calibration(self) -> bool:
@@ -81,8 +87,8 @@ class VariantSpec:
         return cls(text, (ConversionSpec(*read_spec(text)),))
 
 
-def _lowrank(name: str, **options: Any) -> VariantSpec:
-    return VariantSpec(name, (ConversionSpec("lowrank_gqa", options),))
+def _lowrank(name: str, *, long: bool = False, **options: Any) -> VariantSpec:
+    return VariantSpec(name, (ConversionSpec("lowrank_gqa", options),), long=long)
 
 
 _S2 = {"block_size": 32, "local_blocks": 4, "vert_stride": 3}
@@ -95,25 +101,41 @@ _LONGHEADS = {"chunk_size": 64, "attention_length": 512, "select": "block"}
 PRESETS: dict[str, tuple[VariantSpec, ...]] = {
     "demo": (
         VariantSpec("dense"),
-        VariantSpec("expand and return", _RETURN, exact=True),
+        VariantSpec("dense, cache in place", own_cache=True),
+        VariantSpec("expand and return", _RETURN, exact=True, long=False),
         VariantSpec("sink 4 + window 256", (ConversionSpec("mha", {"window": 256, "sink": 4}),)),
-        VariantSpec("window 256 without sink", (ConversionSpec("mha", {"window": 256}),), control=True),
+        VariantSpec("window 256 without sink", (ConversionSpec("mha", {"window": 256}),), control=True, long=False),
         VariantSpec("s2 with sink", (ConversionSpec("s2", {**_S2, "sink_blocks": 1}),)),
-        VariantSpec("s2 without sink", (ConversionSpec("s2", {**_S2, "sink_blocks": 0}),), control=True),
+        VariantSpec("s2 without sink", (ConversionSpec("s2", {**_S2, "sink_blocks": 0}),), control=True, long=False),
         _lowrank("mean_pool 3->1", method="mean", num_kv_heads=1),
         _lowrank("commuting 3->1", method="commuting", num_kv_heads=1),
         _lowrank("latent 192", method="latent", latent_dim=192),
-        _lowrank("latent 128", method="latent", latent_dim=128),
-        VariantSpec("moh, all heads", (ConversionSpec("moh", {}),), exact=True),
-        VariantSpec(
-            "moh, 7 of 9 heads", (ConversionSpec("moh", {"router": "norm", "shared_heads": 5, "active_heads": 2}),)
-        ),
+        _lowrank("latent 128", long=True, method="latent", latent_dim=128),
+        VariantSpec("moh, all heads", (ConversionSpec("moh", {}),), exact=True, long=False),
+        VariantSpec("moh, 7 of 9 heads", (ConversionSpec("moh", _MOH),)),
         VariantSpec("landmarks without gates", (ConversionSpec("landmark", {"block_size": 64}),), exact=True),
         VariantSpec("longheads 512", (ConversionSpec("longheads", _LONGHEADS),)),
-        VariantSpec("rcmha, untrained", (ConversionSpec("rcmha", {}),), exact=True),
+        VariantSpec("rcmha, untrained", (ConversionSpec("rcmha", {}),), exact=True, long=False),
     )
 }
 """Named sets of rows. "demo" is for a model of 9 query and 3 KV heads."""
+
+
+@dataclass(frozen=True)
+class LongDecoding:
+    """What decoding costs behind a prompt that is longer than the windows.
+
+    Attributes:
+        tokens: Of the prompt.
+        tokens_per_s: Measured; differs from run to run.
+        times_dense: A step's time over the dense model's, median of rounds; differs from run to run.
+        kv_bytes_read: Cached bytes for each token that a step gathers.
+    """
+
+    tokens: int
+    tokens_per_s: float
+    times_dense: float
+    kv_bytes_read: int
 
 
 @dataclass(frozen=True)
@@ -132,8 +154,11 @@ class Row:
         kv_bytes_read: Of these, what a decode step behind a window gathers.
         max_logit_diff: Largest difference to the dense model's logits where they were kept.
         flags: NO-OP, certificate, negative control.
-        decode_tokens_per_s: Measured; differs from run to run.
+        decode_tokens_per_s: Behind a window; measured, differs from run to run.
+        decode_times_dense: A step's time over the dense model's in the same rounds, the median; likewise. ``None`` in
+            results of before it was measured.
         convert_seconds: Measured; differs from run to run.
+        longer: What decoding costs behind longer prompts.
     """
 
     name: str
@@ -149,6 +174,8 @@ class Row:
     flags: list[str]
     decode_tokens_per_s: float
     convert_seconds: float
+    decode_times_dense: float | None = None
+    longer: list[LongDecoding] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -167,40 +194,69 @@ class Comparer:
         windows: int64 ``[n, L]``, to score.
         calibration: int64 ``[n, L]``, another text.
         progress: Told how far it is.
+        longer: Prompts that go on behind the first window, int64 ``[any]``, in the order of their lengths; decoding is
+            timed behind each of them, as it is behind the first window.
     """
 
     def __init__(
-        self, model: Any, windows: Tensor, calibration: Tensor | None, *, progress: Progress | None = None
+        self,
+        model: Any,
+        windows: Tensor,
+        calibration: Tensor | None,
+        *,
+        progress: Progress | None = None,
+        longer: Listed[Tensor] = (),
     ) -> None:
         self.model = model
         self.windows = windows
         self.progress = progress
         self.batches = [] if calibration is None else [row.unsqueeze(0) for row in calibration]
+        self.longer = longer
         self._statistics: surgery.Statistics | None = None
-        self._dense: tuple[Score, Decoding] | None = None
+        self._dense: Score | None = None
+        self._starts: list[Sequence] = []
 
-    def run(self, specs: Sequence[VariantSpec], about: dict[str, Any]) -> Comparison:
+    def run(self, specs: Listed[VariantSpec], about: dict[str, Any]) -> Comparison:
         """All rows; the dense model is measured first, whether it has a row or not.
 
         Raises:
             ConfigError: Before anything is measured, if the model has no attention blocks that are known.
         """
         surgery.cache_bytes(self.model)
-        self._dense = (score(self.model, self.windows, progress=self.progress), self._decode())
+        # Conversions of the model leave a twin of the same weights as it is: the dense model of every round.
+        self._dense = score(twin_of(self.model), self.windows, progress=self.progress)
+        self._starts = [start.copy() for start in self._prompts(self._dense.sequence, long=True)]
         sha = hashlib.sha256(self.windows.numpy().tobytes()).hexdigest()
         about = {**about, "windows": list(self.windows.shape), "tokens_sha256": sha, "torch": torch.__version__}
         about["machine"] = f"{platform.machine()}, {torch.get_num_threads()} threads"
         return Comparison(about, [self._row(spec) for spec in specs])
 
-    def _decode(self) -> Decoding:
-        return decode(self.model, self.windows[0])
+    def _prompts(self, sequence: Sequence, *, long: bool) -> Iterator[Sequence]:
+        """A sequence behind the first window, then behind each longer prompt; who takes it may go on in between."""
+        yield sequence
+        for prompt in self.longer if long else ():
+            self._tell(f"reading {len(prompt):,} tokens")
+            sequence.read(prompt[sequence.tokens :])
+            yield sequence
+
+    def _races(self, sequence: Sequence, *, long: bool) -> list[Decoding]:
+        """Decoding in turns with the dense model behind each prompt."""
+        found = []
+        for start, mine in zip(self._starts, self._prompts(sequence, long=long), strict=False):
+            self._tell(f"decoding behind {mine.tokens:,} tokens")
+            found.append(race(mine, start.copy()))
+        return found
+
+    def _tell(self, what: str) -> None:
+        if self.progress is not None:
+            self.progress(what, 0, 1)
 
     def _row(self, spec: VariantSpec) -> Row:
         if self._dense is None:
             raise ConfigError("run: expected the dense model to be measured first")
-        dense, dense_decoding = self._dense
         if not spec.conversions:
-            return self._figures(spec, dense, dense_decoding, 0.0)
+            # Its own second contestant: what the rounds say of it is how exact they are.
+            return self._figures(spec, self._dense, self._races(self._unconverted(spec), long=spec.long), 0.0)
         reports: list[surgery.ConversionReport] = []
         begin = time.perf_counter()
         try:
@@ -208,10 +264,18 @@ class Comparer:
                 reports.append(self._convert(conversion, first=not reports))
             seconds = time.perf_counter() - begin
             found = score(self.model, self.windows, progress=self.progress)
-            return self._figures(spec, found, self._decode(), seconds)
+            return self._figures(spec, found, self._races(found.sequence, long=spec.long), seconds)
         finally:
             for report in reversed(reports):
                 report.undo()
+
+    def _unconverted(self, spec: VariantSpec) -> Sequence:
+        """The dense model behind the first window, with its own cache or one that is written in place."""
+        if not spec.own_cache:
+            return self._starts[0].copy()
+        sequence = Sequence(self.model, cache=surgery.new_cache(self.model))
+        sequence.read(self.windows[0])
+        return sequence
 
     def _convert(self, conversion: ConversionSpec, *, first: bool) -> surgery.ConversionReport:
         calibration: Any = None
@@ -234,8 +298,8 @@ class Comparer:
             )
         return self._statistics
 
-    def _figures(self, spec: VariantSpec, found: Score, decoding: Decoding, seconds: float) -> Row:
-        dense = found if self._dense is None else self._dense[0]
+    def _figures(self, spec: VariantSpec, found: Score, decoding: list[Decoding], seconds: float) -> Row:
+        dense = found if self._dense is None else self._dense
         difference = float((found.probe - dense.probe).abs().max())
         same = difference <= SAME_LOGITS * float(dense.probe.abs().max())
         held = surgery.cache_bytes(self.model)
@@ -253,9 +317,19 @@ class Comparer:
             delta_nll=found.mean_nll - dense.mean_nll,
             density=found.density,
             kv_bytes_held=held,
-            kv_bytes_read=round(held * decoding.read_share),
+            kv_bytes_read=round(held * decoding[0].read_share),
             max_logit_diff=difference,
             flags=flags,
-            decode_tokens_per_s=round(decoding.tokens_per_s, 2),
+            decode_tokens_per_s=round(decoding[0].tokens_per_s, 2),
+            decode_times_dense=round(decoding[0].times_dense, 3),
             convert_seconds=round(seconds, 1),
+            longer=[
+                LongDecoding(
+                    tokens=one.tokens,
+                    tokens_per_s=round(one.tokens_per_s, 2),
+                    times_dense=round(one.times_dense, 3),
+                    kv_bytes_read=round(held * one.read_share),
+                )
+                for one in decoding[1:]
+            ],
         )

@@ -1,4 +1,4 @@
-"""A comparison as a picture: each row's loss against what its cache holds and reads."""
+"""A comparison as a picture: each row's loss, what its cache holds and reads, and what a decoding step takes."""
 
 from __future__ import annotations
 
@@ -22,6 +22,9 @@ SHORTEST = 0.05
 MOST_BROKEN = 0.2
 """Share of the bars that may be broken; were they more, they would be no outliers."""
 
+STEP_COLOURS = ("#8fb3d4", "#1f4e79", "#c07a1c", "#3a8f5c", "#b0413e")
+STEP_MARKS = (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 20, 50)
+
 MARKS = (1, 1.02, 1.05, 1.1, 1.2, 1.5, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000)
 
 
@@ -43,12 +46,11 @@ def picture(comparison: Comparison, title: str, path: Path) -> None:
     from matplotlib import pyplot
 
     rows = comparison.rows
-    figure, (left, right) = pyplot.subplots(
-        1, 2, figsize=(11, 0.42 * len(rows) + 1.6), layout="constrained", sharey=True, width_ratios=(3, 2)
+    figure, panels = pyplot.subplots(
+        1, 3, figsize=(14, 0.42 * len(rows) + 1.6), layout="constrained", sharey=True, width_ratios=(3, 2, 2)
     )
-    _losses(left, rows)
-    _bytes(right, rows)
-    for axes in (left, right):
+    for axes, draw in zip(panels, (_losses, _bytes, _steps), strict=True):
+        draw(axes, rows)
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, fontsize=11, x=0.02, ha="left")
     figure.savefig(path, dpi=140)
@@ -106,4 +108,29 @@ def _bytes(axes: Axes, rows: Sequence[Row]) -> None:
     axes.barh(_places(rows), held, color="#cfd8e3", height=0.62, label="held")
     axes.barh(_places(rows), read, color="#2b6ca3", height=0.3, label="read by a decode step")
     axes.set_xlabel("KV cache, KiB per token")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False, fontsize=9)
+
+
+def _steps(axes: Axes, rows: Sequence[Row]) -> None:
+    """Marks at a step's time over the dense model's: behind a window, and behind longer prompts."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    points = {"behind a window": {row.name: row.decode_times_dense for row in rows if row.decode_times_dense}}
+    for tokens in sorted({one.tokens for row in rows for one in row.longer}):
+        points[f"behind {tokens:,} tokens"] = {
+            row.name: one.times_dense for row in rows for one in row.longer if one.tokens == tokens
+        }
+    place = dict(zip((row.name for row in rows), _places(rows), strict=True))
+    for (label, found), marker, colour in zip(points.items(), "osD^v", STEP_COLOURS, strict=False):
+        axes.scatter(list(found.values()), [place[name] for name in found], marker=marker, color=colour, label=label)
+    axes.axvline(1.0, color="#444444", linewidth=1)
+    for y in place.values():
+        axes.axhline(y, color="#dddddd", linewidth=0.6, zorder=0)
+    ratios = [ratio for found in points.values() for ratio in found.values() if ratio]
+    axes.set_xscale("log")
+    axes.set_xlim(min([0.5, *ratios]) / 1.15, max([2.0, *ratios]) * 1.15)
+    axes.xaxis.set_major_locator(FixedLocator(STEP_MARKS))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set_xlabel("a decoding step's time, times dense (log scale)")
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False, fontsize=9)

@@ -28,6 +28,10 @@ CAPTION = (
 )
 
 
+MARKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
+"""Ratios that are marked."""
+
+
 def about(setting: CostSetting) -> dict[str, Any]:
     """Where the figures come from."""
     cpu = {"cpu": cpu_model(), "class": cpu_class(), "threads": torch.get_num_threads()}
@@ -113,7 +117,7 @@ def picture(costs: list[Cost], where: dict[str, Any], path: Path) -> None:
 
 
 def _bars(axis: Axes, kind: str, costs: list[Cost]) -> None:
-    from matplotlib.ticker import FuncFormatter
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     ratios = [cost.times_baseline[kind] for cost in costs]
     place = list(range(len(costs)))[::-1]
@@ -125,6 +129,8 @@ def _bars(axis: Axes, kind: str, costs: list[Cost]) -> None:
         axis.text(max(1, ratio) * 1.06, y, text, va="center", fontsize=8)
     axis.axvline(1.0, color="#444444", linewidth=1)
     axis.set_xscale("log")
+    axis.xaxis.set_major_locator(FixedLocator(MARKS))
+    axis.xaxis.set_minor_locator(NullLocator())
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     low = min([0.5, *ratios]) / 1.2
     axis.set_xlim(low, low * (max([2.0, *ratios]) / low) ** 1.7)

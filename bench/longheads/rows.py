@@ -16,7 +16,8 @@ from torch.nn.functional import cross_entropy
 
 from attnzoo import surgery
 from attnzoo.base.recording import has_layers, record
-from attnzoo.evaluation.model_scores import Progress, cache_of
+from attnzoo.evaluation.decoding import cache_of
+from attnzoo.evaluation.model_scores import Progress
 
 FAR = 12_288
 STEPS = 8

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnzoo.evaluation.model_scores import Progress, cache_of
+from attnzoo.evaluation.decoding import cache_of
+from attnzoo.evaluation.model_scores import Progress
 from attnzoo.surgery.hosts.calls import cache_name
 from bench.contestants import Wrong
 from bench.step.rows import DENSE, Contestant, copy_of

@@ -89,7 +89,9 @@ def test_compare_writes_table_json_markdown_and_picture(
     rows = ("dense", "mha", "mha:window=16,sink=2,block_size=8", "lowrank_gqa:method=latent,latent_dim=16")
     chosen = [part for row in rows for part in ("--variants", row)]
     common = ("--text", texts[0], "--calibrate", texts[1], "--length", 128, "--offset", 0, "--windows", 2)
-    code, out, err = run("compare", folder, *chosen, *common, "--calibration-windows", 2, "--out", tmp_path / "a.b")
+    code, out, err = run(
+        "compare", folder, *chosen, *common, "--calibration-windows", 2, "--decode-at", 240, "--out", tmp_path / "a.b"
+    )
     assert code == 0, err
     assert "NO-OP" in out
     data = json.loads((tmp_path / "a.b.json").read_text(encoding="utf-8"))
@@ -102,6 +104,11 @@ def test_compare_writes_table_json_markdown_and_picture(
     assert window["kv_bytes_read"] < window["kv_bytes_held"] == 256
     assert latent["kv_bytes_held"] == 128
     assert len(dense["nll"]) == 2
+    for row in data["rows"]:
+        assert row["decode_times_dense"] > 0
+        assert [one["tokens"] for one in row["longer"]] == [240]
+    assert window["longer"][0]["kv_bytes_read"] < window["kv_bytes_read"]
+    assert "Decoding behind 240 tokens" in out
     assert "| dense |" in (tmp_path / "a.b.md").read_text(encoding="utf-8")
     assert (tmp_path / "a.b.png").read_bytes().startswith(b"\x89PNG")
 
@@ -114,7 +121,7 @@ def test_compare_says_the_same_twice_but_for_speed(run: Run, folder: Path, texts
         assert code == 0
         data: dict[str, Any] = json.loads(out)
         for row in data["rows"]:
-            del row["decode_tokens_per_s"], row["convert_seconds"]
+            del row["decode_tokens_per_s"], row["decode_times_dense"], row["convert_seconds"]
         found.append(data)
     assert found[0] == found[1]
 
@@ -129,6 +136,7 @@ BAD: tuple[tuple[tuple[str, ...], str], ...] = (
     (("compare", "{model}", "--variants", "dense", "--text", "{tmp}/none.txt"), "none.txt"),
     (("compare", "{model}", "--variants", "lowrank_gqa:method=latent,latent_dim=8", "--text", "devil"), "calibrate"),
     (("compare", "{model}", "--variants", "dense", "--length", "1"), "length"),
+    (("compare", "{model}", "--variants", "dense", "--length", "32", "--decode-at", "40"), "decode_at"),
     (("compare", "{model}", "--variants", "dense", "--offset", "100000000"), "tokens"),
     (("compare", "{model}", "--variants", "mha:windows=4", "--length", "32", "--offset", "0"), "windows"),
     (("convert", "{model}", "--to", "dense", "--out", "{tmp}/out"), "dense"),

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from attnzoo import surgery
 from attnzoo.cli import doctor_view, prose, show_view
 from attnzoo.doctor import Device, Finding, Report
 from attnzoo.evaluation import compare_report, cost_setting, costs_report, layer_costs
-from attnzoo.evaluation.compare import Comparison, Row
+from attnzoo.evaluation.compare import Comparison, LongDecoding
 from attnzoo.reporting.tables import Grid, lines
 from attnzoo.surgery.options import options_of
 from attnzoo_kernels.errors import UnsupportedError
@@ -29,10 +29,10 @@ SAYING = "A text of several words that is wider than any terminal here, so that 
 LONG = "longheads:attention_length=512,chunk_size=64,select=block"
 
 
-def comparison() -> Grid:
-    data = json.loads((RESULTS / "smollm2-demo.json").read_text(encoding="utf-8"))
-    rows = [Row(**row) for row in data["rows"]]
-    return compare_report.grid(Comparison(data["about"], [*rows, Row(**{**data["rows"][0], "name": LONG})]))
+def comparison() -> Comparison:
+    found = compare_report.read((RESULTS / "smollm2-demo.json").read_text(encoding="utf-8"))
+    row = replace(found.rows[0], name=LONG, longer=[LongDecoding(4096, 123.4, 0.567, 12345)])
+    return Comparison(found.about, [*found.rows, row])
 
 
 def measured() -> Grid:
@@ -55,7 +55,8 @@ def checks() -> Grid:
 
 
 GRIDS: dict[str, Callable[[], Grid]] = {
-    "compare": comparison,
+    "compare": lambda: compare_report.grid(comparison()),
+    "compare, longer prompts": lambda: compare_report.long_grids(comparison())[0],
     "bench": measured,
     "convert": report,
     "doctor": checks,

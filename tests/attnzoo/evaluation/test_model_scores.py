@@ -1,10 +1,8 @@
-"""Scores, densities and shares of what is read, on models small enough to count by hand."""
+"""Scores and densities, on models small enough to count by hand."""
 
 from __future__ import annotations
 
 import math
-import time
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,9 +11,7 @@ from torch import Tensor, nn
 
 import attnzoo
 from attnzoo.base.layer import AttentionLayer
-from attnzoo.base.steps import Plan
 from attnzoo.evaluation import model_scores
-from attnzoo_kernels import BlockLayout, Extras
 from attnzoo_kernels.errors import ConfigError
 
 VOCAB = 7
@@ -28,15 +24,13 @@ class Output(dict[str, Any]):
 
 
 class Bigrams(nn.Module):
-    """Says the same behind the same token, whatever came before; a step costs what the clock says."""
+    """Says the same behind the same token, whatever came before."""
 
     def __init__(self) -> None:
         super().__init__()
         self.table = nn.Parameter(torch.randn(VOCAB, VOCAB, generator=torch.Generator().manual_seed(1)))
-        self.lengths: list[int] = []
 
     def forward(self, ids: Tensor, **_: Any) -> Any:
-        self.lengths.append(ids.shape[1])
         return Output(logits=self.table[ids])
 
 
@@ -83,48 +77,3 @@ def test_density_is_the_mean_over_all_layers() -> None:
     pairs = sum(min(t + 1, 5) for t in range(50)) / (50 * 51 / 2)
     for layers in ((windowed, dense), (dense, windowed)):
         assert model_scores.score(Stack(*layers), windows()).density == pytest.approx((1 + pairs) / 2)
-
-
-def plan(rows: list[int] | None, keep: Tensor) -> Plan:
-    """A plan of one row a head over 10 slots in blocks of 4."""
-    layout = BlockLayout.from_mask(keep.view(1, -1, 1, 3), 4, 4, 1, 10)
-    q_pos = None if rows is None else torch.tensor(rows, dtype=torch.int32).view(1, -1, 1)
-    return Plan(layout, Extras(q_pos=q_pos), causal=True, heads=keep.shape[0])
-
-
-def test_what_a_step_reads_is_counted_in_slots_of_rows_that_are_there() -> None:
-    everything = torch.ones(1, 3, dtype=torch.bool)
-    assert model_scores._read_share(plan(None, everything)) == 1.0
-    assert model_scores._read_share(plan(None, torch.tensor([[True, False, True]]))) == pytest.approx(6 / 10)
-    assert model_scores._read_share(plan([9, -1], torch.ones(2, 3, dtype=torch.bool))) == 0.5
-
-
-def test_layers_that_share_a_layout_and_differ_in_rows_are_measured_apart() -> None:
-    first = plan([9, 9], torch.ones(2, 3, dtype=torch.bool))
-    other = Plan(first.layout, Extras(q_pos=torch.full((1, 2, 1), -1, dtype=torch.int32)), causal=True, heads=2)
-    measured: list[Plan] = []
-
-    def measure(plan: Plan) -> float:
-        measured.append(plan)
-        return model_scores._read_share(plan)
-
-    seen: Any = SimpleNamespace(plans={"a": [first, first], "b": [other, first]})
-    assert model_scores._mean_of_plans(seen, measure) == pytest.approx(0.75)
-    assert measured == [first, other]
-
-
-def test_warming_up_is_not_timed_and_the_median_step_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, now = Bigrams(), 0.0
-    seconds = iter([50.0, 100.0, 100.0, 100.0, 2.0, 4.0, 9.0])
-
-    def forward(ids: Tensor, **more: Any) -> Any:
-        nonlocal now
-        now += next(seconds)
-        return Bigrams.forward(model, ids, **more)
-
-    monkeypatch.setattr(model, "forward", forward)
-    monkeypatch.setattr(time, "perf_counter", lambda: now)
-    found = model_scores.decode(model, windows()[0], steps=3, warm_up=3)
-    assert model.lengths == [50, 1, 1, 1, 1, 1, 1]
-    assert found.tokens_per_s == pytest.approx(1 / 4.0)
-    assert found.read_share == 1.0

@@ -8,6 +8,7 @@ from tests.mutants.record import Mutant
 
 TESTS = "tests/attnzoo"
 evaluate = partial(Mutant, file="attnzoo/evaluation/model_scores.py", tests=f"{TESTS}/evaluation/test_model_scores.py")
+decode = partial(Mutant, file="attnzoo/evaluation/decoding.py", tests=f"{TESTS}/evaluation/test_decoding.py")
 compare = partial(Mutant, file="attnzoo/evaluation/compare.py", tests=f"{TESTS}/evaluation/test_compare.py")
 render = partial(Mutant, file="attnzoo/evaluation/compare_report.py", tests=f"{TESTS}/evaluation/test_compare.py")
 costs = partial(Mutant, file="attnzoo/evaluation/layer_costs.py", tests=f"{TESTS}/evaluation/test_layer_costs.py")
@@ -32,22 +33,34 @@ MUTANTS = (
         "evaluate-offset", old="return tokens[offset:end].view(count, length)", new="return tokens[: length * count].view(count, length)",
         wrong="windows begin at the start of the text",
     ),
-    evaluate(
+    decode(
         "evaluate-density-of-first-layer", old="for layer in seen.plans.values() for plan in layer]", new="for layer in list(seen.plans.values())[:1] for plan in layer]",
         wrong="density is that of the first layer",
     ),
-    evaluate(
+    decode(
         "evaluate-density-once", old="return id(plan.layout), id(plan.extras.q_pos)", new="return id(plan.layout), 0",
         wrong="layers that share a layout and differ in rows are measured as one",
     ),
-    evaluate(
+    decode(
         "evaluate-absent-rows-read", old="present = 1.0 if q_pos is None else float((q_pos >= 0).double().mean())", new="present = 1.0",
         wrong="heads that leave their row out count as reading",
     ),
-    evaluate(
-        "evaluate-warm-up-timed", old="if done >= warm_up:", new="if done >= 0:", wrong="warming up is timed",
+    decode(
+        "decode-not-paired", old='timing.paired(found, "this", "dense")', new='timing.paired(found, "dense", "this")', wrong="the ratio is upside down",
     ),
-    evaluate(
+    decode(
+        "decode-behind-others", old="    dense.step()\n", new="", wrong="the dense model is a token behind",
+    ),
+    decode(
+        "decode-shared-cache", old="other._cache = deepcopy(self._cache)", new="other._cache = self._cache", wrong="rows go on in each other's cache",
+    ),
+    compare(
+        "compare-longer-from-window", old="sequence.read(prompt[sequence.tokens :])", new="sequence.read(prompt)", wrong="a longer prompt is read behind the window, which it begins with",
+    ),
+    compare(
+        "compare-dense-goes-on", old="race(mine, start.copy())", new="race(mine, start)", wrong="the dense model is behind more tokens in every row",
+    ),
+    decode(
         "evaluate-read-of-all", old="/ plan.layout.seq_k", new="/ (plan.layout.grid[1] * plan.layout.block_k)", wrong="a ragged memory counts as longer than it is",
     ),
     compare(
@@ -73,7 +86,7 @@ MUTANTS = (
         wrong="a second conversion uses statistics of the model before the first",
     ),
     compare(
-        "compare-read-bytes", old="round(held * decoding.read_share)", new="round(held * found.density)", wrong="what a step reads is told by the density of prefill",
+        "compare-read-bytes", old="round(held * decoding[0].read_share)", new="round(held * found.density)", wrong="what a step reads is told by the density of prefill",
     ),
     compare(
         "compare-held-of-dense", old="held = surgery.cache_bytes(self.model)", new="held = surgery.cache_bytes(self.model) if self._dense is None else 0",

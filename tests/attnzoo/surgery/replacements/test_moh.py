@@ -11,7 +11,7 @@ import torch
 
 import attnzoo
 from attnzoo import surgery
-from attnzoo.evaluation.model_scores import decode
+from attnzoo.evaluation.decoding import Sequence, race
 from attnzoo.oracles import moh as oracle
 from attnzoo.surgery.replacements.replacement import Replacement
 from tests.attnzoo.cases import recipe_of
@@ -155,10 +155,15 @@ def test_bad_options_are_refused_by_name_and_change_nothing(options: dict[str, A
 
 def test_what_a_decoding_step_reads_is_the_share_of_heads_that_run() -> None:
     model = with_fewer("gathered", heads=6, kv_heads=6)
-    assert decode(model, ids(1, 14)[0], steps=1).read_share == pytest.approx(4 / 6)
     whole = tiny(heads=6, kv_heads=6)
     surgery.convert(whole, "moh")
-    assert decode(whole, ids(1, 14)[0], steps=1).read_share == 1
+    sequences = []
+    for one in (model, whole):
+        sequence = Sequence(one)
+        sequence.read(ids(1, 14)[0])
+        sequences.append(sequence)
+    assert race(sequences[0], sequences[1].copy()).read_share == pytest.approx(4 / 6)
+    assert race(sequences[1], sequences[0].copy()).read_share == 1
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
