@@ -71,7 +71,7 @@ OFFENCES = [
     Offence(ORACLES, "attnzoo.oracles.s2", "import attnzoo_kernels.spec.token_rule"),
     Offence(ORACLES, "attnzoo.oracles.mha", "from einops import rearrange"),
     Offence(ORACLES, "attnzoo.oracles.mha", "def late():\n    import numpy"),
-    Offence(TRANSFORMERS, "attnzoo.variants.s2.evicting_cache", "import transformers"),
+    Offence(TRANSFORMERS, "attnzoo.cache.evicting.cache", "import transformers"),
     Offence(TRANSFORMERS, "attnzoo.evaluation.timing", "from transformers import AutoModel"),
     Offence(TRANSFORMERS, "attnzoo.surgery.replacements.brand_new", "from transformers.cache_utils import Cache"),
     Offence(TRANSFORMERS, "attnzoo.surgery.replacements.landmark_tokens", "def late():\n    import transformers"),

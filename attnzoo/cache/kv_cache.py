@@ -77,24 +77,30 @@ class KVCache(RowCache):
         self._rings: dict[str, Ring] = {}
         self._groups: dict[str, Groups] = {}
         self._offloaded = frozenset(name for name, stream in streams.items() if stream.offloaded)
+        with torch.inference_mode(False):
+            self._allocate(streams, batch, device, dtype)
+        if not self._buffers:
+            raise ConfigError(f"streams: expected one with a value for each token, got {', '.join(streams) or 'none'}")
+        self._born = Birth(self.device)
+
+    def _allocate(
+        self, streams: Mapping[str, Stream], batch: int, device: torch.device | str | None, dtype: torch.dtype | None
+    ) -> None:
+        """Makes the buffers, of zeros."""
         for name, stream in streams.items():
-            rows = max_length // (stream.every or 1)
+            rows = self.max_length // (stream.every or 1)
             if stream.ring is not None:
-                rows = Ring.length_for(stream.ring, max_length)
+                rows = Ring.length_for(stream.ring, self.max_length)
             # One row more than fits: rows without a token are written there.
             shape = (batch, stream.heads, rows + 1, stream.width)
-            with torch.inference_mode(False):
-                make = zeros_on_cpu if stream.offloaded else torch.zeros
-                values = make(shape, device=device, dtype=stream.dtype or dtype)
+            make = zeros_on_cpu if stream.offloaded else torch.zeros
+            values = make(shape, device=device, dtype=stream.dtype or dtype)
             if stream.ring is not None:
                 self._rings[name] = Ring(stream.ring, values)
             elif stream.every is not None:
                 self._groups[name] = Groups(stream.every, values)
             else:
                 self._buffers[name] = values
-        if not self._buffers:
-            raise ConfigError(f"streams: expected one with a value for each token, got {', '.join(streams) or 'none'}")
-        self._born = Birth(self.device)
 
     def __repr__(self) -> str:
         streams = ", ".join(f"{name} {list(x.shape)}" for name, x in self.streams.items())

@@ -21,9 +21,11 @@ import torch
 
 from attnzoo.base.config import AttentionConfig, check_int
 from attnzoo.base.decoding.step import sink_window_slots
-from attnzoo.base.layer import AttentionInputs, AttentionLayer, Heads, Plan, Step
+from attnzoo.base.evicting.layer import EvictingLayer
+from attnzoo.base.layer import AttentionInputs, Heads, Plan, Step
 from attnzoo.base.rope import RotaryConfig as RotaryConfig
 from attnzoo.base.shared_layouts import Cover, dense_layout, sink_window_layout
+from attnzoo.cache.evicting.retention import Retention
 from attnzoo_kernels import Extras, Slots
 from attnzoo_kernels.errors import ConfigError, UnsupportedError
 
@@ -57,7 +59,7 @@ class MHAConfig(AttentionConfig):
         return cls(dim=32, num_heads=4, num_kv_heads=2, block_size=16)
 
 
-class MHAAttention(AttentionLayer, name="mha"):
+class MHAAttention(EvictingLayer, name="mha"):
     """Plain attention: the whole grid of blocks, or the cover of a window and a sink."""
 
     config_class = MHAConfig
@@ -70,7 +72,7 @@ class MHAAttention(AttentionLayer, name="mha"):
         config = self.config
         q = inputs.q
         tokens = inputs.q.shape[2]
-        slots = inputs.k.shape[2]
+        slots = inputs.slots
         if config.window is None:
             layout = dense_layout(config.block_size, tokens, slots, q)
             return Plan(layout, Extras(), config.causal and step.context is None)
@@ -83,3 +85,8 @@ class MHAAttention(AttentionLayer, name="mha"):
     def row_slots(self, held: int, device: torch.device) -> Slots:
         """Everything, or the sink and the window."""
         return sink_window_slots(held, self.config.window, self.config.sink, device)
+
+    def retention(self, heads: int) -> Retention:
+        """What rows can read: the window and the sink, or everything."""
+        window = self.config.window
+        return Retention(block=1, local=window or 1, full=(window is None,) * heads, sink=self.config.sink)

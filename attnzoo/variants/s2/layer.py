@@ -24,15 +24,16 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from attnzoo.base.config import AttentionConfig, check_bool, check_flag, check_int
-from attnzoo.base.layer import AttentionInputs, AttentionLayer, Heads, Plan, Step
+from attnzoo.base.config import AttentionConfig, check_bool, check_int
+from attnzoo.base.evicting.layer import EvictingLayer
+from attnzoo.base.layer import AttentionInputs, Heads, Plan, Step
 from attnzoo.base.projections import slice_index
 from attnzoo.base.rope import RotaryConfig as RotaryConfig
 from attnzoo.base.shared_layouts import may_share
+from attnzoo.cache.evicting.retention import Retention
 from attnzoo.cache.kv_cache import KVCache
 from attnzoo.cache.lengths import Lengths
 from attnzoo.variants.s2.blocks_of_row import ending_at, slots_of_blocks
-from attnzoo.variants.s2.evicting_cache import Pattern, PoolCache, PoolInputs, attend_pool
 from attnzoo_kernels import BlockLayout, Extras, Slots, remembers
 from attnzoo_kernels.errors import ConfigError, UnsupportedError
 
@@ -122,7 +123,7 @@ class S2Config(AttentionConfig):
         return cls(dim=4096, num_heads=32, num_kv_heads=8, bias=True, head_offset=1)
 
 
-class S2Attention(AttentionLayer, name="s2"):
+class S2Attention(EvictingLayer, name="s2"):
     """Attention over a static shard of the context for each KV head.
 
     Attributes:
@@ -143,16 +144,6 @@ class S2Attention(AttentionLayer, name="s2"):
     def check_context(self, cache: KVCache | None, positions: Tensor | None) -> None:
         """Refuses: the shards are blocks of the layer's own sequence."""
         raise UnsupportedError("context: s2 shards the blocks of its own sequence, it cannot read another")
-
-    def remember(self, step: Step, heads: Heads) -> AttentionInputs:
-        """As every layer; a cache that frees blocks gives nothing back, and is written when the call has succeeded."""
-        cache = step.cache
-        if not isinstance(cache, PoolCache):
-            return super().remember(step, heads)
-        q, k = self.rotate_rows(step, heads.q, heads.k)
-        cache.stage({"k": k, "v": heads.v}, step.lengths)
-        held = min(cache.bound + q.shape[2], cache.max_length)
-        return PoolInputs(**vars(self.attention_inputs(step, q, k, heads.v)), cache=cache, held=held)
 
     def plan(self, step: Step, heads: Heads, inputs: AttentionInputs) -> Plan:
         """The shards of each item's own blocks."""
@@ -176,64 +167,22 @@ class S2Attention(AttentionLayer, name="s2"):
         own = (held - 1) // size
         return ending_at(_shared_slots(self.config, self._groups(self.config.kv_heads), own, device), held, size)
 
-    def operate(self, inputs: PoolInputs, plan: Plan) -> Tensor:  # type: ignore[override]
-        """The operation; where keys stayed in a pool, over it and over what this call brings."""
-        if not inputs.in_cache:
-            return super().operate(inputs, plan)
-        return attend_pool(inputs, inputs.cache, self.config.scale, self.impl)
-
-    def combine(self, step: Step, out: Tensor, plan: Plan) -> Tensor:
-        """As every layer; then nothing can fail any more, and a pool is written."""
-        result = super().combine(step, out, plan)
-        if isinstance(step.cache, PoolCache):
-            step.cache.commit()
-        return result
-
-    def new_cache(
-        self,
-        batch: int,
-        max_length: int,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        evict: bool = False,
-    ) -> KVCache:
-        """An empty cache for this layer.
-
-        Args:
-            batch: Items B.
-            max_length: Tokens that fit, for each item.
-            device: Where it lies; ``None`` means with the weights.
-            dtype: Of its values; ``None`` means the weights'.
-            evict: Whether to hold no more than can still be read: local blocks, a head's strided blocks and sinks, and
-                everything for dense heads. Such a cache cannot be cropped.
-
-        Raises:
-            UnsupportedError: If the layer is not causal: earlier outputs would depend on later tokens.
-            TypeError: If a number is no int, or ``evict`` no bool.
-            ShapeError: If a number is out of range.
-        """
-        check_flag("evict", evict)
-        plain = super().new_cache(batch, max_length, device="meta" if evict else device, dtype=dtype)
-        if not evict:
-            return plain
-        return PoolCache(
-            self.streams(),
-            pattern=self._pattern(max_length),
-            max_length=max_length,
-            batch=batch,
-            device=self.compute_device if device is None else device,
-            dtype=dtype or self.compute_dtype,
-            owner=(self._identity, self.config),
-            rounds=dtype is not None,
-        )
-
-    def _pattern(self, tokens: int) -> Pattern:
-        """What is kept of so many tokens, for the KV heads that are held here."""
+    def retention(self, heads: int) -> Retention:
+        """What rows can read: near blocks, sinks and a head's strided blocks; everything for dense heads."""
         config = self.config
-        kept = _kept(config, self._groups(self.streams()["k"].heads), -(-tokens // config.block_size))
+        first, count = self._groups(heads)
+        stride = config.vert_stride
+        step = 0 if config.homogeneous else config.head_step
+        here = range(first, first + count)
         local = config.local_blocks
-        return Pattern(config.block_size, local if isinstance(local, int) else local[0], kept)
+        return Retention(
+            block=config.block_size,
+            local=local if isinstance(local, int) else local[0],
+            full=tuple(stride == 1 or n >= config.kv_heads - config.num_dense_heads for n in here),
+            sink=config.sink_blocks,
+            stride=stride,
+            phases=tuple(-(n * step + config.head_offset) % stride for n in here),
+        )
 
     def _groups(self, held: int) -> tuple[int, int]:
         """Index of the first KV head held here, and their number."""

@@ -69,9 +69,8 @@ def test_a_twin_goes_on_from_a_state(kind: CacheKind, ragged: bool) -> None:
     held = sum(x.numel() * x.element_size() for x in state.values() if isinstance(x, Tensor))
     assert held <= cache.nbytes + 16 * len(state)
     expected = decode(layer, cache)
-    # A pool has places for one length; others may have more room, so that rings are longer, or just enough.
-    rooms = (200,) if kind.switch == "evict" else (160, 400)
-    for carry, room in zip((on_disk, in_two_files), rooms * 2, strict=False):
+    # Others may have more room, so that rings are longer, or just enough.
+    for carry, room in zip((on_disk, in_two_files), (160, 400), strict=True):
         other = kind.cache(twin, 2, room)
         # What was held before is gone.
         twin(tokens(layer, 2, 20, seed=9), cache=other)
@@ -141,9 +140,9 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(kind: CacheKin
 def test_kinds_of_caches_are_told_apart() -> None:
     layer = Case("s2", "small").layer()
     plain, evicting = layer.new_cache(1, 40), layer.new_cache(1, 40, evict=True)
-    with pytest.raises(attnzoo.ConfigError, match=r"^cache: expected the state of 'PoolCache', got 'KVCache'"):
+    with pytest.raises(attnzoo.ConfigError, match=r"^cache: expected the state of 'EvictingCache', got 'KVCache'"):
         evicting.load_state_dict(plain.state_dict())
-    with pytest.raises(attnzoo.ConfigError, match=r"^cache: expected the state of 'KVCache', got 'PoolCache'"):
+    with pytest.raises(attnzoo.ConfigError, match=r"^cache: expected the state of 'KVCache', got 'EvictingCache'"):
         plain.load_state_dict(evicting.state_dict())
 
 
@@ -180,9 +179,3 @@ def test_a_copied_cache_belongs_to_the_layer_that_was_copied_with_it(kind: Cache
     expected = decode(layer, copy.deepcopy(cache))
     assert torch.equal(decode(layer, cache), expected)
     assert all(torch.equal(out, expected) for out in outs)
-
-
-def test_a_pool_has_places_for_one_length() -> None:
-    layer = Case("s2", "small").layer()
-    with pytest.raises(attnzoo.ShapeError, match=r"^max_length: expected the cache's 80, got 40"):
-        layer.new_cache(1, 80, evict=True).load_state_dict(layer.new_cache(1, 40, evict=True).state_dict())

@@ -8,7 +8,7 @@ from tests.mutants.record import Mutant
 
 TESTS = "tests/attnzoo"
 state = partial(
-    Mutant, file="attnzoo/cache/state.py", tests=f"{TESTS}/cache/test_state.py -k 's2 or rcmha or positions or pool'"
+    Mutant, file="attnzoo/cache/state.py", tests=f"{TESTS}/cache/test_state.py -k 's2 or rcmha or positions'"
 )
 cache = partial(
     Mutant, file="attnzoo/cache/kv_cache.py", tests=f"{TESTS}/cache/test_state.py -k 'copied_cache and mha'"
@@ -57,12 +57,12 @@ MUTANTS = (
         wrong="positions that an earlier state had stay",
     ),
     state(
-        "state-pool-any-length",
-        file="attnzoo/variants/s2/evicting_cache.py",
-        within="PoolCache.load_state_dict",
-        old='if isinstance(state, Mapping) and state.get("max_length") != self.max_length:',
-        new="if False:",
-        wrong="a pool with other places says so by a shape that nobody asked for",
+        "state-evicting-of-no-length",
+        file="attnzoo/cache/evicting/cache.py",
+        within="EvictingCache._held",
+        old="region.rows(bound) if bound else 0",
+        new="region.rows(self.max_length)",
+        wrong="what a cache that evicts has room for is carried, so that only a cache of as much room can take it",
     ),
     ring(
         "ring-load-shifted",

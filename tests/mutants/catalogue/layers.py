@@ -19,9 +19,9 @@ streams = partial(
     file="attnzoo/cache/streams.py",
     tests=f"{TESTS}/cache/test_streams.py {TESTS}/laws/test_contract_memory.py -k 'rcmha or longheads or test_streams'",
 )
-pool = partial(
+evicting = partial(
     Mutant,
-    file="attnzoo/variants/s2/evicting_cache.py",
+    file="attnzoo/cache/evicting/regions.py",
     tests=f"{VARIANTS}/test_s2_evict.py -k 'right_one or every_pattern or largest or fall or refused'",
 )
 quick = partial(
@@ -225,21 +225,19 @@ MUTANTS = (
         "ring-restore", old="        if values is not self.values:\n            self.values = values\n            self.oldest = oldest", new="        self.oldest = oldest",
         wrong="a long call that fails leaves its tokens in a ring",
     ),
-    pool(
-        "pool-place-of-groups", old="return index + sizes.cumsum(0) - sizes, int(sizes.sum())", new="return index + sizes.cumsum(0), int(sizes.sum() + sizes[-1])",
-        wrong="regions begin one head late",
+    evicting(
+        "evicting-runs-begin-late", old="                first = end\n", new="                first = end + 1\n", wrong="heads that keep fewer blocks are not those behind the ones that keep more",
     ),
-    pool(
-        "pool-near-by-one", old="near = block > last - self.pattern.local", new="near = block >= last - self.pattern.local",
-        wrong="a block that nobody will read overwrites one that somebody will",
-        survives="the block that is one too many is written before the newer one that takes its place: only work is lost.",
+    evicting(
+        "evicting-near-by-one", old="is_ring = (at >= 0) & (at < self.places) & (last > current - self.local)", new="is_ring = (at >= 0) & (at < self.places) & (last > current - self.local + 1)",
+        wrong="the oldest near block is not written by a chunk",
     ),
-    pool(
-        "pool-free-ring", old="held + (free - 1) % ring.clamp(min=1)", new="held + free % ring.clamp(min=1)", wrong="near blocks lie one place further in their ring",
-        survives="the places of a ring are all shifted alike: each block still has one of its own.",
+    evicting(
+        "evicting-ring-shifted", old="near = self.margin + block % max(self.places, 1) * self.block", new="near = self.margin + (block + 1) % max(self.places, 1) * self.block",
+        wrong="near blocks are looked for one place further in their ring",
     ),
-    pool(
-        "pool-crop", old='raise UnsupportedError("crop: a cache', new='return  # type: ignore[misc]\n        raise UnsupportedError("crop: a cache', wrong="a crop is ignored silently",
+    evicting(
+        "evicting-crop", file="attnzoo/cache/evicting/cache.py", old='raise UnsupportedError("crop: a cache', new='return  # type: ignore[misc]\n            raise UnsupportedError("crop: a cache', wrong="a crop is ignored silently",
     ),
     inputs(
         "inputs-positions-not-moved", old="places = positions.expand(x.shape[0], -1).gather(1, moved.order)", new="places = positions.expand(x.shape[0], -1)",
@@ -311,7 +309,7 @@ MUTANTS = (
         "s2-head-offset", old="shift=[n * step + config.head_offset for n in", new="shift=[n * step for n in", wrong="the heads' offset is lost",
     ),
     s2(
-        "s2-commit-late", old="            step.cache.commit()", new="            pass", wrong="an evicting cache remembers nothing", tests=f"{VARIANTS}/test_s2_evict.py -k right_one",
+        "s2-commit-late", file="attnzoo/base/evicting/layer.py", old="            step.cache.commit()", new="            pass", wrong="an evicting cache remembers nothing", tests=f"{VARIANTS}/test_s2_evict.py -k right_one",
     ),
     lowrank(
         "lowrank-halves-swapped", old="keys, values = heads.chunk(2, dim=1)", new="values, keys = heads.chunk(2, dim=1)", wrong="keys and values of the latent are swapped",

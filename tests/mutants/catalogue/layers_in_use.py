@@ -79,11 +79,11 @@ MUTANTS = (
         tests=f"{TESTS}/base/test_projections.py -k 'stored'",
     ),
     Mutant(
-        "pool-does-not-widen",
-        f"{FOLDER}/variants/s2/evicting_cache.py",
+        "evicting-does-not-widen",
+        f"{FOLDER}/cache/evicting/cache.py",
         old="        self._widen(values)\n",
         new="",
-        wrong="a pool rounds to the dtype in which weights are stored",
+        wrong="a cache that evicts rounds to the dtype in which weights are stored",
         tests=f"{TESTS}/base/test_projections.py -k 's2-stored'",
     ),
     notices(

@@ -1,0 +1,223 @@
+"""Attention of a call over what an evicting cache holds and over the call's own tokens.
+
+One decoding row reads regions where they lie. For every other call the tokens that its rows may read are put together
+in order: where the sequence has gaps, slots are fewer than positions, and rules are followed by slots.
+
+Letters: B batch, T tokens of a call, H query heads, G KV heads, h heads of a region, D head width, Dv value width, M
+query blocks, N columns of key blocks, w tokens in a block, L near blocks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from attnzoo.base.layer import is_training
+from attnzoo.base.padding import add_front, drop_front, front_positions
+from attnzoo.base.shared_layouts import Cover, dense_layout, sink_window_layout
+from attnzoo.base.steps import AttentionInputs
+from attnzoo.cache.evicting.cache import EvictingCache, of_heads
+from attnzoo.cache.evicting.regions import FullRegion, Region, StreamingRegion, column_of
+from attnzoo.cache.lengths import Lengths
+from attnzoo_kernels import BlockLayout, Extras, block_sparse_attention
+from attnzoo_kernels.runtime.plain import is_readable
+
+LAYOUT_BLOCK = 64
+"""Tokens in a block of layouts where a rule says nothing about blocks."""
+
+
+@dataclass(frozen=True, eq=False)
+class EvictingInputs(AttentionInputs):
+    """A call's own tokens and rows, ``[B, G|H, T, D]``; what is remembered lies in a cache that evicts.
+
+    Attributes:
+        cache: That cache; the call's tokens are staged there.
+        lengths: Rows of each item that are tokens.
+    """
+
+    cache: EvictingCache = field(kw_only=True)
+    lengths: int | Tensor = field(kw_only=True)
+
+    @property
+    def slots(self) -> int:
+        """Of the call's tokens and of all before it, kept or not."""
+        return min(self.cache.bound + self.k.shape[2], self.cache.max_length)
+
+    @property
+    def in_cache(self) -> bool:
+        """True."""
+        return True
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How the operation is run: its scale, and the implementation."""
+
+    scale: float | None
+    impl: str
+
+
+def attend_evicting(inputs: EvictingInputs, scale: float | None, impl: str) -> Tensor:
+    """Attention over what a cache holds and over the call's own tokens.
+
+    Args:
+        inputs: The call, and its cache.
+        scale: The factor on scores; ``None`` means ``D ** -0.5``.
+        impl: Which implementation of the operation runs.
+
+    Returns:
+        ``[B, H, T, Dv]``, zeros for rows without a token.
+    """
+    q = inputs.q
+    if 0 in q.shape:
+        return q.new_zeros(*q.shape[:3], inputs.v.shape[3])
+    cache = inputs.cache
+    if impl == "auto" and may_read_in_place(inputs):
+        return cache.attend_row(q, inputs.k, inputs.v, q.shape[3] ** -0.5 if scale is None else scale)
+    way = _Way(scale, impl)
+    parts = []
+    for region in cache.regions:
+        if isinstance(region, FullRegion):
+            parts.append(_attend_sequence(inputs, region, way))
+        elif region.in_place and region.kept.stride is None:
+            parts.append(_attend_window(inputs, region, way))
+        else:
+            parts.append(_attend_blocks(inputs, region, way))
+    return cache.in_order(parts)
+
+
+def may_read_in_place(inputs: EvictingInputs) -> bool:
+    """Whether a call is one decoding row that reads regions where they lie."""
+    q = inputs.q
+    cache = inputs.cache
+    if q.shape[2] != 1 or cache.length is None or Lengths(inputs.lengths).differ:
+        return False
+    if not is_readable(q) or is_training(q, inputs.k, inputs.v) or torch.is_autocast_enabled("cpu"):
+        return False
+    return all(x.dtype == q.dtype for x in (inputs.k, inputs.v, *cache.streams.values()))
+
+
+def _own(inputs: EvictingInputs, region: Region) -> tuple[Tensor, Tensor, Tensor]:
+    """The call's queries ``[B, h * H / G, T, D]``, keys and values ``[B, h, T, D]`` for the heads of a region."""
+    groups = inputs.k.shape[1]
+    q = of_heads(inputs.q.unflatten(1, (groups, -1)), region.heads).flatten(1, 2)
+    return q, of_heads(inputs.k, region.heads), of_heads(inputs.v, region.heads)
+
+
+def _joined(inputs: EvictingInputs, region: Region, token: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The call's queries for a region, and the keys and values ``[B, h, n, D]`` of tokens, held or the call's own."""
+    q, k, v = _own(inputs, region)
+    cache = inputs.cache
+    return q, cache.read("k", region, k, token), cache.read("v", region, v, token)
+
+
+def _row_slots(inputs: EvictingInputs, first: int | Tensor) -> Tensor:
+    """The slots of rows that begin at ``first``, int32 ``[B|1, 1, T]``; -1 where there is no token."""
+    token = torch.arange(inputs.q.shape[2], device=inputs.q.device)
+    real = Lengths(inputs.lengths).holds(token)
+    return torch.where(real, token + Lengths(first).column(), -1).to(torch.int32).view(-1, 1, token.shape[0])
+
+
+def _is_shared(inputs: EvictingInputs) -> bool:
+    return not (Lengths(inputs.lengths).differ or Lengths(inputs.cache.offset).differ)
+
+
+def _attend_sequence(inputs: EvictingInputs, region: FullRegion, way: _Way) -> Tensor:
+    """Heads that keep everything: plain attention."""
+    offset = inputs.cache.offset
+    tokens = inputs.q.shape[2]
+    slots = inputs.cache.bound + tokens
+    token = torch.arange(slots, device=inputs.q.device).view(1, 1, -1)
+    q, k, v = _joined(inputs, region, token)
+    extras = Extras() if _is_shared(inputs) else Extras(q_pos=_row_slots(inputs, offset))
+    layout = dense_layout(LAYOUT_BLOCK, tokens, slots, q)
+    return block_sparse_attention(q, k, v, layout, scale=way.scale, extras=extras, impl=way.impl)
+
+
+def _attend_window(inputs: EvictingInputs, region: StreamingRegion, way: _Way) -> Tensor:
+    """A window of tokens: the sink and the window's past are put together before the call's own tokens."""
+    offset = inputs.cache.offset
+    tokens = inputs.q.shape[2]
+    sink = region.kept.sink
+    before = sink + region.local - 1
+    # Slots before the first row: all of the past, or the sink and what the first row's window reaches.
+    first = Lengths(offset).minimum(Lengths(before))
+    slots = min(inputs.cache.bound, before) + tokens
+    slot = torch.arange(slots, device=inputs.q.device).view(1, 1, -1)
+    gap = offset - first.value
+    token = torch.where(slot < sink, slot, slot + Lengths(gap).column(3))
+    q, k, v = _joined(inputs, region, token)
+    extras = Extras(window=region.local, sink=sink)
+    if not _is_shared(inputs):
+        extras = Extras(window=region.local, sink=sink, q_pos=_row_slots(inputs, first.value))
+    cover = Cover(region.local, sink, True, first.value)
+    layout = sink_window_layout(LAYOUT_BLOCK, tokens, slots, cover, q)
+    return block_sparse_attention(q, k, v, layout, scale=way.scale, extras=extras, impl=way.impl)
+
+
+def _attend_blocks(inputs: EvictingInputs, region: StreamingRegion, way: _Way) -> Tensor:
+    """Near blocks and kept ones: each head's kept blocks are put together before the near ones and the call's own."""
+    cache = inputs.cache
+    size = region.block
+    tokens = inputs.q.shape[2]
+    offset = cache.offset
+    device = inputs.q.device
+    columns = _Columns.of(region, cache, tokens)
+    block = columns.blocks(region, offset, device)  # [B|1, h|1, N]
+    token = (block.unsqueeze(-1) * size + torch.arange(size, device=device)).flatten(-2)
+    q, k, v = _joined(inputs, region, torch.where(token < 0, 0, token))
+    # Query blocks lie on the sequence's own grid.
+    block_q = size if tokens >= size else 1
+    front = offset % block_q
+    rows = Lengths(front).most(block_q - 1) + tokens
+    begin = torch.arange(-(-rows // block_q), device=device) * block_q
+    own = ((Lengths(offset - front).column() + begin.unsqueeze(0)) // size)[:, None, :, None]  # [B|1, 1, M, 1]
+    block = block.unsqueeze(2)  # [B|1, h|1, 1, N]
+    phase = region.phase(device)
+    kept = region.kept.holds(block, phase.unsqueeze(-1) if isinstance(phase, Tensor) else phase)
+    keep = (block >= 0) & (block <= own) & (kept | (own - block < region.local))
+    q_pos = _row_slots(inputs, offset % size + (columns.kept + columns.near) * size)
+    out = block_sparse_attention(
+        add_front(q, front, rows),
+        k,
+        v,
+        BlockLayout.from_mask(keep, block_q, size, rows, k.shape[2]),
+        scale=way.scale,
+        extras=Extras(q_pos=front_positions(q_pos, front, rows)),
+        impl=way.impl,
+    )
+    return drop_front(out, front, tokens)
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """The key blocks of a call over near blocks and kept ones, one behind the other.
+
+    Attributes:
+        kept: Columns for blocks that a head keeps and that are near to no row; heads may have fewer.
+        near: Columns for complete blocks that are near to the first row; an item may have fewer.
+        own: Columns from the block on in which the call begins.
+    """
+
+    kept: int
+    near: int
+    own: int
+
+    @classmethod
+    def of(cls, region: StreamingRegion, cache: EvictingCache, tokens: int) -> _Columns:
+        most = cache.bound // region.block
+        kept = max(region.kept.count(max(0, most - region.local + 1), phase) for phase in region.phases)
+        within = Lengths(cache.offset % region.block).most(region.block - 1)
+        return cls(kept, min(region.local - 1, most), -(-(within + tokens) // region.block))
+
+    def blocks(self, region: StreamingRegion, offset: int | Tensor, device: torch.device) -> Tensor:
+        """Which of the sequence's blocks stands in each column, int64 ``[B|1, h|1, N]``; -1 or less for none."""
+        current = column_of(offset // region.block, device)
+        column = torch.arange(self.kept + self.near + self.own, device=device).view(1, 1, -1)
+        phase = region.phase(device)
+        gone = torch.as_tensor(current - region.local + 1, device=device).clamp(min=0)
+        nth = region.kept.nth(column, phase)
+        kept = torch.where(column < region.kept.count(gone, phase), nth, -1)
+        return torch.where(column < self.kept, kept, current + column - self.kept - self.near)

@@ -1,0 +1,1 @@
+"""Caches that hold no more than later rows can read."""

@@ -1,0 +1,336 @@
+"""A cache that holds no more than later rows can read: a window and a sink, near blocks and kept ones, whole heads.
+
+Letters: B batch, T tokens of a call, H query heads, G KV heads, h heads of a region, D key width, Dv value width, R
+rows of a region.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NoReturn, Self
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from attnzoo.cache.evicting.regions import FullRegion, Region, StreamingRegion, column_of, regions_of
+from attnzoo.cache.evicting.retention import Retention
+from attnzoo.cache.kv_cache import KVCache, Stream
+from attnzoo.cache.lengths import Lengths
+from attnzoo.cache.owner import Identity
+from attnzoo.cache.replay import refuse_transforms
+from attnzoo.cache.rows import RowCache
+from attnzoo.cache.streams import check_count, widened, with_rows
+from attnzoo_kernels.errors import ShapeError, UnsupportedError
+
+
+class EvictingCache(KVCache):
+    """A cache that evicts what no later row reads; made by ``new_cache(..., evict=True)``.
+
+    A call's tokens are staged, and written when it has succeeded. How many tokens are held counts those that are gone.
+
+    Attributes:
+        retention: What rows can read.
+        regions: Where it lies: buffers are named ``<stream>.<region>``, ``[B, h, R + 1, D]``.
+        margin: Tokens that may be taken back.
+    """
+
+    def __init__(self, streams: Mapping[str, Stream], *, retention: Retention, margin: int = 0, **options: Any) -> None:
+        self.retention = retention
+        self.margin = margin
+        self.regions = regions_of(retention, -(-margin // retention.block))
+        self._staged: tuple[dict[str, Tensor], int | Tensor] | None = None
+        self._placed = False
+        self._oldest: int | Tensor = 0
+        super().__init__(streams, **options)
+
+    def _allocate(
+        self, streams: Mapping[str, Stream], batch: int, device: torch.device | str | None, dtype: torch.dtype | None
+    ) -> None:
+        for region in self.regions:
+            rows = region.rows(self.max_length) + 1
+            for name, stream in streams.items():
+                shape = (batch, len(region.heads), rows, stream.width)
+                self._buffers[f"{name}.{region.name}"] = torch.zeros(shape, device=device, dtype=stream.dtype or dtype)
+
+    @property
+    def streams(self) -> dict[str, Tensor]:
+        """The buffers by name, each ``[B, h, R, D]``."""
+        return {name: x[:, :, :-1] for name, x in self._buffers.items()}
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes held for each token of an item when it is full, rounded up."""
+        item = sum(x.shape[1] * x.shape[2] * x.shape[3] * x.element_size() for x in self.streams.values())
+        return -(-item // self.max_length)
+
+    def append(self, values: Mapping[str, Tensor], lengths: int | Tensor, *, differentiable: bool) -> NoReturn:
+        """Refuses: what is remembered is no sequence; see :meth:`stage`.
+
+        Raises:
+            UnsupportedError: Always.
+        """
+        raise UnsupportedError("append: a cache that evicts holds no sequence; its layer stages and commits")
+
+    def grow(self, max_length: int) -> None:
+        """Makes room for more tokens of each item; what is held stays.
+
+        Raises:
+            TypeError: If ``max_length`` is no int.
+            ShapeError: If that would be less room than there is.
+        """
+        check_count("max_length", max_length)
+        if max_length < self.max_length:
+            raise ShapeError(f"max_length: expected at least {self.max_length}, got {max_length}")
+        with torch.inference_mode(False), torch.no_grad():
+            for region in self.regions:
+                rows = region.rows(max_length)
+                for name in self._names(region):
+                    if rows + 1 != self._buffers[name].shape[2]:
+                        self._buffers[name] = with_rows(self._buffers[name], rows)
+        self.max_length = max_length
+
+    def crop(self, length: int | Tensor) -> None:
+        """Keeps the first tokens of every item: at most ``length``, which is int64 ``[B]`` where items differ.
+
+        Raises:
+            TypeError: If ``length`` is neither.
+            ShapeError: If it is negative, or not one number for each item.
+            UnsupportedError: If what the tokens left would read may be gone: nothing is changed then. All tokens may
+                be taken back from a cache with a margin, and as many as its margin holds.
+        """
+        if not self.margin:
+            raise UnsupportedError("crop: a cache that evicts cannot go back; use one without evict=True")
+        most = self._check_crop(length)
+        before = self.offset
+        after = Lengths(before).minimum(Lengths(length).to(self.device)).value
+        moved = {}
+        with torch.inference_mode(False), torch.no_grad():
+            for region in self.regions:
+                if isinstance(region, StreamingRegion):
+                    row = self._cropped(region, before, after)
+                    for name in self._names(region):
+                        moved[name] = _picked(self._buffers[name], row)
+        self._buffers |= moved
+        if most:
+            block = self.retention.block
+            oldest = (before // block - self.retention.local - -(-self.margin // block) + 1) * block
+            self._oldest = Lengths(oldest).maximum(Lengths(self._oldest)).value
+        else:
+            self._oldest = 0
+        left = Lengths(after)
+        self.length = left.shared
+        self._lengths = left.each
+        self.bound = min(self.bound, most)
+        if self.bound == 0:
+            self._lengths = None
+            self.length = 0
+
+    def _cropped(self, region: StreamingRegion, before: int | Tensor, after: int | Tensor) -> Tensor:
+        """For each row of a region that holds fewer tokens, the row that it comes from, int64 ``[B|1, h|1, R + 1]``."""
+        rows = self._buffers[self._names(region)[0]].shape[2]
+        token = region.token_at(rows, Lengths(after).column(3), self.device)
+        row = region.row_of(token.clamp(min=0), Lengths(before).column(3))
+        is_known = (row >= region.margin) | ((row >= 0) & (token >= Lengths(self._oldest).column(3)))
+        needed = (token >= 0) & (torch.arange(rows, device=self.device) >= region.margin)
+        if bool((needed & ~is_known).any()):
+            raise UnsupportedError(
+                f"crop: expected at most {self.margin} tokens to be taken back from a cache that evicts, since the "
+                f"last call that took some back, or all; got {after} of {before} to be kept"
+            )
+        return row.clamp(min=0)
+
+    def reorder(self, index: Tensor) -> None:
+        """Takes the items ``index``, int ``[B']``, in their order: beams are chosen, repeated or dropped."""
+        super().reorder(index)
+        self._oldest = Lengths(self._oldest).select(index.to(self.device)).value
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """As ever; tokens from before the state cannot be taken back."""
+        super().load_state_dict(state)
+        self._oldest = self.max_length
+
+    def _held(self, buffers: Mapping[str, Tensor], bound: int) -> dict[str, Tensor]:
+        rows = {name: region.rows(bound) if bound else 0 for region in self.regions for name in self._names(region)}
+        return {name: x[:, :, : rows[name]] for name, x in buffers.items()}
+
+    def _clear_behind(self) -> None:
+        """Nothing: what lies behind the tokens is read by nobody."""
+
+    def _names(self, region: Region) -> list[str]:
+        return [name for name in self._buffers if name.endswith("." + region.name)]
+
+    def _widen(self, values: Mapping[str, Tensor]) -> None:
+        if self._rounds:
+            return
+        with torch.inference_mode(False), torch.no_grad():
+            for name, x in self._buffers.items():
+                self._buffers[name] = widened(x, values[name.rpartition(".")[0]].dtype)
+
+    @contextmanager
+    def all_or_nothing(self) -> Iterator[None]:
+        """Writes what the block staged, or forgets it if the block raises."""
+        try:
+            with super().all_or_nothing():
+                yield
+                self.commit()
+        finally:
+            self._staged = None
+            self._placed = False
+
+    def stage(self, values: Mapping[str, Tensor], lengths: int | Tensor) -> None:
+        """Takes note of a call's tokens ``[B, G, T, D]``, left-aligned, for :meth:`commit`."""
+        refuse_transforms(values)
+        self._widen(values)
+        self._staged = {name: value.detach() for name, value in values.items()}, lengths
+        self._placed = False
+
+    def commit(self) -> None:
+        """Writes the staged tokens where a later row may read them; called when the call has succeeded."""
+        if self._staged is None:
+            return
+        values, lengths = self._staged
+        placed = self._placed
+        self._staged = None
+        self._placed = False
+        tokens = next(iter(values.values())).shape[2]
+        before = self.offset
+        with torch.inference_mode(False), torch.no_grad():
+            for region in self.regions:
+                if not placed:
+                    self._write(region, values, before, lengths)
+                elif isinstance(before, int):
+                    region.retire([self._buffers[name] for name in self._names(region)], before + 1)
+        if self.length is not None and not Lengths(lengths).differ:
+            self.length += tokens
+            self.bound = self.length
+        else:
+            self._lengths = self.lengths + lengths
+            self.length = None
+            self.bound = min(self.bound + tokens, self.max_length)
+
+    def _write(self, region: Region, values: Mapping[str, Tensor], before: int | Tensor, lengths: int | Tensor) -> None:
+        """Writes a call's tokens to a region."""
+        tokens = next(iter(values.values())).shape[2]
+        if isinstance(region, FullRegion):
+            token = torch.arange(tokens, device=self.device)
+            last = self._buffers[self._names(region)[0]].shape[2] - 1
+            row = torch.where(Lengths(lengths).holds(token), Lengths(before).column() + token, last)
+            row = row.expand(self.batch, -1)  # [B, T]
+            item = torch.arange(self.batch, device=self.device).unsqueeze(1)
+            for name in self._names(region):
+                value = of_heads(values[name.rpartition(".")[0]], region.heads).transpose(1, 2)
+                x = self._buffers[name]
+                x.transpose(1, 2).index_put_((item, row), value.to(x.dtype))
+            return
+        for name in self._names(region):
+            x = self._buffers[name]
+            held = column_of(before + lengths, self.device)
+            token = region.token_at(x.shape[2], held, self.device)
+            value = of_heads(values[name.rpartition(".")[0]], region.heads)
+            self._buffers[name] = self._gathered(region, x, value.to(x.dtype), token, before)
+
+    def read(self, stream: str, region: Region, own: Tensor, token: Tensor) -> Tensor:
+        """The values of some tokens, those of this call among them: a copy ``[B, h, n, D]`` in the dtype of these.
+
+        Args:
+            stream: Which stream.
+            region: Of which heads.
+            own: This call's values for these heads ``[B, h, T, D]``, which gradients reach.
+            token: Tokens that are held or this call's, int64 ``[B|1, h|1, n]``; anything elsewhere for -1.
+        """
+        held = self._buffers[f"{stream}.{region.name}"].to(own.dtype)
+        return self._gathered(region, held, own, token, self.offset)
+
+    def _gathered(self, region: Region, held: Tensor, own: Tensor, token: Tensor, before: int | Tensor) -> Tensor:
+        if Lengths(before).shared == 0:
+            return _picked(own, token.clamp(0, max(own.shape[2] - 1, 0)))
+        count = column_of(before, self.device)
+        behind = held.shape[2] - count
+        row = torch.where(token < count, region.row_of(token.clamp(min=0), count), token + behind)
+        return _picked(torch.cat((held, own), 2), row.clamp(0, held.shape[2] + own.shape[2] - 1))
+
+    def takes_row(self, owner: tuple[Identity | None, Any], x: Tensor) -> bool:
+        """Whether :meth:`attend_row` can take the next token of a layer."""
+        return RowCache.takes_row(self, owner, x)
+
+    def attend_row(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """Attention of one row over what it reads, where regions lie; its own token is staged by that.
+
+        Args:
+            q: ``[B, H, 1, D]``, in the dtype of the buffers, where items share their length.
+            k: The row's own key ``[B, G, 1, D]``.
+            v: The row's own value ``[B, G, 1, Dv]``.
+            scale: The factor on scores.
+
+        Returns:
+            ``[B, H, 1, Dv]``.
+        """
+        values = {"k": k, "v": v}
+        self._staged = values, 1
+        batch, heads, _, width = q.shape
+        groups = len(self.retention.full)
+        # The query heads of a group along the rows: keys and values are read once for all of them.
+        rows = q.view(batch, groups, heads // groups, width)
+        parts = []
+        with torch.no_grad():
+            for region in self.regions:
+                parts += self._attend_region(region, rows, values, scale)
+        self._placed = True
+        out = parts[0] if len(parts) == 1 else torch.cat(parts, 1)  # [B, G, H / G, Dv]
+        return self._sorted(out).reshape(batch, heads, 1, -1)
+
+    def in_order(self, parts: list[Tensor]) -> Tensor:
+        """The query heads of all regions ``[B, h * H / G, T, D]`` in their order, ``[B, H, T, D]``."""
+        if len(parts) == 1:
+            return parts[0]
+        return self._sorted(torch.cat(parts, 1).unflatten(1, (len(self.retention.full), -1))).flatten(1, 2)
+
+    def _sorted(self, x: Tensor) -> Tensor:
+        """KV heads ``[B, G, ...]`` in their order, which lie as regions do."""
+        heads = [head for region in self.regions for head in region.heads]
+        if heads == sorted(heads):
+            return x
+        return x.index_select(1, torch.tensor(heads, device=x.device).argsort())
+
+    def _attend_region(self, region: Region, q: Tensor, values: Mapping[str, Tensor], scale: float) -> list[Tensor]:
+        keys, held_values = (self._buffers[f"{name}.{region.name}"] for name in ("k", "v"))
+        q, k, v = (of_heads(x, region.heads) for x in (q, values["k"], values["v"]))
+        parts = []
+        for run in region.runs(self.bound):
+            first, end = run.heads
+            begin, behind = run.rows
+            for held, value in ((keys, k), (held_values, v)):
+                held[:, first:end, run.own : run.own + 1].copy_(value[:, first:end])
+            parts.append(
+                scaled_dot_product_attention(
+                    q[:, first:end],
+                    keys[:, first:end, begin:behind],
+                    held_values[:, first:end, begin:behind],
+                    scale=scale,
+                )
+            )
+        return parts
+
+    def fork(self) -> Self:
+        """A copy of its own, for the same layer."""
+        copy = super().fork()
+        copy._staged = None
+        return copy
+
+
+def of_heads(x: Tensor, heads: tuple[int, ...]) -> Tensor:
+    """Some heads of ``[B, G, ...]``: a view where they are neighbours."""
+    if len(heads) == x.shape[1]:
+        return x
+    if heads[-1] - heads[0] + 1 == len(heads):
+        return x[:, heads[0] : heads[-1] + 1]
+    return x.index_select(1, torch.tensor(heads, device=x.device))
+
+
+def _picked(x: Tensor, row: Tensor) -> Tensor:
+    """Rows ``[B|1, h|1, n]`` of ``x [B, h, R, D]``, a copy ``[B, h, n, D]``."""
+    if row.shape[:2] == (1, 1):
+        return x.index_select(2, row.view(-1))
+    return x.gather(2, row.unsqueeze(-1).expand(*x.shape[:2], -1, x.shape[3]))
