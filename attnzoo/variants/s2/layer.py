@@ -29,7 +29,7 @@ from attnzoo.base.evicting.layer import EvictingLayer
 from attnzoo.base.layer import AttentionInputs, Heads, Plan, Step
 from attnzoo.base.projections import slice_index
 from attnzoo.base.rope import RotaryConfig as RotaryConfig
-from attnzoo.base.shared_layouts import may_share
+from attnzoo.base.shared_layouts import dense_layout, may_share
 from attnzoo.cache.evicting.retention import Retention
 from attnzoo.cache.kv_cache import KVCache
 from attnzoo.cache.lengths import Lengths
@@ -157,6 +157,11 @@ class S2Attention(EvictingLayer, name="s2"):
         # Query blocks lie on the sequence's own grid.
         front = offset % block_q
         rows = tokens + Lengths(front).most(block_q - 1)
+        local = config.local_blocks
+        all_near = isinstance(local, int) and slots <= local * config.block_size
+        if config.causal and all_near and block_q == config.block_size and held is not None:
+            # Nothing is far: every head reads everything, as the layout of all blocks says at less cost.
+            return Plan(dense_layout(block_q, rows, slots, inputs.q), Extras(), True, front=front)
         extent = _Extent(offset - front, block_q, rows, slots, *groups)
         build = _shared_layout if held is not None and may_share(inputs.q) else _layout
         return Plan(build(config, extent, inputs.q.device), Extras(), config.causal, front=front)
@@ -165,7 +170,7 @@ class S2Attention(EvictingLayer, name="s2"):
         """The blocks of each head, of which the row's own is filled up to the row."""
         size = self.config.block_size
         own = (held - 1) // size
-        return ending_at(_shared_slots(self.config, self._groups(self.config.kv_heads), own, device), held, size)
+        return ending_at(_shared_slots(self.config, self._groups(self.config.kv_heads), own, device), held)
 
     def retention(self, heads: int) -> Retention:
         """What rows can read: near blocks, sinks and a head's strided blocks; everything for dense heads."""
@@ -216,9 +221,10 @@ def _kept(config: S2Config, groups: tuple[int, int], blocks: int) -> Tensor:
 def _shared_slots(config: S2Config, groups: tuple[int, int], own: int, device: torch.device) -> Slots:
     """What a row in block ``own`` reads up to the block's end: lists change at the borders of blocks alone."""
     local = config.local_blocks
-    near = torch.arange(own + 1, device="cpu") > own - (local if isinstance(local, int) else local[0])
+    near = max(0, own + 1 - (local if isinstance(local, int) else local[0]))
     with torch.inference_mode(False):
-        return slots_of_blocks(_kept(config, groups, own + 1) | near, config.block_size, device)
+        kept = _kept(config, groups, own + 1) | (torch.arange(own + 1, device="cpu") >= near)
+        return slots_of_blocks(kept, near, config.block_size, device)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from attnzoo_kernels.layouts.layout import BlockLayout
 from attnzoo_kernels.layouts.memo import Lists
@@ -43,9 +43,9 @@ class Slots:
     """What the row of a decoding step reads, for all items of a batch.
 
     Attributes:
-        runs: Runs that all heads read, ascending and apart; ``None`` where something else says it.
-        index: Slots that are read, int64 ``[h, n]``; a head with fewer repeats one of its own.
-        shown: Which of them count, bool ``[h, n]``; ``None`` where all do.
+        runs: Runs that all heads read, ascending and apart, beside ``index`` or alone; ``None`` where there are none.
+        index: Slots that heads read of their own, int64 ``[h, n]``; one with fewer repeats one that it reads.
+        shown: Which of ``index`` count, bool ``[h, n]``; ``None`` where all do.
         shares: What neighbouring heads read, all of them in order; ``None`` where all read the same or ``index``.
     """
 
@@ -256,7 +256,7 @@ def _work_sets(slots: Slots, heads: int, groups: int, v: Tensor) -> Iterator[tup
             own_here = own
             if index is not None and index.shape[0] > 1:
                 mine = slice((at * counted // heads) - first, (stop * counted - 1) // heads + 1 - first)
-                own_here = Slots(None, index[mine], None if own.shown is None else own.shown[mine])
+                own_here = Slots(own.runs, index[mine], None if own.shown is None else own.shown[mine])
             yield here, slice(at // each, (stop - 1) // each + 1), own_here
             at = stop
 
@@ -282,6 +282,7 @@ def _one_share(
     mask = None if bias is None else bias.reshape(-1, *rows.shape[1:3], bias.shape[3])
     if slots.shown is not None:
         hidden = torch.zeros(slots.shown.shape, dtype=q.dtype, device=q.device).masked_fill(~slots.shown, -torch.inf)
+        hidden = pad(hidden, (0, sum(last - first for first, last in slots.runs or ())))
         mask = hidden[None, :, None] if mask is None else mask + hidden[None, :, None]
     if aux is not None:
         q_aux, k_aux = aux
@@ -342,13 +343,20 @@ def _listed(runs: Sequence[Run], device: torch.device | None) -> Tensor:
 
 
 def _read(x: Tensor, slots: Slots, lines: int) -> list[Tensor]:
-    """The slots that are read of ``x [B, h, S, D]``: views of runs, or one tensor that was gathered."""
-    if slots.runs is not None:
+    """The slots that are read of ``x [B, h, S, D]``: one tensor that was gathered, and views of runs."""
+    parts = [] if slots.index is None else [_gathered(x, slots.index, lines)]
+    for first, last in slots.runs or ():
         # All of it needs no view.
-        return [x if (first, last) == (0, x.shape[2]) else x[:, :, first:last] for first, last in slots.runs]
-    if slots.index is None:
+        part = x if (first, last) == (0, x.shape[2]) else x[:, :, first:last]
+        parts.append(part if not parts or part.shape[1] == parts[0].shape[1] else _for_lines(part, lines))
+    if not parts:
         raise ValueError("slots: expected runs, an index or shares, got none")
-    return [_gathered(x, slots.index, lines)]
+    return parts
+
+
+def _for_lines(x: Tensor, lines: int) -> Tensor:
+    """What KV heads have, for each of the lines of an index."""
+    return x.repeat_interleave(lines // x.shape[1], 1)
 
 
 def _gathered(x: Tensor, index: Tensor, heads: int) -> Tensor:

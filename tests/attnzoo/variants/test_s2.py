@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import attnzoo
+from attnzoo.base.shared_layouts import dense_layout
 from attnzoo.oracles.mha import Recipe
 from attnzoo.oracles.s2 import S2Pattern, block_mask, reads, s2
 from tests.attnzoo.cases import assert_same, build, gradients, recipe_of, tokens
@@ -328,3 +329,12 @@ def test_blocks_that_nobody_reads_get_no_gradient() -> None:
 def test_a_bad_option_is_refused_by_name(field: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"^{field}: expected"):
         attnzoo.create("s2", dim=32, num_heads=4, **{field: value})
+
+
+def test_a_call_in_which_nothing_is_far_has_the_layout_of_all_blocks() -> None:
+    layer = attnzoo.create("s2", dim=16, num_heads=4, block_size=4, local_blocks=3, vert_stride=4)
+    x = torch.randn(1, 13, 16)
+    with torch.no_grad():
+        for count, shares in ((12, True), (13, False)):
+            plan = layer.attend(x[:, :count]).plan
+            assert (plan.layout is dense_layout(4, count, count, x)) is shares

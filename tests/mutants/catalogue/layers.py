@@ -130,11 +130,11 @@ MUTANTS = (
         wrong="a decoding step's window is one token longer",
     ),
     quick(
-        "s2-row-own-block", old="behind = -held % size", new="behind = 0", file="attnzoo/variants/s2/blocks_of_row.py",
+        "s2-row-own-block", old="(slots.runs[-1][0], held))", new="slots.runs[-1])", file="attnzoo/variants/s2/blocks_of_row.py",
         wrong="a decoding step reads what lies behind its token", tests=f"{TESTS}/laws/test_quick_step.py -k '(says_what or hidden) and s2'",
     ),
     quick(
-        "s2-row-repeats", old=">= missing).to(device)", new=">= 0).to(device)", file="attnzoo/variants/s2/blocks_of_row.py",
+        "s2-row-repeats", old="< count).to(device)", new=">= 0).to(device)", file="attnzoo/variants/s2/blocks_of_row.py",
         wrong="a head with fewer blocks counts one of its slots several times", tests=f"{TESTS}/laws/test_quick_step.py -k 'says_what and s2'",
     ),
     quick(
