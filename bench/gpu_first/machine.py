@@ -54,10 +54,10 @@ def device() -> dict[str, Any] | None:
     }
 
 
-def doctor() -> list[str] | str:
-    """The doctor's findings, or why it could not be asked."""
+def doctor() -> list[str]:
+    """The doctor's findings, or that it could not be asked."""
     if find_spec("einops") is None:
-        return "einops is not installed: the doctor was not asked"
+        return ["note: einops is not installed: the doctor was not asked"]
     from attnzoo.doctor import environment, findings
 
     return [f"{finding.level}: {finding.what}" for finding in findings(environment())]
@@ -72,8 +72,10 @@ def main(given: list[str]) -> int:
         "system": platform.platform(),
         "cores": os.process_cpu_count() if hasattr(os, "process_cpu_count") else len(os.sched_getaffinity(0)),
         "device": device(),
-        "doctor": doctor(),
     }
+    Path(given[0]).write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    # All that can be known without them is written: these import more.
+    facts["doctor"] = doctor()
     if len(given) > 3:
         from bench.kernel_cache import fits
 

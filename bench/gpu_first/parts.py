@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bench.gpu.report import read
 from bench.gpu_first.child import Child
 from bench.gpu_first.pool import Pool, Result
 from bench.gpu_first.run import Outcome, Run
@@ -17,6 +17,7 @@ PLANTED_TESTS = "tests/bench/planted_faults.py"
 REHEARSED = ("[16-16-float32]", "test_bad_input", "planted_faults")
 REHEARSED_CHECKS = ("triton, float64, decoding", "blocked, float32, plain")
 ITEM_SECONDS = {"self-test": 25.0, "tests": 60.0}
+LENT_SECONDS = 60.0
 START_SECONDS = 50.0
 """Until a worker's first item: many at once import torch from a cold disk."""
 REHEARSED_SECONDS = 90.0
@@ -24,11 +25,6 @@ PLANTED_SECONDS = 2.0
 SHOWN = 5
 """Failures that are printed at once."""
 KEEP_EVERY = 15.0
-
-
-def read(path: Path) -> Any:
-    """JSON, or ``None`` where a child wrote none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def machine(run: Run, outcome: Outcome) -> None:
@@ -44,25 +40,27 @@ def machine(run: Run, outcome: Outcome) -> None:
             "bench.gpu_first.pytest_worker", "--list", str(work / "tests.names.json"), *files,
             log=work / "logs" / "tests.list.log", PYTEST_DISABLE_PLUGIN_AUTOLOAD="1",
         )  # fmt: skip
-    end = time.monotonic() + max(outcome.allowed, REHEARSED_SECONDS if run.rehearse else 0.0)
-    for name, child in children.items():
-        code = child.wait(end - time.monotonic())
+    # Nothing can be tried before it is listed: a cold disk may take of the next parts' time.
+    end = time.monotonic() + (REHEARSED_SECONDS if run.rehearse else outcome.allowed + run.clock.scaled(LENT_SECONDS))
+    codes = {name: child.wait(end - time.monotonic()) for name, child in children.items()}
+    for name, code in codes.items():
         if code != 0:
             ending = "no end in time" if code is None else f"exit code {code}"
-            outcome.wrong(f"{name}: {ending}: {child.last_words()}")
+            outcome.wrong(f"{name}: {ending}: {children[name].last_words()}")
     run.facts = read(facts) or {}
     outcome.data = run.facts
     device = run.facts.get("device")
-    if device is None and not run.rehearse:
+    # What took too long may still be there.
+    run.blind = not run.rehearse and device is None and (bool(run.facts) or codes["machine"] is not None)
+    if run.blind:
         outcome.wrong("torch finds no CUDA device")
     have = run.facts.get("versions", {})
     named = ", ".join(f"{name} {have.get(name) or 'missing'}" for name in ("python", "torch", "triton", "pytest"))
     outcome.said = f"{device['name'] if device else run.device}; {named}; {run.cores} cores"
     _brought(run, outcome)
-    if isinstance(doctor := run.facts.get("doctor"), list):
-        for finding in doctor:
-            if finding.startswith("problem") and not run.rehearse:
-                outcome.wrong(f"the doctor: {finding}")
+    for finding in run.facts.get("doctor", []):
+        if finding.startswith("problem") and not run.rehearse:
+            outcome.wrong(f"the doctor: {finding}")
 
 
 def _brought(run: Run, outcome: Outcome) -> None:

@@ -86,6 +86,7 @@ class Run:
         keep: Packs what there is.
         outcomes: Of the parts so far.
         facts: Of the machine.
+        blind: Whether there is no device to try anything on.
     """
 
     work: Path
@@ -97,6 +98,7 @@ class Run:
     keep: Callable[[], None] = lambda: None
     outcomes: list[Outcome] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
+    blind: bool = False
 
     @property
     def device(self) -> str:

@@ -216,6 +216,7 @@ def test_the_exit_code_says_whether_all_ran_and_was_right(tmp_path: Path, monkey
 
 def test_nothing_is_tried_without_a_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def machine(run: Run, outcome: Outcome) -> None:
+        run.blind = True
         outcome.wrong("torch finds no CUDA device")
 
     assert run_with(monkeypatch, tmp_path, machine=machine) == 1
@@ -304,3 +305,21 @@ def test_the_parent_needs_no_torch() -> None:
         "from bench.gpu_first import __main__\n"
     )
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=60)
+
+
+@pytest.mark.parametrize(("seconds", "blind"), [(0.5, False), (60.0, True)])
+def test_a_machine_that_is_slow_to_answer_is_not_taken_to_have_no_device(
+    seconds: float, blind: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only a child that ended and found none says so."""
+    monkeypatch.setattr(parts, "LENT_SECONDS", 0.0)
+    program = "raise SystemExit('no driver')" if blind else "import time; time.sleep(60)"
+    monkeypatch.setattr(
+        Run, "start", lambda self, module, *given, log, **more: Child(["-c", program], log, dict(os.environ))
+    )
+    run = toy(tmp_path)
+    outcome = Outcome("machine", allowed=seconds)
+    parts.machine(run, outcome)
+    assert run.blind is blind
+    assert ("torch finds no CUDA device" in outcome.reasons) is blind
+    assert "no driver" in outcome.reasons[0] if blind else "no end in time" in outcome.reasons[0]

@@ -68,8 +68,9 @@ def test_a_layout_may_change_under_a_captured_decoding_step(cuda: torch.device) 
 
 
 def test_a_capture_that_would_have_to_read_back_says_so(cuda: torch.device) -> None:
-    x = given_on(cuda)
-    fresh = BlockLayout.dense(64, 64, 1000, 1000, device=cuda)
+    # Enough rows for any device: with fewer, lists would be cut and read as they are, and nothing read back.
+    x = given_on(cuda, tokens=4000)
+    fresh = BlockLayout.dense(64, 64, 4000, 4000, device=cuda)
     graph = torch.cuda.CUDAGraph()
     with pytest.raises(UnsupportedError, match="captured"), torch.cuda.graph(graph):
         block_sparse_attention(x.q, x.k, x.v, fresh, impl="triton")
