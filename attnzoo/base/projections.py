@@ -170,14 +170,14 @@ def takes_its_own_dtype(projection: nn.Module) -> bool:
 
 def is_untouched(projection: nn.Module, x: Tensor) -> bool:
     """Whether its weight may be read instead of calling it: an ``nn.Linear`` that nobody wrapped, hooked or moved."""
-    hooks = [getattr(projection, name) for name in _HOOKS] + [getattr(nn.modules.module, name) for name in _ALL_HOOKS]
-    return (
-        type(projection) is nn.Linear
-        and not any(hooks)
-        and "forward" not in vars(projection)
-        and type(projection.weight) is nn.Parameter
-        and projection.weight.device == x.device
-    )
+    if type(projection) is not nn.Linear:
+        return False
+    # Past the module's look-up, which takes longer than a small product.
+    held = vars(projection)
+    if any(held[name] for name in _HOOKS) or any(getattr(nn.modules.module, name) for name in _ALL_HOOKS):
+        return False
+    weight = held["_parameters"].get("weight")
+    return "forward" not in held and type(weight) is nn.Parameter and weight.device == x.device
 
 
 def is_unwatched(module: nn.Module) -> bool:
@@ -188,20 +188,27 @@ def is_unwatched(module: nn.Module) -> bool:
     return not (nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks)
 
 
-def is_product(projection: nn.Module, rows: int, x: Tensor) -> bool:
-    """Whether calling it on a CPU is a product with its own weight and no more, to so many features, as x is.
+def are_products(projections: Iterable[tuple[nn.Module, int]], x: Tensor) -> bool:
+    """Whether calling each on a CPU is a product with its own weight and no more, to so many features, as x is.
 
-    Reads attributes past the module's look-up: it is asked for each projection at each decoding step.
+    As long as no gradients are wanted. Reads attributes past the module's look-up: it is asked at each decoding step.
     """
-    if type(projection) is not nn.Linear or not is_unwatched(projection):
+    if nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks:
         return False
-    weight = vars(projection)["_parameters"].get("weight")
-    return (
-        type(weight) is nn.Parameter
-        and weight.shape[0] == rows
-        and weight.dtype == x.dtype
-        and weight.device == x.device
-    )
+    dtype = x.dtype
+    device = x.device
+    for projection, rows in projections:
+        held = vars(projection)
+        if type(projection) is not nn.Linear or "forward" in held:
+            return False
+        if held["_forward_hooks"] or held["_forward_pre_hooks"]:
+            return False
+        weight = held["_parameters"].get("weight")
+        if type(weight) is not nn.Parameter or weight.shape[0] != rows:
+            return False
+        if weight.dtype != dtype or weight.device != device:
+            return False
+    return True
 
 
 def is_plain(projection: nn.Module, x: Tensor) -> bool:

@@ -67,7 +67,7 @@ class RowCache(EditableCache):
         slot = self.length
         for name, value in values.items():
             if name in self._rings:
-                self._rings[name].write(value, slot, 1)
+                self._rings[name].write_one(value, slot)
             else:
                 self._buffers[name].narrow(2, slot, 1).copy_(value)
         self.length = slot + 1

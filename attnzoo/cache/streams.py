@@ -143,6 +143,12 @@ class Ring:
         row = (token % self.rows)[:, None, :, None].expand(-1, self.values.shape[1], -1, self.values.shape[3])
         return self.values.gather(2, row).masked_fill((token < 0)[:, None, :, None], 0)
 
+    def write_one(self, value: Tensor, token: int) -> None:
+        """As :meth:`write`, of one token ``[B, h, 1, D]`` of each item, behind as many as that."""
+        self.values.narrow(2, token % self.rows, 1).copy_(value)
+        if token >= self.rows:
+            self.oldest = self._later(token + 1 - self.rows)
+
     def recent(self, count: int, length: int | Tensor) -> Tensor:
         """As :meth:`last`; a view where all items have so many tokens, and these lie together."""
         shared = Lengths(length).shared

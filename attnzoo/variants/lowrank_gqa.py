@@ -176,9 +176,9 @@ class LowRankGQAAttention(AttentionLayer, name="lowrank_gqa"):
         if not known or not torch.equal(places, torch.arange(row.position, device=places.device).expand_as(places)):
             return None
         batch = row.x.shape[0]
-        q = self.q_proj(row.x).view(batch, config.num_heads, 1, config.head_width)
+        q = self.product("q_proj", row.x).view(batch, config.num_heads, 1, config.head_width)
         position = places.new_full((batch, 1, 1, 1), row.position)
-        seen = row.cache.write_row({"latent": self.kv_down(row.x).unsqueeze(1), "position": position})
+        seen = row.cache.write_row({"latent": self.product("kv_down", row.x).unsqueeze(1), "position": position})
         heads = LatentHeads(config.kv_heads, config.head_width, config.rotary, self.row_scale)
         return attend_absorbed(q, seen["latent"][:, 0, :held], self.kv_up.weight, heads, self.row_slots(held, q.device))
 

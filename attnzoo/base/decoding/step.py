@@ -15,15 +15,16 @@ Letters: B batch, C model width, H query heads, G KV heads, D head width, Dv val
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.functional import linear
 
 from attnzoo.base.caching import CachingModule
 from attnzoo.base.decoding.rotation import rotate_row, row_rotation
-from attnzoo.base.projections import is_product
+from attnzoo.base.projections import are_products
 from attnzoo.base.recording import Recording
 from attnzoo.cache.kv_cache import KVCache
 from attnzoo_kernels import Slots, attend_slots
@@ -109,8 +110,13 @@ class DecodingModule(CachingModule):
         """Queries before keys ``[B, H + G, 1, D]``, not rotated, and values ``[B, G, 1, Dv]``."""
         # Of one token, heads lie one behind the other, as rows do.
         size = (row.x.shape[0], -1, 1, self.config.head_width)
-        both = torch.cat((self.q_proj(row.x), self.k_proj(row.x)), -1).view(size)
-        return both, self.v_proj(row.x).view(size)
+        both = torch.cat((self.product("q_proj", row.x), self.product("k_proj", row.x)), -1).view(size)
+        return both, self.product("v_proj", row.x).view(size)
+
+    def product(self, name: str, x: Tensor) -> Tensor:
+        """What a projection of :meth:`row_projections` makes of x: a product, as a quick step knows by now."""
+        held = cast(nn.Module, self._modules[name])._parameters
+        return linear(x, cast(Tensor, held["weight"]), held["bias"])
 
     def rotate_row(self, row: Row, x: Tensor) -> Tensor:
         """Rotates heads ``[B, h, 1, D]`` of a row by its position."""
@@ -129,12 +135,14 @@ class DecodingModule(CachingModule):
         """The projections that a quick step calls, each with the features that it has where all heads are here."""
         config = self.config
         groups = config.kv_heads * config.head_width
-        return (
-            (self.q_proj, config.num_heads * config.head_width),
-            (self.k_proj, groups),
-            (self.v_proj, groups),
-            (self.o_proj, config.dim),
-        )
+        rows = {
+            "q_proj": config.num_heads * config.head_width,
+            "k_proj": groups,
+            "v_proj": groups,
+            "o_proj": config.dim,
+        }
+        held = cast(dict[str, nn.Module], self._modules)
+        return tuple((held[name], count) for name, count in rows.items())
 
     def decode_row(self, x: Tensor, cache: KVCache) -> Tensor | None:
         """The output of a decoding step ``[B, 1, C]``, the quick way; ``None`` where the call's steps have to be run.
@@ -151,8 +159,7 @@ class DecodingModule(CachingModule):
             out = self.attend_row(Row(x, cache, cache.bound))
             if out is None:
                 return None
-            result: Tensor = self.o_proj(out.reshape(x.shape[0], 1, -1))
-            return result
+            return self.product("o_proj", out.reshape(x.shape[0], 1, -1))
 
     def _may_be_quick(self, x: Tensor) -> bool:
         """Whether nothing about a call on a CPU, or about this layer, asks for the call's steps."""
@@ -164,7 +171,7 @@ class DecodingModule(CachingModule):
             return False
         if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())):
             return False
-        return all(is_product(projection, rows, x) for projection, rows in self.row_projections())
+        return are_products(self.row_projections(), x)
 
     def _has_steps_stood_for(self) -> bool:
         """Whether the steps are still those of the class, replaced neither on it nor on this layer."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, Self
 
 from attnzoo.base.config import AttentionConfig, check_bool, check_int
@@ -92,7 +93,7 @@ class MoHConfig(AttentionConfig):
         """Heads that are routed together."""
         return self.num_heads // self.kv_heads if self.route_unit == "kv_group" else 1
 
-    @property
+    @cached_property
     def counts(self) -> Counts:
         """How many heads of each kind there are."""
         units = self.num_heads // self.unit

@@ -50,7 +50,9 @@ def best(scores: Tensor, counts: Counts) -> Tensor:
     """The K largest of ``[.., E]`` as a mask, whole units together; among equals the lowest index comes first."""
     if counts.active == counts.routed:
         return torch.ones_like(scores, dtype=torch.bool)
-    units = scores.detach().unflatten(-1, (-1, counts.unit)).sum(-1)
+    units = scores.detach()
+    if counts.unit > 1:
+        units = units.unflatten(-1, (-1, counts.unit)).sum(-1)
     # Unlike topk, a stable sort says which of equals it takes.
     order = units.argsort(dim=-1, descending=True, stable=True)[..., : counts.active // counts.unit]
     chosen = torch.zeros_like(units, dtype=torch.bool).scatter(-1, order, 1)

@@ -122,7 +122,7 @@ MUTANTS = (
         wrong="a cache of another dtype is read as if it had the layer's", file="attnzoo/cache/rows.py",
     ),
     quick(
-        "quick-past-hooks", old='or held["_forward_hooks"] or held["_forward_pre_hooks"]', new="", file="attnzoo/base/projections.py",
+        "quick-past-hooks", old='if held["_forward_hooks"] or held["_forward_pre_hooks"]:', new="if False:", within="are_products", file="attnzoo/base/projections.py",
         wrong="a projection that somebody watches is taken for a product",
     ),
     quick(
