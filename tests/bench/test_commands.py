@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -32,7 +33,7 @@ def test_a_benchmark_says_what_it_takes(name: str) -> None:
     assert "--out" in done.stdout or "--measure" in done.stdout
 
 
-@pytest.mark.parametrize("name", ["cpu", "moh", "longheads"])
+@pytest.mark.parametrize("name", ["cpu", "moh", "longheads", "step"])
 def test_an_unknown_part_is_refused_before_anything_is_measured(name: str, tmp_path: Path) -> None:
     done = run(f"bench.{name}", "--out", str(tmp_path / "never"), "--only", "nothing of that name")
     assert done.returncode == 2
@@ -46,3 +47,14 @@ def test_a_part_writes_what_it_measured(tmp_path: Path) -> None:
     assert done.returncode in (0, 1), done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.json", "rows.md", "rows.png"]
     assert "a call of few rows" in done.stdout
+
+
+def test_a_step_of_every_conversion_is_checked_and_written(tmp_path: Path) -> None:
+    rows = ["mha", "latent 128", "dense, our cache"]
+    words = [word for row in rows for word in ("--only", row)]
+    done = run("bench.step", "--quick", "--rounds", "2", "--out", str(tmp_path / "step"), *words)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step.json", "step.md", "step.png"]
+    found = json.loads((tmp_path / "step.json").read_text(encoding="utf-8"))["rows"]
+    assert [(row["name"], row["tokens"]) for row in found] == [(name, length) for name in rows for length in (96, 160)]
+    assert all(row["error"] <= 1e-5 and row["ratio"] > 0 for row in found)

@@ -21,7 +21,7 @@ from attnzoo.base.rope import RotaryConfig, rotary_tables
 from attnzoo_kernels import Slots, remembers
 from attnzoo_kernels.runtime.plain import is_plain
 
-CHUNK_BYTES = 1 << 19
+CHUNK_BYTES = 1 << 20
 """Bytes of a chunk's keys."""
 
 _LEAST_TABLE = 1024
@@ -77,34 +77,34 @@ def attend_absorbed(q: Tensor, latent: Tensor, up: Tensor, heads: LatentHeads, s
     given = q.dtype
     dtype = torch.promote_types(given, torch.float32)
     batch, count, _, width = q.shape
+    groups = heads.kv_heads
     last = latent.shape[1] - 1
     keys, values = up.to(dtype).chunk(2)  # [G D, r] each
     q = q.squeeze(2).to(dtype)
+    weight = keys.t()
     table = None
     if heads.rotary is not None:
         table = _table(heads.rotary, width, _rounded(last + 1), dtype)
-        if not heads.rotary.interleaved:
-            q = q.index_select(2, _order(heads.rotary.width(width), 1, width, q.device))
-            keys = keys.index_select(0, _order(heads.rotary.width(width), heads.kv_heads, width, q.device))
-        q = q.clone()
+        turned = heads.rotary.width(width)
+        if heads.rotary.interleaved:
+            q = q.clone()
+        else:
+            q = q.index_select(2, _order(turned, 1, width, q.device))
+            weight = weight.index_select(1, _order(turned, groups, width, q.device))
         _rotate(q, table[last : last + 1])
     # One product scores all heads: a query is 0 at the keys of other groups.
-    rows = q.new_zeros(batch, heads.kv_heads, count // heads.kv_heads, heads.kv_heads, width)
-    group = torch.arange(heads.kv_heads, device=q.device)
-    rows[:, group, :, group] = (q * heads.scale).unflatten(1, rows.shape[1:3]).transpose(0, 1)
-    rows = rows.view(batch, count, -1)  # [B, H, G D]
-    out = q.new_empty(batch, heads.kv_heads, count // heads.kv_heads, width)
-    for item in range(batch):
-        mixed = _weighted_latents(rows[item], latent[item], _Keys(keys, width, table), slots)
-        # Values of the weighted sums, once for each head.
-        each = values.view(heads.kv_heads, width, -1).transpose(1, 2)  # [G, r, D]
-        torch.matmul(mixed.view(*out.shape[1:3], -1), each, out=out[item])
+    rows = (q.unsqueeze(2) * _groups_of(count, groups, heads.scale, dtype)).flatten(2)  # [B, H, G D]
+    # Values of the weighted sums, once for each head.
+    values = values.view(groups, width, -1).transpose(1, 2)  # [G, r, D]
+    keys_of = _Keys(weight, width, table)
+    mixed = [_weighted_latents(rows[item], latent[item], keys_of, slots) for item in range(batch)]
+    out = torch.matmul(torch.stack(mixed).view(batch, groups, count // groups, -1), values)
     return out.view(batch, count, 1, width).to(given)
 
 
 @dataclass(frozen=True, eq=False)
 class _Keys:
-    """How keys are made: weights ``[G D, r]``, the width of a head, and the rotation's table ``[P, W / 2]``."""
+    """How keys are made: weights ``[r, G D]``, the width of a head, and the rotation's table ``[P, W / 2]``."""
 
     weight: Tensor
     width: int
@@ -112,7 +112,7 @@ class _Keys:
 
     def expand(self, latent: Tensor, first: int, out: Tensor) -> None:
         """Writes the keys ``[C, G D]`` of the latents ``[C, r]`` of slots from ``first`` on."""
-        torch.mm(latent, self.weight.t(), out=out)
+        torch.mm(latent, self.weight, out=out)
         if self.table is not None:
             _rotate(out.view(out.shape[0], -1, self.width), self.table[first : first + out.shape[0]])
 
@@ -121,11 +121,10 @@ def _weighted_latents(rows: Tensor, latent: Tensor, keys: _Keys, slots: Slots) -
     """Softmax of the scores of ``rows [H, G D]``, and the sum of latents ``[S, r]`` that it weighs, ``[H, r]``."""
     runs = slots.runs or ()
     count = sum(last - first for first, last in runs)
-    scores = rows.new_empty(rows.shape[0], count)
-    chunk = max(1, CHUNK_BYTES // (keys.weight.shape[0] * rows.element_size()))
-    room = rows.new_empty(min(chunk, count), keys.weight.shape[0])
+    chunk = max(1, CHUNK_BYTES // (keys.weight.shape[1] * rows.element_size()))
+    room = rows.new_empty(min(chunk, count), keys.weight.shape[1])
     parts = []
-    done = 0
+    scores = []
     for first, last in runs:
         part = latent[first:last].to(rows.dtype)
         parts.append(part)
@@ -133,11 +132,11 @@ def _weighted_latents(rows: Tensor, latent: Tensor, keys: _Keys, slots: Slots) -
             some = part[begin : begin + chunk]
             made = room[: some.shape[0]]
             keys.expand(some, first + begin, made)
-            torch.mm(rows, made.t(), out=scores[:, done : done + some.shape[0]])
-            done += some.shape[0]
-    weights = scores.softmax(1)
-    mixed = rows.new_zeros(rows.shape[0], latent.shape[1])
-    for part, weight in zip(parts, weights.split([x.shape[0] for x in parts], 1), strict=True):
+            scores.append(torch.mm(rows, made.t()))
+    weights = torch.cat(scores, 1).softmax(1)
+    split = weights.split([x.shape[0] for x in parts], 1)
+    mixed = torch.mm(split[0], parts[0])
+    for weight, part in zip(split[1:], parts[1:], strict=True):
         mixed.addmm_(weight, part)
     return mixed
 
@@ -163,6 +162,14 @@ def _table(rotary: RotaryConfig, width: int, length: int, dtype: torch.dtype) ->
     with torch.inference_mode(False):
         cos, sin = rotary_tables(rotary, width, torch.arange(length, device="cpu"), dtype)
         return torch.complex(cos, sin)
+
+
+@remembers(32)
+def _groups_of(heads: int, groups: int, scale: float, dtype: torch.dtype) -> Tensor:
+    """The scale where a query head reads a KV head, else 0: ``[H, G, 1]``."""
+    with torch.inference_mode(False):
+        read = torch.arange(heads, device="cpu").unsqueeze(1) // (heads // groups) == torch.arange(groups, device="cpu")
+        return read.to(dtype).mul_(scale).unsqueeze(2)
 
 
 @remembers(32)

@@ -16,13 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnzoo.base.layer import AttentionInputs, AttentionLayer
+from attnzoo.base.layer import DENSE_BLOCK, AttentionInputs, AttentionLayer
 from attnzoo.base.padding import Alignment
 from attnzoo.base.recording import RULE
+from attnzoo.base.shared_layouts import dense_layout
 from attnzoo.surgery.hosts.calls import CACHE_NAMES, read_call
 from attnzoo.surgery.hosts.one_row import attend_one_row
 from attnzoo.surgery.hosts.weights import type_name
 from attnzoo.variants.mha import MHAAttention, MHAConfig
+from attnzoo_kernels import Extras, block_sparse_attention
 from attnzoo_kernels.errors import ShapeError, UnsupportedError
 
 NAME = "attnzoo"
@@ -250,6 +252,9 @@ def attend(
     query, key, value = _as_autocast_does(query, key, value)
     geometry = geometry_of(attention_mask, query.shape[2], key.shape[2])
     pattern = pattern_of(module)
+    if pattern is None and geometry.real is None and torch.compiler.is_compiling():
+        out = _attend_densely(query, key, value, geometry.first, scaling)
+        return out.transpose(1, 2).contiguous(), None
     layer = _dense_layer(query.shape[1], key.shape[1], query.shape[3], scaling) if pattern is None else pattern.layer
     if geometry.real is not None:
         out = _attend_padded(layer, query, key, value, geometry)
@@ -299,6 +304,18 @@ def _run(layer: AttentionLayer, inputs: AttentionInputs, offset: int | Tensor, l
     for recording in layer.recordings:
         recording.add(layer, plan)
     return layer.operate(inputs, plan)
+
+
+def _attend_densely(q: Tensor, k: Tensor, v: Tensor, first: int | Tensor, scale: float | None) -> Tensor:
+    """Plain attention in a program that is compiled, where no layer can be made."""
+    tokens = q.shape[2]
+    extras = Extras()
+    if isinstance(first, int):
+        k, v = (x[:, :, : first + tokens] for x in (k, v))
+    else:
+        extras = Extras(q_pos=(torch.arange(tokens, device=q.device) + first).to(torch.int32).view(1, 1, -1))
+    layout = dense_layout(DENSE_BLOCK, tokens, k.shape[2], q)
+    return block_sparse_attention(q, k, v, layout, causal=True, scale=scale, extras=extras)
 
 
 def _attend_plain(layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, first: int | Tensor) -> Tensor:
