@@ -159,7 +159,7 @@ def test_a_gpu_is_described_with_its_tiles(monkeypatch: pytest.MonkeyPatch) -> N
 def test_the_paths_of_the_cpu_are_told_with_their_reasons(capsys: pytest.CaptureFixture[str]) -> None:
     cpu = doctor.devices()[0]
     assert list(cpu.paths) == [what for what, _, _ in doctor.PATH_CALLS]
-    assert all(list(reasons) == ["few_rows", "flash", "bf16", "blocked"] for reasons in cpu.paths.values())
+    assert all(list(reasons) == ["few_rows", "flash", "bf16", "key_major", "blocked"] for reasons in cpu.paths.values())
     assert cpu.paths["long calls in fp32"]["flash"] == ()
     assert "64 queries" in " ".join(cpu.paths["short calls in fp32"]["flash"])
     assert doctor_view._path_line(cpu.paths["long calls in fp32"]) == "flash runs"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from attnzoo_kernels import reference
 from attnzoo_kernels.cpu import blocked, gather, schedule, scores
-from attnzoo_kernels.cpu import gates as gating
+from attnzoo_kernels.blocks import gates as gating
 from attnzoo_kernels.spec.call import Call
 from attnzoo_kernels.spec.token_rule import TokenRule
 from tests.attnzoo_kernels.checks import CHECKS, fixed_problems, switches, truth
@@ -252,7 +252,7 @@ BLOCKED: dict[str, Callable[[Patch], None]] = {
     ),
     "origins turned the other way": text(scores.Rotation, "rotate", "if back", "if not back"),
     "gradients of rotated keys not rotated back": text(
-        scores.Rotation, "rotate", "angle.conj() if back else angle", "angle"
+        scores.Rotation, "rotate", "self.table_back if back else self.table", "self.table"
     ),
     "the own block gated": text(gating, "_mixed", "torch.where(own, total, mixed)", "mixed"),
     "blocks of hidden landmarks kept": text(

@@ -6,9 +6,10 @@ from attnzoo_kernels.cpu.bf16 import BF16Path
 from attnzoo_kernels.cpu.blocked import BlockedPath
 from attnzoo_kernels.cpu.few_rows import FewRowsPath
 from attnzoo_kernels.cpu.flash import FlashPath
+from attnzoo_kernels.cpu.key_major import KeyMajorPath
 from attnzoo_kernels.cpu.path import CPUPath
 
-PATHS: tuple[CPUPath, ...] = (FewRowsPath(), FlashPath(), BF16Path(), BlockedPath())
+PATHS: tuple[CPUPath, ...] = (FewRowsPath(), FlashPath(), BF16Path(), KeyMajorPath(), BlockedPath())
 """In the order in which they are asked; the last takes every call."""
 
 __all__ = ["PATHS"]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attnzoo_kernels.cpu import gates
+from attnzoo_kernels.blocks import gates
 from attnzoo_kernels.cpu.gather import Source, tile, untile
 from attnzoo_kernels.cpu.pack_gqa import pack_gqa, pack_rows, unpack_rows
 from attnzoo_kernels.cpu.path import CPUPath, Gradients

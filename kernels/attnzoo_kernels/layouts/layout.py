@@ -66,6 +66,18 @@ class BlockLayout:
         if is_readable(self.col):
             self.validate()
 
+    def rows_from(self, first: int) -> Self:
+        """The query blocks from ``first`` on, as a layout of their own that shares this one's memory.
+
+        Raises:
+            ShapeError: If there are none.
+        """
+        rows = self.seq_q - first * self.block_q
+        if first < 0 or rows <= 0:
+            raise ShapeError(f"first: expected one of {self.start.shape[2]} query blocks, got {first}")
+        lists = build.LayoutLists(self.start[:, :, first:], self.count[:, :, first:], self.col, self.origin)
+        return self._trusted((self.block_q, self.block_k, rows, self.seq_k), lists)
+
     @classmethod
     def _trusted(cls, sizes: build.Sizes, lists: build.LayoutLists) -> Self:
         """A layout from parts that are fresh and known to be right."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from attnzoo_kernels import BlockLayout, Extras, UnsupportedError, block_sparse_attention, dispatch, why_not
-from attnzoo_kernels.cpu import PATHS, few_rows
+from attnzoo_kernels.cpu import PATHS, few_rows, key_major
 from attnzoo_kernels.cpu.path import CPUPath
 from attnzoo_kernels.op import attend_on_path, make_call
 from attnzoo_kernels.spec.call import Call
@@ -33,6 +33,7 @@ each = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.name)
 def _where_every_path_runs() -> Iterator[None]:
     with answering("amx"), from_one_row_on(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(few_rows, "MOST_ROWS", 64)
+        patch.setattr(key_major, "LEAST_ROWS", 0)
         yield
 
 
@@ -63,6 +64,8 @@ def kinds(p: Problem, seed: int) -> Iterator[Problem]:
         yield plain.change(q_pos=None, window=window, sink=sink, scale=None)
         keep = runs(Numbers.of(seed), *p.keep.shape[:2], p.keep.shape[2:])
         yield plain.change(keep=keep, sink=0, scale=None)
+        by_row = p.keep.repeat_interleave(p.block_q, 2)[:, :, : p.queries]
+        yield plain.change(keep=by_row, block_q=1, window=None, sink=0)
 
 
 @st.composite
@@ -125,7 +128,7 @@ def test_a_forced_path_computes_by_itself(path: CPUPath, monkeypatch: pytest.Mon
     for other in PATHS:
         if other is not path:
             monkeypatch.setattr(type(other), "forward", lambda *_, **__: pytest.fail("another path was asked"))
-    out, lse = attend_on_path(path.name, p, BlockLayout.dense(16, 16, 32, 32))
+    out, lse = attend_on_path(path.name, p, BlockLayout.dense(1 if path.name == "key_major" else 16, 16, 32, 32))
     assert out.shape == (1, 2, 32, 8) and lse.shape == (0,)
 
 

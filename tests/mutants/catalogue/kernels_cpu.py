@@ -12,8 +12,9 @@ entries = partial(Mutant, file=f"{FOLDER}/layouts/entries.py", tests=RIGHT)
 schedule = partial(Mutant, file=f"{FOLDER}/cpu/schedule.py", tests=RIGHT)
 pack_gqa = partial(Mutant, file=f"{FOLDER}/cpu/pack_gqa.py", tests=RIGHT)
 tiles = partial(Mutant, file=f"{FOLDER}/cpu/gather.py", tests=RIGHT)
-gating = partial(Mutant, file=f"{FOLDER}/cpu/gates.py", tests=RIGHT)
+gating = partial(Mutant, file=f"{FOLDER}/blocks/gates.py", tests=RIGHT)
 scores = partial(Mutant, file=f"{FOLDER}/cpu/scores.py", tests=RIGHT)
+rotating = partial(Mutant, file=f"{FOLDER}/blocks/rotation.py", tests=RIGHT)
 blocked = partial(Mutant, file=f"{FOLDER}/cpu/blocked.py", tests=RIGHT)
 rule = partial(Mutant, file=f"{FOLDER}/spec/token_rule.py", tests=RIGHT)
 reference = partial(Mutant, file=f"{FOLDER}/reference.py", tests=RIGHT)
@@ -150,7 +151,7 @@ MUTANTS = (
         "scores-blocks-of-shared-heads", old="(head % heads) * source.heads // heads", new="(head % heads) % source.heads",
         wrong="a bias by group goes to heads by remainder", tests=f"{TESTS}/op/test_unseen.py",
     ),
-    scores(
+    rotating(
         "scores-pairs-of-odd-widths", old="self.padded = self.full + self.full % 2", new="self.padded = self.full",
         wrong="origins at odd widths have no complex view", tests=f"{TESTS}/op/test_switches.py -k turn_any_width",
     ),

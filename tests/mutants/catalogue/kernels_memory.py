@@ -192,7 +192,7 @@ MUTANTS = (
         wrong="a gate's own block is that of the first head's position",
     ),
     Mutant(
-        "gradients-of-vanished-blocks", f"{FOLDER}/cpu/gates.py", old="change.masked_fill_(outer == 0, 0.0)", new="pass",
+        "gradients-of-vanished-blocks", f"{FOLDER}/blocks/gates.py", old="change.masked_fill_(outer == 0, 0.0)", new="pass",
         wrong="a NaN in one block reaches the gradients of blocks that have vanished",
         tests=f"{TESTS}/cpu/test_nonfinite.py -k 'blocked and (landmarks or gate or all)'",
     ),

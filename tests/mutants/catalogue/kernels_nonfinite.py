@@ -45,7 +45,7 @@ MUTANTS = (
         wrong="a row with a NaN has weights for slots that it does not see", tests=f"{TESTS}/cpu/test_nonfinite.py -k blocked",
     ),
     Mutant(
-        "gating-weights-of-vanished-blocks", file=f"{FOLDER}/cpu/gates.py",
+        "gating-weights-of-vanished-blocks", file=f"{FOLDER}/blocks/gates.py",
         old="weights.masked_fill_(_weightless(inner, outer), 0.0)", new="pass",
         wrong="a gated row with a NaN has weights for slots that it does not see",
         tests=f"{TESTS}/cpu/test_nonfinite.py -k blocked",

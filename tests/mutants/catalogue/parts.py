@@ -197,7 +197,7 @@ MUTANTS = (
         "retrieval-shared-max", old="share.amax(2, keepdim=True)", new="share.mean(2, keepdim=True)", wrong="the shared choice goes by the mean and not the largest share", tests=f"{VARIANTS}/test_landmark_published.py -k call_by_call",
     ),
     retrieval(
-        "retrieval-ties", old="slack = _rounding(q, keys, complete, scale)", new="slack = 0 * _rounding(q, keys, complete, scale)",
+        "retrieval-ties", old="slack = rounding(q, keys, complete, scale)", new="slack = 0 * rounding(q, keys, complete, scale)",
         wrong="equal landmarks are told apart by rounding", tests=f"{VARIANTS}/test_landmark.py -k 'front or order'",
     ),
     relative(
