@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from attnzoo_kernels import reference
-from attnzoo_kernels.cpu import blocked, gather, schedule, scores
 from attnzoo_kernels.blocks import gates as gating
+from attnzoo_kernels.cpu import blocked, gather, schedule, scores
 from attnzoo_kernels.spec.call import Call
 from attnzoo_kernels.spec.token_rule import TokenRule
 from tests.attnzoo_kernels.checks import CHECKS, fixed_problems, switches, truth

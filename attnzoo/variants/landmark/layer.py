@@ -30,6 +30,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from attnzoo.base.decoding.rotation import rotate_row, row_rotation
+from attnzoo.base.decoding.step import Row
 from attnzoo.base.layer import (
     DENSE_BLOCK,
     LONG_CALL,
@@ -47,9 +49,10 @@ from attnzoo.cache.kv_cache import KVCache, Stream
 from attnzoo.cache.lengths import Lengths
 from attnzoo.selection.offloading import OffloadingLayer
 from attnzoo.variants.landmark.config import LandmarkConfig, Mode, check_mix, check_mode
+from attnzoo.variants.landmark.decoding import PRECISE, attend_row
 from attnzoo.variants.landmark.retrieval import BlockRotations, retrieve
 from attnzoo.variants.landmark.tokens import LandmarkGrid, check_landmarks
-from attnzoo_kernels import BlockLayout, Extras
+from attnzoo_kernels import BlockLayout, Extras, Slots, attend_slots
 from attnzoo_kernels.errors import UnsupportedError
 from attnzoo_kernels.runtime.plain import is_open
 
@@ -136,7 +139,9 @@ class LandmarkAttention(OffloadingLayer, name="landmark"):
         *,
         is_landmark: Tensor | None = None,
     ) -> Tensor:
-        """The output of :meth:`attend` alone."""
+        """The output of :meth:`attend` alone; decoding steps that nobody watches make no plan."""
+        if is_landmark is None:
+            return super().forward(x, positions, key_padding, cache, context)
         return self.attend(x, positions, key_padding, cache, context, is_landmark=is_landmark).out
 
     def attend(
@@ -291,6 +296,33 @@ class LandmarkAttention(OffloadingLayer, name="landmark"):
         origin = None if rotations is None else torch.cat([found.shift, torch.zeros_like(near)], -1)
         layout = BlockLayout.from_indices(index, 1, size, q.shape[2], slots, origin)
         return Plan(layout, extras, True, info={"blocks": found.blocks})
+
+    def attend_row(self, row: Row) -> Tensor | None:
+        """A decoding step in mode "topk", unless it does as the published code does, or is in half precision."""
+        config = self.config
+        if self.effective_mode != "topk" or config.official_quirks or row.x.dtype not in PRECISE:
+            return None
+        check_mix(self.gate_mix)
+        held = row.position + 1
+        size = config.block_size
+        place = row if config.landmark_positions else row._replace(position=row.position - held // size)
+        q, k, v = self.project_row(place)
+        seen = row.cache.write_row({"k": k, "v": v})
+        if held <= size:
+            # No block is complete before the row's own, whose landmark counts for nothing.
+            own = Slots(((0, min(held, size - 1)),))
+            return attend_slots(q, seen["k"], seen["v"], own, scale=self.row_scale)
+        heads = (q, seen["k"], seen["v"])
+        return attend_row(config, heads, held, scale=self.row_scale, mix=self.gate_mix, moves=not self._reads_all(held))
+
+    def rotate_row(self, row: Row, x: Tensor) -> Tensor:
+        """In halves, as :meth:`rotate` does."""
+        rotary = self.config.rotary
+        if rotary is None or not rotary.interleaved:
+            return super().rotate_row(row, x)
+        head_dim = self.config.head_width
+        in_halves = row_rotation(replace(rotary, interleaved=False), head_dim, row.position, x)
+        return rotate_row(_apart(x, rotary.width(head_dim)), in_halves)
 
 
 def _on_grid(grid: LandmarkGrid, q: Tensor, k: Tensor, v: Tensor) -> LandmarkInputs:

@@ -102,7 +102,7 @@ def retrieve(
             share = torch.softmax(scores, -1).nan_to_num(0.0)
             return top_blocks(share.amax(2, keepdim=True), count, allowed=allowed.any(2, keepdim=True))
         last = scores.topk(count).values[..., -1:] if count else scores[..., :1]
-        slack = _rounding(q, keys, complete, scale)
+        slack = rounding(q, keys, complete, scale)
         return top_blocks(
             torch.zeros_like(scores), count, allowed=(scores - last).abs() <= slack, forced=scores > last + slack
         )
@@ -121,7 +121,7 @@ def retrieve(
         return Retrieved(taken, _shift(taken, complete, top_k))
 
 
-def _rounding(q: Tensor, keys: Tensor, complete: Tensor, scale: float) -> Tensor:
+def rounding(q: Tensor, keys: Tensor, complete: Tensor, scale: float) -> Tensor:
     """What rounding in projections and rotations may change a score by, ``[B, H, T, 1]``."""
     # Errors of a head's values are independent, so that they grow with its norm alone. In half precision the keys are
     # rounded where they are stored, the same for every call.

@@ -32,6 +32,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from attnzoo.base.decoding.step import Row
 from attnzoo.base.layer import LONG_CALL, AttentionInputs, Heads, Plan, Step, is_training
 from attnzoo.base.padding import attend_in_chunks, for_heads, in_chunks, leading_rows
 from attnzoo.base.rope import RotaryConfig as RotaryConfig
@@ -49,6 +50,16 @@ from attnzoo.variants.longheads.chunks import (
     take,
 )
 from attnzoo.variants.longheads.config import LongHeadsConfig
+from attnzoo.variants.longheads.decoding import (
+    LEAST_READ,
+    MOST_CHUNKS,
+    attend_all,
+    attend_chosen,
+    attend_most,
+    chosen_chunks,
+    rotated_to_slots,
+)
+from attnzoo.variants.longheads.prefix import apart, begins_plain
 from attnzoo_kernels import BlockLayout, Extras
 from attnzoo_kernels.errors import UnsupportedError
 from attnzoo_kernels.runtime.plain import is_open, is_plain
@@ -58,6 +69,10 @@ _SLOW = (
     "plain attention; select='block', without official_quirks, takes about as long as that: the first token of each "
     "query_block chooses for all of it"
 )
+
+
+PRECISE = (torch.float32, torch.float64)
+"""What a decoding step is computed in without the operation."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -225,12 +240,12 @@ class LongHeadsAttention(OffloadingLayer, name="longheads"):
         """
         size = self.config.chunk_size
         dtype = torch.promote_types(k.dtype, torch.float32)
-        index = torch.arange(size, device=k.device).repeat(k.shape[2] // size)
-        q, rotated = self.rotate(index, q.to(dtype), k.to(dtype))
-        keys = in_chunks(rotated, size)  # [B, G, N, w, D]
+        index = torch.arange(size, device=k.device)
+        keys = self.rotate(index, in_chunks(k.to(dtype), size))[0]  # [B, G, N, w, D]
         if self.config.chunk_rep == "mean_key":
             return for_heads(keys.mean(3), self._local_heads).to(k.dtype)  # [B, H, N, D]
-        queries, values = (in_chunks(x, size) for x in (q, v.to(dtype)))
+        queries = self.rotate(index, in_chunks(q.to(dtype), size))[0]
+        values = in_chunks(v.to(dtype), size)
         scale = self.config.head_width**-0.5 if self.config.scale is None else self.config.scale
         out = attend_in_chunks(queries, keys, values, scale)
         keys = for_heads(keys, self._local_heads)
@@ -271,6 +286,57 @@ class LongHeadsAttention(OffloadingLayer, name="longheads"):
         layout = BlockLayout.from_indices(index, block_q, config.block_k, rows, slots, origins)
         extras = self._extras(inputs.q, config.first)
         return Plan(layout, extras, True, front=front, info={"chunks": chunks})
+
+    def operate(self, inputs: AttentionInputs, plan: Plan) -> Tensor:
+        """As ever; where the first rows of a sequence read everything, they are plain attention by themselves."""
+        if self.impl == "auto" and begins_plain(inputs, plan):
+            parts = apart(self.config, inputs, plan)
+            return torch.cat([super(LongHeadsAttention, self).operate(*part) for part in parts], 2)
+        return super().operate(inputs, plan)
+
+    def attend_row(self, row: Row) -> Tensor | None:
+        """A decoding step, unless it does as the published code does, or is in half precision."""
+        config = self.config
+        grid = config.grid
+        own, place = divmod(row.position, grid.size)
+        count = own + 1 if row.position < grid.first else grid.slots
+        # Everything in many chunks is left to the operation, which reads them by one product.
+        reads_many = row.position < grid.first and count > MOST_CHUNKS
+        if config.official_quirks or reads_many or row.x.dtype not in PRECISE:
+            return None
+        q, k, v = self._project_row_unrotated(row)
+        asks = self._asking_query(row, q) if row.position >= grid.first else None
+        in_slots, rotated_k = rotated_to_slots(config, q, k, place, count)
+        now = {name: {"key": k, "query": q}[name] for name in self._rings}
+        recent = {}
+        if place == grid.size - 1:
+            # What lies before the token has to be read before the token is written.
+            recent = {name: torch.cat((row.cache.history(name, place), x), 2) for name, x in now.items()}
+        keys = row.cache.groups("chunk_key")
+        seen = row.cache.write_row({"k": rotated_k, "v": v, **now})
+        buffers = (seen["k"], seen["v"])
+        held = row.position + 1
+        if recent:
+            values = seen["v"][:, :, held - grid.size : held]
+            made = self.chunk_keys(recent.get("query", recent["key"]), recent["key"], values)
+            row.cache.complete({"chunk_key": made}, row.position)
+        if asks is None:
+            return attend_all(in_slots, buffers, grid.size, held, self.row_scale)
+        chunks = chosen_chunks(grid, asks, keys, own, k.shape[1] if config.group_select else None)
+        reads_most = own < min(2 * grid.slots, MOST_CHUNKS) and grid.slots * grid.size >= LEAST_READ
+        attend = attend_most if reads_most and self.row_scale > 0 else attend_chosen
+        return attend(in_slots, buffers, chunks, grid.size, held, self.row_scale)
+
+    def _project_row_unrotated(self, row: Row) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of a row ``[B, h, 1, D]``, in halves."""
+        size = (row.x.shape[0], -1, 1, self.config.head_width)
+        q, k, v = (x.view(size) for x in (self.q_proj(row.x), self.k_proj(row.x), self.v_proj(row.x)))
+        return self._in_halves(q), self._in_halves(k), v
+
+    def _asking_query(self, row: Row, q: Tensor) -> Tensor:
+        """The query that chooses for a row ``[B, H, 1, D]``: its own, or that of its block's first token."""
+        back = row.position % self.config.block_q
+        return q if back == 0 else row.cache.history("query", back)[:, :, :1]
 
     def plan_for(self, inputs: AttentionInputs, *, offset: int | Tensor, lengths: int | Tensor | None = None) -> Plan:
         """As the base, as far as no row selects.

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from attnzoo_kernels.blocks import gates
+from attnzoo_kernels.blocks.rotation import Rotation
 from attnzoo_kernels.cpu.gather import Source, tile
 from attnzoo_kernels.cpu.schedule import Bucket, Limits, Schedule
-from attnzoo_kernels.blocks.rotation import Rotation
 from attnzoo_kernels.runtime.products import product
 from attnzoo_kernels.runtime.store import remembers
 from attnzoo_kernels.runtime.workspace import scratch

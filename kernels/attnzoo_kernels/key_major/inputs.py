@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from attnzoo_kernels.key_major.pairs import Window
 from attnzoo_kernels.blocks.rotation import Rotation
+from attnzoo_kernels.key_major.pairs import Window
 from attnzoo_kernels.runtime.products import product
 from attnzoo_kernels.runtime.store import remembers
 from attnzoo_kernels.runtime.workspace import scratch

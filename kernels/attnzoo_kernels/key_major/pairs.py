@@ -71,7 +71,7 @@ def windows_of(call: Call) -> Iterator[Window]:
 
 
 def _window(call: Call, rows: tuple[int, int], most: int) -> Window:
-    batch, heads, groups, tokens, slots = call.shape
+    batch, heads, groups, _, _ = call.shape
     device = call.q.device
     first, last = rows
     shape = (batch, heads, last - first)

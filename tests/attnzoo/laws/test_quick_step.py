@@ -48,7 +48,30 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "rcmha, rotated": ("rcmha", {"rotary": attnzoo.RotaryConfig(), "conv_on": ("q", "v")}),
     "rcmha, no distances": ("rcmha", {"rel": None, "conv_size": 1}),
     "mha, partly rotated": ("mha", {"rotary": attnzoo.RotaryConfig(dim=4, interleaved=True)}),
-}
+    "longheads, heads of a group together": (
+        "longheads", {"chunk_size": 8, "attention_length": 32, "begin": 48, "num_kv_heads": 2, "group_select": True}
+    ),
+    "longheads, blocks of queries": (
+        "longheads", {"chunk_size": 8, "attention_length": 32, "select": "block", "query_block": 4, "num_kv_heads": 1}
+    ),
+    "longheads, mean keys": (
+        "longheads",
+        {
+            "chunk_size": 4, "attention_length": 20, "chunk_rep": "mean_key", "scale": 0.4,
+            "rotary": attnzoo.RotaryConfig(dim=6, interleaved=True),
+        },
+    ),
+    "longheads, no rotation": ("longheads", {"chunk_size": 8, "attention_length": 32, "rotary": None, "bias": True}),
+    "landmark, mixed gates": ("landmark", {"block_size": 8, "top_k": 2, "gate_mix": 0.4, "num_kv_heads": 2}),
+    "landmark, landmarks without a position": (
+        "landmark",
+        {
+            "block_size": 7, "top_k": 3, "landmark_positions": False, "num_kv_heads": 1,
+            "rotary": attnzoo.RotaryConfig(dim=4, interleaved=True),
+        },
+    ),
+    "landmark, no rotation": ("landmark", {"block_size": 5, "top_k": 1, "rotary": None, "scale": 0.3, "gate_mix": 0.0}),
+}  # fmt: skip
 """What the defaults and small sizes of a variant leave out."""
 
 

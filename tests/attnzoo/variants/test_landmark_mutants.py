@@ -133,8 +133,8 @@ MUTANTS: dict[str, Callable[[Patch], None]] = {
     "heads meet landmarks of other groups": text(
         retrieval, "_products", "grouped.flatten(2, 3)", "grouped.roll(1, 1).flatten(2, 3)"
     ),
-    "rounding chooses among equal landmarks": text(retrieval, "_rounding", "unit = 16 *", "unit = 0 *"),
-    "landmarks that differ taken for equal": text(retrieval, "_rounding", "unit = 16 *", "unit = 1e15 *"),
+    "rounding chooses among equal landmarks": text(retrieval, "rounding", "unit = 16 *", "unit = 0 *"),
+    "landmarks that differ taken for equal": text(retrieval, "rounding", "unit = 16 *", "unit = 1e15 *"),
     "the worst landmarks chosen": text(variant, "retrieve", "rotations) * scale", "rotations) * -scale"),
     "landmarks in a slot of ordinary tokens": grid_without_room_for_an_unfinished_block,
     "packed blocks as wide as tokens": stride_of_tokens,
