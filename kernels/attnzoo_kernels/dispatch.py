@@ -132,7 +132,7 @@ def forward(impl: str, call: Call, *, need_lse: bool) -> tuple[Tensor, Tensor]:
     if found is None:
         found = _forward_on_cpu(impl, call, need_lse=need_lse)
     out, lse = found
-    return out, lse if need_lse else lse.new_empty(0)
+    return out, lse if need_lse or lse.numel() == 0 else lse.new_empty(0)
 
 
 def _forward_on_cpu(impl: str, call: Call, *, need_lse: bool) -> tuple[Tensor, Tensor]:

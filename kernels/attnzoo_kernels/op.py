@@ -15,12 +15,16 @@ from attnzoo_kernels.errors import UnsupportedError
 from attnzoo_kernels.flops import register_when_counting
 from attnzoo_kernels.layouts.density import count_pairs
 from attnzoo_kernels.layouts.layout import BlockLayout
-from attnzoo_kernels.registration import flatten, no_autocast
+from attnzoo_kernels.registration import attend, no_autocast
 from attnzoo_kernels.runtime.products import rounds_to_zero
+from attnzoo_kernels.runtime.plain import is_watched
 from attnzoo_kernels.runtime.tracing import traceable
 from attnzoo_kernels.spec.call import Call, Gate, Origins
 from attnzoo_kernels.spec.extras import Extras
 from attnzoo_kernels.spec.token_rule import TokenRule, bounded
+
+
+_NO_EXTRAS = Extras()
 
 
 @traceable("block_sparse_attention")
@@ -208,7 +212,7 @@ def _attend(
 
         return attend_locally(locally, tensors, layout, extras, need_lse=need_lse)
     check_arguments(tensors, layout, causal=causal, scale=scale, extras=extras, impl=impl)
-    extras = extras or Extras()
+    extras = extras or _NO_EXTRAS
     device = tensors[0].device.type
     q, k, v = tensors
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
@@ -222,11 +226,10 @@ def _attend(
     reasons = reasons_against(impl, call, need_lse=need_lse)
     if reasons:
         raise UnsupportedError(f"impl: {impl!r} cannot run this call: {'; '.join(reasons)}", reasons)
-    _refuse_transforms((q, k, v, extras.key_bias, *(extras.aux or ()), extras.gate))
-    if not torch.compiler.is_compiling():
+    if is_watched() and not torch.compiler.is_compiling():
+        _refuse_transforms((q, k, v, extras.key_bias, *(extras.aux or ()), extras.gate))
         register_when_counting()
-    out, lse = torch.ops.attnzoo.bsa_fwd(*flatten(call), impl, need_lse)
-    return out, lse
+    return attend(call, impl, need_lse=need_lse)
 
 
 def _scale_of(q: Tensor, scale: float | None) -> float:
@@ -269,8 +272,6 @@ def _refuse_onnx() -> None:
 
 def _refuse_transforms(tensors: tuple[object, ...]) -> None:
     """Raises where torch would drop a tangent without a word, or fail without naming the way out."""
-    if torch.compiler.is_compiling():
-        return
     given = [x for x in tensors if isinstance(x, Tensor)]
     if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in given):
         raise UnsupportedError("block_sparse_attention: no forward-mode derivatives here; impl='reference' has them")

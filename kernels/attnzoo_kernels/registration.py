@@ -15,6 +15,7 @@ from torch import Tensor
 
 from attnzoo_kernels import dispatch
 from attnzoo_kernels.errors import UnsupportedError
+from attnzoo_kernels.runtime.plain import PLAIN, is_watched
 from attnzoo_kernels.spec.call import Call, Gate, Origins
 from attnzoo_kernels.spec.token_rule import TokenRule
 
@@ -77,7 +78,9 @@ def _call_of(inputs: tuple[Any, ...]) -> Call:
 
 def no_autocast(device: str) -> AbstractContextManager[Any]:
     """Switches autocast off: the inputs are cast already, and inside it would round scores and accumulators."""
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:
@@ -111,6 +114,42 @@ def _backward_fake(
         like.new_empty(like.shape) if needed and like is not None else args[0].new_empty(0)
         for like, needed in zip(likes, args[-1], strict=True)
     )
+
+
+class _Directly(torch.autograd.Function):
+    """As :class:`_Attend`, without a way through the dispatcher; the call comes beside its tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, impl: str, need_lse: bool, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+        keeps = dispatch.keeps_results(impl, call)
+        out, lse = dispatch.forward(impl, call, need_lse=need_lse or keeps)
+        inputs = (x.clone() if x is not None and x.is_inference() else x for x in tensors)
+        ctx.save_for_backward(*inputs, out if keeps else None, lse if keeps else None)
+        ctx.scalars = (*flatten(call)[_COUNT:], impl)
+        ctx.need_lse = need_lse
+        ctx.set_materialize_grads(False)
+        if not need_lse:
+            lse = lse.new_empty(0)
+            ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, *given: Tensor | None) -> tuple[Tensor | None, ...]:
+        dout, dlse = given
+        needed = ctx.needs_input_grad
+        need = [needed[index + 3] for index in WITH_GRADIENT]
+        dlse = dlse if ctx.need_lse else None
+        *inputs, out, lse = ctx.saved_tensors
+        if torch.is_grad_enabled() or is_watched() or not _are_plain((dout, dlse)):
+            grads = torch.ops.attnzoo.bsa_bwd(dout, dlse, out, lse, *inputs, *ctx.scalars, need)
+        else:
+            call = _call_of((*inputs, *ctx.scalars))
+            with no_autocast(call.q.device.type):
+                grads = dispatch.backward(ctx.scalars[-1], call, (out, lse), dout, dlse, need)
+        result: list[Tensor | None] = [None] * (3 + _COUNT)
+        for index, grad, wanted in zip(WITH_GRADIENT, grads, need, strict=True):
+            result[index + 3] = grad if wanted else None
+        return tuple(result)
 
 
 class _Attend(torch.autograd.Function):
@@ -163,11 +202,34 @@ class _Refuse(torch.autograd.Function):
 
 
 _attend: Any = _Attend.apply
+_directly: Any = _Directly.apply
 _refuse: Any = _Refuse.apply
 
 
 def _differentiable(tensors: tuple[Any, ...]) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in tensors)
+    return torch.is_grad_enabled() and any([isinstance(x, Tensor) and x.requires_grad for x in tensors])
+
+
+def _are_plain(tensors: tuple[Any, ...]) -> bool:
+    """Whether tensors are of torch's own class, or none at all."""
+    return all([x is None or type(x) in PLAIN for x in tensors])
+
+
+def attend(call: Call, impl: str, *, need_lse: bool) -> tuple[Tensor, Tensor]:
+    """A forward with its derivative: by the ops where somebody looks at what is dispatched, else straight to its path.
+
+    The way through the dispatcher and back, of some thirty arguments, takes several times as long as a small call.
+    """
+    simple = call.is_plain and call.rule.is_static
+    tensors = (call.q, call.k, call.v, call.col) if simple else flatten(call)[:_COUNT]
+    if is_watched() or not _are_plain(tensors):
+        out, lse = torch.ops.attnzoo.bsa_fwd(*flatten(call), impl, need_lse)
+        return out, lse
+    with no_autocast(call.q.device.type):
+        if _differentiable(tensors):
+            out, lse = _directly(call, impl, need_lse, *flatten(call)[:_COUNT])
+            return out, lse
+        return dispatch.forward(impl, call, need_lse=need_lse)
 
 
 def _forward_autograd(*args: Any) -> Any:

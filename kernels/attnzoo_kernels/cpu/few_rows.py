@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from attnzoo_kernels.cpu.path import CPUPath, Gradients
-from attnzoo_kernels.cpu.slots import Slots, attend_slots, attend_slots_with_lse, seen_by_last, slots_of
+from attnzoo_kernels.cpu.slots import Slots, attend_slots_with_lse, seen_by_last, slots_of
 from attnzoo_kernels.layouts.entries import list_entries
 from attnzoo_kernels.layouts.memo import remembered
 from attnzoo_kernels.runtime.processor import multiplies_bf16
@@ -216,28 +216,25 @@ def _one_row(call: Call, *, need_lse: bool) -> tuple[Tensor, Tensor] | None:
     found = slots_of_row(call)
     if found is None:
         return None
-    outs = []
-    lses = []
-    for item, slots in enumerate(found):
-        # One for all items of the batch, or one for each.
-        own = slice(item, item + 1) if len(found) > 1 else slice(None)
-        q, k, v = (x[own] for x in (call.q, call.k, call.v))
-        aux = call.aux
-        if aux is not None:
-            aux = (aux[0][own], aux[1][own] if aux[1].shape[0] > 1 else aux[1])
-        if need_lse:
-            out, lse = attend_slots_with_lse(q, k, v, slots, scale=call.scale, aux=aux)
-            lses.append(lse)
-        else:
-            out = attend_slots(q, k, v, slots, scale=call.scale, aux=aux)
-        outs.append(out)
-    out = outs[0] if len(outs) == 1 else torch.cat(outs)
+    if len(found) == 1:
+        out, lse = attend_slots_with_lse(call.q, call.k, call.v, found[0], scale=call.scale, aux=call.aux, need_lse=need_lse)
+    else:
+        items = [_one_item(call, item, slots, need_lse=need_lse) for item, slots in enumerate(found)]
+        out, lse = (torch.cat(parts) for parts in zip(*items, strict=True))
     if call.q.dtype == torch.bfloat16 and not _is_finite(out):
         # Products in bf16 may read beyond the end of their rows, times 0.
         return None
-    if not need_lse:
-        return out.contiguous(), out.new_empty(0, dtype=call.acc_dtype)
-    return out.contiguous(), torch.cat(lses).contiguous()
+    return out.contiguous(), lse.contiguous()
+
+
+def _one_item(call: Call, item: int, slots: Slots, *, need_lse: bool) -> tuple[Tensor, Tensor]:
+    """A batch item that reads slots of its own."""
+    own = slice(item, item + 1)
+    q, k, v = (x[own] for x in (call.q, call.k, call.v))
+    aux = call.aux
+    if aux is not None:
+        aux = (aux[0][own], aux[1][own] if aux[1].shape[0] > 1 else aux[1])
+    return attend_slots_with_lse(q, k, v, slots, scale=call.scale, aux=aux, need_lse=need_lse)
 
 
 def backward(call: Call, results: tuple[Tensor, Tensor], dout: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:

@@ -165,10 +165,16 @@ def attend_slots_with_lse(
     scale: float,
     bias: Tensor | None = None,
     aux: tuple[Tensor, Tensor] | None = None,
+    need_lse: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """As :func:`attend_slots`, with the log-sum-exp of the scores ``[B, H, 1]``: fp64 for fp64, else fp32."""
-    out, lse = _attend((q, k, v), slots, scale, (bias, aux), need_lse=True)
-    return out, lse if lse is not None else out.new_empty(0)
+    """As :func:`attend_slots`, with the log-sum-exp of the scores ``[B, H, 1]``, empty where it is not needed.
+
+    It is fp64 for fp64, else fp32.
+    """
+    out, lse = _attend((q, k, v), slots, scale, (bias, aux), need_lse=need_lse)
+    if lse is None:
+        lse = out.new_empty(0, dtype=torch.float64 if out.dtype == torch.float64 else torch.float32)
+    return out, lse
 
 
 def seen_by_last(slots: int, *, window: int | None, sink: int) -> Seen:
@@ -301,6 +307,8 @@ def _softmax(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of rows ``[B, h, r, D]`` over the runs of keys and values that they read, every slot of them."""
     rows, ks, vs = tensors
+    if len(ks) == 1 and not need_lse:
+        return scaled_dot_product_attention(rows, ks[0], vs[0], attn_mask=mask, scale=scale), None
     width = rows.shape[3]
     precise = rows.dtype in PRECISE
     long = len(ks) > 1 and sum(x.numel() for x in ks) >= LONG_RUNS

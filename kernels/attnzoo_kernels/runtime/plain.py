@@ -10,15 +10,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _jit: Any = torch.jit
-_PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN = (Tensor, torch.nn.Parameter)
+"""The classes of tensors that are what they seem."""
 _PROXY = torch._C._TorchDispatchModeKey.PROXY
 
 
 def is_plain(x: Tensor) -> bool:
     """Whether a tensor is no one else's: not traced, not fake, no subclass, no wrapper of torch.func."""
-    if torch.compiler.is_compiling() or type(x) not in _PLAIN or is_tracing():
+    if torch.compiler.is_compiling() or type(x) not in PLAIN or is_tracing():
         return False
     return not torch._C._functorch.is_functorch_wrapped_tensor(x)
 
@@ -26,6 +28,16 @@ def is_plain(x: Tensor) -> bool:
 def is_tracing() -> bool:
     """Whether torch.jit.trace or make_fx notes down what is done to real tensors."""
     return _jit.is_tracing() or torch._C._get_dispatch_mode(_PROXY) is not None
+
+
+def is_watched() -> bool:
+    """Whether somebody looks at what torch dispatches: a tracer, a compiler, a mode, a transform, a profiler."""
+    if torch.compiler.is_compiling():
+        return True
+    c: Any = torch._C
+    modes = c._len_torch_dispatch_stack() or c._len_torch_function_stack()
+    transforms = c._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    return bool(modes or transforms or c._get_tracing_state() is not None or c._autograd._profiler_enabled())
 
 
 NESTED = "nested"
