@@ -45,8 +45,14 @@ def sink_window_layout(block: int, tokens: int, slots: int, cover: Cover, like: 
 
 @remembers(32)
 def _shared_dense(block: int, tokens: int, slots: int, device: torch.device) -> BlockLayout:
+    return _dense_blocks(block, -(-tokens // block), -(-slots // block), device).with_lengths(tokens, slots)
+
+
+@remembers(32)
+def _dense_blocks(block: int, rows: int, columns: int, device: torch.device) -> BlockLayout:
+    """The lists of all lengths of so many blocks."""
     with torch.inference_mode(False):
-        return BlockLayout.dense(block, block, tokens, slots, device=device)
+        return BlockLayout.dense(block, block, rows * block, columns * block, device=device)
 
 
 def _sink_window(block: int, tokens: int, slots: int, cover: Cover, device: torch.device) -> BlockLayout:
@@ -65,5 +71,29 @@ def _sink_window(block: int, tokens: int, slots: int, cover: Cover, device: torc
 
 @remembers(32)
 def _shared_sink_window(block: int, tokens: int, slots: int, cover: Cover, device: torch.device) -> BlockLayout:
+    if tokens == 1 and isinstance(cover.first, int):
+        return _one_row(block, _of_one_row(block, slots, cover), -(-slots // block), device).with_lengths(1, slots)
     with torch.inference_mode(False):
         return _sink_window(block, tokens, slots, cover, device)
+
+
+def _of_one_row(block: int, slots: int, cover: Cover) -> tuple[tuple[int, int], ...]:
+    """The runs of blocks of a single row: those of the sink outside its window, then the window's."""
+    first = cover.first if isinstance(cover.first, int) else int(cover.first)
+    blocks = -(-slots // block)
+    ahead = 0 if cover.causal else cover.window - 1
+    low = max((first - cover.window + 1) // block, 0)
+    high = min((first + ahead) // block, blocks - 1)
+    sinks = min(-(-cover.sink // block), blocks)
+    before = min(sinks, low) if high >= 0 or not cover.causal else 0
+    behind = (max(high + 1, before), sinks if not cover.causal else 0)
+    return tuple((start, end) for start, end in ((0, before), (low, high + 1), behind) if start < end)
+
+
+@remembers(32)
+def _one_row(block: int, runs: tuple[tuple[int, int], ...], columns: int, device: torch.device) -> BlockLayout:
+    """One list, of all lengths of so many blocks; made where it lies, without a copy that would synchronise."""
+    with torch.inference_mode(False):
+        blocks = [torch.arange(start, end, device=device) for start, end in runs]
+        index = torch.cat(blocks) if blocks else torch.arange(0, device=device)
+        return BlockLayout.from_indices(index.view(1, 1, 1, -1), block, block, 1, columns * block)

@@ -210,6 +210,10 @@ def _differentiable(tensors: tuple[Any, ...]) -> bool:
     return torch.is_grad_enabled() and any([isinstance(x, Tensor) and x.requires_grad for x in tensors])
 
 
+REAL = ("cpu", "cuda")
+"""Devices whose tensors have values."""
+
+
 def _are_plain(tensors: tuple[Any, ...]) -> bool:
     """Whether tensors are of torch's own class, or none at all."""
     return all([x is None or type(x) in PLAIN for x in tensors])
@@ -222,7 +226,7 @@ def attend(call: Call, impl: str, *, need_lse: bool) -> tuple[Tensor, Tensor]:
     """
     simple = call.is_plain and call.rule.is_static
     tensors = (call.q, call.k, call.v, call.col) if simple else flatten(call)[:_COUNT]
-    if is_watched() or not _are_plain(tensors):
+    if is_watched() or call.q.device.type not in REAL or not _are_plain(tensors):
         out, lse = torch.ops.attnzoo.bsa_fwd(*flatten(call), impl, need_lse)
         return out, lse
     with no_autocast(call.q.device.type):

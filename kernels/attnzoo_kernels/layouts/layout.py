@@ -87,6 +87,21 @@ class BlockLayout:
             object.__setattr__(layout, name, value)
         return layout
 
+    def with_lengths(self, seq_q: int, seq_k: int) -> Self:
+        """The same lists for other lengths of as many blocks; they share their tensors, and what was found of them.
+
+        Between two block borders a decoding step's layout differs from the one before in its length alone.
+
+        Raises:
+            TypeError: If a length is no int.
+            ValueError: If it has another number of blocks.
+        """
+        sizes = build.check_sizes(self.block_q, self.block_k, seq_q, seq_k)
+        grid = (-(-sizes[2] // self.block_q), -(-sizes[3] // self.block_k))
+        if grid != self.grid:
+            raise ShapeError(f"seq_q, seq_k: expected {self.grid} blocks of queries and of keys, got {grid}")
+        return type(self)._trusted(sizes, build.LayoutLists(self.start, self.count, self.col, self.origin))
+
     @classmethod
     @traceable("from_mask")
     def from_mask(cls, keep: Tensor, block_q: int, block_k: int, seq_q: int, seq_k: int) -> Self:

@@ -49,3 +49,26 @@ def test_a_layout_first_used_in_inference_serves_training(kind: str) -> None:
 
 def test_other_devices_get_their_own() -> None:
     assert made("dense", like=torch.zeros(1, device="meta")).col.device.type == "meta"
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("window", "sink"), [(1, 0), (5, 2), (9, 8), (40, 3), (2, 99)])
+def test_a_single_row_lists_what_a_window_of_one_row_does(window: int, sink: int, causal: bool) -> None:
+    for slots in range(1, 26):
+        for first in {0, slots // 2, slots - 1}:
+            found = sink_window_layout(4, 1, slots, Cover(window, sink, causal, first), LIKE)
+            wanted = BlockLayout.sink_window(4, 4, 1, slots, window=window, sink=sink, causal=causal, q_start=first)
+            assert torch.equal(found.to_mask(), wanted.to_mask()), (slots, first)
+
+
+def test_lists_outlive_a_step_between_two_block_borders() -> None:
+    for made_of in (
+        lambda slots: dense_layout(4, 1, slots, LIKE),
+        lambda slots: sink_window_layout(4, 1, slots, Cover(9, 2, True, slots - 1), LIKE),
+    ):
+        steps = [made_of(slots) for slots in range(17, 21)]
+        assert [layout.seq_k for layout in steps] == [17, 18, 19, 20]
+        assert len({id(layout.col) for layout in steps}) == len({id(layout.start) for layout in steps}) == 1
+        assert made_of(21).col is not steps[0].col
+    with pytest.raises(ValueError, match="seq_q, seq_k: expected"):
+        steps[0].with_lengths(1, 21)

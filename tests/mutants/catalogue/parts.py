@@ -276,6 +276,15 @@ MUTANTS = (
         wrong="a layout first used in inference mode serves training",
     ),
     layouts(
+        "layouts-lists-of-each-length", old="_dense_blocks(block, -(-tokens // block), -(-slots // block), device).with_lengths(tokens, slots)",
+        new="BlockLayout.dense(block, block, tokens, slots, device=device)",
+        wrong="every decoding step looks at its lists anew",
+    ),
+    layouts(
+        "layouts-sink-inside-window", old="before = min(sinks, low) if", new="before = sinks if",
+        wrong="a sink block within the window is listed twice",
+    ),
+    layouts(
         "layouts-fresh-each-time", old="    if may_share(like):\n        return _shared_dense(", new="    if not may_share(like):\n        return _shared_dense(",
         wrong="layers share no layout, and every call plans anew",
     ),
