@@ -16,13 +16,12 @@ from attnzoo_kernels.flops import register_when_counting
 from attnzoo_kernels.layouts.density import count_pairs
 from attnzoo_kernels.layouts.layout import BlockLayout
 from attnzoo_kernels.registration import attend, no_autocast
-from attnzoo_kernels.runtime.products import rounds_to_zero
 from attnzoo_kernels.runtime.plain import is_watched
+from attnzoo_kernels.runtime.products import rounds_to_zero
 from attnzoo_kernels.runtime.tracing import traceable
 from attnzoo_kernels.spec.call import Call, Gate, Origins
 from attnzoo_kernels.spec.extras import Extras
 from attnzoo_kernels.spec.token_rule import TokenRule, bounded
-
 
 _NO_EXTRAS = Extras()
 

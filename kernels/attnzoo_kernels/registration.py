@@ -116,40 +116,38 @@ def _backward_fake(
     )
 
 
-class _Directly(torch.autograd.Function):
-    """As :class:`_Attend`, without a way through the dispatcher; the call comes beside its tensors."""
+def _save(
+    ctx: Any, tensors: tuple[Tensor | None, ...], results: tuple[Tensor, Tensor], *, keeps: bool, need_lse: bool
+) -> tuple[Tensor, Tensor]:
+    """Keeps what the backward reads; the results as they are given out."""
+    out, lse = results
+    # A layout may have been made in inference mode, whose tensors autograd does not keep.
+    inputs = (x.clone() if x is not None and x.is_inference() else x for x in tensors)
+    ctx.save_for_backward(*inputs, out if keeps else None, lse if keeps else None)
+    ctx.need_lse = need_lse
+    ctx.set_materialize_grads(False)
+    if not need_lse:
+        lse = lse.new_empty(0)
+        ctx.mark_non_differentiable(lse)
+    return out, lse
 
-    @staticmethod
-    def forward(ctx: Any, call: Call, impl: str, need_lse: bool, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
-        keeps = dispatch.keeps_results(impl, call)
-        out, lse = dispatch.forward(impl, call, need_lse=need_lse or keeps)
-        inputs = (x.clone() if x is not None and x.is_inference() else x for x in tensors)
-        ctx.save_for_backward(*inputs, out if keeps else None, lse if keeps else None)
-        ctx.scalars = (*flatten(call)[_COUNT:], impl)
-        ctx.need_lse = need_lse
-        ctx.set_materialize_grads(False)
-        if not need_lse:
-            lse = lse.new_empty(0)
-            ctx.mark_non_differentiable(lse)
-        return out, lse
 
-    @staticmethod
-    def backward(ctx: Any, *given: Tensor | None) -> tuple[Tensor | None, ...]:
-        dout, dlse = given
-        needed = ctx.needs_input_grad
-        need = [needed[index + 3] for index in WITH_GRADIENT]
-        dlse = dlse if ctx.need_lse else None
-        *inputs, out, lse = ctx.saved_tensors
-        if torch.is_grad_enabled() or is_watched() or not _are_plain((dout, dlse)):
-            grads = torch.ops.attnzoo.bsa_bwd(dout, dlse, out, lse, *inputs, *ctx.scalars, need)
-        else:
-            call = _call_of((*inputs, *ctx.scalars))
-            with no_autocast(call.q.device.type):
-                grads = dispatch.backward(ctx.scalars[-1], call, (out, lse), dout, dlse, need)
-        result: list[Tensor | None] = [None] * (3 + _COUNT)
-        for index, grad, wanted in zip(WITH_GRADIENT, grads, need, strict=True):
-            result[index + 3] = grad if wanted else None
-        return tuple(result)
+def _gradients(ctx: Any, given: tuple[Tensor | None, ...], *, before: int) -> tuple[Tensor | None, ...]:
+    """Gradients of a forward's arguments; ``before``: how many precede its tensors where it went straight to a path."""
+    dout, dlse = given
+    need = [ctx.needs_input_grad[before + index] for index in WITH_GRADIENT]
+    dlse = dlse if ctx.need_lse else None
+    *inputs, out, lse = ctx.saved_tensors
+    if not before or torch.is_grad_enabled() or is_watched() or not _are_plain((dout, dlse)):
+        grads = torch.ops.attnzoo.bsa_bwd(dout, dlse, out, lse, *inputs, *ctx.scalars, need)
+    else:
+        call = _call_of((*inputs, *ctx.scalars))
+        with no_autocast(call.q.device.type):
+            grads = dispatch.backward(ctx.scalars[-1], call, (out, lse), dout, dlse, need)
+    result: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+    for index, grad, needed in zip(WITH_GRADIENT, grads, need, strict=True):
+        result[before + index] = grad if needed else None
+    return tuple(result)
 
 
 class _Attend(torch.autograd.Function):
@@ -160,29 +158,28 @@ class _Attend(torch.autograd.Function):
         keeps = dispatch.keeps_results(args[-2], _call_of(args[:-1]))
         need_lse = args[-1]
         with torch._C._AutoDispatchBelowAutograd():
-            out, lse = torch.ops.attnzoo.bsa_fwd(*args[:-1], need_lse or keeps)
-        # A layout may have been made in inference mode, whose tensors autograd does not keep.
-        inputs = (x.clone() if x is not None and x.is_inference() else x for x in args[:_COUNT])
-        ctx.save_for_backward(*inputs, out if keeps else None, lse if keeps else None)
+            results = torch.ops.attnzoo.bsa_fwd(*args[:-1], need_lse or keeps)
         ctx.scalars = args[_COUNT:-1]
-        ctx.need_lse = need_lse
-        ctx.set_materialize_grads(False)
-        if not need_lse:
-            lse = lse.new_empty(0)
-            ctx.mark_non_differentiable(lse)
-        return out, lse
+        return _save(ctx, args[:_COUNT], results, keeps=keeps, need_lse=need_lse)
 
     @staticmethod
     def backward(ctx: Any, *given: Tensor | None) -> tuple[Tensor | None, ...]:
-        dout, dlse = given
-        need = [ctx.needs_input_grad[index] for index in WITH_GRADIENT]
-        dlse = dlse if ctx.need_lse else None
-        *inputs, out, lse = ctx.saved_tensors
-        grads = torch.ops.attnzoo.bsa_bwd(dout, dlse, out, lse, *inputs, *ctx.scalars, need)
-        result: list[Tensor | None] = [None] * (_COUNT + len(ctx.scalars) + 1)
-        for index, grad, needed in zip(WITH_GRADIENT, grads, need, strict=True):
-            result[index] = grad if needed else None
-        return tuple(result)
+        return _gradients(ctx, given, before=0)
+
+
+class _AttendDirectly(torch.autograd.Function):
+    """The same without a way through the dispatcher; the call comes beside its tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, impl: str, need_lse: bool, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+        keeps = dispatch.keeps_results(impl, call)
+        results = dispatch.forward(impl, call, need_lse=need_lse or keeps)
+        ctx.scalars = (*flatten(call)[_COUNT:], impl)
+        return _save(ctx, tensors, results, keeps=keeps, need_lse=need_lse)
+
+    @staticmethod
+    def backward(ctx: Any, *given: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _gradients(ctx, given, before=3)
 
 
 class _Refuse(torch.autograd.Function):
@@ -202,12 +199,12 @@ class _Refuse(torch.autograd.Function):
 
 
 _attend: Any = _Attend.apply
-_directly: Any = _Directly.apply
+_attend_directly: Any = _AttendDirectly.apply
 _refuse: Any = _Refuse.apply
 
 
 def _differentiable(tensors: tuple[Any, ...]) -> bool:
-    return torch.is_grad_enabled() and any([isinstance(x, Tensor) and x.requires_grad for x in tensors])
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in tensors)
 
 
 REAL = ("cpu", "cuda")
@@ -216,7 +213,7 @@ REAL = ("cpu", "cuda")
 
 def _are_plain(tensors: tuple[Any, ...]) -> bool:
     """Whether tensors are of torch's own class, or none at all."""
-    return all([x is None or type(x) in PLAIN for x in tensors])
+    return all(x is None or type(x) in PLAIN for x in tensors)
 
 
 def attend(call: Call, impl: str, *, need_lse: bool) -> tuple[Tensor, Tensor]:
@@ -231,7 +228,7 @@ def attend(call: Call, impl: str, *, need_lse: bool) -> tuple[Tensor, Tensor]:
         return out, lse
     with no_autocast(call.q.device.type):
         if _differentiable(tensors):
-            out, lse = _directly(call, impl, need_lse, *flatten(call)[:_COUNT])
+            out, lse = _attend_directly(call, impl, need_lse, *flatten(call)[:_COUNT])
             return out, lse
         return dispatch.forward(impl, call, need_lse=need_lse)
 

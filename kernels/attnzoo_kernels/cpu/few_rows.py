@@ -217,7 +217,9 @@ def _one_row(call: Call, *, need_lse: bool) -> tuple[Tensor, Tensor] | None:
     if found is None:
         return None
     if len(found) == 1:
-        out, lse = attend_slots_with_lse(call.q, call.k, call.v, found[0], scale=call.scale, aux=call.aux, need_lse=need_lse)
+        out, lse = attend_slots_with_lse(
+            call.q, call.k, call.v, found[0], scale=call.scale, aux=call.aux, need_lse=need_lse
+        )
     else:
         items = [_one_item(call, item, slots, need_lse=need_lse) for item, slots in enumerate(found)]
         out, lse = (torch.cat(parts) for parts in zip(*items, strict=True))

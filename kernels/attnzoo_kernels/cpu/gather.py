@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad as pad_zeros
 
+from attnzoo_kernels.runtime.plain import is_plain
 from attnzoo_kernels.runtime.workspace import scratch
 
 
@@ -102,6 +103,40 @@ class Source:
         if rows.dtype != self.dtype:
             raw = scratch(name, tuple(raw.shape), self.dtype, rows.device).copy_(raw)
         return raw.view(*shape, width)
+
+
+def gather_slots(name: str, x: Tensor, index: Tensor, whole: tuple[Tensor, int] | None = None, *, lines: int) -> Tensor:
+    """Slots ``[B, lines, n, D]`` of ``x [B, h, S, D]``, in scratch memory.
+
+    Args:
+        name: What it is for.
+        x: The tensor.
+        index: int64 ``[l, n]``, l lines for equal shares of ``lines``.
+        whole: Blocks that each line of the index begins with, int64 ``[l, m]``, and their slots: read at once.
+        lines: Lines of the result, a multiple of h and of l.
+    """
+    batch, heads, length, width = x.shape
+    if not is_plain(x) or (x.requires_grad and torch.is_grad_enabled()):
+        line = torch.arange(lines, device=x.device)
+        return x[:, (line * heads // lines).unsqueeze(1), index[line * index.shape[0] // lines]]
+    done = 0
+    block = 1
+    if whole is not None and x.stride(3) == 1 and x.stride(2) == width:
+        block = whole[1]
+        done = whole[0].shape[1] * block
+    # Fresh memory would fault its pages in at every step, and leave the cache.
+    out = scratch(f"slots of {name}", (batch, lines, index.shape[1], width), x.dtype, x.device)
+    for item in range(batch):
+        for line in range(lines):
+            at = line * index.shape[0] // lines
+            own = x[item, line * heads // lines]
+            to = out[item, line]
+            if done and whole is not None:
+                tall = own[: length // block * block].view(-1, block * width)
+                torch.index_select(tall, 0, whole[0][at], out=to[:done].view(-1, block * width))
+            if done < index.shape[1]:
+                torch.index_select(own, 0, index[at, done:], out=to[done:])
+    return out
 
 
 def tile(x: Tensor, block: int) -> Tensor:

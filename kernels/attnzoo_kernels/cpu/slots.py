@@ -18,15 +18,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from attnzoo_kernels.cpu.gather import gather_slots
 from attnzoo_kernels.layouts.layout import BlockLayout
 from attnzoo_kernels.layouts.memo import Lists
-from attnzoo_kernels.layouts.runs import Run, Seen, listed_runs
+from attnzoo_kernels.layouts.runs import ListedRuns, Run, Seen, listed_runs
 from attnzoo_kernels.runtime.plain import is_readable
 
 MOST_RUNS = 6
 """Runs that are joined where they lie; more are gathered."""
 
-WORK_SET = 2 << 20
+WORK_SET = 1 << 20
 """Bytes of gathered keys and values that stay in a core's cache until they are multiplied."""
 
 LONG_RUNS = 1 << 17
@@ -47,12 +48,16 @@ class Slots:
         index: Slots that heads read of their own, int64 ``[h, n]``; one with fewer repeats one that it reads.
         shown: Which of ``index`` count, bool ``[h, n]``; ``None`` where all do.
         shares: What neighbouring heads read, all of them in order; ``None`` where all read the same or ``index``.
+        blocks: Whole key blocks that each line of the index begins with, int64 ``[h, m]``: they are gathered at once.
+        block: Slots in one of them.
     """
 
     runs: tuple[Run, ...] | None
     index: Tensor | None = None
     shown: Tensor | None = None
     shares: tuple[Share, ...] | None = None
+    blocks: Tensor | None = None
+    block: int = 1
 
     @classmethod
     def of_runs(cls, runs: Sequence[Run], device: torch.device | None = None) -> Slots:
@@ -92,9 +97,10 @@ class Slots:
             shares.append(Share(first, first + len(alike), alike[0]))
         if len(shares) == 1:
             return shares[0].slots
-        indices = [slots.index for slots in heads if slots.index is not None and slots.shown is None]
-        if len(indices) == len(heads) and len({index.shape[1] for index in indices}) == 1:
-            return cls(None, torch.cat(indices))
+        apart = all(slots.runs is None and slots.shown is None for slots in heads)
+        index = _stacked([slots.index for slots in heads]) if apart else None
+        if index is not None:
+            return cls(None, index, blocks=_stacked([slots.blocks for slots in heads]), block=heads[0].block)
         return cls(None, shares=tuple(shares))
 
     @classmethod
@@ -189,17 +195,27 @@ def slots_of(lists: Lists, seen: Seen) -> tuple[Slots, ...] | None:
     listed = listed_runs(lists)
     if listed is None:
         return None
-    found = []
-    for number in range(len(listed.runs)):
-        few = len(listed.runs[number]) < MOST_RUNS
-        runs = listed.slots(number, seen) if few else []
-        index = None if few else listed.index(number, seen)
-        if not runs and (index is None or index.shape[0] == 0):
-            return None
-        found.append(Slots.of_runs(runs) if index is None else Slots(None, index.unsqueeze(0)))
     heads = lists.start.shape[1]
+    few = [gaps + 1 < MOST_RUNS for gaps in listed.gaps]
+    if not any(few) and listed.of_head == tuple(range(heads)):
+        # Heads that each read a list of many gaps, as after a choice by top-k.
+        table = listed.table(seen)
+        if table is not None and table[0].shape[1] > 0:
+            return (Slots(None, table[0], blocks=table[1], block=listed.block),)
+    found = [_slots_of_list(listed, number, seen, in_runs=short) for number, short in enumerate(few)]
     by_head = [found[number] for number in listed.of_head]
-    return tuple(Slots.of_heads(by_head[i : i + heads]) for i in range(0, len(by_head), heads))
+    there = [slots for slots in by_head if slots is not None]
+    if len(there) < len(by_head):
+        return None
+    return tuple(Slots.of_heads(there[i : i + heads]) for i in range(0, len(there), heads))
+
+
+def _slots_of_list(listed: ListedRuns, number: int, seen: Seen, *, in_runs: bool) -> Slots | None:
+    if in_runs:
+        runs = listed.slots(number, seen)
+        return Slots.of_runs(runs) if runs else None
+    index, blocks = listed.index(number, seen)
+    return Slots(None, index, blocks=blocks, block=listed.block) if index.shape[1] else None
 
 
 Added = tuple[Tensor | None, tuple[Tensor, Tensor] | None]
@@ -262,7 +278,8 @@ def _work_sets(slots: Slots, heads: int, groups: int, v: Tensor) -> Iterator[tup
             own_here = own
             if index is not None and index.shape[0] > 1:
                 mine = slice((at * counted // heads) - first, (stop * counted - 1) // heads + 1 - first)
-                own_here = Slots(own.runs, index[mine], None if own.shown is None else own.shown[mine])
+                shown, blocks = (None if x is None else x[mine] for x in (own.shown, own.blocks))
+                own_here = Slots(own.runs, index[mine], shown, blocks=blocks, block=own.block)
             yield here, slice(at // each, (stop - 1) // each + 1), own_here
             at = stop
 
@@ -292,10 +309,12 @@ def _one_share(
         mask = hidden[None, :, None] if mask is None else mask + hidden[None, :, None]
     if aux is not None:
         q_aux, k_aux = aux
-        near = torch.cat(_read(k_aux, slots, lines), 2).transpose(-1, -2)
+        near = torch.cat(_read("k_aux", k_aux, slots, lines), 2).transpose(-1, -2)
         score = torch.matmul(q_aux.reshape(batch, *rows.shape[1:3], -1), near) * scale
         mask = score if mask is None else score + mask
-    out, lse = _softmax((rows, _read(k, slots, lines), _read(v, slots, lines)), mask, scale, need_lse=need_lse)
+    out, lse = _softmax(
+        (rows, _read("k", k, slots, lines), _read("v", v, slots, lines)), mask, scale, need_lse=need_lse
+    )
     if heads != rows.shape[1]:
         out = out.reshape(batch, heads, 1, v.shape[3])
         lse = None if lse is None else lse.reshape(batch, heads, 1)
@@ -350,9 +369,12 @@ def _listed(runs: Sequence[Run], device: torch.device | None) -> Tensor:
     return torch.cat([torch.arange(first, last, device=device) for first, last in runs])
 
 
-def _read(x: Tensor, slots: Slots, lines: int) -> list[Tensor]:
-    """The slots that are read of ``x [B, h, S, D]``: one tensor that was gathered, and views of runs."""
-    parts = [] if slots.index is None else [_gathered(x, slots.index, lines)]
+def _read(name: str, x: Tensor, slots: Slots, lines: int) -> list[Tensor]:
+    """The slots that are read of ``x [B, h, S, D]``: one tensor gathered into scratch memory, and views of runs."""
+    parts = []
+    if slots.index is not None:
+        whole = None if slots.blocks is None else (slots.blocks, slots.block)
+        parts.append(gather_slots(name, x, slots.index, whole, lines=lines))
     for first, last in slots.runs or ():
         # All of it needs no view.
         part = x if (first, last) == (0, x.shape[2]) else x[:, :, first:last]
@@ -367,13 +389,8 @@ def _for_lines(x: Tensor, lines: int) -> Tensor:
     return x.repeat_interleave(lines // x.shape[1], 1)
 
 
-def _gathered(x: Tensor, index: Tensor, heads: int) -> Tensor:
-    """The slots ``index [h, n]`` of ``x [B, G, S, D]`` for so many heads."""
-    if index.shape[0] == 1:
-        return x.index_select(2, index[0])
-    batch, groups, _, width = x.shape
-    out = x.new_empty(batch, heads, index.shape[1], width)
-    for item in range(batch):
-        for head in range(heads):
-            torch.index_select(x[item, head * groups // heads], 0, index[head], out=out[item, head])
-    return out
+def _stacked(lines: Sequence[Tensor | None]) -> Tensor | None:
+    """Lines ``[1, m]`` as one tensor; ``None`` where one is missing or they differ in length."""
+    there = [line for line in lines if line is not None]
+    same = len(there) == len(lines) and len({line.shape[1] for line in there}) == 1
+    return torch.cat(there) if same else None

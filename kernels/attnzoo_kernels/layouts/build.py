@@ -108,6 +108,14 @@ def check_values(lists: LayoutLists, blocks_k: int) -> None:
         raise ShapeError("col: expected no key block twice in a row's list, got a duplicate")
 
 
+def check_unique(index: Tensor) -> None:
+    """Raises where a row of ``[B, h, M, K]`` names a key block twice, -1 left aside; reads values."""
+    ordered = index.sort(-1).values
+    after = ordered[..., 1:]
+    if bool(((after == ordered[..., :-1]) & (after >= 0)).any()):
+        raise ShapeError("col: expected no key block twice in a row's list, got a duplicate")
+
+
 def listed_indices(lists: LayoutLists) -> tuple[Tensor, Tensor]:
     """Flat row and index in ``col`` of every entry, int64 ``[nnz]`` each; reads their number."""
     start = lists.start.reshape(-1).long()

@@ -163,10 +163,8 @@ class BlockLayout:
             build.check_range("index", index, -1, -(-seq_k // block_k) - 1)
             if origin is not None:
                 build.check_range("origin", origin, -(1 << 31), (1 << 31) - 1)
-        layout = cls._trusted((block_q, block_k, seq_q, seq_k), build.lists_of_indices(index, origin))
-        if validate or is_readable(index):
-            layout.validate()
-        return layout
+            build.check_unique(index)
+        return cls._trusted((block_q, block_k, seq_q, seq_k), build.lists_of_indices(index, origin))
 
     @classmethod
     def dense(

@@ -17,7 +17,7 @@ MUTANTS = (
         wrong="a sink that ends just before the window reads on to it",
     ),
     runs(
-        "runs-index-beyond-the-end", old="if beyond > 0:", new="if beyond > 1:",
+        "runs-index-beyond-the-end", old="* self.block - seen.hi, 0)", new="* self.block - seen.hi - 1, 0)",
         wrong="a list of many runs reads one slot that is not there yet",
     ),
     runs(

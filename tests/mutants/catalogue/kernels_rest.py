@@ -132,7 +132,7 @@ MUTANTS = (
         wrong="fp64 runs on kernels that compute in fp32",
     ),
     dispatch(
-        "dispatch-lse-where-not-needed", old="lse if need_lse else lse.new_empty(0)", new="lse",
+        "dispatch-lse-where-not-needed", old="lse if need_lse or lse.numel() == 0 else lse.new_empty(0)", new="lse",
         wrong="the kernels' lse comes back where the op promised an empty one",
     ),
     flash(
@@ -274,7 +274,7 @@ MUTANTS = (
         wrong="the gradient of lse is dropped", tests=f"{TESTS}/op/test_agreement.py -k alone",
     ),
     registration(
-        "registration-autocast-inside", old="torch.autocast(device, enabled=False) if", new="torch.autocast(device) if",
+        "registration-autocast-inside", old="torch.autocast(device, enabled=False)", new="torch.autocast(device)",
         wrong="scores and accumulators are rounded by autocast",
         tests=f"{TESTS}/op/test_state.py {TESTS}/op/test_agreement.py -k 'autocast or dtype_goes'",
     ),
