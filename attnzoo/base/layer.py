@@ -24,7 +24,7 @@ from attnzoo.base.shared_layouts import dense_layout
 from attnzoo.base.steps import AttentionInputs, AttentionOutput, Heads, Plan, Step, finalise
 from attnzoo.cache.kv_cache import KVCache
 from attnzoo.cache.lengths import Lengths
-from attnzoo_kernels import Extras, block_sparse_attention
+from attnzoo_kernels import Extras, attend_slots, block_sparse_attention
 from attnzoo_kernels.errors import ConfigError, UnsupportedError
 from attnzoo_kernels.runtime.plain import is_open
 
@@ -120,6 +120,8 @@ class AttentionLayer(DecodingModule):
     ) -> Tensor:
         """The output of :meth:`attend` alone; decoding steps that nobody watches make no plan."""
         if cache is not None and positions is None and key_padding is None and context is None:
+            if self.may_compile_row(x, cache):
+                return self._compiled_row(x, cache)
             row = self.decode_row(x, cache)
             if row is not None:
                 return row
@@ -244,6 +246,17 @@ class AttentionLayer(DecodingModule):
         step = self_step(x, positions, key_padding, cache)
         cache.check_room(x.shape[1], step.lengths)
         return step
+
+    def _compiled_row(self, x: Tensor, cache: KVCache) -> Tensor:
+        """A compiled decoding step: the call's steps but for the plan, which says what :meth:`row_slots` does."""
+        step = self.begin(x, None, None, cache, None)
+        inputs = self.remember(step, self.project(step))
+        slots = self.row_slots(inputs.k.shape[2], x.device)
+        if slots is None:
+            raise AssertionError("a class whose rows compile knows what they read")
+        out = attend_slots(inputs.q, inputs.k, inputs.v, slots, scale=self.row_scale)
+        result: Tensor = self.o_proj(out.transpose(1, 2).flatten(-2))
+        return result
 
     def _run(self, step: Step) -> AttentionOutput:
         heads = self.project(step)

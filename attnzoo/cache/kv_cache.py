@@ -349,8 +349,11 @@ class KVCache(RowCache):
             end = start + value.shape[2]
             with torch.no_grad():
                 held[:, :, start:end].copy_(value)
-            past = held[:, :, :start].to(value.dtype)
-            seen[name] = torch.cat((past, value), 2) if differentiable else held[:, :, :end].to(value.dtype)
+            if differentiable:
+                seen[name] = torch.cat((held[:, :, :start].to(value.dtype), value), 2)
+            else:
+                # A view, unless the cache rounds.
+                seen[name] = held[:, :, :end].to(value.dtype)
         return seen
 
     def _append_ragged(

@@ -86,6 +86,7 @@ class LowRankGQAAttention(AttentionLayer, name="lowrank_gqa"):
     config_class = LowRankGQAConfig
     config: LowRankGQAConfig
     causal_promise = "bidirectional-capable"
+    compiles_rows = True
     dense_limit: ClassVar[dict[str, Any]] = {"latent_dim": None}
 
     def build_projections(self, *, device: torch.device | str | None, dtype: torch.dtype | None) -> None:

@@ -65,6 +65,7 @@ class MHAAttention(EvictingLayer, name="mha"):
     config_class = MHAConfig
     config: MHAConfig
     causal_promise = "bidirectional-capable"
+    compiles_rows = True
     dense_limit: ClassVar[dict[str, Any]] = {"window": None, "sink": 0}
 
     def plan(self, step: Step, heads: Heads, inputs: AttentionInputs) -> Plan:

@@ -58,6 +58,8 @@ class DecodingModule(CachingModule):
 
     impl: str
     recordings: tuple[Recording, ...]
+    compiles_rows: ClassVar[bool] = False
+    """Whether :meth:`row_slots` can be traced, and gives runs: a compiled step reads them without a plan."""
 
     _stands_for: ClassVar[tuple[tuple[str, Callable[..., Any]], ...] | None] = None
     """The steps that the class's hooks stand for, as they were when it was made; ``None`` where they stand for none."""
@@ -160,6 +162,16 @@ class DecodingModule(CachingModule):
             if out is None:
                 return None
             return self.product("o_proj", out.reshape(x.shape[0], 1, -1))
+
+    def may_compile_row(self, x: Tensor, cache: KVCache) -> bool:
+        """Whether a call that is being compiled, one token on a CPU beside a cache, may leave its plan away."""
+        if not torch.compiler.is_compiling() or torch.compiler.is_exporting() or not isinstance(cache, KVCache):
+            return False
+        if x.dim() != 3 or x.shape[1] != 1 or x.device.type != "cpu" or cache.length is None:
+            return False
+        if self._stands_for is None or not self.compiles_rows or self.recordings or self.impl != "auto":
+            return False
+        return not torch.is_grad_enabled() and x.dtype in COMPUTED
 
     def _may_be_quick(self, x: Tensor) -> bool:
         """Whether nothing about a call on a CPU, or about this layer, asks for the call's steps."""

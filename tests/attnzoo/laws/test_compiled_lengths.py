@@ -59,3 +59,51 @@ def test_prompts_of_all_lengths_are_one_program(name: str, cached: bool) -> None
         assert_same(found, layer(x))
         counts.append(counter.frame_count)
     assert counts[0] == counts[-1]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name == "mha" else [pytest.mark.slow]) for name in attnzoo.list_variants()],
+)
+@torch.no_grad()
+def test_decoding_steps_are_one_program(name: str) -> None:
+    """The first step's program is for its length alone; the second's is for all."""
+    layer = Case(name, "small").layer()
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    x = tokens(layer, 2, 60)
+    caches = layer.new_cache(2, 80), layer.new_cache(2, 80)
+    for cache in caches:
+        layer(x[:, :33], cache=cache)
+    for t in range(33, 60):
+        found = compiled(x[:, t : t + 1], cache=caches[0])
+        assert_same(found, layer.attend(x[:, t : t + 1], cache=caches[1]).out)
+    assert caches[0].length == caches[1].length == 60
+    # A block's border may be asked for once more.
+    assert counter.frame_count <= 3
+
+
+@pytest.mark.parametrize(("name", "options"), [("mha", {}), ("mha", {"window": 5, "sink": 2}), ("lowrank_gqa", {})])
+def test_compiled_steps_read_their_slots_without_a_plan(name: str, options: dict[str, Any]) -> None:
+    layer = attnzoo.create(name, dim=32, num_heads=4, **options)
+    x = torch.randn(2, 12, 32)
+    calls: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        calls.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    torch.compiler.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
+    caches = layer.new_cache(2, 20), layer.new_cache(2, 20)
+    with torch.no_grad():
+        for cache in caches:
+            layer(x[:, :9], cache=cache)
+        assert_same(compiled(x[:, 9:10], cache=caches[0]), layer.attend(x[:, 9:10], cache=caches[1]).out)
+    assert any("scaled_dot_product" in call for call in calls)
+    assert not any("bsa" in call for call in calls)
+    # With gradients wanted, the call's own steps are compiled.
+    calls.clear()
+    assert_same(compiled(x[:, 10:11], cache=caches[0]), layer.attend(x[:, 10:11], cache=caches[1]).out)
+    assert any("bsa" in call for call in calls)

@@ -114,6 +114,10 @@ MUTANTS = (
         wrong="a decoding step that trains has no gradient",
     ),
     quick(
+        "quick-compiled-with-gradients", old="return not torch.is_grad_enabled() and x.dtype in COMPUTED", new="return x.dtype in COMPUTED",
+        wrong="a compiled step that may train has no plan", tests=f"{TESTS}/laws/test_compiled_lengths.py -k without_a_plan",
+    ),
+    quick(
         "quick-unrecorded", old='if self.recordings or self.impl != "auto" or', new='if self.impl != "auto" or',
         wrong="decoding steps are missing from a record",
     ),
@@ -193,7 +197,7 @@ MUTANTS = (
         wrong="a fork writes into its original",
     ),
     cache(
-        "cache-views-in-training", old="torch.cat((past, value), 2) if differentiable else held[:, :, :end].to(value.dtype)", new="torch.cat((past, value), 2) if False else held[:, :, :end].to(value.dtype)",
+        "cache-views-in-training", old="            if differentiable:\n                seen[name] = torch.cat((held", new="            if False:\n                seen[name] = torch.cat((held",
         wrong="the current tokens are not in the graph, and later writes break earlier backwards",
     ),
     cache(
