@@ -6,7 +6,7 @@ import json
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import typer
@@ -16,6 +16,9 @@ from rich.table import Table
 from attnzoo.doctor import cpu_model
 from attnzoo_kernels.runtime.processor import cpu_class
 from bench.cpu.rows import Row
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 def about() -> dict[str, Any]:
@@ -59,30 +62,55 @@ def markdown(rows: list[Row], where: dict[str, Any]) -> str:
 
 
 def picture(rows: list[Row], where: dict[str, Any], path: Path) -> None:
-    """Draws forward and training: how many times faster than the baseline of each row."""
+    """Draws each row that has a bound beside it: times faster than a peer, and costs over a peer or a floor."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    from matplotlib.ticker import FuncFormatter
 
-    chosen = [row for row in rows if row.ratio is not None and not row.at_most]
-    figure, axes = pyplot.subplots(figsize=(9, 0.36 * len(chosen) + 1.4), layout="constrained")
-    place = list(range(len(chosen)))[::-1]
-    axes.barh(place, [row.ratio or 0 for row in chosen], color="#2b6ca3", height=0.6, label="measured")
-    marked = [(row.must, y) for row, y in zip(chosen, place, strict=True) if row.must is not None]
-    bounds = ([x for x, _ in marked], [y for _, y in marked])
-    axes.scatter(*bounds, marker="|", s=260, color="#b0413e", label="bound")
-    axes.set_yticks(place, [f"{row.part}: {row.name} | {row.ratio:.2f}" for row in chosen], fontsize=8)
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.axvline(1.0, color="#444444", linewidth=1)
-    axes.set_xlabel("times faster than FlexAttention (forward) or dense attention (the rest)")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="lower right", fontsize=8)
-    figure.suptitle(f"{where['cpu']}, class {where['class']}, {where['date']}", fontsize=10)
+    panels = {
+        "times faster than FlexAttention (higher is better; red: the bound is missed)": [
+            row for row in rows if row.must and not row.at_most
+        ],
+        "cost over a peer or a floor (lower is better; red: the bound is missed)": [
+            row for row in rows if row.must and row.at_most and row.unit in ("ms", "x")
+        ],
+    }
+    panels = {label: chosen for label, chosen in panels.items() if chosen}
+    counts = [len(chosen) for chosen in panels.values()] or [1]
+    figure, axes = pyplot.subplots(
+        len(counts), 1, figsize=(10, 0.32 * sum(counts) + 1.1 * len(counts) + 0.6), layout="constrained",
+        squeeze=False, height_ratios=[count + 1 for count in counts],
+    )  # fmt: skip
+    for (label, chosen), axis in zip(panels.items(), axes[:, 0], strict=False):
+        _bars(axis, chosen)
+        axis.set_xlabel(label, fontsize=9)
+    figure.suptitle(f"{where['cpu']}, class {where['class']}, {where['date']}", fontsize=10, x=0.02, ha="left")
     figure.savefig(path, dpi=140)
     pyplot.close(figure)
+
+
+def _bars(axis: Axes, rows: list[Row]) -> None:
+    """A bar for each row's ratio from 1 on, red where the bound is missed, and a mark at the bound."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    place = list(range(len(rows)))[::-1]
+    ratios = [row.ratio or 1.0 for row in rows]
+    bounds = [row.must or 1.0 for row in rows]
+    colours = ["#2b6ca3" if row.holds is not False else "#b0413e" for row in rows]
+    axis.barh(place, [ratio - 1 for ratio in ratios], left=1, color=colours, height=0.6)
+    axis.scatter(bounds, place, marker="|", s=220, color="#222222", label="bound", zorder=3)
+    for y, ratio, bound in zip(place, ratios, bounds, strict=True):
+        axis.text(max(ratio, bound, 1) * 1.03, y, f"{ratio:.2f}", va="center", fontsize=8)
+    axis.set_yticks(place, [f"{row.part}: {row.name}" for row in rows], fontsize=8)
+    axis.set_xscale("log")
+    axis.set_xlim(min([0.9, *ratios]) * 0.95, max([1.5, *ratios, *bounds]) * 1.2)
+    axis.xaxis.set_major_locator(FixedLocator((0.2, 0.5, 0.7, 1, 1.2, 1.5, 2, 3, 5, 8, 12, 20, 50, 100)))
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.axvline(1.0, color="#444444", linewidth=1)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, loc="lower right", fontsize=8)
 
 
 def report(rows: list[Row], where: dict[str, Any], out: Path, *, as_json: bool) -> None:

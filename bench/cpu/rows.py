@@ -54,8 +54,8 @@ class Row:
 FLEX_MUST = {"fp32": (1.1, 1.15, 1.2), "bf16": (1.6, 1.6, 1.6)}
 STEP_MUST = (1.5, 1.9, 2.6)
 DECODE_MUST = 2.5
-FEW_ROWS = {1: 8.0, 16: 5.0, 64: 2.0}
-"""Rows of a small call, and how many times SDPA's time it may take."""
+FEW_ROWS = {1: (8.0, 8.0), 16: (5.0, 5.0), 64: (2.0, 3.0)}
+"""Rows of a small call, and how many times SDPA's time it may take: forward; forward and backward."""
 
 
 def ours(layout: BlockLayout, extras: Extras | None = None) -> Run:
@@ -113,21 +113,22 @@ def training() -> Iterator[Row]:
         for case, must in zip(cases.FORWARD, STEP_MUST, strict=True):
             layout = case.layout()
             leaves = [x.requires_grad_() for x in case.inputs()]
-
-            def step(run: Run, leaves: list[Tensor] = leaves) -> Callable[[], Any]:
-                return lambda: torch.autograd.grad(run(*leaves).sum(), leaves)
-
             expected = _gradients(layout, leaves)
-            for found, wanted in zip(step(ours(layout))(), expected, strict=True):
+            for found, wanted in zip(_step(ours(layout), leaves)(), expected, strict=True):
                 gate.check("ours", found, wanted)
             row = Row("training step, fp32, 1 thread", case.name, must=must, at_most=True)
             row.notes.append(path_taken(layout, *(x.detach() for x in leaves)))
-            contestants = {"ours": step(ours(layout)), "dense sdpa": step(peers.sdpa)}
+            contestants = {"ours": _step(ours(layout), leaves), "dense sdpa": _step(peers.sdpa, leaves)}
             found = timing.rounds(contestants, wall=False, seconds=8, least=3)
             row.figures = timing.middle(found)
             row.figures["times faster than dense"] = timing.paired(found, "dense sdpa", "ours")
             row.ratio = timing.paired(found, "ours", "dense sdpa") / layout.density()
             yield row
+
+
+def _step(run: Run, leaves: list[Tensor]) -> Callable[[], tuple[Tensor, ...]]:
+    """Forward and backward of the sum of outputs."""
+    return lambda: torch.autograd.grad(run(*leaves).sum(), leaves)
 
 
 def _gradients(layout: BlockLayout, leaves: list[Tensor]) -> list[Tensor]:
@@ -180,20 +181,28 @@ def _decoders(case: cases.Decode) -> dict[str, Run]:
 
 
 def few_rows() -> Iterator[Row]:
-    """Calls of a few rows whose layout is kept, over dense attention."""
+    """Calls of a few rows whose layout is kept, over dense attention: forward, and forward and backward."""
     with clock.threads(1):
-        for tokens, must in FEW_ROWS.items():
+        for tokens, bounds in FEW_ROWS.items():
             case = cases.Case(f"T = {tokens}", tokens=tokens)
-            q, k, v = case.inputs()
             layout = BlockLayout.dense(case.block, case.block, tokens, tokens)
             contestants: dict[str, Run] = {"ours": ours(layout), "sdpa": peers.sdpa}
-            gate.check("ours", contestants["ours"](q, k, v), gate.truth(q, k, v, layout))
-            row = Row("a call of few rows, fp32, 1 thread", case.name, must=must, at_most=True)
-            row.notes.append(path_taken(layout, q, k, v))
-            found = timing.rounds(_bind(contestants, q, k, v), wall=False, seconds=1, most=401)
-            row.figures = timing.middle(found)
-            row.ratio = timing.paired(found, "ours", "sdpa")
-            yield row
+            inputs = case.inputs()
+            leaves = [x.clone().requires_grad_() for x in inputs]
+            gate.check("ours", contestants["ours"](*inputs), gate.truth(*inputs, layout))
+            for found, wanted in zip(_step(contestants["ours"], leaves)(), _gradients(layout, leaves), strict=True):
+                gate.check("ours", found, wanted)
+            calls = {
+                "forward": _bind(contestants, *inputs),
+                "forward and backward": {name: _step(run, leaves) for name, run in contestants.items()},
+            }
+            for (kind, runs), must in zip(calls.items(), bounds, strict=True):
+                row = Row("a call of few rows, fp32, 1 thread", f"{case.name}, {kind}", must=must, at_most=True)
+                row.notes.append(path_taken(layout, *inputs))
+                times = timing.rounds(runs, wall=False, seconds=1, most=401)
+                row.figures = timing.middle(times)
+                row.ratio = timing.paired(times, "ours", "sdpa")
+                yield row
 
 
 _MEMORY = """

@@ -26,7 +26,9 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("name", ["cpu", "gpu", "gpu_first", "moh", "longheads", "aot", "kernel_cache", "tune"])
+@pytest.mark.parametrize(
+    "name", ["cpu", "crossover", "gpu", "gpu_first", "moh", "longheads", "aot", "kernel_cache", "pages", "tune"]
+)
 def test_a_benchmark_says_what_it_takes(name: str) -> None:
     done = run(f"bench.{name}", "--help")
     assert done.returncode == 0, done.stderr

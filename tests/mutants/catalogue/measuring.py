@@ -16,6 +16,7 @@ checks = partial(Mutant, file="attnzoo/evaluation/layer_checks.py", tests=f"{TES
 ten_lines = partial(
     Mutant, file="attnzoo/evaluation/ten_lines.py", tests=f"{TESTS}/evaluation/test_layer_costs.py -k 'mha_forward'"
 )
+crossing = partial(Mutant, file="bench/crossover/curves.py", tests="tests/bench/test_crossover.py -k 'length'")
 setting = partial(Mutant, file="attnzoo/evaluation/cost_setting.py", tests=f"{TESTS}/evaluation/test_timing.py")
 timing = partial(Mutant, file="attnzoo/evaluation/timing.py", tests=f"{TESTS}/evaluation/test_timing.py")
 selftest = partial(Mutant, file="kernels/attnzoo_kernels/selftest.py", tests="tests/attnzoo_kernels/test_selftest.py")
@@ -56,9 +57,11 @@ MUTANTS = (
     ),
     compare(
         "compare-longer-from-window", old="sequence.read(prompt[sequence.tokens :])", new="sequence.read(prompt)", wrong="a longer prompt is read behind the window, which it begins with",
+        tests=f"{TESTS}/evaluation/test_compare.py -k 'read_as_much'",
     ),
     compare(
         "compare-dense-goes-on", old="race(mine, start.copy())", new="race(mine, start)", wrong="the dense model is behind more tokens in every row",
+        tests=f"{TESTS}/evaluation/test_compare.py -k 'read_as_much'",
     ),
     decode(
         "evaluate-read-of-all", old="/ plan.layout.seq_k", new="/ (plan.layout.grid[1] * plan.layout.block_k)", wrong="a ragged memory counts as longer than it is",
@@ -121,6 +124,15 @@ MUTANTS = (
     costs(
         "costs-groups-empty", old="    if groups:\n", new="    if groups and tokens < 0:\n", wrong="what stands for blocks is zero in a cache that is filled",
         tests=f"{TESTS}/evaluation/test_layer_costs.py -k 'as_a_prefill'",
+    ),
+    crossing(
+        "crossing-first", old="    last = slower[-1]\n", new="    last = slower[0]\n", wrong="a layer counts as quicker from where it is so for a while",
+    ),
+    crossing(
+        "crossing-noise", old="if ratio >= QUICKER]", new="if ratio >= 1]", wrong="noise counts as quicker",
+    ),
+    crossing(
+        "crossing-past-limit", old="        if longer_than(limit, pair, curve.kind):\n            return\n", new="", wrong="a length is measured however long it takes",
     ),
     ten_lines(
         "ten-lines-reads-all", old="k, v = cache[:, :, :, :end]", new="k, v = cache", wrong="a step reads slots that nobody has written",
