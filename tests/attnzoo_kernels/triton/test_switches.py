@@ -106,6 +106,11 @@ def test_scales_of_any_sign_are_the_definition(scale: float, gate: str | None) -
     agrees(switched(plain(scale=scale), 8, aux=True, rope=True, gate=gate, mix=0.5))
 
 
+def test_a_scale_below_zero_is_the_definition_where_its_exponents_would_overflow() -> None:
+    # From the largest score instead of the least, exponents reach thousands, and the weights infinity.
+    agrees(switched(plain(scale=-3000.0), 0, aux=False, rope=False, gate=None, mix=1.0))
+
+
 def test_a_gate_mixed_in_by_zero_is_plain_attention() -> None:
     p = switched(plain(), 4, aux=True, rope=False, gate="tensor", mix=0.0)
     for mine, true in zip(call(p, "triton"), call(p.change(gate=None), "triton"), strict=True):
