@@ -27,7 +27,7 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    "name", ["cpu", "crossover", "gpu", "gpu_first", "moh", "longheads", "aot", "kernel_cache", "pages", "tune"]
+    "name", ["cpu", "crossover", "gpu", "gpu_first", "moh", "longheads", "aot", "kernel_cache", "pages", "step", "tune"]
 )
 def test_a_benchmark_says_what_it_takes(name: str) -> None:
     done = run(f"bench.{name}", "--help")

@@ -56,7 +56,7 @@ EDITS: dict[str, Edit] = {
     "reset": lambda layer: layer.reset(),
     "deepcopy": copy.deepcopy,
     # As callers do who edit a cache by hand.
-    "set": lambda layer: setattr(layer, "keys", layer.keys.clone()) if layer.is_initialized else None,
+    "set": lambda layer: setattr(layer, "keys", 2 * layer.keys) if layer.is_initialized else None,
 }
 
 
