@@ -74,7 +74,8 @@ def attend_evicting(inputs: EvictingInputs, scale: float | None, impl: str) -> T
     if 0 in q.shape:
         return q.new_zeros(*q.shape[:3], inputs.v.shape[3])
     cache = inputs.cache
-    if impl == "auto" and may_read_in_place(inputs):
+    is_whole = not Lengths(inputs.lengths).differ
+    if impl == "auto" and is_whole and may_read_in_place(cache, q, inputs.k, inputs.v):
         return cache.attend_row(q, inputs.k, inputs.v, q.shape[3] ** -0.5 if scale is None else scale)
     way = _Way(scale, impl)
     parts = []
@@ -88,15 +89,18 @@ def attend_evicting(inputs: EvictingInputs, scale: float | None, impl: str) -> T
     return cache.in_order(parts)
 
 
-def may_read_in_place(inputs: EvictingInputs) -> bool:
-    """Whether a call is one decoding row that reads regions where they lie."""
-    q = inputs.q
-    cache = inputs.cache
-    if q.shape[2] != 1 or cache.length is None or Lengths(inputs.lengths).differ:
+def may_read_in_place(cache: EvictingCache, *own: Tensor) -> bool:
+    """Whether a call of queries, keys and values ``[B, h, T, D]`` is one row that reads regions where they lie.
+
+    Every item must have a token; nobody wants a record of it, or an implementation by name.
+    """
+    q = own[0]
+    if q.shape[2] != 1 or cache.length is None or not is_readable(q) or is_training(*own):
         return False
-    if not is_readable(q) or is_training(q, inputs.k, inputs.v) or torch.is_autocast_enabled("cpu"):
+    dtype = q.dtype
+    if torch.is_autocast_enabled("cpu") or own[1].dtype != dtype or own[2].dtype != dtype:
         return False
-    return all(x.dtype == q.dtype for x in (inputs.k, inputs.v, *cache.streams.values()))
+    return cache.holds_in(dtype)
 
 
 def _own(inputs: EvictingInputs, region: Region) -> tuple[Tensor, Tensor, Tensor]:

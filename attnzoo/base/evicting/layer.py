@@ -23,6 +23,11 @@ class EvictingLayer(AttentionLayer):
     def retention(self, heads: int) -> Retention:
         """What rows can read, for the KV heads that are held here, of which there are ``heads``."""
 
+    @property
+    def evicts(self) -> bool:
+        """Whether there is anything that rows can read no more."""
+        return not all(self.retention(self.config.kv_heads).full)
+
     def remember(self, step: Step, heads: Heads) -> AttentionInputs:
         """As every layer; a cache that evicts gives nothing back, and is written when the call has succeeded."""
         cache = step.cache

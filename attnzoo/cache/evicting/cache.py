@@ -43,6 +43,7 @@ class EvictingCache(KVCache):
         self._staged: tuple[dict[str, Tensor], int | Tensor] | None = None
         self._placed = False
         self._oldest: int | Tensor = 0
+        self._pairs = [(region, f"k.{region.name}", f"v.{region.name}") for region in self.regions]
         super().__init__(streams, **options)
 
     def _allocate(
@@ -194,14 +195,14 @@ class EvictingCache(KVCache):
         placed = self._placed
         self._staged = None
         self._placed = False
+        if placed:
+            self._count_row()
+            return
         tokens = next(iter(values.values())).shape[2]
         before = self.offset
         with torch.inference_mode(False), torch.no_grad():
             for region in self.regions:
-                if not placed:
-                    self._write(region, values, before, lengths)
-                elif isinstance(before, int):
-                    region.retire([self._buffers[name] for name in self._names(region)], before + 1)
+                self._write(region, values, before, lengths)
         if self.length is not None and not Lengths(lengths).differ:
             self.length += tokens
             self.bound = self.length
@@ -251,6 +252,10 @@ class EvictingCache(KVCache):
         row = torch.where(token < count, region.row_of(token.clamp(min=0), count), token + behind)
         return _picked(torch.cat((held, own), 2), row.clamp(0, held.shape[2] + own.shape[2] - 1))
 
+    def holds_in(self, dtype: torch.dtype) -> bool:
+        """Whether everything is held in a dtype."""
+        return all(x.dtype == dtype for x in self._buffers.values())
+
     def takes_row(self, owner: tuple[Identity | None, Any], x: Tensor) -> bool:
         """Whether :meth:`attend_row` can take the next token of a layer."""
         return RowCache.takes_row(self, owner, x)
@@ -267,19 +272,51 @@ class EvictingCache(KVCache):
         Returns:
             ``[B, H, 1, Dv]``.
         """
-        values = {"k": k, "v": v}
-        self._staged = values, 1
+        out = self._attend_in_place(q, k, v, scale)
+        self._staged = {"k": k, "v": v}, 1
+        self._placed = True
+        return out
+
+    def decode_row(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """As :meth:`attend_row`, and the token is held: nothing can fail behind it that the caller would undo."""
+        out = self._attend_in_place(q, k, v, scale)
+        self._count_row()
+        return out
+
+    def _attend_in_place(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         batch, heads, _, width = q.shape
         groups = len(self.retention.full)
         # The query heads of a group along the rows: keys and values are read once for all of them.
-        rows = q.view(batch, groups, heads // groups, width)
-        parts = []
-        with torch.no_grad():
-            for region in self.regions:
-                parts += self._attend_region(region, rows, values, scale)
-        self._placed = True
-        out = parts[0] if len(parts) == 1 else torch.cat(parts, 1)  # [B, G, H / G, Dv]
-        return self._sorted(out).reshape(batch, heads, 1, -1)
+        rows = q.reshape(batch, groups, heads // groups, width)
+        parts: list[Tensor] = []
+        for region, (keys, values) in self._regions_held():
+            region_q, region_k, region_v = (of_heads(x, region.heads) for x in (rows, k, v))
+            for run in region.runs(self.bound):
+                first, end = run.heads
+                begin, behind = run.rows
+                run_keys = of_run(keys, first, end)
+                run_values = of_run(values, first, end)
+                # The row's own token is written first, where it would lie: what it is written over is read by nobody.
+                run_keys.narrow(2, run.own, 1).copy_(of_run(region_k, first, end))
+                run_values.narrow(2, run.own, 1).copy_(of_run(region_v, first, end))
+                seen_keys = run_keys.narrow(2, begin, behind - begin)
+                seen_values = run_values.narrow(2, begin, behind - begin)
+                run_q = of_run(region_q, first, end)
+                parts.append(scaled_dot_product_attention(run_q, seen_keys, seen_values, scale=scale))
+        out = parts[0] if len(parts) == 1 else self._sorted(torch.cat(parts, 1))  # [B, G, H / G, Dv]
+        return out.reshape(batch, heads, 1, -1)
+
+    def _count_row(self) -> None:
+        """Counts a token whose keys and values are written."""
+        held = self.bound + 1
+        for region, buffers in self._regions_held():
+            region.retire(buffers, held)
+        self.length = held
+        self.bound = held
+
+    def _regions_held(self) -> Iterator[tuple[Region, tuple[Tensor, Tensor]]]:
+        for region, key, value in self._pairs:
+            yield region, (self._buffers[key], self._buffers[value])
 
     def in_order(self, parts: list[Tensor]) -> Tensor:
         """The query heads of all regions ``[B, h * H / G, T, D]`` in their order, ``[B, H, T, D]``."""
@@ -294,30 +331,16 @@ class EvictingCache(KVCache):
             return x
         return x.index_select(1, torch.tensor(heads, device=x.device).argsort())
 
-    def _attend_region(self, region: Region, q: Tensor, values: Mapping[str, Tensor], scale: float) -> list[Tensor]:
-        keys, held_values = (self._buffers[f"{name}.{region.name}"] for name in ("k", "v"))
-        q, k, v = (of_heads(x, region.heads) for x in (q, values["k"], values["v"]))
-        parts = []
-        for run in region.runs(self.bound):
-            first, end = run.heads
-            begin, behind = run.rows
-            for held, value in ((keys, k), (held_values, v)):
-                held[:, first:end, run.own : run.own + 1].copy_(value[:, first:end])
-            parts.append(
-                scaled_dot_product_attention(
-                    q[:, first:end],
-                    keys[:, first:end, begin:behind],
-                    held_values[:, first:end, begin:behind],
-                    scale=scale,
-                )
-            )
-        return parts
-
     def fork(self) -> Self:
         """A copy of its own, for the same layer."""
         copy = super().fork()
         copy._staged = None
         return copy
+
+
+def of_run(x: Tensor, first: int, end: int) -> Tensor:
+    """Neighbouring heads of ``[B, h, ...]``."""
+    return x if end - first == x.shape[1] else x[:, first:end]
 
 
 def of_heads(x: Tensor, heads: tuple[int, ...]) -> Tensor:

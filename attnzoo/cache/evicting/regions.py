@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,8 +35,7 @@ MOST_KNOWN = 64
 """Numbers of blocks for which the runs of a region are remembered."""
 
 
-@dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
     """Heads whose next row reads the same rows of their region.
 
     Attributes:
@@ -170,22 +170,22 @@ class StreamingRegion:
             behind = self.margin + (self.places + count) * self.block
             # With one near block there is no ring: what was filled last is what leaves.
             rows = (ring if self.places else behind, behind)
-            for stays, heads in groupby(range(first, end), lambda n: self.kept.holds(leaving, self.phases[n])):
-                chosen = list(heads)
+            for stays, same in groupby(range(first, end), lambda n: self.kept.holds(leaving, self.phases[n])):
+                heads = list(same)
                 for x in buffers:
-                    self._move(x[:, chosen[0] : chosen[-1] + 1], leaving, rows, stays)
+                    chosen = x if len(heads) == x.shape[1] else x[:, heads[0] : heads[-1] + 1]
+                    self._move(chosen, leaving, rows, stays)
 
     def _move(self, x: Tensor, leaving: int, rows: tuple[int, int], stays: bool) -> None:
         """Moves the block from ``rows[0]`` on, which leaves, and that from ``rows[1]`` on, in ``[B, h, R, D]``."""
-        left, filled = (x[:, :, row : row + self.block] for row in rows)
+        left = x.narrow(2, rows[0], self.block)
         if self.spare and not stays:
-            row = leaving % self.spare * self.block
-            x[:, :, row : row + self.block].copy_(left)
-        if rows[0] == rows[1]:
+            x.narrow(2, leaving % self.spare * self.block, self.block).copy_(left)
+        if rows[0] == rows[1] or (self.in_place and not stays):
             return
+        filled = x.narrow(2, rows[1], self.block)
         if self.in_place:
-            if stays:
-                filled.copy_(left)
+            filled.copy_(left)
         elif stays:
             # They change places: the kept blocks are one more.
             before = left.clone()

@@ -20,6 +20,7 @@ from attnzoo.base.layer import DENSE_BLOCK, AttentionInputs, AttentionLayer
 from attnzoo.base.padding import Alignment
 from attnzoo.base.recording import RULE
 from attnzoo.base.shared_layouts import dense_layout
+from attnzoo.surgery.hosts.caches.evicting_calls import HELD, attend_held, evicting_layer_for
 from attnzoo.surgery.hosts.calls import CACHE_NAMES, read_call
 from attnzoo.surgery.hosts.one_row import attend_one_row
 from attnzoo.surgery.hosts.weights import type_name
@@ -32,9 +33,15 @@ NAME = "attnzoo"
 
 @dataclass(frozen=True, eq=False)
 class ReadPattern:
-    """What a block reads: a layer without weights whose plan is followed. No module, so that no state is added."""
+    """What a block reads. No module, so that no state is added.
+
+    Attributes:
+        layer: A layer without weights whose plan is followed.
+        evict: Whether caches hold no more than the rule can read, where they are made for the block.
+    """
 
     layer: AttentionLayer
+    evict: bool = True
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -88,7 +95,7 @@ def with_groups(pattern: ReadPattern, groups: int) -> ReadPattern:
     with torch.device("meta"):
         other = type(layer)(replace(layer.config, num_kv_heads=groups))
     other.impl = layer.impl
-    return ReadPattern(other)
+    return ReadPattern(other, pattern.evict)
 
 
 def take_over(new: nn.Module, old: nn.Module, groups: int) -> None:
@@ -133,13 +140,28 @@ def check_implementation(config: Any) -> None:
             )
 
 
-def _prepare_block(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-    """Before a block's call: it is called through the functions here, and its memory grows without copying."""
+def _prepare_block(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    """Before a block's call: it is called by the functions here, and its memory evicts, or grows without copying."""
     check_implementation(module.config)
+    pattern = pattern_of(module)
     for name in CACHE_NAMES:
         cache = kwargs.get(name)
-        if cache is not None:
-            let_grow(cache, module.layer_idx)
+        if cache is None:
+            continue
+        held = None
+        if pattern is not None and not getattr(module, "needs_interface", False):
+            # A replacement that follows a pattern remembers in a way of its own.
+            may_begin = pattern.evict and not _is_padded(kwargs)
+            held = evicting_layer_for(module, pattern.layer, cache, (args, kwargs), may_begin=may_begin)
+        if held is not None:
+            return args, {**kwargs, HELD: held}
+        let_grow(cache, module.layer_idx)
+    return None
+
+
+def _is_padded(arguments: dict[str, Any]) -> bool:
+    geometry = arguments.get("attention_mask")
+    return isinstance(geometry, Geometry) and geometry.real is not None
 
 
 def let_grow(cache: Any, index: int) -> None:
@@ -245,6 +267,7 @@ def attend(
     """
     if dropout:
         raise UnsupportedError(f"dropout: expected 0, got {dropout}; attention dropout is not offered")
+    held = kwargs.pop(HELD, None)
     if read_call(kwargs).cache is not None:
         raise UnsupportedError("cache: expected one that the block has read, got one that it hands on")
     if getattr(module, "is_causal", True) is False:
@@ -256,7 +279,14 @@ def attend(
         out = _attend_densely(query, key, value, geometry.first, scaling)
         return out.transpose(1, 2).contiguous(), None
     layer = _dense_layer(query.shape[1], key.shape[1], query.shape[3], scaling) if pattern is None else pattern.layer
-    if geometry.real is not None:
+    if held is not None:
+        if geometry.real is not None:
+            raise UnsupportedError(
+                "attention_mask: expected no padding behind tokens that a cache which evicts has seen without any, got "
+                "some; convert with evict=False"
+            )
+        out = attend_held(held, query, key, value)
+    elif geometry.real is not None:
         out = _attend_padded(layer, query, key, value, geometry)
     else:
         out = _attend_plain(layer, query, key, value, geometry.first)

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from attnzoo.base.config import check_bool
+from attnzoo.base.evicting.layer import EvictingLayer
 from attnzoo.base.layer import AttentionLayer
 from attnzoo.factory import create, get_config
 from attnzoo.reporting.choices import check_known
@@ -21,7 +23,7 @@ from attnzoo.surgery.kinds.kind import Kind, Order, default_of
 from attnzoo.surgery.replacements.spec import OF_THE_SITE
 from attnzoo.surgery.report import SiteReport
 from attnzoo.surgery.transaction import Change
-from attnzoo_kernels.errors import ConversionError
+from attnzoo_kernels.errors import ConfigError, ConversionError
 
 READ_DEFAULTS: dict[str, dict[str, Any]] = {"mha": {}, "s2": {"sink_blocks": 1}}
 """Variants that change what is read, and what surgery starts from where it is not the layer's own default."""
@@ -43,7 +45,7 @@ class Reading(Kind):
     def options(self, variant: str) -> dict[str, Any]:
         """The options of a variant, by name, with their defaults."""
         own = {field.name: default_of(field) for field in fields(get_config(variant)) if field.name not in OF_THE_SITE}
-        return own | READ_DEFAULTS[variant]
+        return own | READ_DEFAULTS[variant] | {"evict": True}
 
     def completed(self, variant: str, options: dict[str, Any]) -> dict[str, Any]:
         """A caller's options with those that surgery starts from."""
@@ -62,7 +64,7 @@ class Reading(Kind):
         return [self._change(site, order.module(site), order.variant, order.options) for site in order.sites]
 
     def _change(self, site: Site, module: nn.Module, variant: str, options: dict[str, Any]) -> Change:
-        pattern = ReadPattern(reading_layer(module, site, variant, options))
+        pattern = read_pattern(module, site, variant, options)
         values = self.values(module)
         entry = {"path": site.path, "kind": self.word, "variant": variant, "options": options}
         return Change(SiteReport(site, values, values), entry, pattern=pattern)
@@ -70,7 +72,7 @@ class Reading(Kind):
     def rebuild(self, model: nn.Module, site: Site, entry: dict[str, Any]) -> Change:
         """The pattern that an entry of a recipe describes."""
         module = model.get_submodule(site.path)
-        pattern = ReadPattern(reading_layer(module, site, entry["variant"], entry["options"]))
+        pattern = read_pattern(module, site, entry["variant"], entry["options"])
         values = self.values(module)
         return Change(SiteReport(site, values, values), entry, pattern=pattern)
 
@@ -92,6 +94,23 @@ def _drops_the_sink(variant: str, options: dict[str, Any]) -> bool:
     if variant == "s2":
         return bool(options["sink_blocks"] == 0)
     return bool(options.get("window")) and not options.get("sink")
+
+
+def read_pattern(module: nn.Module, site: Site, variant: str, options: dict[str, Any]) -> ReadPattern:
+    """What a site will read, and whether caches made for it evict.
+
+    Raises:
+        ConfigError: If there is nothing to evict where that is asked for.
+    """
+    own = {name: value for name, value in options.items() if name != "evict"}
+    layer = reading_layer(module, site, variant, own)
+    evict = options.get("evict", True)
+    check_bool("evict", evict)
+    if "evict" in options and evict and not (isinstance(layer, EvictingLayer) and layer.evicts):
+        raise ConfigError(
+            f"evict: expected False, or a window or shards, got True for {variant!r} that reads everything"
+        )
+    return ReadPattern(layer, evict)
 
 
 def reading_layer(module: nn.Module, site: Site, variant: str, options: dict[str, Any]) -> AttentionLayer:

@@ -15,6 +15,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from attnzoo import surgery
+from attnzoo.surgery.hosts.caches.evicting import EvictingCacheLayer
 from attnzoo.surgery.hosts.caches.growing import GrowingLayer
 from attnzoo_kernels.errors import ConfigError
 from tests.attnzoo.surgery.conversions import ALL, convert_as
@@ -196,7 +197,8 @@ def test_converted_blocks_take_such_a_layer_by_themselves(kind: str) -> None:
         for cache in (None, DynamicCache(), DynamicCache(config=model.config)):
             out = model(tokens, past_key_values=cache, use_cache=True)
             held = next(value for value in out.values() if hasattr(value, "get_seq_length"))
-            assert [type(layer) for layer in held.layers] == [GrowingLayer] * 2
+            own = EvictingCacheLayer if kind in ("window", "s2") else GrowingLayer
+            assert [type(layer) for layer in held.layers] == [own] * 2
             assert held.get_seq_length() == PROMPT
 
 

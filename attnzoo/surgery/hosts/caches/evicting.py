@@ -1,0 +1,120 @@
+"""Keys and values of blocks that read a window or shards: no more of them than later tokens can read.
+
+Letters: B batch, T tokens of a call, H query heads, G KV heads, D width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+from attnzoo.base.evicting.layer import EvictingLayer
+from attnzoo.cache.evicting.cache import EvictingCache
+from attnzoo.cache.kv_cache import Stream
+from attnzoo.surgery.hosts.caches.cache_layer import ReplacementCacheLayer
+from attnzoo.surgery.hosts.caches.growing import GrowingLayer
+from attnzoo_kernels.errors import UnsupportedError
+
+MARGIN = 64
+"""Tokens that may be taken back, as assisted generation does with those that it rejects."""
+
+_LEAST_ROOM = 256
+_SHARE_OF_ROOM = 8
+
+
+class EvictingCacheLayer(ReplacementCacheLayer):
+    """What a block remembers that reads a window or shards: an evicting cache, which grows as far as the rule keeps.
+
+    ``update`` hands a call's own keys and values through; the attention function finds the others here. At most
+    ``MARGIN`` tokens can be cropped at a time, or all.
+
+    Attributes:
+        layer: The layer without weights whose rule is followed.
+        is_awaited: Whether an attention function that knows this layer will have the keys that ``update`` is given.
+    """
+
+    def __init__(self, layer: EvictingLayer) -> None:
+        super().__init__()
+        self.layer = layer
+        self.is_awaited = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes."""
+        return 0 if self.memory is None else self.memory.nbytes
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Hands a call's keys ``[B, G, T, D]`` and values through to the attention function, which remembers them.
+
+        Raises:
+            UnsupportedError: If another block's keys came here, or gradients are wanted.
+        """
+        if not self.is_awaited:
+            return super().update(key_states, value_states, *args, **kwargs)
+        self.is_awaited = False
+        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+            raise UnsupportedError(
+                "past_key_values: expected no gradients through a cache that evicts, got some; convert with evict=False"
+            )
+        return key_states, value_states
+
+    def room_for(self, k: Tensor, v: Tensor) -> EvictingCache:
+        """The cache, with room for the tokens of a call, k ``[B, G, T, D]`` and v ``[B, G, T, Dv]``."""
+        needed = self.seen + k.shape[2]
+        memory = self.memory
+        if not isinstance(memory, EvictingCache):
+            memory = EvictingCache(
+                {"k": Stream(k.shape[1], k.shape[3]), "v": Stream(v.shape[1], v.shape[3])},
+                retention=self.layer.retention(k.shape[1]),
+                margin=MARGIN,
+                batch=k.shape[0],
+                max_length=needed + _LEAST_ROOM,
+                device=k.device,
+                dtype=k.dtype,
+            )
+            self.memory = memory
+            self.is_initialized = True
+        elif needed > memory.max_length:
+            memory.grow(needed + max(_LEAST_ROOM, needed // _SHARE_OF_ROOM))
+        return memory
+
+
+def evicting_layer(cache: Any, index: int, layer: EvictingLayer) -> EvictingCacheLayer | None:
+    """The evicting layer of a host's cache for a block's call; ``None`` where there is none.
+
+    Args:
+        cache: The host's cache.
+        index: Which of its layers.
+        layer: Whose rule the block follows.
+
+    Raises:
+        UnsupportedError: If a block of another rule has filled it.
+    """
+    layers = getattr(cache, "layers", None)
+    found = layers[index] if isinstance(layers, list) and index < len(layers) else None
+    if not isinstance(found, EvictingCacheLayer):
+        return None
+    if found.layer is not layer and found.layer.config != layer.config:
+        if found.seen:
+            raise UnsupportedError(
+                "past_key_values: expected a cache that this model has filled, got one whose block read something else"
+            )
+        found.layer = layer
+    found.is_awaited = True
+    return found
+
+
+def let_evict(cache: Any, index: int, layer: EvictingLayer) -> None:
+    """Makes an empty plain layer of a host's cache one that evicts; leaves every other."""
+    layers = getattr(cache, "layers", None)
+    if not isinstance(layers, list) or getattr(cache, "offloading", False):
+        return
+    make = getattr(cache, "layer_class_to_replicate", None)
+    while make in (DynamicLayer, GrowingLayer) and len(layers) <= index:
+        layers.append(make())
+    found = layers[index] if index < len(layers) else None
+    if type(found) in (DynamicLayer, GrowingLayer) and not found.get_seq_length():
+        layers[index] = EvictingCacheLayer(layer)
