@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,7 +18,7 @@ from attnzoo.reporting.tables import Grid
 from bench.cpu.clock import threads as with_threads
 from bench.crossover.curves import LENGTHS, Curve, measure
 from bench.crossover.picture import NAMES
-from bench.crossover.report import to_json, where_from, write
+from bench.crossover.report import read, to_json, where_from, write
 
 
 def main(  # noqa: PLR0913  (a command line has one parameter for each option)
@@ -31,6 +32,7 @@ def main(  # noqa: PLR0913  (a command line has one parameter for each option)
     seconds: Annotated[float, typer.Option(help="About how long each length of each kind is measured.")] = 2.0,
     limit: Annotated[float, typer.Option(help="Seconds that a length may take; longer ones are left out.")] = 20.0,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
+    add: Annotated[bool, typer.Option("--add", help="Keep what OUT.json has of other layers on this machine.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
 ) -> None:
     """Measures every variant at 512 tokens, 1,024, ... beside ten lines of torch, correctness first."""
@@ -39,11 +41,12 @@ def main(  # noqa: PLR0913  (a command line has one parameter for each option)
         raise typer.BadParameter(f"expected at least {LENGTHS[0]}, got {longest}", param_hint="--longest")
     check_writable(out)
     setting = CostSetting(tokens=lengths[-1], dim=dim, num_heads=heads, seconds=seconds)
-    curves: list[Curve] = []
+    specs = variants or list(SPECS)
     with with_threads(threads), Bar() as progress:
         where = {**about(setting), "limit": limit}
-        for found in measure(setting, variants or SPECS, lengths, limit, progress):
-            curves += found
+        curves = kept(out, where, specs) if add else []
+        for found in measure(setting, specs, lengths, limit, progress):
+            curves = in_order([*curves, *found])
             # Each layer takes a minute: what has been measured is kept.
             write(curves, where, out)
     if as_json:
@@ -57,6 +60,25 @@ def main(  # noqa: PLR0913  (a command line has one parameter for each option)
             screen.text(problem)
     if any(curve.problem for curve in curves):
         raise typer.Exit(1)
+
+
+def in_order(curves: Sequence[Curve]) -> list[Curve]:
+    """Curves in the order of the layers that are measured by themselves, others behind them."""
+    places = {spec: place for place, spec in enumerate(SPECS)}
+    return sorted(curves, key=lambda curve: places.get(curve.layer, len(places)))
+
+
+def kept(out: Path, where: dict[str, Any], specs: Sequence[str]) -> list[Curve]:
+    """The curves of OUT.json but those of some layers.
+
+    Raises:
+        typer.BadParameter: If they were measured on another machine, or at other sizes.
+    """
+    curves, before = read(out.with_name(f"{out.name}.json").read_text(encoding="utf-8"))
+    for name in ("cpu", "class", "threads", "torch", "dtype", "dim", "num_heads", "batch"):
+        if before[name] != where[name]:
+            raise typer.BadParameter(f"expected {name} {before[name]!r} as in {out}.json, got {where[name]!r}")
+    return [curve for curve in curves if curve.layer not in specs]
 
 
 if __name__ == "__main__":

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
 from attnzoo.evaluation import layer_costs
 from attnzoo.evaluation.cost_setting import KINDS, Cost, CostSetting
+from bench.crossover import __main__ as command
 from bench.crossover import curves as measuring
 from bench.crossover import report
 from bench.crossover.curves import Curve, crossing, measure
@@ -135,3 +137,15 @@ def test_the_picture_tells_its_lines_apart(tmp_path: Path, monkeypatch: pytest.M
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
     monkeypatch.undo()
     pyplot.close(kept[0])
+
+
+def test_what_was_measured_of_other_layers_is_kept_on_the_same_machine_alone(tmp_path: Path) -> None:
+    where = {**WHERE, "batch": 1}
+    report.write(drawn(), where, tmp_path / "a.b")
+    found = command.kept(tmp_path / "a.b", {**where, "date": "tomorrow"}, ["mha", "new"])
+    assert found == [curve for curve in drawn() if curve.layer != "mha"]
+    added = [Curve(name, "forward") for name in ("new", "mha")]
+    assert [curve.layer for curve in command.in_order([*added, *found])][:2] == ["mha", layer_costs.SPECS[1]]
+    assert command.in_order([*added, *found])[-1].layer == "broken"
+    with pytest.raises(typer.BadParameter, match="expected threads 1"):
+        command.kept(tmp_path / "a.b", {**where, "threads": 2}, ["mha"])
