@@ -134,10 +134,11 @@ def attend_needed(call: RowCall, active: Tensor) -> Tensor:
             last = first + len(list(run))
             if is_needed:
                 rows = slice(first * each, last * each)
-                here = (
-                    x[item : item + 1, at] for x, at in ((q, rows), (k, slice(first, last)), (v, slice(first, last)))
-                )
-                out[item : item + 1, rows] = attend_slots(*here, slots, scale=scale)
+                groups = slice(first, last)
+                row = q[item : item + 1, rows]
+                keys = k[item : item + 1, groups]
+                values = v[item : item + 1, groups]
+                out[item : item + 1, rows] = attend_slots(row, keys, values, slots, scale=scale)
             first = last
     return out
 

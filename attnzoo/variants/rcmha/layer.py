@@ -305,7 +305,7 @@ class RCMHAAttention(AttentionLayer, name="rcmha"):
     def attend_row(self, row: Row) -> Tensor | None:
         """As the base, with the convolutions of the row behind what the rings hold, and a bias of distances."""
         cache = row.cache
-        convolutions = {name: self.conv[name] for name in self.config.conv_on}
+        convolutions: dict[str, Any] = {name: self.conv[name] for name in self.config.conv_on}
         known = all(type(one) is DepthwiseConvolution and is_unwatched(one) for one in convolutions.values())
         if self.config.conv_pos == "pre_proj" or not known or not isinstance(cache, PlacedCache) or cache.placed:
             return None
