@@ -72,3 +72,17 @@ def test_lists_outlive_a_step_between_two_block_borders() -> None:
         assert made_of(21).col is not steps[0].col
     with pytest.raises(ValueError, match="seq_q, seq_k: expected"):
         steps[0].with_lengths(1, 21)
+
+
+def test_a_step_reads_nothing_back_from_where_its_lists_lie() -> None:
+    # Meta tensors have no values: whatever would wait for a device raises.
+    like = torch.zeros(1, device="meta")
+    for slots in range(9, 14):
+        for layout in (
+            dense_layout(4, 1, slots, like),
+            sink_window_layout(4, 1, slots, Cover(5, 2, True, slots - 1), like),
+        ):
+            assert layout.col.device.type == "meta"
+            q = torch.zeros(1, 2, 1, 8, device="meta")
+            k = torch.zeros(1, 1, slots, 8, device="meta")
+            assert block_sparse_attention(q, k, k, layout).shape == q.shape

@@ -243,3 +243,38 @@ def test_a_small_call_goes_here_by_itself(monkeypatch: pytest.MonkeyPatch) -> No
     for rows in (1, 16, 64, 65):
         block_sparse_attention(*inputs_of((1, 2, 1, rows, 70)), BlockLayout.dense(16, 16, rows, 70))
     assert seen == [1, 16, 64]
+
+
+@pytest.mark.parametrize("block", [1, 4])
+def test_runs_are_cut_by_window_and_sink_at_every_length(block: int) -> None:
+    listed = [0, 1, 2, 4, 5]
+    for length in range(5 * block + 1, 6 * block + 1):
+        layout = BlockLayout.from_indices(torch.tensor(listed).view(1, 1, 1, -1), 1, block, 1, length)
+        for window in range(1, length + 2):
+            for sink in range(length + 2):
+                seen = [
+                    slot
+                    for slot in range(length)
+                    if slot // block in listed and (slot >= length - window or slot < sink)
+                ]
+                slots = Slots.of_layout(layout, window=window, sink=sink)
+                assert slots is not None
+                assert slots.runs is not None
+                assert [slot for run in slots.runs for slot in range(*run)] == seen
+
+
+def test_shares_that_begin_within_a_group_are_the_definition() -> None:
+    near, far = [(20, 30)], [(0, 7), (25, 30)]
+    tensors = inputs_of((2, 3, 2, 1, 30))
+    for lists in (
+        [far, near, near, near, near, far],
+        [near, far, far, far, far, far],
+        [near, near, far, near, far, far],
+    ):
+        seen = torch.zeros(1, 6, 1, 30, dtype=torch.bool)
+        for head, own in enumerate(lists):
+            seen[0, head, 0, _slots(own)] = True
+        wanted, lse = by_loops(tensors, seen.expand(2, -1, -1, -1), 0.3)
+        out, found = attend_slots_with_lse(*tensors, Slots.of_lists(lists), scale=0.3)
+        torch.testing.assert_close(out.double(), wanted, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found.double(), lse, rtol=1e-5, atol=1e-5)
