@@ -117,8 +117,8 @@ def gather_slots(name: str, x: Tensor, index: Tensor, whole: tuple[Tensor, int] 
     """
     batch, heads, length, width = x.shape
     if not is_plain(x) or (x.requires_grad and torch.is_grad_enabled()):
-        line = torch.arange(lines, device=x.device)
-        return x[:, (line * heads // lines).unsqueeze(1), index[line * index.shape[0] // lines]]
+        every = torch.arange(lines, device=x.device)
+        return x[:, (every * heads // lines).unsqueeze(1), index[every * index.shape[0] // lines]]
     done = 0
     block = 1
     if whole is not None and x.stride(3) == 1 and x.stride(2) == width:
