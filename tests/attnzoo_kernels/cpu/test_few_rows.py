@@ -278,3 +278,25 @@ def test_shares_that_begin_within_a_group_are_the_definition() -> None:
         out, found = attend_slots_with_lse(*tensors, Slots.of_lists(lists), scale=0.3)
         torch.testing.assert_close(out.double(), wanted, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(found.double(), lse, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_lists_of_many_gaps_end_with_the_last_slot(heads: int) -> None:
+    for length in range(69, 73):
+        keep = torch.zeros(1, heads, 1, 18, dtype=torch.bool)
+        for head in range(heads):
+            keep[0, head, 0, head:17:2] = True
+        keep[..., 17] = True
+        tensors = inputs_of((1, 2, 1, 1, length))
+        seen = keep.repeat_interleave(4, 3)[..., :length].expand(1, 2, -1, -1)
+        out = attend_on_path("few_rows", tensors, BlockLayout.from_mask(keep, 1, 4, 1, length), scale=0.3)[0]
+        torch.testing.assert_close(out.double(), by_loops(tensors, seen, 0.3)[0], rtol=1e-5, atol=1e-5)
+
+
+def test_a_hidden_slot_that_is_no_number_leaves_the_call_to_blocks() -> None:
+    q, k, v = inputs_of((1, 2, 1, 5, 5))
+    k, v = (x.clone() for x in (k, v))
+    k[:, :, 4] = v[:, :, 4] = math.nan
+    out = attend_on_path("few_rows", (q, k, v), BlockLayout.dense(8, 8, 5, 5))[0]
+    assert out[:, :, :4].isfinite().all()
+    assert out[:, :, 4].isnan().all()

@@ -44,6 +44,6 @@ MUTANTS = (
     ),
     few_rows(
         "few-rows-not-finite", old="if reading.hides and not _is_finite(out):", new="if False:",
-        wrong="what is hidden spoils results of few rows", tests=f"{TESTS}/cpu/test_paths.py -k 'few_rows and no_number'",
+        wrong="what is hidden spoils results of few rows", tests=f"{TESTS}/cpu/test_few_rows.py",
     ),
 )  # fmt: skip
