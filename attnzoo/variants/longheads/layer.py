@@ -65,9 +65,9 @@ from attnzoo_kernels.errors import UnsupportedError
 from attnzoo_kernels.runtime.plain import is_open, is_plain
 
 _SLOW = (
-    "longheads: with select='token' every token chooses chunks for itself: at 1k tokens about five times the time of "
-    "plain attention; select='block', without official_quirks, takes about as long as that: the first token of each "
-    "query_block chooses for all of it"
+    "longheads: with select='token' every token chooses chunks for itself: at 1k tokens up to twice the time of plain "
+    "attention; select='block', without official_quirks, takes about half as long again as that: the first token of "
+    "each query_block chooses for all of it"
 )
 
 

@@ -356,8 +356,12 @@ def schedule_for(call: Call, build: Callable[[Call], Schedule] = build_schedule)
 
 
 def chunks_of(call: Call, schedule: Schedule, *, tiled: bool = False) -> list[Bucket]:
-    """The call's rows in chunks; larger ones where scores are few beside the keys, or not kept: ``tiled``."""
+    """The call's rows in chunks; larger ones where scores are few beside the keys, or not kept: ``tiled``.
+
+    Gates take twice as many operations for a chunk, which then has to be larger to be worth them.
+    """
     few = tiled or call.grid[0] == 1
-    budget = CHUNK_SCORES * min(torch.get_num_threads(), 4) * (4 if few else 1)
+    larger = 4 if few else 1 if call.gate is None else 2
+    budget = CHUNK_SCORES * min(torch.get_num_threads(), 4) * larger
     # Small query blocks gather as many keys as large ones: their chunks are bounded by the keys.
     return schedule.chunks(budget, max(call.block_q, 64), call.block_k)
