@@ -40,6 +40,10 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "moh, all heads": ("moh", {"active_heads": "all", "num_kv_heads": 2}),
     "moh, window": ("moh", {"window": 9, "sink": 2, "compute": "routed"}),
     "moh, by length": ("moh", {"router": "norm", "shared_heads": 1, "active_heads": 1, "rescale": True}),
+    "moh, parts of groups": (
+        "moh",
+        {"num_kv_heads": 2, "shared_heads": 1, "active_heads": 1, "compute": "routed"},
+    ),
     "moh, whole groups": (
         "moh",
         {"num_kv_heads": 2, "route_unit": "kv_group", "shared_heads": 0, "active_heads": 2, "compute": "routed"},
