@@ -7,8 +7,7 @@ import math
 import platform
 import time
 import warnings
-from collections.abc import Iterator
-from collections.abc import Sequence as Listed
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from attnzoo import surgery
 from attnzoo.base.registry import variants
-from attnzoo.evaluation.decoding import Decoding, Sequence, race, twin_of
+from attnzoo.evaluation.decoding import Continuation, Decoding, race, twin_of
 from attnzoo.evaluation.model_scores import Progress, Score, score
 from attnzoo.factory import class_names, read_spec
 from attnzoo.reporting.choices import check_known
@@ -205,7 +204,7 @@ class Comparer:
         calibration: Tensor | None,
         *,
         progress: Progress | None = None,
-        longer: Listed[Tensor] = (),
+        longer: Sequence[Tensor] = (),
     ) -> None:
         self.model = model
         self.windows = windows
@@ -214,9 +213,9 @@ class Comparer:
         self.longer = longer
         self._statistics: surgery.Statistics | None = None
         self._dense: Score | None = None
-        self._starts: list[Sequence] = []
+        self._starts: list[Continuation] = []
 
-    def run(self, specs: Listed[VariantSpec], about: dict[str, Any]) -> Comparison:
+    def run(self, specs: Sequence[VariantSpec], about: dict[str, Any]) -> Comparison:
         """All rows; the dense model is measured first, whether it has a row or not.
 
         Raises:
@@ -231,7 +230,7 @@ class Comparer:
         about["machine"] = f"{platform.machine()}, {torch.get_num_threads()} threads"
         return Comparison(about, [self._row(spec) for spec in specs])
 
-    def _prompts(self, sequence: Sequence, *, long: bool) -> Iterator[Sequence]:
+    def _prompts(self, sequence: Continuation, *, long: bool) -> Iterator[Continuation]:
         """A sequence behind the first window, then behind each longer prompt; who takes it may go on in between."""
         yield sequence
         for prompt in self.longer if long else ():
@@ -239,7 +238,7 @@ class Comparer:
             sequence.read(prompt[sequence.tokens :])
             yield sequence
 
-    def _races(self, sequence: Sequence, *, long: bool) -> list[Decoding]:
+    def _races(self, sequence: Continuation, *, long: bool) -> list[Decoding]:
         """Decoding in turns with the dense model behind each prompt."""
         found = []
         for start, mine in zip(self._starts, self._prompts(sequence, long=long), strict=False):
@@ -269,11 +268,11 @@ class Comparer:
             for report in reversed(reports):
                 report.undo()
 
-    def _unconverted(self, spec: VariantSpec) -> Sequence:
+    def _unconverted(self, spec: VariantSpec) -> Continuation:
         """The dense model behind the first window, with its own cache or one that is written in place."""
         if not spec.own_cache:
             return self._starts[0].copy()
-        sequence = Sequence(self.model, cache=surgery.new_cache(self.model))
+        sequence = Continuation(self.model, cache=surgery.new_cache(self.model))
         sequence.read(self.windows[0])
         return sequence
 

@@ -48,8 +48,8 @@ class Decoding:
     read_share: float
 
 
-class Sequence:
-    """A model and what it has read of one sequence.
+class Continuation:
+    """A model and what it has read of one sequence, to be continued.
 
     Args:
         model: A causal language model with ``.logits`` and a cache in its output.
@@ -79,9 +79,9 @@ class Sequence:
         """Reads the likeliest next token."""
         self._read(self._next)
 
-    def copy(self) -> Sequence:
+    def copy(self) -> Continuation:
         """The same sequence once more, with a cache of its own."""
-        other = Sequence(self.model)
+        other = Continuation(self.model)
         other.tokens = self.tokens
         other._next = self._next
         other._cache = deepcopy(self._cache)
@@ -108,7 +108,7 @@ def twin_of(model: Any) -> Any:
     return deepcopy(model, {id(x): x for x in tensors})
 
 
-def race(sequence: Sequence, dense: Sequence) -> Decoding:
+def race(sequence: Continuation, dense: Continuation) -> Decoding:
     """Decodes greedily, in turns with the dense model behind as many tokens; both sequences go on.
 
     Args:

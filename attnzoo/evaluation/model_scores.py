@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from attnzoo.base.recording import has_layers, record
-from attnzoo.evaluation.decoding import Sequence, mean_of_plans
+from attnzoo.evaluation.decoding import Continuation, mean_of_plans
 from attnzoo_kernels.errors import ConfigError
 
 Progress = Callable[[str, int, int], None]
@@ -38,7 +38,7 @@ class Score:
     nll: tuple[float, ...]
     density: float
     probe: Tensor
-    sequence: Sequence
+    sequence: Continuation
 
     @property
     def mean_nll(self) -> float:
@@ -83,7 +83,7 @@ def score(model: Any, windows: Tensor, *, progress: Progress | None = None) -> S
     nll: list[float] = []
     density = 1.0
     probe = torch.empty(0, device="cpu")
-    sequence = Sequence(model)
+    sequence = Continuation(model)
     for done, window in enumerate(windows):
         with torch.no_grad():
             if done == 0:
@@ -97,7 +97,7 @@ def score(model: Any, windows: Tensor, *, progress: Progress | None = None) -> S
     return Score(tuple(nll), density, probe, sequence)
 
 
-def _watched(sequence: Sequence, window: Tensor) -> tuple[Tensor, float]:
+def _watched(sequence: Continuation, window: Tensor) -> tuple[Tensor, float]:
     """Logits of one window, and the density that the layers' own plans say."""
     if not has_layers(sequence.model):
         return sequence.read_all(window), 1.0

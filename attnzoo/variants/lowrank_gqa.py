@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from attnzoo.base.config import AttentionConfig, check_int
 from attnzoo.base.decoding.latent import LatentHeads, attend_absorbed
-from attnzoo.base.decoding.step import Row
+from attnzoo.base.decoding.step import TokenRow
 from attnzoo.base.layer import AttentionInputs, AttentionLayer, Heads, Step, is_training
 from attnzoo.base.rope import RotaryConfig as RotaryConfig
 from attnzoo.cache.kv_cache import Stream
@@ -165,7 +165,7 @@ class LowRankGQAAttention(AttentionLayer, name="lowrank_gqa"):
         latent = ((self.kv_down, config.latent_dim), (self.kv_up, both))
         return ((self.q_proj, config.num_heads * config.head_width), *latent, (self.o_proj, config.dim))
 
-    def attend_row(self, row: Row) -> Tensor | None:
+    def attend_row(self, row: TokenRow) -> Tensor | None:
         """As the base; latents are absorbed: of the past, keys alone are expanded."""
         config = self.config
         if config.latent_dim is None:

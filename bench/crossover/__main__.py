@@ -21,14 +21,12 @@ from bench.crossover.picture import NAMES
 from bench.crossover.report import read, to_json, where_from, write
 
 
-def main(  # noqa: PLR0913  (a command line has one parameter for each option)
+def main(
     out: Annotated[Path, typer.Option(help="Write OUT.json, OUT.md and OUT.png.")] = Path("out/crossover"),
     variants: Annotated[
         list[str] | None, typer.Option(help="variant:option=value,...; may be repeated; as bench if not given.")
     ] = None,
     longest: Annotated[int, typer.Option(help="Tokens at most, from 512 on by doubling.")] = LENGTHS[-1],
-    dim: Annotated[int, typer.Option(help="The layers' width.")] = 512,
-    heads: Annotated[int, typer.Option(help="Query heads.")] = 8,
     seconds: Annotated[float, typer.Option(help="About how long each length of each kind is measured.")] = 2.0,
     limit: Annotated[float, typer.Option(help="Seconds that a length may take; longer ones are left out.")] = 20.0,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
@@ -40,7 +38,7 @@ def main(  # noqa: PLR0913  (a command line has one parameter for each option)
     if not lengths:
         raise typer.BadParameter(f"expected at least {LENGTHS[0]}, got {longest}", param_hint="--longest")
     check_writable(out)
-    setting = CostSetting(tokens=lengths[-1], dim=dim, num_heads=heads, seconds=seconds)
+    setting = CostSetting(tokens=lengths[-1], seconds=seconds)
     specs = variants or list(SPECS)
     with with_threads(threads), Bar() as progress:
         where = {**about(setting), "limit": limit}

@@ -16,10 +16,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from bench.gpu.contact import PLANTED
 from bench.gpu_first import cells, parts
 from bench.gpu_first.child import end_all, no_cores
 from bench.gpu_first.results import Results, table, verdict
-from bench.gpu_first.run import PLANTED, SHARES, WHOLE, Clock, Outcome, Run, cores
+from bench.gpu_first.run import SHARES, WHOLE, Clock, Outcome, Run, cores
 from bench.kernel_cache import unpack
 
 PARTS: dict[str, Callable[[Run, Outcome], None]] = {

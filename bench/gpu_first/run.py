@@ -11,7 +11,6 @@ from typing import Any
 
 from bench.gpu_first.child import ROOT, Child, environment
 
-PLANTED = "planted"
 SHARES = {"machine": 20.0, "self-test": 60.0, "tests": 180.0, "cells": 105.0, "tiles": 60.0, "specialised": 45.0}
 """Seconds of each part, in order. The form of the forward loop that may hang comes last."""
 SPARE = 30.0

@@ -19,7 +19,7 @@ from attnzoo_kernels._triton.tile_table import Tiles
 from bench.aot import compiling
 from bench.gpu import peers
 from bench.gpu.cells import Cell, every
-from bench.gpu_first.cells import CELLS, SPECIALISED
+from bench.gpu.contact import CELLS, SPECIALISED
 
 PROCESSORS = {"sm_90": 132, "sm_100": 148, "sm_80": 108}
 """Of the largest device of an architecture: by them lists are cut, which another kernel then joins."""

@@ -25,7 +25,7 @@ CHUNK = 512
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading:
+class StepReading:
     """What a step of one contestant costs behind so many tokens.
 
     Attributes:
@@ -176,7 +176,7 @@ class Settings:
 
 def run(
     model: Any, text: Tensor, rows: Sequence[Contestant], settings: Settings, progress: Progress
-) -> Iterator[Reading]:
+) -> Iterator[StepReading]:
     """Readings of all contestants at all lengths.
 
     Args:
@@ -207,7 +207,7 @@ def run(
             error = check(row, runner, dense, whole=settings.whole and length == settings.lengths[0])
             dense.step()
             ours, theirs = take_turns((runner, dense), settings.rounds)
-            yield Reading(
+            yield StepReading(
                 name=row.name,
                 tokens=length,
                 ms=statistics.median(ours),

@@ -11,19 +11,19 @@ from typing import Any
 from rich.table import Table
 
 from attnzoo.reporting.outputs import write_together
-from bench.step.measure import Reading
+from bench.step.measure import StepReading
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#8a6d00", "#5b4ea8", "#2b6ca3", "#b0413e", "#000000")
 TITLE = "a decoding step over transformers' sdpa with its DynamicCache in the same rounds"
 
 
-def header(readings: Sequence[Reading]) -> list[str]:
+def header(readings: Sequence[StepReading]) -> list[str]:
     """The table's columns."""
     lengths = sorted({reading.tokens for reading in readings})
     return ["", *(f"{length} tokens" for length in lengths), "cache / tokens", "off by"]
 
 
-def lines(readings: Sequence[Reading]) -> list[list[str]]:
+def lines(readings: Sequence[StepReading]) -> list[list[str]]:
     """One line for each contestant: ratios with their bounds, bytes of the cache over those of the tokens."""
     lengths = sorted({reading.tokens for reading in readings})
     found = []
@@ -36,14 +36,14 @@ def lines(readings: Sequence[Reading]) -> list[list[str]]:
     return found
 
 
-def _cell(reading: Reading | None) -> str:
+def _cell(reading: StepReading | None) -> str:
     if reading is None:
         return ""
     bound = "" if reading.must is None else f" (<= {reading.must:g}{'' if reading.holds else ', missed'})"
     return f"{reading.ratio:.2f}{bound}"
 
 
-def markdown(readings: Sequence[Reading], where: dict[str, Any]) -> str:
+def markdown(readings: Sequence[StepReading], where: dict[str, Any]) -> str:
     """The readings as Markdown."""
     rows = [header(readings), ["---"] * len(header(readings)), *lines(readings)]
     text = [f"{where['model']}, {TITLE}", "", *("| " + " | ".join(row) + " |" for row in rows)]
@@ -52,7 +52,7 @@ def markdown(readings: Sequence[Reading], where: dict[str, Any]) -> str:
     return "\n".join([*text, "", f"Where it comes from: {json.dumps(where)}", ""])
 
 
-def render(readings: Sequence[Reading], where: dict[str, Any]) -> Table:
+def render(readings: Sequence[StepReading], where: dict[str, Any]) -> Table:
     """The readings as a table for a terminal."""
     table = Table(*header(readings), title=f"{where['model']}, {TITLE}")
     missed = {reading.name for reading in readings if reading.holds is False}
@@ -61,7 +61,7 @@ def render(readings: Sequence[Reading], where: dict[str, Any]) -> Table:
     return table
 
 
-def picture(readings: Sequence[Reading], where: dict[str, Any], path: Path) -> None:
+def picture(readings: Sequence[StepReading], where: dict[str, Any], path: Path) -> None:
     """Draws the ratios against the tokens in the cache."""
     import matplotlib
 
@@ -88,7 +88,7 @@ def picture(readings: Sequence[Reading], where: dict[str, Any], path: Path) -> N
     pyplot.close(figure)
 
 
-def write(readings: Sequence[Reading], where: dict[str, Any], out: Path | None) -> str:
+def write(readings: Sequence[StepReading], where: dict[str, Any], out: Path | None) -> str:
     """Writes OUT.json, OUT.md and OUT.png where a place is given; gives the JSON."""
     rows = [{**asdict(reading), "holds": reading.holds} for reading in readings]
     text = json.dumps({"about": where, "rows": rows}, indent=2) + "\n"

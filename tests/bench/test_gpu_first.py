@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from bench.gpu import cells as gpu_cells
+from bench.gpu import contact
 from bench.gpu_first import __main__ as first
 from bench.gpu_first import cells, child, parts, pytest_worker
 from bench.gpu_first.child import Child
@@ -170,22 +171,22 @@ def test_what_a_part_leaves_over_the_next_has(monkeypatch: pytest.MonkeyPatch) -
 
 def test_cells_come_in_order_of_worth_and_what_may_hang_last() -> None:
     known = {cell.name for cell in gpu_cells.every()}
-    items = (*cells.CELLS, *cells.SPECIALISED)
+    items = (*contact.CELLS, *contact.SPECIALISED)
     assert {item.name for item in items} - known == {"machine"}
     assert cells.CELL_SECONDS <= 45
-    whats = [item.name.partition("-")[0] for item in cells.CELLS]
+    whats = [item.name.partition("-")[0] for item in contact.CELLS]
     assert whats[:6] == ["machine", "forward", "forward", "decode", "backward", "backward"]
-    assert not [item for item in cells.CELLS if "specialised" in item.name]
-    assert all(item.name.startswith("form-specialised-") for item in cells.SPECIALISED)
+    assert not [item for item in contact.CELLS if "specialised" in item.name]
+    assert all(item.name.startswith("form-specialised-") for item in contact.SPECIALISED)
     assert list(first.PARTS) == list(SHARES)
     assert list(SHARES)[-1] == "specialised"
     # FlexAttention is compiled beside a cell only when our own time of it is known.
-    beside = [i for i, item in enumerate(cells.CELLS) if item.arguments == cells.BESIDE]
+    beside = [i for i, item in enumerate(contact.CELLS) if item.arguments == contact.BESIDE]
     assert beside
     for i in beside:
-        assert cells.CELLS[i].name in [item.name for item in cells.CELLS[:i]]
+        assert contact.CELLS[i].name in [item.name for item in contact.CELLS[:i]]
     tiny = {cell.name for cell in gpu_cells.tiny()}
-    assert {item.name for item in (*cells.TINY, *cells.TINY_SPECIALISED)} - tiny == {"machine"}
+    assert {item.name for item in (*contact.TINY, *contact.TINY_SPECIALISED)} - tiny == {"machine"}
 
 
 def run_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, **own: Callable[[Run, Outcome], None]) -> int:

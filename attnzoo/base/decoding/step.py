@@ -39,7 +39,7 @@ STEPS = frozenset({
 COMPUTED = (torch.float32, torch.float64, torch.bfloat16)
 
 
-class Row(NamedTuple):
+class TokenRow(NamedTuple):
     """One token of each item, all of which hold equally many.
 
     Attributes:
@@ -90,7 +90,7 @@ class DecodingModule(CachingModule):
             return None
         return self.row_slots(held, device)
 
-    def attend_row(self, row: Row) -> Tensor | None:
+    def attend_row(self, row: TokenRow) -> Tensor | None:
         """The heads' outputs ``[B, H, 1, Dv]`` for a row, whose keys and values are written to the cache.
 
         ``None`` where the call's steps have to be run; nothing is written then, and no module called.
@@ -102,13 +102,13 @@ class DecodingModule(CachingModule):
         seen = row.cache.write_row({"k": k, "v": v})
         return attend_slots(q, seen["k"], seen["v"], slots, scale=self.row_scale)
 
-    def project_row(self, row: Row) -> tuple[Tensor, Tensor, Tensor]:
+    def project_row(self, row: TokenRow) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries ``[B, H, 1, D]`` and keys ``[B, G, 1, D]``, and values ``[B, G, 1, Dv]``."""
         both, v = self.heads_of_row(row)
         q, k = self.rotate_row(row, both).tensor_split((self.config.num_heads,), 1)
         return q, k, v
 
-    def heads_of_row(self, row: Row) -> tuple[Tensor, Tensor]:
+    def heads_of_row(self, row: TokenRow) -> tuple[Tensor, Tensor]:
         """Queries before keys ``[B, H + G, 1, D]``, not rotated, and values ``[B, G, 1, Dv]``."""
         # Of one token, heads lie one behind the other, as rows do.
         size = (row.x.shape[0], -1, 1, self.config.head_width)
@@ -120,7 +120,7 @@ class DecodingModule(CachingModule):
         held = cast(nn.Module, self._modules[name])._parameters
         return linear(x, cast(Tensor, held["weight"]), held["bias"])
 
-    def rotate_row(self, row: Row, x: Tensor) -> Tensor:
+    def rotate_row(self, row: TokenRow, x: Tensor) -> Tensor:
         """Rotates heads ``[B, h, 1, D]`` of a row by its position."""
         rotary = self.config.rotary
         if rotary is None:
@@ -158,7 +158,7 @@ class DecodingModule(CachingModule):
         if not cache.takes_row((self._identity, self.config), x):
             return None
         with cache.all_or_nothing():
-            out = self.attend_row(Row(x, cache, cache.bound))
+            out = self.attend_row(TokenRow(x, cache, cache.bound))
             if out is None:
                 return None
             return self.product("o_proj", out.reshape(x.shape[0], 1, -1))

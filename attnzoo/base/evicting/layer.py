@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.base.config import check_flag
-from attnzoo.base.decoding.step import Row
+from attnzoo.base.decoding.step import TokenRow
 from attnzoo.base.evicting.calls import EvictingInputs, attend_evicting
 from attnzoo.base.layer import AttentionInputs, AttentionLayer, Heads, Plan, Step
 from attnzoo.cache.evicting.cache import EvictingCache
@@ -44,7 +44,7 @@ class EvictingLayer(AttentionLayer):
             return super().operate(inputs, plan)
         return attend_evicting(inputs, self.config.scale, self.impl)
 
-    def attend_row(self, row: Row) -> Tensor | None:
+    def attend_row(self, row: TokenRow) -> Tensor | None:
         """As every layer; a cache that evicts is read where it lies."""
         if not isinstance(row.cache, EvictingCache):
             return super().attend_row(row)

@@ -122,7 +122,8 @@ class StreamingRegion:
 
     def _most_kept(self, last: int) -> int:
         gone = max(0, last - self.local + 1)
-        return max(self.kept.count(gone, phase) for phase in self.phases)
+        most: int = max(self.kept.count(gone, phase) for phase in self.phases)
+        return most
 
     def runs(self, held: int) -> tuple[Run, ...]:
         """What the next row reads, where so many tokens are held: heads that have kept as many blocks are one run."""
@@ -133,8 +134,8 @@ class StreamingRegion:
             filled = self.margin + min(held + 1, self.local)
             return tuple(Run(heads, (self.margin, filled + kept), own) for heads, kept in self._kept_runs(gone))
         first = self.margin + min(current, self.places) * self.block + within
-        own = [(heads, first + kept * self.block) for heads, kept in self._kept_runs(gone)]
-        return tuple(Run(heads, (self.margin, row + 1), row) for heads, row in own)
+        rows = [(heads, first + kept * self.block) for heads, kept in self._kept_runs(gone)]
+        return tuple(Run(heads, (self.margin, row + 1), row) for heads, row in rows)
 
     def _kept_runs(self, gone: int) -> tuple[KeptRun, ...]:
         """Neighbouring heads that keep as many of the ``gone`` blocks that are not near any more, and how many."""
@@ -250,7 +251,8 @@ class StreamingRegion:
         """The first row of the block that is being filled."""
         gone = _at_least_0(current - self.local + 1)
         ring = current.clamp(max=self.places) if isinstance(current, Tensor) else min(current, self.places)
-        return self.margin + (ring + self.kept.count(gone, phase)) * self.block
+        first: int | Tensor = self.margin + (ring + self.kept.count(gone, phase)) * self.block
+        return first
 
     def phase(self, device: torch.device) -> int | Tensor:
         """The heads' phases: an int where they agree, else int64 ``[h, 1]``."""

@@ -6,13 +6,10 @@ Letters: G KV heads, J a block, w tokens in a block, L near blocks.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
-
-Number = TypeVar("Number", int, Tensor)
-"""An int, or int64 numbers that broadcast."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +29,8 @@ class Kept:
         first = block < self.sink
         return first if self.stride is None else first | (block % self.stride == phase)
 
-    def count(self, blocks: Number, phase: int | Tensor) -> Number:
-        """How many of the first ``blocks`` blocks are kept."""
+    def count(self, blocks: int | Tensor, phase: int | Tensor) -> Any:
+        """How many of the first ``blocks`` blocks are kept, an int or ints as its arguments are."""
         first = blocks.clamp(max=self.sink) if isinstance(blocks, Tensor) else min(blocks, self.sink)
         if self.stride is None:
             return first

@@ -144,6 +144,7 @@ def _prepare_block(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tupl
     """Before a block's call: it is called by the functions here, and its memory evicts, or grows without copying."""
     check_implementation(module.config)
     pattern = pattern_of(module)
+    index: Any = module.layer_idx
     for name in CACHE_NAMES:
         cache = kwargs.get(name)
         if cache is None:
@@ -155,7 +156,7 @@ def _prepare_block(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tupl
             held = evicting_layer_for(module, pattern.layer, cache, (args, kwargs), may_begin=may_begin)
         if held is not None:
             return args, {**kwargs, HELD: held}
-        let_grow(cache, module.layer_idx)
+        let_grow(cache, index)
     return None
 
 

@@ -83,13 +83,12 @@ def attend_row(
     if not moves:
         blocks = torch.arange(own, device=q.device).expand(*q.shape[:2], -1)
         return attend_blocks(row, blocks, None)
-    blocks = clear_blocks(row, config.top_k)
-    if blocks is None:
-        blocks = _careful_blocks(config, row)
+    clear = clear_blocks(row, config.top_k)
+    chosen = _careful_blocks(config, row) if clear is None else clear
     # The last ones stay where they are, all others are packed before them.
     older = own - config.top_k
     packed = torch.arange(older - 1, own - 1, device=q.device)
-    return attend_blocks(row, blocks, packed + (blocks >= older) - blocks)
+    return attend_blocks(row, chosen, packed + (chosen >= older) - chosen)
 
 
 def _careful_blocks(config: LandmarkConfig, row: BlockRow) -> Tensor:

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.base.decoding.rotation import rotate_row, row_rotation
-from attnzoo.base.decoding.step import Row
+from attnzoo.base.decoding.step import TokenRow
 from attnzoo.base.layer import (
     DENSE_BLOCK,
     LONG_CALL,
@@ -297,7 +297,7 @@ class LandmarkAttention(OffloadingLayer, name="landmark"):
         layout = BlockLayout.from_indices(index, 1, size, q.shape[2], slots, origin)
         return Plan(layout, extras, True, info={"blocks": found.blocks})
 
-    def attend_row(self, row: Row) -> Tensor | None:
+    def attend_row(self, row: TokenRow) -> Tensor | None:
         """A decoding step in mode "topk", unless it does as the published code does, or is in half precision."""
         config = self.config
         if self.effective_mode != "topk" or config.official_quirks or row.x.dtype not in PRECISE:
@@ -305,8 +305,8 @@ class LandmarkAttention(OffloadingLayer, name="landmark"):
         check_mix(self.gate_mix)
         held = row.position + 1
         size = config.block_size
-        place = row if config.landmark_positions else row._replace(position=row.position - held // size)
-        q, k, v = self.project_row(place)
+        counted = row if config.landmark_positions else row._replace(position=row.position - held // size)
+        q, k, v = self.project_row(counted)
         seen = row.cache.write_row({"k": k, "v": v})
         if held <= size:
             # No block is complete before the row's own, whose landmark counts for nothing.
@@ -315,7 +315,7 @@ class LandmarkAttention(OffloadingLayer, name="landmark"):
         heads = (q, seen["k"], seen["v"])
         return attend_row(config, heads, held, scale=self.row_scale, mix=self.gate_mix, moves=not self._reads_all(held))
 
-    def rotate_row(self, row: Row, x: Tensor) -> Tensor:
+    def rotate_row(self, row: TokenRow, x: Tensor) -> Tensor:
         """In halves, as :meth:`rotate` does."""
         rotary = self.config.rotary
         if rotary is None or not rotary.interleaved:

@@ -20,14 +20,14 @@ LEAST_READ = 1024
 """Tokens that a row reads, from which gathering them costs more than to read up to twice as many where they lie."""
 
 
-def rotated_to_slots(config: LongHeadsConfig, q: Tensor, k: Tensor, place: int, count: int) -> tuple[Tensor, Tensor]:
+def rotated_to_slots(config: LongHeadsConfig, q: Tensor, k: Tensor, within: int, count: int) -> tuple[Tensor, Tensor]:
     """A row's queries rotated to each of ``count`` chunks ``[B, H, K, D]``, its keys to their place in their own.
 
     Args:
         config: The layer's options.
         q: ``[B, H, 1, D]``.
         k: ``[B, G, 1, D]``.
-        place: The row's place in its chunk.
+        within: The row's place in its chunk.
         count: Chunks that it reads.
     """
     rotary = config.rotary
@@ -35,7 +35,7 @@ def rotated_to_slots(config: LongHeadsConfig, q: Tensor, k: Tensor, place: int, 
         return q.expand(-1, -1, count, -1), k
     slots = max(config.slots, min(config.first // config.chunk_size, MOST_CHUNKS))
     head_dim = config.head_width
-    table = rotations_in_slots(rotary, head_dim, config.chunk_size, slots, q.dtype, q.device).at(place)
+    table = rotations_in_slots(rotary, head_dim, config.chunk_size, slots, q.dtype, q.device).at(within)
     width = rotary.width(head_dim)
     # Of the own chunk, the query has the rotation that the key has.
     return (

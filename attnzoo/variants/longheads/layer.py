@@ -32,7 +32,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from attnzoo.base.decoding.step import Row
+from attnzoo.base.decoding.step import TokenRow
 from attnzoo.base.layer import LONG_CALL, AttentionInputs, Heads, Plan, Step, is_training
 from attnzoo.base.padding import attend_in_chunks, for_heads, in_chunks, leading_rows
 from attnzoo.base.rope import RotaryConfig as RotaryConfig
@@ -294,11 +294,11 @@ class LongHeadsAttention(OffloadingLayer, name="longheads"):
             return torch.cat([super(LongHeadsAttention, self).operate(*part) for part in parts], 2)
         return super().operate(inputs, plan)
 
-    def attend_row(self, row: Row) -> Tensor | None:
+    def attend_row(self, row: TokenRow) -> Tensor | None:
         """A decoding step, unless it does as the published code does, or is in half precision."""
         config = self.config
         grid = config.grid
-        own, place = divmod(row.position, grid.size)
+        own, within = divmod(row.position, grid.size)
         count = own + 1 if row.position < grid.first else grid.slots
         # Everything in many chunks is left to the operation, which reads them by one product.
         reads_many = row.position < grid.first and count > MOST_CHUNKS
@@ -306,12 +306,12 @@ class LongHeadsAttention(OffloadingLayer, name="longheads"):
             return None
         q, k, v = self._project_row_unrotated(row)
         asks = self._asking_query(row, q) if row.position >= grid.first else None
-        in_slots, rotated_k = rotated_to_slots(config, q, k, place, count)
+        in_slots, rotated_k = rotated_to_slots(config, q, k, within, count)
         now = {name: {"key": k, "query": q}[name] for name in self._rings}
         recent = {}
-        if place == grid.size - 1:
+        if within == grid.size - 1:
             # What lies before the token has to be read before the token is written.
-            recent = {name: torch.cat((row.cache.history(name, place), x), 2) for name, x in now.items()}
+            recent = {name: torch.cat((row.cache.history(name, within), x), 2) for name, x in now.items()}
         keys = row.cache.groups("chunk_key")
         seen = row.cache.write_row({"k": rotated_k, "v": v, **now})
         buffers = (seen["k"], seen["v"])
@@ -327,13 +327,13 @@ class LongHeadsAttention(OffloadingLayer, name="longheads"):
         attend = attend_most if reads_most and self.row_scale > 0 else attend_chosen
         return attend(in_slots, buffers, chunks, grid.size, held, self.row_scale)
 
-    def _project_row_unrotated(self, row: Row) -> tuple[Tensor, Tensor, Tensor]:
+    def _project_row_unrotated(self, row: TokenRow) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of a row ``[B, h, 1, D]``, in halves."""
         size = (row.x.shape[0], -1, 1, self.config.head_width)
         q, k, v = (x.view(size) for x in (self.q_proj(row.x), self.k_proj(row.x), self.v_proj(row.x)))
         return self._in_halves(q), self._in_halves(k), v
 
-    def _asking_query(self, row: Row, q: Tensor) -> Tensor:
+    def _asking_query(self, row: TokenRow, q: Tensor) -> Tensor:
         """The query that chooses for a row ``[B, H, 1, D]``: its own, or that of its block's first token."""
         back = row.position % self.config.block_q
         return q if back == 0 else row.cache.history("query", back)[:, :, :1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import lru_cache
 from typing import Literal, Self
 
 from attnzoo.base.config import AttentionConfig, check_bool, check_int
@@ -78,7 +78,7 @@ class MoHConfig(AttentionConfig):
                     f"shared_heads: expected at most num_heads {self.num_heads}, whole units of {unit}, "
                     f"got {self.shared_heads}"
                 )
-        routed = self.num_heads - self.counts.shared
+        routed = self.num_heads - self._shared
         if self.active_heads in (None, "all"):
             return
         check_int("active_heads", self.active_heads, 1 if routed else 0, "all")
@@ -93,19 +93,16 @@ class MoHConfig(AttentionConfig):
         """Heads that are routed together."""
         return self.num_heads // self.kv_heads if self.route_unit == "kv_group" else 1
 
-    @cached_property
+    @property
+    def _shared(self) -> int:
+        """Heads that are always active: half of them where nothing is said."""
+        unit = self.unit
+        return self.num_heads // unit // 2 * unit if self.shared_heads is None else self.shared_heads
+
+    @property
     def counts(self) -> Counts:
         """How many heads of each kind there are."""
-        units = self.num_heads // self.unit
-        shared = units // 2 * self.unit if self.shared_heads is None else self.shared_heads
-        routed = self.num_heads - shared
-        if self.active_heads == "all":
-            active = routed
-        elif self.active_heads is None:
-            active = min(routed, max(2, units // 4) * self.unit)
-        else:
-            active = self.active_heads
-        return Counts(shared=shared, routed=routed, active=active, unit=self.unit)
+        return _counts(self.num_heads, self.unit, self._shared, self.active_heads)
 
     @property
     def head_density(self) -> float:
@@ -138,3 +135,16 @@ _CHOICES = {
     "ste_scope": ("selected", "all"),
     "compute": ("auto", "routed", "dense"),
 }
+
+
+@lru_cache(maxsize=256)
+def _counts(heads: int, unit: int, shared: int, active_heads: int | str | None) -> Counts:
+    """How many heads there are of each kind; asked at every decoding step."""
+    routed = heads - shared
+    if isinstance(active_heads, int):
+        active = active_heads
+    elif active_heads == "all":
+        active = routed
+    else:
+        active = min(routed, max(2, heads // unit // 4) * unit)
+    return Counts(shared=shared, routed=routed, active=active, unit=unit)

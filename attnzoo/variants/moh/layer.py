@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from attnzoo.base.decoding.step import Row, sink_window_slots
+from attnzoo.base.decoding.step import TokenRow, sink_window_slots
 from attnzoo.base.layer import AttentionInputs, AttentionLayer, Plan, Step, finalise
 from attnzoo.base.projections import is_plain, is_untouched
 from attnzoo.base.rope import RotaryConfig as RotaryConfig
@@ -243,7 +243,7 @@ class MoHAttention(AttentionLayer, name="moh"):
         """Everything, or the sink and the window."""
         return sink_window_slots(held, self.config.window, self.config.sink, device)
 
-    def attend_row(self, row: Row) -> Tensor:
+    def attend_row(self, row: TokenRow) -> Tensor:
         """As the base, with the weights of heads; KV heads that no active head needs are not read where that pays."""
         config = self.config
         heads = config.num_heads

@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from attnzoo.base.decoding.step import Row
+from attnzoo.base.decoding.step import TokenRow
 from attnzoo.base.layer import DENSE_BLOCK, AttentionInputs, AttentionLayer, Heads, Plan, Step, is_training
 from attnzoo.base.projections import is_unwatched
 from attnzoo.base.rope import RotaryConfig
@@ -302,7 +302,7 @@ class RCMHAAttention(AttentionLayer, name="rcmha"):
         )
         return attend_clipped(call, plan.tau.to(inputs.q.dtype), causal=plan.causal, block=DENSE_BLOCK)
 
-    def attend_row(self, row: Row) -> Tensor | None:
+    def attend_row(self, row: TokenRow) -> Tensor | None:
         """As the base, with the convolutions of the row behind what the rings hold, and a bias of distances."""
         cache = row.cache
         convolutions: dict[str, Any] = {name: self.conv[name] for name in self.config.conv_on}

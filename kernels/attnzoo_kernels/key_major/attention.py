@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag, pad
 
 from attnzoo_kernels.key_major.inputs import (
-    Inputs,
-    Tiles,
+    KeyTiles,
+    PairInputs,
     edges_of,
     gathered,
     rotated_rows,
@@ -38,7 +38,7 @@ ROWS_AT_ONCE = 4096
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """Out ``[B, H, T, Dv]`` in q's dtype and lse ``[B, H, T]``; NaN where something that nobody sees is no number."""
     batch, heads, _, tokens, _ = call.shape
-    inputs = Inputs(call)
+    inputs = PairInputs(call)
     dtype = call.acc_dtype
     out = torch.zeros(batch, heads, tokens, call.v.shape[3], dtype=dtype, device=call.q.device)
     lse = torch.full((batch, heads, tokens), -torch.inf, dtype=dtype, device=call.q.device)
@@ -47,7 +47,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     return out.to(call.q.dtype), lse
 
 
-def _attend(inputs: Inputs, window: Window, out: Tensor, lse: Tensor) -> None:
+def _attend(inputs: PairInputs, window: Window, out: Tensor, lse: Tensor) -> None:
     """Writes the rows of a window."""
     places = window.row.shape[0]
     if not places:
@@ -67,7 +67,8 @@ def _attend(inputs: Inputs, window: Window, out: Tensor, lse: Tensor) -> None:
             gate = product("tile gates", q, k[:, -1:].transpose(1, 2), scale=inputs.call.scale).view(-1)
             if edges is not None:
                 gate[begin * window.height :] += edges[..., -1].reshape(-1)
-            logit[tiles.places] = mixed(inputs.call, window.gated[tiles.places], gate, logit[tiles.places])
+            gated = window.gated_in(tiles.places)
+            logit[tiles.places] = mixed(inputs.call, gated, gate, logit[tiles.places])
     _join(window, found, logit, (out, lse))
 
 
@@ -112,14 +113,14 @@ def mixed(call: Call, gated: Tensor, gate: Tensor, lse: Tensor) -> Tensor:
 
 def _join(window: Window, found: Tensor, logit: Tensor, results: tuple[Tensor, Tensor]) -> None:
     """Online softmax over the blocks of each row: results of blocks are joined by their logits."""
-    logit = logit[window.place].masked_fill_(~window.listed, -torch.inf)  # [B * H * W, E]
+    logit = logit[window.tile_row].masked_fill_(~window.listed, -torch.inf)  # [B * H * W, E]
     lse = torch.logsumexp(logit, -1)
     # Rows that read nothing have no weights.
     share = logit.sub_(lse.unsqueeze(-1)).exp_().masked_fill_(~window.listed, 0.0)
     out, lse_out = results
     first, last = window.rows
     shape = (*out.shape[:2], last - first)
-    out[:, :, first:last] = _sums(found, window.place, share).view(*shape, -1)
+    out[:, :, first:last] = _sums(found, window.tile_row, share).view(*shape, -1)
     lse_out[:, :, first:last] = lse.view(shape)
 
 
@@ -170,7 +171,7 @@ def backward(
         dout: Gradient of out.
         dlse: Gradient of lse, or ``None`` for zeros.
     """
-    inputs = Inputs(call)
+    inputs = PairInputs(call)
     given = _given(call, results, dout, dlse)
     grads = _Gradients(torch.zeros_like(inputs.q), torch.zeros_like(inputs.k), torch.zeros_like(inputs.v))
     for window in windows_of(call):
@@ -181,7 +182,8 @@ def backward(
     if inputs.rotation is not None:
         dq, dk = (inputs.rotation.in_halves(x) for x in (dq, dk))
     dv = _slots_of(grads.v, call.v)
-    return tuple(x.to(like.dtype).contiguous() for x, like in zip((dq, dk, dv), (call.q, call.k, call.v), strict=True))
+    given_dtype = call.q.dtype
+    return dq.to(given_dtype).contiguous(), dk.to(given_dtype).contiguous(), dv.to(given_dtype).contiguous()
 
 
 def _given(call: Call, results: tuple[Tensor, Tensor], dout: Tensor, dlse: Tensor | None) -> _Given:
@@ -203,7 +205,7 @@ def _slots_of(blocks: Tensor, like: Tensor) -> Tensor:
     return blocks.reshape(batch, groups, -1, blocks.shape[2])[:, :, :slots]
 
 
-def _accumulate(inputs: Inputs, window: Window, tiles: Tiles, given: _Given, grads: _Gradients) -> None:
+def _accumulate(inputs: PairInputs, window: Window, tiles: KeyTiles, given: _Given, grads: _Gradients) -> None:
     """Adds what some tiles contribute."""
     call = inputs.call
     height = window.height
@@ -220,7 +222,7 @@ def _accumulate(inputs: Inputs, window: Window, tiles: Tiles, given: _Given, gra
         weights = scores.sub_(lse).exp_()
         dscores = dweights.add_(change).mul_(weights)
     else:
-        weights, dscores = _through_gate(call, window.gated[tiles.places], scores, (dweights, lse, change))
+        weights, dscores = _through_gate(call, window.gated_in(tiles.places), scores, (dweights, lse, change))
     # dv = p^T do.
     grads.v.index_add_(0, tiles.block, product("tile dv", weights.transpose(1, 2), dout))
     # dq = ds k, rotated back; dk = ds^T q.
@@ -254,7 +256,8 @@ def _through_gate(
     by_block = torch.linalg.vecdot(inner, dweights).unsqueeze(-1)
     change = (change + by_block).mul_(outer)
     # A gated block's logit goes to its landmark's score, as far as it is mixed in; the rest to its log-sum-exp.
-    through_gate = torch.where(gated, change * call.gate.mix, 0.0)
+    mix = 1.0 if call.gate is None else call.gate.mix
+    through_gate = torch.where(gated, change * mix, 0.0)
     dscores = dweights.sub_(by_block).mul_(outer).add_(change - through_gate).mul_(inner)
     dscores[..., -1:] = through_gate
     return inner.mul_(outer), dscores

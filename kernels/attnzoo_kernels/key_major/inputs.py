@@ -23,7 +23,7 @@ SCORES_AT_ONCE = 1 << 18
 """Scores of the tiles that are computed together: they stay in the cache."""
 
 
-class Inputs:
+class PairInputs:
     """Rows of queries, and blocks of keys and values, in the accumulator's dtype.
 
     Attributes:
@@ -70,7 +70,7 @@ def _blocks(x: Tensor, block: int) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class Tiles:
+class KeyTiles:
     """Some tiles of a window.
 
     Attributes:
@@ -88,7 +88,7 @@ class Tiles:
     block: Tensor
 
 
-def tiles_of(window: Window, width: int) -> list[Tiles]:
+def tiles_of(window: Window, width: int) -> list[KeyTiles]:
     """The tiles of a window, so many together as their scores stay in the cache; blocks have ``width`` slots."""
     count = window.block.shape[0]
     at_once = max(1, SCORES_AT_ONCE // (window.height * width))
@@ -96,7 +96,7 @@ def tiles_of(window: Window, width: int) -> list[Tiles]:
     for first in range(0, count, at_once):
         last = min(first + at_once, count)
         places = slice(first * window.height, last * window.height)
-        found.append(Tiles(first, last, places, window.row[places], window.block[first:last]))
+        found.append(KeyTiles(first, last, places, window.row[places], window.block[first:last]))
     return found
 
 
@@ -106,7 +106,7 @@ def gathered(name: str, x: Tensor, index: Tensor) -> Tensor:
     return torch.index_select(x, 0, index, out=out)
 
 
-def rotated_rows(inputs: Inputs, window: Window, tiles: Tiles) -> Tensor:
+def rotated_rows(inputs: PairInputs, window: Window, tiles: KeyTiles) -> Tensor:
     """The queries of tiles, each rotated by the origin of its entry, ``[n * R, D]``."""
     q = gathered("row queries", inputs.q, tiles.row)
     if inputs.rotation is not None and window.origin is not None:
@@ -114,7 +114,7 @@ def rotated_rows(inputs: Inputs, window: Window, tiles: Tiles) -> Tensor:
     return q
 
 
-def edges_of(call: Call, window: Window, tiles: Tiles) -> tuple[int, Tensor | None]:
+def edges_of(call: Call, window: Window, tiles: KeyTiles) -> tuple[int, Tensor | None]:
     """The first of some tiles with slots that not all rows see, and what is added to scores from there on.
 
     Returns:
@@ -139,7 +139,7 @@ def _hidden(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.where(seen, 0.0, -torch.inf).to(dtype)
 
 
-def scores_of(call: Call, window: Window, tiles: Tiles, q: Tensor, k: Tensor) -> Tensor:
+def scores_of(call: Call, window: Window, tiles: KeyTiles, q: Tensor, k: Tensor) -> Tensor:
     """Scaled scores ``[n, R, w]``, -inf where a row does not see a slot; in scratch memory."""
     scores = product("tile scores", q.view(k.shape[0], window.height, -1), k.transpose(1, 2), scale=call.scale)
     begin, edges = edges_of(call, window, tiles)

@@ -40,7 +40,7 @@ class Window:
         block: The key block of each tile, a flat index into ``[B, G, N]``, int64 ``[n]``.
         whole: Tiles whose rows see all slots of their block; the others come behind them.
         height: Places of a tile, R.
-        place: Where the row's entries lie, int64 ``[B * H * W, E]``; 0 where there is none.
+        tile_row: Where the row's entries lie, int64 ``[B * H * W, E]``; 0 where there is none.
         listed: Which entries there are, bool ``[B * H * W, E]``.
     """
 
@@ -52,8 +52,14 @@ class Window:
     block: Tensor
     whole: int
     height: int
-    place: Tensor
+    tile_row: Tensor
     listed: Tensor
+
+    def gated_in(self, places: slice) -> Tensor:
+        """Whether the blocks of some places are gated, bool ``[n * R]``."""
+        if self.gated is None:
+            raise ValueError("gated: expected a call with gates, got one without")
+        return self.gated[places]
 
 
 def windows_of(call: Call) -> Iterator[Window]:
@@ -99,11 +105,11 @@ def _window(call: Call, rows: tuple[int, int], most: int) -> Window:
     tiles = (in_group + (height - 1)) // height
     begin = (tiles.cumsum(0) - tiles) * height - (in_group.cumsum(0) - in_group)
     order = order[:pairs]
-    place = begin[key[order].long()] + torch.arange(pairs, device=device)
+    tile_row = begin[key[order].long()] + torch.arange(pairs, device=device)
     places = int(tiles.sum()) * height
     of_place = torch.full((places,), -1, dtype=torch.int64, device=device)
-    of_place[place] = order
-    return _laid_out(call, rows, _Entries(entry, block, seen, listed), of_place, (height, tiles, order, place))
+    of_place[tile_row] = order
+    return _laid_out(call, rows, _Entries(entry, block, seen, listed), of_place, (height, tiles, order, tile_row))
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +128,7 @@ def _laid_out(
     batch, heads, groups, tokens, _ = call.shape
     first, last = rows
     device = call.q.device
-    height, tiles, order, place = tiling
+    height, tiles, order, tile_row = tiling
     most = entries.index.shape[3]
     filled = of_place >= 0
     pair = of_place.clamp(min=0)
@@ -141,7 +147,7 @@ def _laid_out(
         gated = other.reshape(-1)[pair]
     group = torch.repeat_interleave(torch.arange(tiles.shape[0], device=device), tiles)
     where = torch.zeros(entries.index.numel(), dtype=torch.int64, device=device)
-    where[order] = place
+    where[order] = tile_row
     blocks = batch * groups * call.grid[1]
     return Window(
         rows, row, origin, seen, gated, group % blocks, int(tiles[:blocks].sum()), height,

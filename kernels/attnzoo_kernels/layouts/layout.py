@@ -88,9 +88,7 @@ class BlockLayout:
         return layout
 
     def with_lengths(self, seq_q: int, seq_k: int) -> Self:
-        """The same lists for other lengths of as many blocks; they share their tensors, and what was found of them.
-
-        Between two block borders a decoding step's layout differs from the one before in its length alone.
+        """The same lists for other lengths of as many blocks, as of the next token; they share their tensors.
 
         Raises:
             TypeError: If a length is no int.

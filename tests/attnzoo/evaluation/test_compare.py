@@ -14,7 +14,7 @@ from attnzoo import surgery
 from attnzoo.evaluation import compare
 from attnzoo.evaluation.compare import Comparer, ConversionSpec, VariantSpec
 from attnzoo.evaluation.compare_report import cells, markdown, read, to_json
-from attnzoo.evaluation.decoding import STEPS, Decoding, Sequence
+from attnzoo.evaluation.decoding import STEPS, Continuation, Decoding
 from attnzoo.evaluation.model_scores import Score
 from tests.attnzoo.surgery.tiny import assert_untouched, calibration, ids, snapshot, tiny
 
@@ -25,7 +25,7 @@ MHA = (ConversionSpec("mha", {}),)
 def figures(spec: VariantSpec, probe: Tensor, *, density: float = 1.0, nll: float = 2.0) -> compare.Row:
     """A row of made-up scores beside a dense model of NLL 1.5."""
     comparer = Comparer(None, ids(1, 8), None)
-    sequence = Sequence(None)
+    sequence = Continuation(None)
     comparer._dense = Score((1.5, 1.5), 1.0, PROBE, sequence)
     decodings = [Decoding(8, 7.0, 1.43, 0.25), Decoding(32, 5.0, 0.51, 0.125)]
     return comparer._figures(spec, Score((nll, nll), density, probe, sequence), decodings, 1.26)
@@ -81,11 +81,11 @@ def test_each_row_decodes_beside_a_dense_model_that_has_read_as_much(monkeypatch
     model = tiny(dtype=torch.float32)
     text = ids(1, 120)[0]
     seen: list[tuple[int, int, bool, bool]] = []
-    expected = [Sequence(model) for _ in range(2)]
+    expected = [Continuation(model) for _ in range(2)]
     for sequence, length in zip(expected, (48, 90), strict=True):
         sequence.read(text[:length])
 
-    def race(mine: Sequence, dense: Sequence) -> Decoding:
+    def race(mine: Continuation, dense: Continuation) -> Decoding:
         assert dense.model is not model
         right = torch.equal(dense._next, expected[dense.tokens == 90]._next)
         seen.append((mine.tokens, dense.tokens, right, mine.model is model))

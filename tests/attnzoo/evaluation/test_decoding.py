@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from attnzoo.base.recording import has_layers
 from attnzoo.base.steps import Plan
 from attnzoo.evaluation import decoding
-from attnzoo.evaluation.decoding import ROUNDS, STEPS, Sequence, race, twin_of
+from attnzoo.evaluation.decoding import ROUNDS, STEPS, Continuation, race, twin_of
 from attnzoo_kernels import BlockLayout, Extras
 from tests.attnzoo.surgery.conversions import ALL, convert_as
 from tests.attnzoo.surgery.tiny import ids, tiny
@@ -79,7 +79,7 @@ def test_both_take_turns_behind_steps_that_are_not_timed(monkeypatch: pytest.Mon
     dense = Counting(clock, [50.0, 99.0, 99.0, *(2.0 * (3.0 + n) for n in range(ROUNDS - 1)), 1.0])
     sequences = []
     for model in (mine, dense):
-        sequence = Sequence(model)
+        sequence = Continuation(model)
         sequence.read(torch.tensor([4, 5]))
         sequences.append(sequence)
     found = race(*sequences)
@@ -97,7 +97,7 @@ def test_a_prompt_is_read_in_pieces_and_goes_on_where_it_was(monkeypatch: pytest
     monkeypatch.setattr(decoding, "PIECE", 30)
     model = tiny(dtype=torch.float32)
     text = ids(1, 100)[0]
-    whole, parts = Sequence(model), Sequence(model)
+    whole, parts = Continuation(model), Continuation(model)
     logits = whole.read_all(text)
     torch.testing.assert_close(logits, model(text.unsqueeze(0)).logits[0])
     parts.read(text[:70])

@@ -172,7 +172,7 @@ def replacement_layer(
     make = getattr(cache, "layer_class_to_replicate", None)
     while make is not None and len(layers) <= index:
         layers.append(make())
-    found = layers[index] if index < len(layers) else None
+    found: Any = layers[index] if index < len(layers) else None
     if isinstance(found, ReplacementCacheLayer):
         refuse_replay("past_key_values", found.born)
         return found

@@ -25,7 +25,7 @@ _LEAST_ROOM = 256
 _SHARE_OF_ROOM = 8
 
 
-class EvictingCacheLayer(ReplacementCacheLayer):
+class EvictingCacheLayer(ReplacementCacheLayer):  # type: ignore[no-untyped-call]
     """What a block remembers that reads a window or shards: an evicting cache, which grows as far as the rule keeps.
 
     ``update`` hands a call's own keys and values through; the attention function finds the others here. At most
@@ -115,6 +115,6 @@ def let_evict(cache: Any, index: int, layer: EvictingLayer) -> None:
     make = getattr(cache, "layer_class_to_replicate", None)
     while make in (DynamicLayer, GrowingLayer) and len(layers) <= index:
         layers.append(make())
-    found = layers[index] if index < len(layers) else None
+    found: Any = layers[index] if index < len(layers) else None
     if type(found) in (DynamicLayer, GrowingLayer) and not found.get_seq_length():
         layers[index] = EvictingCacheLayer(layer)

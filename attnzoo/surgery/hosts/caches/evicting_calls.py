@@ -40,7 +40,7 @@ def evicting_layer_for(
     # Importing the host's library is for callers who have one of its caches.
     from attnzoo.surgery.hosts.caches import evicting
 
-    index = module.layer_idx
+    index: Any = module.layer_idx
     found = evicting.evicting_layer(cache, index, layer)
     if found is None and may_begin and not _wants_gradients(module, call) and layer.evicts:
         evicting.let_evict(cache, index, layer)
@@ -70,6 +70,7 @@ def attend_held(held: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     layer: EvictingLayer = held.layer
     tokens = q.shape[2]
     memory = held.room_for(k, v)
+    out: Tensor
     is_plain_call = memory.bound and layer.impl == "auto" and not layer.recordings
     if tokens == 1 and is_plain_call and may_read_in_place(memory, q, k, v):
         scale = layer.config.scale

@@ -86,7 +86,8 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         # Buffers outlive the mode that they are made in.
         with torch.inference_mode(False), torch.no_grad():
             made = []
-            for new, old in ((key_states, self.keys), (value_states, self.values)):
+            before: tuple[Any, Any] = self.keys, self.values
+            for new, old in zip((key_states, value_states), before, strict=True):
                 buffer = new.new_empty((*new.shape[:2], room_for(end), new.shape[3]), requires_grad=False)
                 if held:
                     buffer.narrow(2, 0, held).copy_(old)
@@ -120,7 +121,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Takes the items of the chosen beams."""
         if not self._choose(lambda x: x.index_select(0, beam_idx.to(x.device))):
-            super().reorder_cache(beam_idx)
+            super().reorder_cache(beam_idx)  # type: ignore[arg-type]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every item."""
@@ -143,7 +144,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     def offload(self) -> None:
         """Moves what is held into CPU memory; its room is given up where it lay elsewhere."""
-        super().offload()
+        super().offload()  # type: ignore[no-untyped-call]
         if not self._is_own:
             self._buffers = None
 

@@ -11,7 +11,7 @@ import torch
 
 import attnzoo
 from attnzoo import surgery
-from attnzoo.evaluation.decoding import Sequence, race
+from attnzoo.evaluation.decoding import Continuation, race
 from attnzoo.oracles import moh as oracle
 from attnzoo.surgery.replacements.replacement import Replacement
 from tests.attnzoo.cases import recipe_of
@@ -159,7 +159,7 @@ def test_what_a_decoding_step_reads_is_the_share_of_heads_that_run() -> None:
     surgery.convert(whole, "moh")
     sequences = []
     for one in (model, whole):
-        sequence = Sequence(one)
+        sequence = Continuation(one)
         sequence.read(ids(1, 14)[0])
         sequences.append(sequence)
     assert race(sequences[0], sequences[1].copy()).read_share == pytest.approx(4 / 6)
