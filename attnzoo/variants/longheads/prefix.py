@@ -14,14 +14,15 @@ from attnzoo.base.rope import apply_rotary
 from attnzoo.base.shared_layouts import dense_layout
 from attnzoo.variants.longheads.config import LongHeadsConfig
 from attnzoo_kernels import Extras
-from attnzoo_kernels.runtime.plain import is_readable
+from attnzoo_kernels.runtime.plain import is_readable, is_tracing
 
 
 def begins_plain(inputs: AttentionInputs, plan: Plan) -> bool:
     """Whether it is known that a call's first rows read everything, and its others do not."""
     q = inputs.q
     whole = inputs.q_pos is None and q.shape[2] == inputs.k.shape[2]
-    return is_readable(q) and not inputs.offloaded and "chunks" in plan.info and whole
+    known = is_readable(q) or is_tracing()
+    return known and not inputs.offloaded and "chunks" in plan.info and whole
 
 
 def apart(
