@@ -65,8 +65,13 @@ def of_demo(name: str) -> Callable[[Any, Tensor], None]:
 
 CONTESTANTS = (
     Contestant(name="mha", convert=by_surgery("mha"), must={1024: 1.03, 4096: 1.0, 8192: 0.95}, exact=True),
-    Contestant(name="window 256 + 4", convert=of_demo("sink 4 + window 256")),
-    Contestant(name="s2", convert=of_demo("s2 with sink")),
+    Contestant(
+        name="window 256 + 4",
+        convert=of_demo("sink 4 + window 256"),
+        must={1024: 1.0, 4096: 0.72, 8192: 0.5},
+        evicts=True,
+    ),
+    Contestant(name="s2", convert=of_demo("s2 with sink"), must={1024: 1.03, 4096: 0.87, 8192: 0.72}, evicts=True),
     Contestant(name="latent 128", convert=of_demo("latent 128"), must={1024: 1.35, 4096: 1.8, 8192: 2.1}),
     Contestant(name="longheads 512", convert=of_demo("longheads 512"), must={1024: 1.4, 4096: 1.0, 8192: 0.8}),
     Contestant(name="landmark", convert=of_demo("landmarks without gates"), must={1024: 1.4}, exact=True),

@@ -68,6 +68,16 @@ class DecodingModule(CachingModule):
         super().__init_subclass__(**kwargs)
         cls._stands_for = tuple((name, getattr(cls, name)) for name in STEPS) if _has_hooks(cls) else None
 
+    @property
+    def tokens_per_landmark(self) -> int | None:
+        """Of how many tokens the last takes no position; ``None`` where each token takes one."""
+        return None
+
+    def counted_positions(self, slots: Tensor) -> Tensor:
+        """The positions that a layer gives to the tokens at slots of an item by itself, integers as they are."""
+        every = self.tokens_per_landmark
+        return slots if every is None else slots - torch.div(slots + 1, every, rounding_mode="floor")
+
     def row_slots(self, held: int, device: torch.device) -> Slots | None:
         """What the last of ``held`` tokens reads; ``None`` where that is not known beforehand.
 

@@ -66,21 +66,29 @@ _consecutive: Any = WeakTensorKeyDictionary()
 """For positions that were found right: the first slot, what was counted, and the mask."""
 
 
-def are_slots(position_ids: Tensor, first: int) -> bool:
-    """Whether a call's positions ``[B|1, T]`` are the slots of its tokens; not asked where reading synchronises."""
+def are_counted(position_ids: Tensor, first: int, tokens_per_landmark: int | None = None) -> bool:
+    """Whether a call's positions ``[B|1, T]`` are what a layer counts by itself; not asked where reading synchronises.
+
+    Args:
+        position_ids: The positions.
+        first: The slot of the call's first token.
+        tokens_per_landmark: Of how many slots the last takes no position; ``None`` where positions are slots.
+    """
     if not is_readable(position_ids):
         return False
     version = None if position_ids.is_inference() else position_ids._version
-    if version is not None and _slots.get(position_ids) == (first, version):
+    if version is not None and _counted.get(position_ids) == (first, tokens_per_landmark, version):
         # Every block of a model is handed the same tensor.
         return True
-    slots = torch.arange(first, first + position_ids.shape[-1])
-    if not bool((position_ids == slots).all()):
+    wanted = torch.arange(first, first + position_ids.shape[-1])
+    if tokens_per_landmark is not None:
+        wanted -= (wanted + 1).div(tokens_per_landmark, rounding_mode="floor")
+    if not bool((position_ids == wanted).all()):
         return False
     if version is not None:
-        _slots[position_ids] = (first, version)
+        _counted[position_ids] = (first, tokens_per_landmark, version)
     return True
 
 
-_slots: Any = WeakTensorKeyDictionary()
-"""For positions that are slots: the first, and the tensor's version."""
+_counted: Any = WeakTensorKeyDictionary()
+"""For positions that are counted so: the first slot, how, and the tensor's version."""

@@ -19,7 +19,7 @@ from attnzoo.surgery.hosts import attention_function
 from attnzoo.surgery.hosts.block import ROLES, Block, Need, ReplacementModule
 from attnzoo.surgery.hosts.calls import read_call
 from attnzoo.surgery.hosts.families import block_of, family_of
-from attnzoo.surgery.hosts.positions import are_slots, check_consecutive
+from attnzoo.surgery.hosts.positions import are_counted, check_consecutive
 from attnzoo.surgery.hosts.projections import Projections, size_of
 from attnzoo_kernels.errors import ConversionError, ShapeError, UnsupportedError
 
@@ -149,7 +149,8 @@ class Replacement(ReplacementModule):
         real = _real_slots(geometry, held, first, tokens)
         padding = None if real is None else ~real[:, first:]
         positions = self._positions(call.position_ids, position_embeddings, first, real)
-        if positions is not None and real is None and are_slots(positions, first):
+        every = self.layer.tokens_per_landmark
+        if positions is not None and real is None and are_counted(positions, first, every):
             # What the layer counts by itself needs no table of positions, and no plan in a decoding step.
             positions = None
         if held is None:

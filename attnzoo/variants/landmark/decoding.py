@@ -81,6 +81,10 @@ def attend_row(
         rotations = rotations_back(config.rotary, config.head_width, config.stride, count, q.dtype, q.device)
     row = BlockRow(q, k, v, held, size, scale, mix, rotations, width)
     if not moves:
+        out = attend_all_blocks(row)
+        if bool(out.sum().isfinite()):
+            return out
+        # A landmark's value, which nobody reads, may be no number.
         blocks = torch.arange(own, device=q.device).expand(*q.shape[:2], -1)
         return attend_blocks(row, blocks, None)
     clear = clear_blocks(row, config.top_k)
@@ -125,6 +129,31 @@ def _products(q: Tensor, keys: Tensor) -> Tensor:
     """``[B, H, 1, D]`` and ``[B, G, N, D]`` to ``[B, H, N]``."""
     rows = q.reshape(q.shape[0], keys.shape[1], -1, q.shape[3])
     return torch.matmul(rows, keys.transpose(-1, -2)).flatten(1, 2)
+
+
+def attend_all_blocks(row: BlockRow) -> Tensor:
+    """Attention to all complete blocks through their landmarks and to the own one, read where they lie.
+
+    The values of landmarks are multiplied by weights of 0.
+
+    Returns:
+        ``[B, H, 1, Dv]``.
+    """
+    batch, heads, _, width = row.q.shape
+    rows = row.q.reshape(batch, row.k.shape[1], -1, width)
+    scores = torch.matmul(rows, row.k[:, :, : row.held].transpose(-1, -2)).mul_(row.scale)  # [B, G, H / G, held]
+    first = row.own * row.size
+    far = scores[..., :first].unflatten(-1, (row.own, row.size))
+    gate = far[..., -1:].clone()
+    far[..., -1] = -torch.inf
+    # The own block's landmark, where the row is it.
+    scores[..., first + row.size - 1 :] = -torch.inf
+    # A block's logit: its landmark's score, mixed with the log-sum-exp of its ordinary tokens.
+    if row.mix:
+        within = torch.logsumexp(far, -1, keepdim=True)
+        far += (gate - within) * row.mix
+    weights = torch.softmax(scores, -1)
+    return torch.matmul(weights, row.v[:, :, : row.held]).view(batch, heads, 1, -1)
 
 
 def attend_blocks(row: BlockRow, blocks: Tensor, shift: Tensor | None) -> Tensor:

@@ -202,8 +202,12 @@ class LandmarkAttention(OffloadingLayer, name="landmark"):
         step = LandmarkStep(**vars(super().begin(x, positions, key_padding, cache, context)))
         if positions is not None or self.config.landmark_positions:
             return step
-        slot = step.positions
-        return replace(step, positions=slot - torch.div(slot + 1, self.config.block_size, rounding_mode="floor"))
+        return replace(step, positions=self.counted_positions(step.positions))
+
+    @property
+    def tokens_per_landmark(self) -> int | None:
+        """The tokens of a block where landmarks take no position."""
+        return None if self.config.landmark_positions else self.config.block_size
 
     def check_context(self, cache: KVCache | None, positions: Tensor | None) -> None:
         """Refuses: landmarks stand for blocks of the layer's own sequence."""
@@ -298,9 +302,9 @@ class LandmarkAttention(OffloadingLayer, name="landmark"):
         return Plan(layout, extras, True, info={"blocks": found.blocks})
 
     def attend_row(self, row: TokenRow) -> Tensor | None:
-        """A decoding step in mode "topk", unless it does as the published code does, or is in half precision."""
+        """A decoding step, unless it does as the published code does, or is in half precision."""
         config = self.config
-        if self.effective_mode != "topk" or config.official_quirks or row.x.dtype not in PRECISE:
+        if config.official_quirks or row.x.dtype not in PRECISE:
             return None
         check_mix(self.gate_mix)
         held = row.position + 1

@@ -74,6 +74,10 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
             "rotary": attnzoo.RotaryConfig(dim=4, interleaved=True),
         },
     ),
+    "landmark, soft": ("landmark", {"block_size": 6, "mode": "soft", "gate_mix": 0.3, "num_kv_heads": 2}),
+    "landmark, soft without gates": (
+        "landmark", {"block_size": 5, "mode": "soft", "gate_mix": 0.0, "landmark_positions": False}
+    ),
     "landmark, no rotation": ("landmark", {"block_size": 5, "top_k": 1, "rotary": None, "scale": 0.3, "gate_mix": 0.0}),
 }  # fmt: skip
 """What the defaults and small sizes of a variant leave out."""

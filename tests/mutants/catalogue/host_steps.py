@@ -74,5 +74,18 @@ MUTANTS = (
         new="hooks = False and",
         wrong="hooks on kv_up are not called",
     ),
+    Mutant(
+        "landmark-row-mixes-once",
+        file="attnzoo/variants/landmark/decoding.py",
+        tests="tests/attnzoo/variants/test_landmark_decoding.py",
+        old="far += (gate - within) * row.mix",
+        new="far += gate * row.mix",
+        wrong="a block's own log-sum-exp stays in its logit whatever the mix",
+    ),
+    positions(
+        "positions-landmarks-late",
+        old="wanted -= (wanted + 1).div(",
+        new="wanted -= wanted.div(",
+        wrong="a landmark's position is that of the token behind it",
+    ),
 )
-"""Each is killed by the tests that it names."""

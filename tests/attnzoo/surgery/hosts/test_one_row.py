@@ -16,7 +16,7 @@ from attnzoo import surgery
 from attnzoo.base.decoding import step
 from attnzoo.surgery.hosts import attention_function, one_row
 from attnzoo.surgery.hosts.calls import cache_name
-from attnzoo.surgery.hosts.positions import are_slots
+from attnzoo.surgery.hosts.positions import are_counted
 from attnzoo_kernels import attend_slots
 from tests.attnzoo.surgery.conversions import convert_as
 from tests.attnzoo.surgery.hosts.masks import padding_mask
@@ -119,13 +119,24 @@ def test_positions_of_the_callers_own_are_rotated_by() -> None:
     assert_close(torch.cat(said, 1), expected, EXACT)
 
 
+def test_positions_are_compared_with_those_that_a_layer_counts_by_itself() -> None:
+    # Every third slot is a landmark, which has the position of the token before it.
+    assert are_counted(torch.tensor([[0, 1, 1, 2, 3, 3, 4]]), 0, 3)
+    assert are_counted(torch.tensor([[3, 3, 4]]), 4, 3)
+    places = torch.tensor([[4, 5]])
+    assert are_counted(places, 4)
+    assert not are_counted(places, 4, 3)
+    assert are_counted(places, 6, 3)
+    assert not are_counted(places, 6)
+
+
 def test_positions_that_are_changed_in_place_are_read_again() -> None:
     places = torch.arange(4, 8).unsqueeze(0)
-    assert are_slots(places, 4)
-    assert are_slots(places, 4)
-    assert not are_slots(places, 3)
+    assert are_counted(places, 4)
+    assert are_counted(places, 4)
+    assert not are_counted(places, 3)
     places[0, 2] += 1
-    assert not are_slots(places, 4)
+    assert not are_counted(places, 4)
 
 
 @pytest.mark.parametrize("kind", ["latent", *(pytest.param(kind, marks=pytest.mark.slow) for kind in READING)])
