@@ -52,8 +52,8 @@ MUTANTS = (
     ),
     positions(
         "positions-stale",
-        old="_slots.get(position_ids) == (first, version)",
-        new="position_ids in _slots",
+        old="_counted.get(position_ids) == (first, tokens_per_landmark, version)",
+        new="position_ids in _counted",
         wrong="positions that were changed in place count as slots",
     ),
     latent(

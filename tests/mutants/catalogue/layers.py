@@ -346,7 +346,7 @@ MUTANTS = (
         wrong="a group's first head chooses for all",
     ),
     landmark(
-        "landmark-positions", old="replace(step, positions=slot - torch.div(slot + 1, self.config.block_size, rounding_mode=\"floor\"))", new="replace(step, positions=slot - torch.div(slot, self.config.block_size, rounding_mode=\"floor\"))",
+        "landmark-positions", file="attnzoo/base/decoding/step.py", old="torch.div(slots + 1, every", new="torch.div(slots, every",
         wrong="a landmark takes a position of its own after all",
     ),
     landmark(
