@@ -12,6 +12,7 @@ from attnzoo.base.registry import variants
 from attnzoo.cli import prose
 from attnzoo.reporting.tables import Grid
 from attnzoo.surgery import options
+from attnzoo.surgery.hosts.attention_function import ReadPattern
 from attnzoo.surgery.lowrank import factor
 from attnzoo_kernels.errors import UnsupportedError
 
@@ -57,7 +58,8 @@ def grids(found: dict[str, Any]) -> Iterator[Grid]:
     if found["conversion"] is not None:
         title = f"In a pretrained model: attnzoo convert MODEL --to {variant}:option=value,... --out FOLDER"
         record = factor.Request if variant == "lowrank_gqa" else config
-        yield _grid(title, found["conversion"], prose.notes(record))
+        # A pattern is no option of the layer: whether its caches evict.
+        yield _grid(title, found["conversion"], {**prose.notes(ReadPattern), **prose.notes(record)})
 
 
 def _grid(title: str, defaults: dict[str, Any], notes: dict[str, str]) -> Grid:

@@ -162,8 +162,9 @@ def test_the_paths_of_the_cpu_are_told_with_their_reasons(capsys: pytest.Capture
     assert all(list(reasons) == ["few_rows", "flash", "bf16", "key_major", "blocked"] for reasons in cpu.paths.values())
     assert cpu.paths["long calls in fp32"]["flash"] == ()
     assert "64 queries" in " ".join(cpu.paths["short calls in fp32"]["flash"])
-    assert doctor_view._path_line(cpu.paths["long calls in fp32"]) == "flash runs"
-    assert doctor_view._path_line(cpu.paths["short calls in fp32"]).startswith("blocked runs; not flash: ")
+    assert doctor_view._path_line(cpu.paths["long calls in fp32"]).startswith("flash runs; not few_rows: ")
+    assert doctor_view._path_line(cpu.paths["short calls in fp32"]) == "few_rows runs"
+    assert doctor_view._path_line({"flash": ("flash: no",), "blocked": ()}) == "blocked runs; not flash: no"
 
 
 def run_cases(monkeypatch: pytest.MonkeyPatch, *cases: str) -> list[selftest.Check]:

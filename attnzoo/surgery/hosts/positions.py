@@ -80,7 +80,7 @@ def are_counted(position_ids: Tensor, first: int, tokens_per_landmark: int | Non
     if version is not None and _counted.get(position_ids) == (first, tokens_per_landmark, version):
         # Every block of a model is handed the same tensor.
         return True
-    wanted = torch.arange(first, first + position_ids.shape[-1])
+    wanted = torch.arange(first, first + position_ids.shape[-1], device=position_ids.device)
     if tokens_per_landmark is not None:
         wanted -= (wanted + 1).div(tokens_per_landmark, rounding_mode="floor")
     if not bool((position_ids == wanted).all()):

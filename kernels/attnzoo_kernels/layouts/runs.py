@@ -106,11 +106,11 @@ class ListedRuns:
     def _table(self, lists: Sequence[list[int]]) -> Tensor:
         # Not an inference tensor, which could not serve a later training step.
         with torch.inference_mode(False):
-            return torch.tensor(lists)
+            return torch.tensor(lists, device="cpu")
 
     def _slots_of(self, blocks: Tensor) -> Tensor:
         with torch.inference_mode(False):
-            return (blocks.unsqueeze(2) * self.block + torch.arange(self.block)).flatten(1)
+            return (blocks.unsqueeze(2) * self.block + torch.arange(self.block, device="cpu")).flatten(1)
 
 
 def listed_runs(lists: Lists) -> ListedRuns | None:

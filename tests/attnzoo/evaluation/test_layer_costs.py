@@ -19,7 +19,7 @@ from attnzoo.evaluation.cost_setting import BOUND, KINDS, Cost, CostSetting
 from attnzoo.evaluation.layer_costs import BASELINE, IN_MIDST, measure
 from attnzoo.evaluation.ten_lines import TenLines
 from attnzoo.reporting.warn import silent
-from attnzoo_kernels.cpu import blocked
+from attnzoo_kernels.cpu import few_rows
 from attnzoo_kernels.errors import ConfigError
 
 SMALL = CostSetting(tokens=40, dim=32, num_heads=4, seconds=0.0)
@@ -76,13 +76,13 @@ def test_density_is_that_of_the_whole_length_even_where_the_check_is_shorter(mon
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    right = getattr(blocked, name)
+    right = getattr(few_rows, name)
 
     def wrong(*args: Any, **kwargs: Any) -> Any:
         first, *others = right(*args, **kwargs)
         return (first * 1.01, *others)
 
-    monkeypatch.setattr(blocked, name, wrong)
+    monkeypatch.setattr(few_rows, name, wrong)
 
 
 @pytest.mark.parametrize(("part", "what"), [("forward", "forward|training|decode|gradient"), ("backward", "gradient")])
@@ -101,8 +101,8 @@ def test_no_time_is_given_of_a_layer_that_is_wrong(
 
 
 def test_nothing_that_is_no_number_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = blocked.forward
-    monkeypatch.setattr(blocked, "forward", lambda *a, **k: tuple(x * torch.nan for x in right(*a, **k)))
+    right = few_rows.forward
+    monkeypatch.setattr(few_rows, "forward", lambda *a, **k: tuple(x * torch.nan for x in right(*a, **k)))
     (cost,) = measure(SMALL, ["mha:window=7"], quiet)[1:]
     assert cost.error == float("inf")
     assert cost.problem is not None

@@ -34,7 +34,7 @@ def model_of(kind: str) -> Any:
     """One converted model of each kind; what a test changes it changes back."""
     if kind not in _models:
         _models[kind] = tiny()
-        convert_as(_models[kind], kind)
+        convert_as(_models[kind], kind, **({"evict": False} if kind in READING else {}))
     return _models[kind]
 
 
