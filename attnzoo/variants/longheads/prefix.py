@@ -21,7 +21,8 @@ def begins_plain(inputs: AttentionInputs, plan: Plan) -> bool:
     """Whether it is known that a call's first rows read everything, and its others do not."""
     q = inputs.q
     whole = inputs.q_pos is None and q.shape[2] == inputs.k.shape[2]
-    known = is_readable(q) or is_tracing()
+    # A compiler knows lengths as symbols, and looks into nothing that asks for modes.
+    known = is_readable(q) or (not torch.compiler.is_compiling() and is_tracing())
     return known and not inputs.offloaded and "chunks" in plan.info and whole
 
 

@@ -73,7 +73,7 @@ MACHINES = {
 @pytest.mark.parametrize("machine", MACHINES)
 def test_the_numbers_hold_with_fewer_instructions(machine: str) -> None:
     """A process of its own: torch and oneDNN look at these once."""
-    files = ["cpu/test_every_cpu", "cpu/test_nonfinite", "op/test_scale", "cpu/test_products", "op/test_state"]
+    files = ["cpu/test_every_cpu", "cpu/test_nonfinite", "op/test_scale", "runtime/test_products", "op/test_state"]
     paths = [f"tests/attnzoo_kernels/{name}.py" for name in files]
     ran = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not slow", *paths],
