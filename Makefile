@@ -6,7 +6,7 @@ SOURCES := attnzoo kernels tests docs bench
 FROM_SOURCE := .:kernels$(if $(PYTHONPATH),:$(PYTHONPATH))
 TRANSFORMERS_TESTS := $(addprefix tests/attnzoo/surgery/,hosts/test_transformers.py replacements/test_replacements.py test_files.py)
 
-.PHONY: help setup setup-demo demo test test-oldest test-transformers test-slow test-gpu check mutants bench-cpu bench-gpu gpu-first gpu-first-kernels fix docs clean
+.PHONY: help setup setup-demo demo demo-long test test-oldest test-transformers test-slow test-gpu check mutants bench-cpu bench-gpu gpu-first gpu-first-kernels fix docs clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -18,7 +18,10 @@ setup-demo:
 	@PYTHON=$(PYTHON) scripts/setup.sh cli,hf
 
 demo: setup-demo  ## Convert SmolLM2-135M several ways and compare on real text
-	$(BIN)/python -m attnzoo compare smollm2 --preset demo --decode-at 4096 --out out/demo
+	$(BIN)/python -m attnzoo compare smollm2 --preset demo --out out/demo
+
+demo-long: setup-demo  ## The same, and decoding behind 4,096 tokens: longer than the demo may take
+	$(BIN)/python -m attnzoo compare smollm2 --preset demo --decode-at 4096 --out out/demo-long
 
 test: setup  ## The test suite; about 16 minutes on two cores
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not gpu" --doctest-modules attnzoo kernels tests
