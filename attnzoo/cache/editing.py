@@ -30,6 +30,11 @@ class EditableCache(CarriedCache):
         def offset(self) -> int | Tensor:
             """Tokens held: an int where it is known that all items share it, else int64 ``[B]``."""
 
+    def _check_growth(self, max_length: int) -> None:
+        check_count("max_length", max_length)
+        if max_length < self.max_length:
+            raise ShapeError(f"max_length: expected at least {self.max_length}, got {max_length}")
+
     def grow(self, max_length: int) -> None:
         """Makes room for more tokens of each item; what is held stays.
 
@@ -37,9 +42,7 @@ class EditableCache(CarriedCache):
             TypeError: If ``max_length`` is no int.
             ShapeError: If that would be less room than there is.
         """
-        check_count("max_length", max_length)
-        if max_length < self.max_length:
-            raise ShapeError(f"max_length: expected at least {self.max_length}, got {max_length}")
+        self._check_growth(max_length)
         with torch.inference_mode(False), torch.no_grad():
             self._buffers = self._as_placed({name: with_rows(x, max_length) for name, x in self._buffers.items()})
             for ring in self._rings.values():

@@ -17,14 +17,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from attnzoo.base.decoding.rotation import rows_for
 from attnzoo.base.rope import RotaryConfig, rotary_tables
 from attnzoo_kernels import Slots, remembers
 from attnzoo_kernels.runtime.plain import is_plain
 
 CHUNK_BYTES = 1 << 20
 """Bytes of a chunk's keys."""
-
-_LEAST_TABLE = 1024
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ def attend_absorbed(q: Tensor, latent: Tensor, up: Tensor, heads: LatentHeads, s
     weight = keys.t()
     table = None
     if heads.rotary is not None:
-        table = _table(heads.rotary, width, _rounded(last + 1), dtype)
+        table = _table(heads.rotary, width, rows_for(last + 1), dtype)
         turned = heads.rotary.width(width)
         if heads.rotary.interleaved:
             q = q.clone()
@@ -149,11 +148,6 @@ def _rotate(x: Tensor, table: Tensor) -> None:
     torch.view_as_complex(pairs.unflatten(-1, (-1, 2))).mul_(table.unsqueeze(1))
     if pairs is not planes:
         planes.copy_(pairs)
-
-
-def _rounded(slots: int) -> int:
-    """The length of a table: a power of two, so that few are made."""
-    return max(_LEAST_TABLE, 1 << (slots - 1).bit_length())
 
 
 @remembers(32)

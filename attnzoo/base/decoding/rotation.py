@@ -43,13 +43,13 @@ def shared_rotary_tables(
     dtype = torch.promote_types(like.dtype, torch.float32)
     if isinstance(positions, range):
         if is_plain(like) and _may_keep(config, head_dim, positions.stop, dtype):
-            cos, sin = _kept_tables(config, head_dim, _rows_for(positions.stop), dtype, like.device, length)
+            cos, sin = _kept_tables(config, head_dim, rows_for(positions.stop), dtype, like.device, length)
             return cos[positions.start : positions.stop], sin[positions.start : positions.stop]
         positions = torch.arange(positions.start, positions.stop, device=like.device)
     elif positions.numel() and is_readable(positions) and is_readable(like):
         least, most = (int(x) for x in positions.aminmax())
         if least >= 0 and _may_keep(config, head_dim, most + 1, dtype):
-            cos, sin = _kept_tables(config, head_dim, _rows_for(most + 1), dtype, like.device, length)
+            cos, sin = _kept_tables(config, head_dim, rows_for(most + 1), dtype, like.device, length)
             return cos[positions], sin[positions]
     return rotary_tables(config, head_dim, positions, dtype, length=length)
 
@@ -91,13 +91,13 @@ def rotate_row(x: Tensor, rotation: RowRotation, interleaved: bool = False) -> T
     return turned if width == x.shape[-1] else torch.cat((turned, x[..., width:]), -1)
 
 
-def _rows_for(positions: int) -> int:
+def rows_for(positions: int) -> int:
     """A power of two serves all lengths up to it: a decoding step makes no table."""
     return max(LEAST_ROWS, 1 << max(positions - 1, 0).bit_length())
 
 
 def _may_keep(config: RotaryConfig, head_dim: int, positions: int, dtype: torch.dtype) -> bool:
-    size = _rows_for(positions) * config.width(head_dim) * dtype.itemsize
+    size = rows_for(positions) * config.width(head_dim) * dtype.itemsize
     return size * LARGEST_SHARE <= memory_limit()
 
 

@@ -21,8 +21,8 @@ from attnzoo.cache.lengths import Lengths
 from attnzoo.cache.owner import Identity
 from attnzoo.cache.replay import refuse_transforms
 from attnzoo.cache.rows import RowCache
-from attnzoo.cache.streams import check_count, widened, with_rows
-from attnzoo_kernels.errors import ShapeError, UnsupportedError
+from attnzoo.cache.streams import widened, with_rows
+from attnzoo_kernels.errors import UnsupportedError
 
 
 class EvictingCache(KVCache):
@@ -81,9 +81,7 @@ class EvictingCache(KVCache):
             TypeError: If ``max_length`` is no int.
             ShapeError: If that would be less room than there is.
         """
-        check_count("max_length", max_length)
-        if max_length < self.max_length:
-            raise ShapeError(f"max_length: expected at least {self.max_length}, got {max_length}")
+        self._check_growth(max_length)
         with torch.inference_mode(False), torch.no_grad():
             for region in self.regions:
                 rows = region.rows(max_length)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attnzoo_kernels.cpu.path import CPUPath, Gradients
+from attnzoo_kernels.cpu.path import FromResultsPath
 from attnzoo_kernels.cpu.slots import Slots, attend_slots_with_lse, seen_by_last, slots_of
 from attnzoo_kernels.layouts.entries import list_entries
 from attnzoo_kernels.layouts.memo import remembered
@@ -83,7 +83,7 @@ class Reading:
         return whole
 
 
-class FewRowsPath(CPUPath):
+class FewRowsPath(FromResultsPath):
     """Calls of few rows, forward and backward."""
 
     name = "few_rows"
@@ -108,23 +108,11 @@ class FewRowsPath(CPUPath):
         """As :func:`backward_reasons`."""
         return backward_reasons(call, dlse=dlse)
 
-    def backward(
-        self,
-        call: Call,
-        results: tuple[Tensor | None, Tensor | None],
-        *,
-        dout: Tensor | None,
-        dlse: Tensor | None,
-        need: list[bool],
-    ) -> Gradients | None:
-        """As :func:`backward`; ``None`` too where results were not kept, or where out has no gradient."""
-        out, lse = results
-        if out is None or lse is None or dout is None:
-            return None
-        grads = backward(call, (out, lse), dout)
-        if grads is None:
-            return None
-        return (*(grad if needed else None for grad, needed in zip(grads, need, strict=False)), *[None] * 4)
+    def gradients(
+        self, call: Call, results: tuple[Tensor, Tensor], dout: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """As :func:`backward`."""
+        return backward(call, results, dout)
 
 
 def reasons(call: Call, *, need_lse: bool = False) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnzoo_kernels.cpu.path import CPUPath, Gradients
+from attnzoo_kernels.cpu.path import FromResultsPath
 from attnzoo_kernels.cpu.row_tiles import HeadGroup, KeyRange, RowTile, RowTiles, lists_runs, row_tiles_of
 from attnzoo_kernels.runtime.plain import is_plain
 from attnzoo_kernels.runtime.processor import cpu_class
@@ -26,7 +26,7 @@ MOST_WASTE = {torch.float32: 1.4, torch.bfloat16: 2.0}
 """Scores that may be computed for each one that is seen."""
 
 
-class FlashPath(CPUPath):
+class FlashPath(FromResultsPath):
     """Long rows that read one run of slots each, forward and backward."""
 
     name = "flash"
@@ -51,23 +51,11 @@ class FlashPath(CPUPath):
         """As :func:`backward_reasons`."""
         return backward_reasons(call, dlse=dlse)
 
-    def backward(
-        self,
-        call: Call,
-        results: tuple[Tensor | None, Tensor | None],
-        *,
-        dout: Tensor | None,
-        dlse: Tensor | None,
-        need: list[bool],
-    ) -> Gradients | None:
-        """As :func:`backward`; ``None`` too where results were not kept, or where out has no gradient."""
-        out, lse = results
-        if out is None or lse is None or dout is None:
-            return None
-        grads = backward(call, (out, lse), dout)
-        if grads is None:
-            return None
-        return (*(grad if needed else None for grad, needed in zip(grads, need, strict=False)), *[None] * 4)
+    def gradients(
+        self, call: Call, results: tuple[Tensor, Tensor], dout: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """As :func:`backward`."""
+        return backward(call, results, dout)
 
 
 def reasons(call: Call, *, need_lse: bool = False) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnzoo_kernels.cpu.path import CPUPath, Gradients
+from attnzoo_kernels.cpu.path import CPUPath, Gradients, wanted
 from attnzoo_kernels.key_major import attention
 from attnzoo_kernels.spec.call import Call
 
@@ -56,7 +56,7 @@ class KeyMajorPath(CPUPath):
         grads = attention.backward(call, (out, lse), dout, dlse)
         if not all(bool(grad.sum(dtype=call.acc_dtype).isfinite()) for grad in grads):
             return None
-        return (*(grad if needed else None for grad, needed in zip(grads, need, strict=False)), *[None] * 4)
+        return wanted(grads, need)
 
 
 def reasons(call: Call) -> tuple[str, ...]:

@@ -65,3 +65,34 @@ class CPUPath(ABC):
             need: Which gradients are wanted.
         """
         return None
+
+
+class FromResultsPath(CPUPath):
+    """A path whose backward reads what the forward found, and gives gradients of q, k and v alone."""
+
+    def backward(
+        self,
+        call: Call,
+        results: tuple[Tensor | None, Tensor | None],
+        *,
+        dout: Tensor | None,
+        dlse: Tensor | None,
+        need: list[bool],
+    ) -> Gradients | None:
+        """As :meth:`gradients`; ``None`` too where results were not kept, or where out has no gradient."""
+        out, lse = results
+        if out is None or lse is None or dout is None:
+            return None
+        grads = self.gradients(call, (out, lse), dout)
+        return None if grads is None else wanted(grads, need)
+
+    @abstractmethod
+    def gradients(
+        self, call: Call, results: tuple[Tensor, Tensor], dout: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Gradients of q, k and v from that of out, or ``None`` where it gives up."""
+
+
+def wanted(grads: tuple[Tensor, Tensor, Tensor], need: list[bool]) -> Gradients:
+    """Gradients of q, k and v as a path gives them: those that are needed, and none of anything else."""
+    return (*(grad if needed else None for grad, needed in zip(grads, need, strict=False)), *[None] * 4)

@@ -136,7 +136,7 @@ MUTANTS = (
         wrong="the kernels' lse comes back where the op promised an empty one",
     ),
     flash(
-        "flash-gradients-nobody-wanted", old="*(grad if needed else None for grad, needed in zip(grads, need, strict=False)),",
+        "flash-gradients-nobody-wanted", file="kernels/attnzoo_kernels/cpu/path.py", old="*(grad if needed else None for grad, needed in zip(grads, need, strict=False)),",
         new="*grads,", wrong="the fused backward gives gradients that nobody asked for",
         tests=f"{TESTS}/test_dispatch.py -k fused",
     ),

@@ -85,7 +85,7 @@ MUTANTS = (
         wrong="a chunk is rotated as if it were the first",
     ),
     rotation(
-        "rotation-forgets-length", old="_kept_tables(config, head_dim, _rows_for(positions.stop), dtype, like.device, length)", new="_kept_tables(config, head_dim, _rows_for(positions.stop), dtype, like.device, None)",
+        "rotation-forgets-length", old="_kept_tables(config, head_dim, rows_for(positions.stop), dtype, like.device, length)", new="_kept_tables(config, head_dim, rows_for(positions.stop), dtype, like.device, None)",
         wrong="forms that depend on a length share one table",
     ),
     rotation(
