@@ -82,7 +82,7 @@ def clear_best(scores: Tensor, count: int, slack: Tensor | None = None) -> Tenso
         slack: By how much more the last one chosen has to score than the best of the others, ``[B, h]``; at least.
 
     Returns:
-        int64 ``[B, h, K]``, the choice of :func:`attnzoo.selection.topk.top_blocks`, or ``None`` where equal scores or
+        int64 ``[B, h, K]``, the choice of :func:`attnzoo.topk.top_blocks`, or ``None`` where equal scores or
         some that are no numbers need its care.
     """
     value, index = scores.topk(count + 1)

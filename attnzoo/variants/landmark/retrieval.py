@@ -17,7 +17,7 @@ from torch import Tensor
 
 from attnzoo.base.padding import for_heads
 from attnzoo.base.rope import RotaryConfig, apply_rotary, rotary_frequencies
-from attnzoo.selection.topk import top_blocks
+from attnzoo.topk import top_blocks
 from attnzoo_kernels import no_autocast
 from attnzoo_kernels.runtime.plain import is_open
 

@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 
 from attnzoo.base.shared_layouts import dense_layout, may_share
 from attnzoo.cache.lengths import Lengths
-from attnzoo.selection.topk import top_blocks
+from attnzoo.topk import top_blocks
 from attnzoo_kernels import BlockLayout, remembers
 from attnzoo_kernels.runtime.plain import is_open
 

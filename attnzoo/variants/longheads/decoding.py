@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.selection.decoding import clear_best, gathered_tokens, rotated, rotations_in_slots, tokens_of
-from attnzoo.selection.topk import top_blocks
+from attnzoo.topk import top_blocks
 from attnzoo.variants.longheads.chunks import ChunkGrid
 from attnzoo.variants.longheads.config import LongHeadsConfig
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import attnzoo
 from attnzoo.selection.decoding import clear_best, gathered_tokens, rotated, rotations_back, tokens_of
-from attnzoo.selection.topk import top_blocks
+from attnzoo.topk import top_blocks
 from attnzoo.variants.longheads import layer as longheads
 from tests.strategies import Numbers
 

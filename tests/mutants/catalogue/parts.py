@@ -8,7 +8,7 @@ from tests.mutants.record import Mutant
 
 TESTS, VARIANTS = "tests/attnzoo", "tests/attnzoo/variants"
 rope = partial(Mutant, file="attnzoo/base/rope.py", tests=f"{TESTS}/base/test_rope.py")
-select = partial(Mutant, file="attnzoo/selection/topk.py", tests=f"{TESTS}/selection/test_topk.py")
+select = partial(Mutant, file="attnzoo/topk.py", tests=f"{TESTS}/test_topk.py")
 routing = partial(
     Mutant,
     file="attnzoo/variants/moh/router.py",
@@ -84,7 +84,7 @@ MUTANTS = (
         "select-unstable", old="descending=True, stable=True)", new="descending=True)", wrong="ties go anywhere",
     ),
     select(
-        "select-nan-wins", old="nan=-largest", new="nan=largest", wrong="NaN is taken for the largest score", tests=f"{TESTS}/selection/test_topk_nan.py",
+        "select-nan-wins", old="nan=-largest", new="nan=largest", wrong="NaN is taken for the largest score", tests=f"{TESTS}/test_topk_nan.py",
     ),
     select(
         "select-forced-not-allowed", old="    if allowed is not None:\n        key = key.masked_fill(~allowed, -torch.inf)\n    if forced is not None:\n        key = key.masked_fill(forced, torch.inf)",

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from attnzoo.selection.topk import top_blocks
+from attnzoo.topk import top_blocks
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

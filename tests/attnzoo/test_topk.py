@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attnzoo.selection.topk import top_blocks
+from attnzoo.topk import top_blocks
 
 scores_of = st.lists(st.sampled_from([-2.0, -1.0, 0.0, 0.5, 0.5000001, 3.0]), min_size=1, max_size=9)
 

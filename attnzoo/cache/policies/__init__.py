@@ -1,0 +1,1 @@
+"""What the KV heads of a layer remember: policies, which hold no tensor of any sequence."""
