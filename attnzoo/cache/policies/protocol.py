@@ -107,6 +107,7 @@ class Policy:
         every: Tokens between two compactions while decoding; ``None`` compacts behind a prompt alone.
         page: Rows in a page.
         slack: Tokens that an eviction is deferred by, so that as many can be taken back.
+        reuse: Decoding steps that one answer of :meth:`read` serves; a page that is begun meanwhile is read too.
     """
 
     name: ClassVar[str]
@@ -117,6 +118,7 @@ class Policy:
     every: int | None = None
     page: int = 64
     slack: int = 0
+    reuse: int = 1
 
     def __init_subclass__(cls, name: str | None = None, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -145,6 +147,39 @@ class Policy:
         Where :meth:`keep` is a policy's own as well, it chooses for heads that do not keep everything.
         """
         return None
+
+    @property
+    def folds(self) -> bool:
+        """Whether rows that a head loses by place join its compensation row, as ``MERGED`` ones do.
+
+        That row is the mean, weighed by mass, of the keys and of the values that the head has lost, as they were held;
+        it is kept in float32 or more, and updated as rows leave. Its bias is :meth:`fold_bias`.
+        """
+        return False
+
+    def moment_of(self, k: Tensor) -> Tensor | None:
+        """What is averaged beside the keys that join compensation rows; ``None`` where that is nothing.
+
+        Args:
+            k: Keys as they are held ``[B, G, T, D]``.
+
+        Returns:
+            ``[B, G, T]``.
+        """
+        return None
+
+    def fold_bias(self, k: Tensor, mass: Tensor, moment: Tensor | None = None) -> Tensor:
+        """The bias of compensation rows: the logarithm of their mass.
+
+        Args:
+            k: The compensation rows' keys ``[B, G, D]``.
+            mass: Tokens that they stand for ``[B, G]``; 0 where nothing is lost.
+            moment: Mean of what :meth:`moment_of` has said of these tokens ``[B, G]``.
+
+        Returns:
+            ``[B, G]``; -inf where nothing is lost.
+        """
+        return mass.log()
 
     @property
     def compacts(self) -> bool:
