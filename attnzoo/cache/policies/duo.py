@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.cache.evicting.retention import Retention
+from attnzoo.cache.policies.full_heads import check_heads, full_heads, heads_of_layer
 from attnzoo.cache.policies.streaming import Streaming
 from attnzoo.reporting.warn import warn_caller
 from attnzoo_kernels.errors import ConfigError
@@ -38,10 +39,17 @@ KINDS: Mapping[str, float] = {"induction": 6 / 7, "echo": 1 / 7}
 
 
 class HeadScoring(Protocol):
-    """What knows how much each KV head scores, by kinds of score."""
+    """What knows how much each head scores, by kinds of score."""
+
+    @property
+    def kv_heads(self) -> int:
+        """G."""
+
+    def __getitem__(self, kind: str) -> Tensor:
+        """Scores of query heads ``[L, H]``."""
 
     def kv(self, kind: str) -> Tensor:
-        """Scores ``[L, G]``."""
+        """Scores of KV heads ``[L, G]``."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
@@ -59,15 +67,7 @@ class Duo(Streaming, name="duo"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        given = self.full
-        try:
-            # On the CPU also where a model is being built without memory.
-            full = torch.as_tensor(given, device="cpu").detach().clone()
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ConfigError(f"full: expected bool [L, G], got {type(given).__name__}: {error}") from error
-        if full.dtype != torch.bool or full.dim() not in (1, 2) or not full.numel():
-            raise ConfigError(f"full: expected bool [L, G], got {full.dtype} {list(full.shape)}")
-        object.__setattr__(self, "full", full if full.dim() == 2 else full.unsqueeze(0))
+        object.__setattr__(self, "full", full_heads(self.full))
 
     @classmethod
     def from_scores(
@@ -152,16 +152,11 @@ class Duo(Streaming, name="duo"):
 
     def of_layer(self, layer: int) -> Self:
         """The policy of one layer."""
-        if not 0 <= layer < len(self.full):
-            raise ConfigError(f"full: expected a row for layer {layer}, got {len(self.full)} rows")
-        return replace(self, full=self.full[layer])
+        return replace(self, full=heads_of_layer(self.full, layer))
 
     def check(self, layers: int, kv_heads: int) -> None:
         """Raises unless there is a bool for every KV head of every layer."""
-        if list(self.full.shape) != [layers, kv_heads]:
-            raise ConfigError(
-                f"full: expected [{layers}, {kv_heads}], one for each layer and KV head, got {list(self.full.shape)}"
-            )
+        check_heads(self.full, layers, kv_heads)
 
     def retention(self, kv_heads: int) -> Retention:
         """Everything for some heads, the sink's blocks and the near ones for the others, of one layer."""

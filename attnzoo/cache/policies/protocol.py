@@ -221,8 +221,16 @@ class Policy:
         return None
 
     def settings(self) -> dict[str, Any]:
-        """The settings as JSON has them, without tensors of weights: what :func:`policy_from` makes it from again."""
+        """The settings as JSON has them, without tensors of weights: what :func:`policy_from` makes it from again.
+
+        A policy that is made of others holds their settings.
+        """
         return {"policy": self.name, **{f.name: _as_json(getattr(self, f.name)) for f in fields(self) if f.init}}
+
+    @classmethod
+    def setting_names(cls) -> frozenset[str]:
+        """What a policy of this class can be told."""
+        return frozenset(f.name for f in fields(cls) if f.init)
 
     def weights(self) -> dict[str, Tensor]:
         """Tensors that settings do not hold, by name: trained scores."""
@@ -259,7 +267,7 @@ def policy_from(settings: Mapping[str, Any], weights: Mapping[str, Tensor] | Non
     found = policies.get(name) if isinstance(name, str) else None
     if found is None:
         raise ConfigError(f"policy: expected one of {', '.join(sorted(policies))}, got {name!r}")
-    known = {f.name for f in fields(found) if f.init}
+    known = found.setting_names()
     unknown = sorted(rest.keys() - known)
     if unknown:
         raise ConfigError(f"{unknown[0]}: expected one of {', '.join(sorted(known))}, the settings of {name!r}")
