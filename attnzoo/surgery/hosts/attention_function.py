@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from attnzoo.base.padding import Alignment
 from attnzoo.base.recording import RULE
 from attnzoo.base.shared_layouts import dense_layout
 from attnzoo.surgery.hosts.caches.evicting_calls import HELD, attend_held, evicting_layer_for
-from attnzoo.surgery.hosts.calls import CACHE_NAMES, read_call
+from attnzoo.surgery.hosts.calls import AROUND, CACHE_NAMES, AttentionCall, read_call
 from attnzoo.surgery.hosts.one_row import attend_one_row
 from attnzoo.surgery.hosts.weights import type_name
 from attnzoo.variants.mha import MHAAttention, MHAConfig
@@ -275,23 +275,34 @@ def attend(
         raise UnsupportedError(f"is_causal: expected True, got False on a {type_name(module)}")
     query, key, value = _as_autocast_does(query, key, value)
     geometry = geometry_of(attention_mask, query.shape[2], key.shape[2])
+    answer = partial(_answer, module, geometry, scaling, held)
+    around = module.__dict__.get(AROUND)
+    if around is None:
+        out = answer(query, key, value)
+    else:
+        scale = query.shape[3] ** -0.5 if scaling is None else scaling
+        out = around(AttentionCall(query, key, value, geometry=geometry, scale=scale, answer=answer))
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _answer(
+    module: nn.Module, geometry: Geometry, scale: float | None, held: Any, q: Tensor, k: Tensor, v: Tensor
+) -> Tensor:
+    """What a block's attention gives ``[B, H, T, D]``."""
     pattern = pattern_of(module)
     if pattern is None and geometry.real is None and torch.compiler.is_compiling():
-        out = _attend_densely(query, key, value, geometry.first, scaling)
-        return out.transpose(1, 2).contiguous(), None
-    layer = _dense_layer(query.shape[1], key.shape[1], query.shape[3], scaling) if pattern is None else pattern.layer
+        return _attend_densely(q, k, v, geometry.first, scale)
     if held is not None:
         if geometry.real is not None:
             raise UnsupportedError(
                 "attention_mask: expected no padding behind tokens that a cache which evicts has seen without any, got "
                 "some; convert with evict=False"
             )
-        out = attend_held(held, query, key, value)
-    elif geometry.real is not None:
-        out = _attend_padded(layer, query, key, value, geometry)
-    else:
-        out = _attend_plain(layer, query, key, value, geometry.first)
-    return out.transpose(1, 2).contiguous(), None
+        return attend_held(held, q, k, v)
+    layer = _dense_layer(q.shape[1], k.shape[1], q.shape[3], scale) if pattern is None else pattern.layer
+    if geometry.real is not None:
+        return _attend_padded(layer, q, k, v, geometry)
+    return _attend_plain(layer, q, k, v, geometry.first)
 
 
 def _as_autocast_does(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -20,6 +20,38 @@ CACHE_NAMES = ("past_key_values", "cache")
 
 _IGNORED = frozenset({"use_cache", "cache_position", "is_causal", "num_items_in_batch", "output_hidden_states"})
 
+AROUND = "attnzoo_around"
+"""The attribute of a block that holds who is asked in its attention's place, with an :class:`AttentionCall`."""
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionCall:
+    """A call of a block's attention, for who looks at it or answers otherwise.
+
+    Attributes:
+        q: Rotated queries ``[B, H, T, D]``.
+        k: Rotated keys ``[B, G, S, D]`` of all slots that the host's cache hands over; of the call's own tokens alone
+            where the block reads what a cache that evicts has kept.
+        v: Their values ``[B, G, S, Dv]``.
+        geometry: Where they lie: ``first``, the slot of the first query, and ``real``, which slots hold tokens.
+        scale: The factor on scores.
+        answer: What the block's own attention gives ``[B, H, T, Dv]`` for such q, k and v.
+        unrotated: The same tokens' q and k before rotation ``[B, H, T, D]`` and ``[B, G, T, D]``, where that was asked
+            for.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    geometry: Any
+    scale: float
+    answer: Callable[[Tensor, Tensor, Tensor], Tensor]
+    unrotated: tuple[Tensor, Tensor] | None = None
+
+    def answered(self) -> Tensor:
+        """What the block's own attention gives ``[B, H, T, Dv]``."""
+        return self.answer(self.q, self.k, self.v)
+
 
 @dataclass(frozen=True, eq=False)
 class HostCall:

@@ -1,0 +1,9 @@
+"""Which attention heads of a model do what: scores of heads, with data and without."""
+
+from __future__ import annotations
+
+from attnzoo.heads.head_scores import HeadScores, RankedHead
+from attnzoo.heads.retrieval import RetrievalCase
+from attnzoo.heads.scoring import score_heads
+
+__all__ = ["HeadScores", "RankedHead", "RetrievalCase", "score_heads"]

@@ -1,0 +1,80 @@
+"""Echo and induction heads, found on random tokens that are repeated: no data is needed.
+
+In the last of several copies of a sequence, every token has been there before. A head *echoes* by attending to the
+same token in earlier copies, and is an *induction* head by attending to the token that came next there. A head's score
+is the weight that it gives to these, all earlier copies together, as a mean over the rows of the last copy.
+
+Source: Tang et al. 2024, *RazorAttention: Efficient KV Cache Compression Through Retrieval Heads*, section 3.2
+(arXiv:2407.15891); induction heads: Olsson et al. 2022, *In-context Learning and Induction Heads* (arXiv:2209.11895).
+Departures: rows of the last copy alone, which have all others behind them; the tokens of a sequence differ from each
+other where the vocabulary has enough, and none is special to the model; several sequences may be scored together.
+
+Letters: B batch, T tokens, n tokens of one copy, R rows, H query heads, G KV heads, D head width, J earlier copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnzoo.heads.attention_rows import attention_rows
+
+ECHO = "echo"
+INDUCTION = "induction"
+
+OFFSETS = {ECHO: 0, INDUCTION: 1}
+"""How far behind the same token of an earlier copy a head looks, in tokens."""
+
+
+def repeated_tokens(model: Any, *, length: int, repeats: int, batch: int, seed: int) -> Tensor:
+    """Random tokens, repeated: int64 ``[B, repeats * length]`` on the CPU. Global random numbers are untouched."""
+    generator = torch.Generator().manual_seed(seed)
+    vocabulary = torch.ones(model.get_input_embeddings().num_embeddings, dtype=torch.bool, device="cpu")
+    special = [number for number in _special(model) if 0 <= number < len(vocabulary)]
+    vocabulary[special] = False
+    allowed = vocabulary.nonzero().flatten()
+    if not len(allowed):
+        allowed = torch.arange(len(vocabulary), device="cpu")
+    rows: list[Tensor] = []
+    for _ in range(batch):
+        if len(allowed) >= length:
+            drawn = torch.randperm(len(allowed), generator=generator, device="cpu")[:length]
+        else:
+            drawn = torch.randint(len(allowed), (length,), generator=generator, device="cpu")
+        rows.append(allowed[drawn].repeat(repeats))
+    return torch.stack(rows)
+
+
+def _special(model: Any) -> Iterable[int]:
+    """Tokens that mean something to the model besides text."""
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        found = getattr(model.config, name, None)
+        if found is not None:
+            yield from (found if isinstance(found, list | tuple) else [found])
+
+
+def repeated_scores(q: Tensor, k: Tensor, length: int, *, scale: float, kinds: Iterable[str]) -> dict[str, Tensor]:
+    """The scores of one layer's heads.
+
+    Args:
+        q: Rotated queries ``[B, H, T, D]`` of copies of ``length`` tokens.
+        k: Rotated keys ``[B, G, T, D]``.
+        length: n.
+        scale: The factor on scores of attention.
+        kinds: Which of ``OFFSETS``.
+
+    Returns:
+        By kind, ``[H]`` in fp32 or fp64, between 0 and 1.
+    """
+    batch, heads, tokens, _ = q.shape
+    copies = torch.arange(1, tokens // length, device=q.device)
+    found: dict[str, Any] = dict.fromkeys(kinds, 0.0)
+    for rows, weights in attention_rows(q, k, tokens - length, scale=scale):
+        earlier = rows[:, None] - copies * length  # [R, J]: the same token in earlier copies
+        for kind in found:
+            given = weights.gather(3, (earlier + OFFSETS[kind]).expand(batch, heads, -1, -1))
+            found[kind] = found[kind] + given.sum((0, 2, 3))
+    return {kind: total / (batch * length) for kind, total in found.items()}
