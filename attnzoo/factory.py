@@ -103,15 +103,29 @@ def read_spec(text: str, argument: str = "variants") -> tuple[str, dict[str, Any
         >>> read_spec("s2:block_size=32,sink_blocks=0")
         ('s2', {'block_size': 32, 'sink_blocks': 0})
     """
-    variant, _, rest = text.partition(":")
+    variant = text.partition(":")[0]
     get_config(variant)
+    return variant, read_options(text, argument)
+
+
+def read_options(text: str, argument: str) -> dict[str, Any]:
+    """The options of ``name:option=value,option=value``; values are numbers, booleans, nothing or words.
+
+    Raises:
+        ConfigError: If an option is no ``name=value``; it names ``argument``.
+
+    Example:
+        >>> read_options("duo:keep=0.25,window=192", "policy")
+        {'keep': 0.25, 'window': 192}
+    """
+    what, _, rest = text.partition(":")
     options = {}
     for part in rest.split(",") if rest else []:
         name, equals, value = part.partition("=")
         if not equals or not name.isidentifier() or not value:
-            raise ConfigError(f"{argument}: expected {variant}:name=value,..., got {text!r}")
+            raise ConfigError(f"{argument}: expected {what}:name=value,..., got {text!r}")
         options[name] = _value(value)
-    return variant, options
+    return options
 
 
 def _value(text: str) -> Any:

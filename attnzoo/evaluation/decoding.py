@@ -66,6 +66,11 @@ class Continuation:
         self._cache: dict[str, Any] = {} if cache is None else {cache_name(type(model).forward): cache}
         self._next = torch.empty(0, dtype=torch.int64, device="cpu")
 
+    @property
+    def cache(self) -> Any:
+        """What the model remembers; ``None`` where it has read nothing and makes its own."""
+        return next(iter(self._cache.values()), None)
+
     def read_all(self, ids: Tensor) -> Tensor:
         """Reads tokens, int64 ``[L]``, at once; gives their logits ``[L, V]``."""
         return self._read(ids)[0].float()
