@@ -13,7 +13,8 @@ from torch import Tensor
 import attnzoo
 from attnzoo.cache import streams
 from attnzoo.cache.streams import Ring
-from attnzoo.selection import offloaded_blocks, topk
+from attnzoo import topk
+from attnzoo.selection import offloaded_blocks
 from attnzoo.variants.longheads import chunks
 from attnzoo.variants.longheads.layer import LongHeadsAttention
 from tests.attnzoo.cases import assert_same, build, tokens
