@@ -2,7 +2,11 @@
 
 SmolLM2 in fp32 on one thread, behind 1k, 4k and 8k tokens of a text that ships. Every contestant is checked before it
 is timed: its step says what it says where gradients are wanted, without a cache, and what the dense model says where
-that is the same function. ``--quick`` is a tiny model with random weights, to see that it runs.
+that is the same function. What is wrong is told in place of its time, and the exit code is 1. ``--quick`` is a tiny
+model with random weights, to see that it runs.
+
+OUT.json and OUT.md are written after every reading, and a run with the same OUT goes on with what is there: of the same
+machine, code, model and settings; what was wrong is measured anew.
 """
 
 from __future__ import annotations
@@ -17,10 +21,12 @@ from torch import Tensor
 
 from attnzoo.cli.models import load_model, text_tokens
 from attnzoo.cli.progress import Bar
+from attnzoo_kernels.errors import ConfigError
 from bench.cpu.parts import choose
 from bench.cpu.report import about
+from bench.step.kept import Kept, code
 from bench.step.measure import Settings, run
-from bench.step.report import render, write
+from bench.step.report import as_text, render
 from bench.step.rows import CONTESTANTS
 
 LENGTHS = (1024, 4096, 8192)
@@ -46,17 +52,19 @@ def tiny_model() -> Any:
         return LlamaForCausalLM(config).eval()
 
 
-def load(quick: bool, longest: int) -> tuple[Any, Tensor, str]:
-    """A model, a text of tokens ``[1, L]``, and the model's name."""
+def load(quick: bool, longest: int) -> tuple[Any, Tensor]:
+    """A model, and a text of tokens ``[1, L]``."""
     if quick:
         tokens = torch.randint(64, (1, longest + SPARE), generator=torch.Generator().manual_seed(0))
-        return tiny_model(), tokens, "random weights"
+        return tiny_model(), tokens
     model, tokenizer = load_model("smollm2", dtype="fp32")
-    return model, text_tokens(tokenizer, "botchan")[None, : longest + SPARE], "SmolLM2-135M"
+    return model, text_tokens(tokenizer, "botchan")[None, : longest + SPARE]
 
 
 def main(
-    out: Annotated[Path | None, typer.Option(help="Write OUT.json, OUT.md and OUT.png.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write OUT.json, OUT.md and OUT.png; goes on with what is there.")
+    ] = None,
     only: Annotated[list[str] | None, typer.Option(help="Rows by name; may be repeated.")] = None,
     length: Annotated[list[int] | None, typer.Option(help="Tokens in the cache; may be repeated.")] = None,
     rounds: Annotated[int, typer.Option(help="Steps timed.")] = 25,
@@ -68,19 +76,28 @@ def main(
     chosen = choose([row.name for row in CONTESTANTS], only)
     torch.set_num_threads(1)
     lengths = sorted(length or ((96, 160) if quick else LENGTHS))
-    model, text, name = load(quick, lengths[-1])
     rows = [row for row in CONTESTANTS if row.name in chosen]
     settings = Settings(lengths=lengths, rounds=rounds, whole=whole)
-    with Bar() as progress:
-        readings = list(run(model, text, rows, settings, progress))
-    where = {"model": name, "dtype": "float32", "threads": 1, "rounds": rounds, **about()}
-    found = write(readings, where, out)
+    name = "random weights" if quick else "SmolLM2-135M"
+    where = {"model": name, "dtype": "float32", "threads": 1, "rounds": rounds, "whole": whole, "code": code()}
+    try:
+        kept = Kept(out, {**where, **about()})
+    except ConfigError as error:
+        raise typer.BadParameter(str(error), param_hint="--out") from None
+    try:
+        if not all(kept.has(row.name, tokens) for row in rows for tokens in lengths):
+            model, text = load(quick, lengths[-1])
+            with Bar() as progress:
+                for reading in run(model, text, rows, settings, progress, known=kept.has):
+                    kept.add(reading)
+    finally:
+        kept.draw()
     if as_json:
-        typer.echo(found, nl=False)
+        typer.echo(as_text(kept.readings, kept.where), nl=False)
     else:
         console = Console()
-        (console if console.is_terminal else Console(width=140)).print(render(readings, where))
-    if not quick and any(reading.holds is False for reading in readings):
+        (console if console.is_terminal else Console(width=140)).print(render(kept.readings, kept.where))
+    if any(reading.wrong or (reading.holds is False and not quick) for reading in kept.readings):
         raise typer.Exit(1)
 
 

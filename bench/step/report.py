@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from rich.table import Table
@@ -39,6 +40,8 @@ def lines(readings: Sequence[StepReading]) -> list[list[str]]:
 def _cell(reading: StepReading | None) -> str:
     if reading is None:
         return ""
+    if reading.ratio is None:
+        return f"wrong: {reading.error:.1e}"
     bound = "" if reading.must is None else f" (<= {reading.must:g}{'' if reading.holds else ', missed'})"
     return f"{reading.ratio:.2f}{bound}"
 
@@ -47,8 +50,13 @@ def markdown(readings: Sequence[StepReading], where: dict[str, Any]) -> str:
     """The readings as Markdown."""
     rows = [header(readings), ["---"] * len(header(readings)), *lines(readings)]
     text = [f"{where['model']}, {TITLE}", "", *("| " + " | ".join(row) + " |" for row in rows)]
-    dense = {reading.tokens: reading.dense_ms for reading in readings}
-    text += ["", "Dense: " + ", ".join(f"{ms:.1f} ms behind {length} tokens" for length, ms in sorted(dense.items()))]
+    dense: dict[int, list[float]] = {}
+    for reading in readings:
+        if reading.dense_ms is not None:
+            dense.setdefault(reading.tokens, []).append(reading.dense_ms)
+    times = [f"{median(ms):.1f} ms behind {length} tokens" for length, ms in sorted(dense.items())]
+    text += ["", *([f"Dense: {', '.join(times)}"] if times else [])]
+    text += [f"Wrong: {reading.wrong}" for reading in readings if reading.wrong]
     return "\n".join([*text, "", f"Where it comes from: {json.dumps(where)}", ""])
 
 
@@ -61,24 +69,32 @@ def render(readings: Sequence[StepReading], where: dict[str, Any]) -> Table:
     return table
 
 
+def plain(tokens: int) -> str:
+    """A number of tokens as people say it."""
+    return str(tokens) if tokens % 1024 else f"{tokens // 1024}k"
+
+
 def picture(readings: Sequence[StepReading], where: dict[str, Any], path: Path) -> None:
-    """Draws the ratios against the tokens in the cache."""
+    """Draws the ratios against the tokens in the cache; what is wrong has none."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    from matplotlib.ticker import FuncFormatter
+    from matplotlib.ticker import FuncFormatter, NullLocator
 
     figure, axes = pyplot.subplots(figsize=(8, 4.8), layout="constrained")
-    for number, name in enumerate(dict.fromkeys(reading.name for reading in readings)):
-        own = [reading for reading in readings if reading.name == name]
-        place = [reading.tokens for reading in own]
-        axes.plot(place, [x.ratio for x in own], marker="o", color=COLOURS[number % len(COLOURS)], label=name)
-    axes.axhline(1.0, color="#444444", linewidth=1)
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    timed = [reading for reading in readings if reading.ratio is not None]
+    for number, name in enumerate(dict.fromkeys(reading.name for reading in timed)):
+        own = [reading for reading in timed if reading.name == name]
+        ratios = [reading.ratio for reading in own]
+        axes.plot([x.tokens for x in own], ratios, marker="o", color=COLOURS[number % len(COLOURS)], label=name)
+    axes.axhline(1.0, color="#444444", linewidth=1, label="dense")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    # The scale brings ticks and powers of its own, which go.
     axes.set_xscale("log", base=2)
-    axes.set_xticks(sorted({reading.tokens for reading in readings}))
+    places = sorted({reading.tokens for reading in readings})
+    axes.set_xticks(places, [plain(tokens) for tokens in places])
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("tokens in the cache")
     axes.set_ylabel("time of a step, dense = 1")
     axes.spines[["top", "right"]].set_visible(False)
@@ -88,17 +104,23 @@ def picture(readings: Sequence[StepReading], where: dict[str, Any], path: Path) 
     pyplot.close(figure)
 
 
-def write(readings: Sequence[StepReading], where: dict[str, Any], out: Path | None) -> str:
-    """Writes OUT.json, OUT.md and OUT.png where a place is given; gives the JSON."""
+def as_text(readings: Sequence[StepReading], where: dict[str, Any]) -> str:
+    """The readings as JSON."""
     rows = [{**asdict(reading), "holds": reading.holds} for reading in readings]
-    text = json.dumps({"about": where, "rows": rows}, indent=2) + "\n"
-    if out is not None:
-        write_together(
-            out,
-            {
-                "json": lambda path: path.write_text(text, encoding="utf-8"),
-                "md": lambda path: path.write_text(markdown(readings, where), encoding="utf-8"),
-                "png": lambda path: picture(readings, where, path),
-            },
-        )
-    return text
+    return json.dumps({"about": where, "rows": rows}, indent=2) + "\n"
+
+
+def write(readings: Sequence[StepReading], where: dict[str, Any], out: Path) -> None:
+    """Writes OUT.json and OUT.md."""
+    write_together(
+        out,
+        {
+            "json": lambda path: path.write_text(as_text(readings, where), encoding="utf-8"),
+            "md": lambda path: path.write_text(markdown(readings, where), encoding="utf-8"),
+        },
+    )
+
+
+def draw(readings: Sequence[StepReading], where: dict[str, Any], out: Path) -> None:
+    """Writes OUT.png."""
+    write_together(out, {"png": lambda path: picture(readings, where, path)})
