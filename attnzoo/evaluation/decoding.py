@@ -24,7 +24,7 @@ from attnzoo.surgery.hosts.calls import cache_name
 PIECE = 1024
 """Tokens of a prompt that are read at once."""
 
-ROUNDS = 12
+ROUNDS = 8
 """Steps timed of each model."""
 
 STEPS = ROUNDS + 2

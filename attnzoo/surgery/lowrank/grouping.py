@@ -17,6 +17,9 @@ Cost = Callable[[tuple[int, ...]], float]
 SWEEPS = 20
 """At most so many passes of swaps; each pass that changes nothing ends the search."""
 
+NOTHING = 1e-12
+"""The most that counts as no loss: a share of the energy that rounding alone takes."""
+
 
 def tail_cost(planes: Tensor, values: Tensor, width: int) -> Cost:
     """The energy that merging a group loses, in keys and values, each as a share of its total.
@@ -59,12 +62,15 @@ def find_groups(heads: int, groups: int, cost: Cost) -> Groups:
     """
     if groups in (1, heads):
         return consecutive(heads, groups)
+    neighbours = consecutive(heads, groups)
+    kept = sum(cost(group) for group in neighbours)
+    if kept <= NOTHING:
+        # Heads that were repeated before: nothing can cost less, so that nothing is tried.
+        return neighbours
     size = heads // groups
     pairs = {pair: cost(pair) for pair in combinations(range(heads), 2)}
     best = _improve(_greedy(heads, size, pairs), cost)
-    neighbours = consecutive(heads, groups)
-    totals = [sum(cost(group) for group in option) for option in (neighbours, best)]
-    return neighbours if totals[0] <= totals[1] * (1 + 1e-9) + 1e-12 else best
+    return neighbours if kept <= sum(cost(group) for group in best) * (1 + 1e-9) + NOTHING else best
 
 
 def _greedy(heads: int, size: int, pairs: dict[tuple[int, int], float]) -> list[list[int]]:

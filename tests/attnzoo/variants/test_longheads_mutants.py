@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 import attnzoo
+from attnzoo import topk
 from attnzoo.cache import streams
 from attnzoo.cache.streams import Ring
-from attnzoo import topk
 from attnzoo.selection import offloaded_blocks
 from attnzoo.variants.longheads import chunks
 from attnzoo.variants.longheads.layer import LongHeadsAttention

@@ -75,8 +75,12 @@ MUTANTS = (
         wrong="token weights of the last batch replace those of all", tests=f"{TESTS}/lowrank/test_refit_parts.py",
     ),
     grouping(
-        "grouping-ties", old="totals[0] <= totals[1] * (1 + 1e-9) + 1e-12", new="totals[0] < totals[1]",
+        "grouping-ties", old="kept <= sum(cost(group) for group in best) * (1 + 1e-9) + NOTHING", new="kept < sum(cost(group) for group in best)",
         wrong="heads are shuffled though nothing is won", tests=f"{TESTS}/lowrank/test_grouping_ties.py",
+    ),
+    grouping(
+        "grouping-given-up", old="NOTHING = 1e-12", new="NOTHING = 1e-3",
+        wrong="neighbours that lose something are not compared with any others", tests=f"{TESTS}/lowrank/test_grouping_ties.py",
     ),
     grouping(
         "grouping-swap-any", old="cost(tuple(a)) + cost(tuple(b)) < before - 1e-12", new="cost(tuple(a)) + cost(tuple(b)) <= before",

@@ -17,6 +17,19 @@ def test_neighbours_stay_together_unless_more_than_rounding_is_won(won: float) -
     assert found == (((0, 2), (1, 3)) if won == 1e-3 else ((0, 1), (2, 3)))
 
 
+@pytest.mark.parametrize(("lost", "asks"), [(0.0, False), (1e-13, False), (1e-6, True)])
+def test_neighbours_that_lose_nothing_are_not_compared_with_others(lost: float, asks: bool) -> None:
+    costs = {(0, 1): lost, (2, 3): 0.0, (0, 2): 0.0, (1, 3): 0.0, (0, 3): 1.0, (1, 2): 1.0}
+    asked: set[tuple[int, ...]] = set()
+
+    def cost(group: tuple[int, ...]) -> float:
+        asked.add(tuple(sorted(group)))
+        return costs[tuple(sorted(group))]  # type: ignore[index]
+
+    assert grouping.find_groups(4, 2, cost) == (((0, 2), (1, 3)) if asks else ((0, 1), (2, 3)))
+    assert ((0, 2) in asked) is asks
+
+
 def test_swaps_that_win_nothing_are_not_made() -> None:
     asked: list[tuple[int, ...]] = []
 
