@@ -1,8 +1,9 @@
 """Policies put together by part: which heads keep everything, what the others keep, and what is read of it.
 
-LServe is ``Compose(static=Duo(full), read=Pages())``: heads that keep everything read pages, the others a sink and a
-window. ``Compose(static=Duo(full), score=SnapKV(budget=192))`` has the others keep what the prompt's last queries
-attend to, in place of a sink and a window; with ``static=Razor(full)``, what they lose joins their compensation row.
+LServe is ``Compose(static=Duo(full, block=16), read=Pages(page=16))``: heads that keep everything read pages, the
+others a sink and a window. ``Compose(static=Duo(full), score=SnapKV(budget=192))`` has the others keep what the
+prompt's last queries attend to, in place of a sink and a window; with ``static=Razor(full)``, what they lose joins
+their compensation row.
 
 Letters: B batch, H query heads, G KV heads, C rows of the head that holds most, P pages of the head that has most.
 """
@@ -84,8 +85,8 @@ class Compose(Policy, name="compose"):
 
     @property
     def folds(self) -> bool:
-        """Whether what leaves by place joins a compensation row."""
-        return self.static is not None and self.static.folds and self.score is None
+        """Whether what heads lose, by place or by score, joins a compensation row."""
+        return self.static is not None and self.static.folds
 
     def moment_of(self, k: Tensor) -> Tensor | None:
         """What ``static`` says of keys that join compensation rows."""
@@ -182,8 +183,8 @@ def _part(name: str, part: Policy | None) -> Policy | None:
 
 def _page(static: Policy | None, score: Policy | None, read: Policy | None) -> int:
     """Rows in a page: as many as are read at a time, or as leave at a time."""
-    if read is not None and static is not None and static.page % read.page:
-        raise ConfigError(f"page: expected a divisor of the block of {static.page} tokens, got {read.page}")
+    if read is not None and static is not None and static.page != read.page:
+        raise ConfigError(f"page: expected {static.page}, the tokens in a block, got {read.page}")
     first = [part for part in (read, static, score) if part is not None]
     return first[0].page
 

@@ -156,8 +156,8 @@ def second_moments(q: Tensor, kv_heads: int, scale: float | None = None) -> Tens
     factor = q.shape[3] ** -0.5 if scale is None else scale
     scaled = q.detach().to(torch.promote_types(q.dtype, torch.float32)) * factor
     rows = scaled.unflatten(1, (kv_heads, -1)).transpose(0, 1).flatten(1, 3)
-    moments: Tensor = rows.mT @ rows
-    return moments / rows.shape[1]
+    moments: Tensor = rows.mT @ rows / rows.shape[1]
+    return moments
 
 
 def _squared(k: Tensor, moments: Tensor) -> Tensor:

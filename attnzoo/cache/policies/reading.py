@@ -11,7 +11,7 @@ A KV head reads the pages with the largest :math:`\max_{h} u_p` over the query h
 Source: Tang et al. 2024, *Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference*, section 3.3 and
 algorithm 1 (arXiv:2406.10774); Yang et al. 2025, *LServe: Efficient Long-sequence LLM Serving with Unified Sparse
 Attention*, sections 3.5 and 3.6 (arXiv:2502.14866), which reads pages so in heads that keep everything, and a sink and
-a window in the others: ``Compose(static=Duo(...), read=Pages(...))``.
+a window in the others: ``Compose(static=Duo(full, block=16), read=Pages())``.
 
 Departures:
     - Pages are chosen for each KV head, by the largest bound of its group; the published code chooses for each query

@@ -51,7 +51,7 @@ def test_what_is_lost_joins_a_compensation_row() -> None:
     assert kept is not None
     assert kept.into is not None
     assert bool((kept.into == MERGED).all())
-    assert not policy.folds
+    assert policy.folds
     assert policy.fold_bias(torch.zeros(1, 3, 6), torch.ones(1, 3)).tolist() == [[0, 0, 0]]
     merging = EMS(budget=6, sink=2, window=3, pool=1, similarity=0.2)
     seen = seen_of(merging, [[16, 16, 16]])
@@ -66,11 +66,11 @@ def test_everything_that_fits_stays() -> None:
 
 
 def test_pages_are_read_by_full_heads_alone() -> None:
-    policy = Compose(static=Duo(FULL, sink=64, window=128), read=Pages(page=16, budget=64, reuse=3))
+    policy = Compose(static=Duo(FULL, sink=64, window=128, block=16), read=Pages(page=16, budget=64, reuse=3))
     assert (policy.page, policy.reuse, policy.every) == (16, 3, None)
     assert policy.needs == {"page_bounds"}
     own = policy.of_layer(0)
-    assert own.retention(3) == Duo(FULL, sink=64, window=128).of_layer(0).retention(3)
+    assert own.retention(3) == Duo(FULL, sink=64, window=128, block=16).of_layer(0).retention(3)
     generator = torch.Generator().manual_seed(0)
     least = torch.randn(2, 3, 9, 4, generator=generator)
     pages = PageBounds(least, least + 1, torch.tensor([[9, 9, 2], [4, 7, 9]]), 16)
@@ -90,8 +90,8 @@ def test_pages_are_read_by_full_heads_alone() -> None:
 
 
 COMPOSED = {
-    "lserve": Compose(static=Duo(FULL), read=Pages(page=16, budget=64, reuse=2)),
-    "scored": Compose(static=Duo(FULL), score=SnapKV(share=0.2, every=8), read=Pages(page=32, budget=96)),
+    "lserve": Compose(static=Duo(FULL, block=16), read=Pages(page=16, budget=64, reuse=2)),
+    "scored": Compose(static=Duo(FULL), score=SnapKV(share=0.2, every=8), read=Pages(page=64, budget=192)),
     "moments": Compose(static=Razor(FULL, bias="moment", moments=torch.rand(2, 3, 4, 4)), score=SNAP),
     "streaming": Compose(static=Streaming(sink=64, window=64)),
 }
@@ -123,8 +123,8 @@ def test_settings_and_weights_make_it_again(name: str) -> None:
         ("read: expected a policy that chooses pages to read, got 'snapkv'", {"read": SNAP}),
         ("score: expected a policy, got str", {"score": "snapkv"}),
         (
-            "page: expected a divisor of the block of 64 tokens, got 24",
-            {"static": Streaming(), "read": Pages(page=24)},
+            "page: expected 64, the tokens in a block, got 16",
+            {"static": Streaming(), "read": Pages(page=16)},
         ),
     ],
 )
