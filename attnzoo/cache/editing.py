@@ -106,14 +106,7 @@ class EditableCache(CarriedCache):
 
     def reorder(self, index: Tensor) -> None:
         """Takes the items ``index``, int ``[B']``, in their order: beams are chosen, repeated or dropped."""
-        if not isinstance(index, Tensor):
-            raise TypeError(f"index: expected an int64 Tensor [B], got {type(index).__name__}")
-        if index.dim() != 1 or index.dtype not in (torch.int64, torch.int32):
-            raise ShapeError(f"index: expected an int64 Tensor [B], got {index.dtype} {list(index.shape)}")
-        if index.device.type == "cpu" and not torch.compiler.is_compiling():
-            outside = (index < 0) | (index >= self.batch)
-            if bool(outside.any()):
-                raise ShapeError(f"index: expected items 0 to {self.batch - 1}, got {index[outside].tolist()}")
+        self._check_items(index)
         with torch.inference_mode(False), torch.no_grad():
             index = index.to(self.device, copy=True)
             chosen = {name: x.index_select(0, index.to(x.device)) for name, x in self._buffers.items()}
@@ -122,6 +115,17 @@ class EditableCache(CarriedCache):
             self._groups = {name: Groups(x.every, x.values.index_select(0, index)) for name, x in self._groups.items()}
             if self._lengths is not None:
                 self._lengths = self._lengths.index_select(0, index)
+
+    def _check_items(self, index: Tensor) -> None:
+        """Raises unless these are numbers of items; of a tensor elsewhere than on the CPU no value is read."""
+        if not isinstance(index, Tensor):
+            raise TypeError(f"index: expected an int64 Tensor [B], got {type(index).__name__}")
+        if index.dim() != 1 or index.dtype not in (torch.int64, torch.int32):
+            raise ShapeError(f"index: expected an int64 Tensor [B], got {index.dtype} {list(index.shape)}")
+        if index.device.type == "cpu" and not torch.compiler.is_compiling():
+            outside = (index < 0) | (index >= self.batch)
+            if bool(outside.any()):
+                raise ShapeError(f"index: expected items 0 to {self.batch - 1}, got {index[outside].tolist()}")
 
     def fork(self) -> Self:
         """A copy of its own, for the same layer."""

@@ -1,0 +1,1 @@
+"""Attention over rows that a policy keeps in pages."""

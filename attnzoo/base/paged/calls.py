@@ -1,0 +1,121 @@
+"""Attention of a call over rows that are kept in pages and over the call's own tokens.
+
+One decoding row is written first and read with the others where they lie, or with the pages that it chooses. For other
+calls an extent's rows are joined with the call's own, each with its bias.
+
+Letters: B batch, T tokens of a call, H query heads, G KV heads, h heads of an extent, D head width, Dv value width, n
+rows of an extent.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from attnzoo.base.layer import is_training
+from attnzoo.base.paged.blocks import attend_blocks
+from attnzoo.base.paged.inputs import PagedInputs, Way, in_order, own_of, precise_of, row_slots
+from attnzoo.base.paged.one_row import attend_row
+from attnzoo.base.paged.reading import attend_pages, pages_to_read
+from attnzoo.base.paged.signals import received
+from attnzoo.base.shared_layouts import dense_layout
+from attnzoo.cache.evicting.cache import of_heads
+from attnzoo.cache.lengths import Lengths
+from attnzoo.cache.pages.extents import Extent
+from attnzoo_kernels import Extras, block_sparse_attention, block_sparse_attention_with_lse
+from attnzoo_kernels.runtime.plain import is_plain
+
+LAYOUT_BLOCK = 64
+"""Tokens in a block of layouts where everything that is held is read."""
+
+
+def attend_paged(inputs: PagedInputs, scale: float | None, impl: str) -> Tensor:
+    """Attention over what a cache of pages holds and over the call's own tokens, which are staged there.
+
+    Args:
+        inputs: The call, and its cache.
+        scale: The factor on scores; ``None`` means ``D ** -0.5``.
+        impl: Which implementation of the operation runs.
+
+    Returns:
+        ``[B, H, T, Dv]``, zeros for rows without a token.
+    """
+    q = inputs.q
+    cache = inputs.cache
+    if 0 in q.shape:
+        return q.new_zeros(*q.shape[:3], inputs.v.shape[3])
+    way = Way(q.shape[3] ** -0.5 if scale is None else scale, impl)
+    cache.note(q, way.scale)
+    pages = pages_to_read(inputs) if q.shape[2] == 1 else None
+    if pages is not None:
+        return attend_pages(inputs, pages, way)
+    if may_place(inputs, impl):
+        return attend_row(cache, q, way.scale)
+    parts = []
+    mass = []
+    for extent in cache.pool.extents:
+        if extent.ring is not None:
+            parts.append(attend_blocks(inputs, extent, way))
+            continue
+        out, given = _attend_rows(inputs, extent, way)
+        parts.append(out)
+        if given is not None:
+            mass.append(given)
+    if mass:
+        cache.note_mass(mass)
+    return in_order(cache.pool, parts, inputs.k.shape[1])
+
+
+def may_place(inputs: PagedInputs, impl: str) -> bool:
+    """Whether a call is one row that may be written where it is read: every item has a token, and nobody watches."""
+    q = inputs.q
+    if q.shape[2] != 1 or impl != "auto" or Lengths(inputs.lengths).differ or not is_plain(q):
+        return False
+    if is_training(q, inputs.k, inputs.v) or torch.is_autocast_enabled(q.device.type):
+        return False
+    held = inputs.cache.pool.tensors
+    return all(x.dtype == held[name].dtype for name, x in (("k", q), ("k", inputs.k), ("v", inputs.v)))
+
+
+def _attend_rows(inputs: PagedInputs, extent: Extent, way: Way) -> tuple[Tensor, Tensor | None]:
+    """Heads that read all rows that they hold; with it what rows receive, where that is counted."""
+    cache = inputs.cache
+    pool = cache.pool
+    q, k, v = own_of(inputs, extent)
+    tokens = q.shape[2]
+    held = extent.most
+    keys = [k]
+    values = [v]
+    bias = None
+    if held:
+        keys.insert(0, pool.view("k", extent).narrow(2, 0, held).to(k.dtype))
+        values.insert(0, pool.view("v", extent).narrow(2, 0, held).to(v.dtype))
+        if pool.is_masked(extent):
+            bias = pool.view("bias", extent).narrow(2, 0, held).to(precise_of(q))
+    beside = cache.beside()
+    front = 0
+    if beside is not None:
+        # The row that stands for what is lost comes before all others.
+        lost_k, lost_v, lost_bias = (of_heads(x, extent.heads).unsqueeze(2) for x in beside)
+        keys.insert(0, lost_k.to(k.dtype))
+        values.insert(0, lost_v.to(v.dtype))
+        if bias is None:
+            bias = lost_bias.new_zeros(*k.shape[:2], held, dtype=precise_of(q))
+        bias = torch.cat((lost_bias.to(bias.dtype), bias), 2)
+        front = 1
+    k = torch.cat(keys, 2)
+    v = torch.cat(values, 2)
+    if bias is not None:
+        bias = pad(bias, (0, tokens))
+    q_pos = row_slots(inputs, front + held) if Lengths(inputs.lengths).differ else None
+    layout = dense_layout(LAYOUT_BLOCK, tokens, k.shape[2], q)
+    extras = Extras(q_pos=q_pos, key_bias=bias)
+    if not cache.counts_mass:
+        return block_sparse_attention(q, k, v, layout, scale=way.scale, extras=extras, impl=way.impl), None
+    out, lse = block_sparse_attention_with_lse(q, k, v, layout, scale=way.scale, extras=extras, impl=way.impl)
+    with torch.no_grad():
+        mass = received(q, k, lse, bias, scale=way.scale)
+        if cache.policy.group == "mean":
+            mass = mass.mean(-1, keepdim=True)
+    return out, mass[:, :, front:]

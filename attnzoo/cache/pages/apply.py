@@ -1,0 +1,145 @@
+r"""What a policy has chosen, done: rows stay, are dropped, or are merged by their mass.
+
+With :math:`m_j = e^{b_j}` the mass of a row, and J(c) a row that stays and those that are merged into it,
+
+.. math::
+    m_c' = \sum_{j \in J(c)} m_j, \quad k_c' = \frac{\sum_j m_j k_j}{m_c'}, \quad v_c' = \frac{\sum_j m_j v_j}{m_c'}
+
+in float32 or more. This is the only place that moves rows.
+
+Letters: B batch, G KV heads, R rows of the head that holds most, K rows that stay, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from attnzoo.cache.pages.extents import BlockRing
+from attnzoo.cache.pages.pool import NOTHING, PagePool
+from attnzoo.cache.pages.rows import gathered, grouped, laid, picked
+from attnzoo.cache.policies.protocol import MERGED, Keep
+
+
+@dataclass(frozen=True, eq=False)
+class Lost:
+    """Sums over what each head has lost and still stands for, in float32 or more.
+
+    Attributes:
+        k: Keys times mass ``[B, G, D]``.
+        v: Values times mass ``[B, G, Dv]``.
+        mass: Mass ``[B, G]``.
+        moment: What is averaged beside the keys, times mass ``[B, G]``.
+    """
+
+    k: Tensor
+    v: Tensor
+    mass: Tensor
+    moment: Tensor
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All of these."""
+        return [self.k, self.v, self.mass, self.moment]
+
+    @classmethod
+    def nothing(cls, pool: PagePool) -> Lost:
+        """Of heads that have lost nothing."""
+        bias = pool.tensors["bias"]
+        size = (pool.batch, pool.heads)
+        k, v = (bias.new_zeros(*size, pool.tensors[name].shape[2]) for name in ("k", "v"))
+        return cls(k, v, bias.new_zeros(size), bias.new_zeros(size))
+
+    def plus(self, other: Lost) -> Lost:
+        """Of what both stand for."""
+        return Lost(self.k + other.k, self.v + other.v, self.mass + other.mass, self.moment + other.moment)
+
+    def select(self, index: Tensor) -> Lost:
+        """Of the items ``index``."""
+        k, v, mass, moment = (x.index_select(0, index) for x in self.tensors)
+        return Lost(k, v, mass, moment)
+
+    def mean(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean key ``[B, G, D]``, value and moment ``[B, G]``; zeros where nothing is lost."""
+        mass = self.mass.clamp(min=torch.finfo(self.mass.dtype).tiny)
+        return self.k / mass.unsqueeze(-1), self.v / mass.unsqueeze(-1), self.moment / mass
+
+
+def apply(pool: PagePool, keep: Keep, stays: Tensor | None = None) -> tuple[PagePool, Lost | None]:
+    """A pool with what is kept, and nothing of the old one.
+
+    Args:
+        pool: What is held, by heads none of which remember by place.
+        keep: What stays of it.
+        stays: Heads that keep everything whatever is said of them, bool ``[B, G]`` on the CPU.
+
+    Returns:
+        The pool, and what joins the compensation rows, where anything may.
+    """
+    rows, counts = gathered(pool)
+    held = rows["k"].shape[2]
+    place = keep.rows
+    if stays is not None and bool(stays.any()):
+        whole = torch.arange(held, device="cpu")
+        whole = torch.where(whole < counts.unsqueeze(-1), whole, -1).to(place.device)
+        place = pad(place, (0, max(0, held - place.shape[2])), value=-1)
+        place = torch.where(stays.to(place.device).unsqueeze(-1), pad(whole, (0, place.shape[2] - held), value=-1), place)
+    there = place >= 0
+    index = place.clamp(min=0)
+    kept = {}
+    for name, x in rows.items():
+        value = picked(x, index)
+        absent = ~there.view(*there.shape, *[1] * (x.dim() - 3))
+        kept[name] = value.masked_fill_(absent, NOTHING[name])
+    lost = None
+    if keep.into is not None:
+        lost = _merge(rows, kept, place, keep)
+    left = there.sum(-1).cpu()
+    most = int(left.max()) if left.numel() else 0
+    rings: list[BlockRing | None] = [None] * pool.heads
+    extents = grouped(left, rings, pool.page)
+    made = laid({name: x[:, :, :most] for name, x in kept.items()}, extents, pool, pool.batch)
+    made.weighed = pool.weighed or (keep.into is not None and keep.weighs)
+    return made, lost
+
+
+def _merge(rows: dict[str, Tensor], kept: dict[str, Tensor], place: Tensor, keep: Keep) -> Lost | None:
+    """Puts the means of rows and what is merged into them in their places; gives what joins compensation rows."""
+    into = keep.into
+    if into is None:
+        return None
+    batch, heads, held, _ = rows["k"].shape
+    count = place.shape[2]
+    # Which row each one joins: of those that stay itself; behind them nothing, and the compensation row.
+    nowhere = count
+    compensation = count + 1
+    target = torch.where(into == MERGED, compensation, torch.where(into < 0, nowhere, into))
+    target = torch.where(rows["position"] < 0, nowhere, target)
+    own = torch.arange(count, device=place.device).expand(batch, heads, -1)
+    behind = torch.where(place < 0, held, place)
+    target = pad(target, (0, 1)).scatter(2, behind, own)[:, :, :held]
+    bias = rows["bias"]
+    mass = bias.exp() if keep.weighs else (bias > -torch.inf).to(bias.dtype)
+    mass_of = mass.new_zeros(batch, heads, count + 2).scatter_add_(2, target, mass)
+    number = mass.new_zeros(batch, heads, count + 2).scatter_add_(2, target, torch.ones_like(mass))
+    joined = number[:, :, :count] > 1
+    sums = {}
+    for name in ("k", "v"):
+        value = rows[name].to(mass.dtype) * mass.unsqueeze(-1)
+        total = value.new_zeros(batch, heads, count + 2, value.shape[3])
+        sums[name] = total.scatter_add_(2, target.unsqueeze(-1).expand_as(value), value)
+        mean = sums[name][:, :, :count] / mass_of[:, :, :count].unsqueeze(-1)
+        # A row that nothing joins stays as it is, to the last bit.
+        kept[name].copy_(torch.where(joined.unsqueeze(-1), mean.to(kept[name].dtype), kept[name]))
+    if keep.weighs:
+        kept["bias"].copy_(torch.where(joined, mass_of[:, :, :count].log(), kept["bias"]))
+    if not bool((into == MERGED).any()):
+        return None
+    moment = rows.get("moment")
+    moments = torch.zeros_like(mass_of[:, :, compensation])
+    if moment is not None:
+        moments = (moment * mass * (target == compensation)).sum(-1)
+    return Lost(sums["k"][:, :, -1], sums["v"][:, :, -1], mass_of[:, :, -1], moments)

@@ -1,0 +1,207 @@
+"""A cache of pages: what a policy keeps for each KV head, in a pool that gives memory back.
+
+Letters: B batch, G KV heads, R rows of the head that holds most, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from attnzoo.cache.lengths import Lengths
+from attnzoo.cache.pages.extents import shared
+from attnzoo.cache.pages.held import HeldRows, Moment
+from attnzoo.cache.pages.pool import PagePool
+from attnzoo.cache.pages.progress import Progress, is_any
+from attnzoo.cache.replay import Birth
+from attnzoo_kernels.errors import UnsupportedError
+
+
+class PagedCache(HeldRows):
+    """A cache that holds the rows that a policy keeps; made by ``new_cache(..., policy=...)``.
+
+    A call's tokens are staged, and written when it has succeeded. Rows are chosen (:meth:`compact`) at the start of a
+    call of one token behind a longer one, and every ``policy.every`` tokens while decoding. How many tokens are held
+    counts those that are gone: positions go on from there.
+
+    What is counted is known on the CPU; a tensor of lengths is read once, by the call that brings it.
+
+    Attributes:
+        policy: What is remembered, of one layer.
+        pool: Where it lies.
+        lost: What compensation rows stand for; ``None`` where there are none.
+        choice: Pages that the next row may read again.
+    """
+
+    @contextmanager
+    def all_or_nothing(self) -> Iterator[None]:
+        """Writes what the block staged, or forgets it if the block raises."""
+        before = self.moment()
+        earlier = self._earlier
+        choice = self.choice
+        queries = None if self._queries is None else self._queries.state()
+        try:
+            yield
+            self.commit()
+        except BaseException:
+            self._return_to(before)
+            self._earlier = earlier
+            self.choice = choice
+            if queries is not None and self._queries is not None:
+                self._queries.restore(queries)
+            raise
+        finally:
+            self._staged = None
+
+    def _return_to(self, moment: Moment) -> None:
+        """Makes the cache what it was; what leaves by place has joined its row for good, and is read by nobody else."""
+        with torch.inference_mode(False), torch.no_grad():
+            for extent, (live, rows) in zip(moment.pool.extents, moment.counts, strict=True):
+                extent.live = max(live, extent.live)
+                extent.rows = rows
+            moment.pool.forget_behind()
+        self._hold(moment.pool)
+        if self.policy.compacts:
+            self.lost = moment.lost
+        self._beside = None
+        self._advance(moment.progress)
+
+    def grow(self, max_length: int) -> None:
+        """Allows more tokens of each item; pages are made when rows come.
+
+        Raises:
+            TypeError: If ``max_length`` is no int.
+            ShapeError: If that would be fewer than now.
+        """
+        self._check_growth(max_length)
+        self.max_length = max_length
+
+    def trim(self) -> None:
+        """Gives memory back where more than a quarter of the pages are free."""
+        with torch.inference_mode(False), torch.no_grad():
+            self._hold(self.pool.trimmed())
+
+    def crop(self, length: int | Tensor) -> None:
+        """Keeps the first tokens of every item: at most ``length``, which is int64 ``[B]`` where items differ.
+
+        What is left is as if the others had never come. All tokens may be taken back, those that have come since rows
+        were chosen, and as many as the policy's ``slack``.
+
+        Raises:
+            TypeError: If ``length`` is neither.
+            ShapeError: If it is negative, or not one number for each item.
+            UnsupportedError: If what the tokens left would read may be gone, or a policy counts the attention that
+                rows have received: nothing is changed then.
+        """
+        most = self._check_crop(length)
+        before = self.progress.tokens
+        wanted = length if isinstance(length, int) else length.cpu()
+        after = Lengths(before).minimum(Lengths(wanted)).value
+        if most == 0:
+            self._empty_all()
+            return
+        cut = before - after
+        if not is_any(cut > 0):
+            return
+        back = self._moment_before(after, cut)
+        self._check_blocks(after)
+        with torch.inference_mode(False), torch.no_grad():
+            if back is not None:
+                self._hold(back.pool.clone())
+                for extent, (live, rows) in zip(self.pool.extents, back.counts, strict=True):
+                    extent.live = max(live, extent.live)
+                    extent.rows = rows
+                self.lost = back.lost
+                self.progress = back.progress
+                self._earlier = self._earlier[: self._earlier.index(back)]
+            self.pool.take_back(self.progress.tokens - after)
+            if self._queries is not None:
+                self._queries.crop(self._near(after))
+        self._staged = None
+        self.choice = None
+        self._beside = None
+        self._advance(self.progress.back(self.progress.tokens - after))
+
+    def _empty_all(self) -> None:
+        with torch.inference_mode(False), torch.no_grad():
+            self._hold(self._empty(self.pool))
+            if self._queries is not None:
+                self._queries.crop(0)
+        self.lost = None
+        self.choice = None
+        self._beside = None
+        self._staged = None
+        self._earlier = []
+        self._oldest = 0
+        self._advance(Progress())
+
+    def _moment_before(self, after: int | Tensor, cut: int | Tensor) -> Moment | None:
+        """What the cache was when it saw so many tokens, if rows have been chosen since."""
+        if "mass" in self.policy.needs:
+            raise UnsupportedError("crop: expected no policy that counts the attention of all queries, got one")
+        chosen = self.progress.chosen
+        # Rows that were chosen when the last token left had come, would not have been chosen yet.
+        behind = (after <= chosen) & (cut > 0)
+        if is_any(behind):
+            for moment in self._earlier:
+                tokens = moment.progress.tokens
+                if not is_any(after > tokens):
+                    return moment
+            raise UnsupportedError(
+                f"crop: expected at most slack={self.policy.slack} tokens to be taken back behind rows that were chosen, "
+                f"for all items alike, got {int(torch.as_tensor(cut).max())}"
+            )
+        if self._queries is not None and not self._queries.can_crop(self.lengths, self._near(after)):
+            raise UnsupportedError("crop: expected the last queries of what is left to be held, got too many taken back")
+        return None
+
+    def _check_blocks(self, after: int | Tensor) -> None:
+        """Raises where a block is gone that the tokens left would read."""
+        rings = [extent.ring for extent in self.pool.extents if extent.ring is not None]
+        if not rings:
+            return
+        ring = rings[0]
+        last = (self.progress.tokens + ring.rows - 1) // ring.rows - 1
+        oldest = Lengths(last - ring.local - ring.spare + 1).maximum(Lengths(self._oldest)).value
+        needed = Lengths(after // ring.rows - ring.local + 1).maximum(Lengths(ring.sink)).value
+        if is_any(oldest > needed):
+            raise UnsupportedError(
+                f"crop: expected at most slack={self.policy.slack} tokens to be taken back, or all, got more"
+            )
+        self._oldest = oldest
+
+    def reorder(self, index: Tensor) -> None:
+        """Takes the items ``index``, int ``[B']``, in their order: beams are chosen, repeated or dropped."""
+        self._check_items(index)
+        differs = self.progress.differs or isinstance(self._oldest, Tensor)
+        near = index.cpu() if differs else None
+        with torch.inference_mode(False), torch.no_grad():
+            index = index.to(self.device, torch.int64)
+            self._hold(self.pool.moved(items=index))
+            if self._queries is not None:
+                self._queries = self._queries.select(index)
+            if self.lost is not None:
+                self.lost = self.lost.select(index)
+        if near is not None:
+            self.progress = self.progress.select(near)
+            self._oldest = Lengths(self._oldest).select(near).value
+        self._earlier = []
+        self._staged = None
+        self.choice = None
+        self._beside = None
+        self._advance(self.progress)
+
+    def fork(self) -> Self:
+        """A copy of its own, for the same layer."""
+        copy = object.__new__(type(self))
+        copy.__dict__.update(self.__dict__)
+        copy._born = Birth(self.device)
+        copy._staged = None
+        with torch.inference_mode(False), torch.no_grad():
+            copy._hold(self.pool.clone())
+            copy._queries = None if self._queries is None else self._queries.clone()
+        return copy
