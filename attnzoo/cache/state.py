@@ -60,11 +60,11 @@ class CarriedCache:
             >>> other
             KVCache(10 of 200 tokens: k [1, 4, 200, 8], v [1, 4, 200, 8])
         """
-        header = _header(type(self).__name__, self._config, self.batch, self.max_length)
+        header = header_of(type(self).__name__, self._config, self.batch, self.max_length)
         counts = TokenCounts(self.length, self.bound, self._lengths)
         held = self._held(self._buffers, self.bound)
         values = _values_of(held, self._rings, self._groups, counts)
-        return {**header, **_counts_of(counts), **values}
+        return {**header, **counts_of(counts), **values}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Holds what :meth:`state_dict` gave, instead of what is held; it may have had another ``max_length``.
@@ -76,9 +76,9 @@ class CarriedCache:
             ConfigError: If it is of another kind of cache, or of a layer of another configuration.
             ShapeError: If batch, room, names, shapes or dtypes do not fit. Nothing is changed then.
         """
-        mine = _header(type(self).__name__, self._config, self.batch, self.max_length)
-        _check_header(state, mine)
-        counts = _read_counts(state, self.batch, self.max_length, self.device)
+        mine = header_of(type(self).__name__, self._config, self.batch, self.max_length)
+        check_header(state, mine)
+        counts = read_counts(state, self.batch, self.max_length, self.device)
         buffers = self._buffers_for(state)
         wanted = _like(self._held(buffers, counts.bound), self._rings, self._groups, counts.bound)
         ends = {name: _read_oldest(state, name, self.batch, self.device) for name in self._rings}
@@ -125,13 +125,13 @@ class TokenCounts:
         return self.bound if self.lengths is None else self.lengths
 
 
-def _header(kind: str, config: Any, batch: int, max_length: int) -> dict[str, Any]:
+def header_of(kind: str, config: Any, batch: int, max_length: int) -> dict[str, Any]:
     """The part of a state that says whose it is."""
     of_layer = None if config is None else config.to_dict()
     return {"format": FORMAT, "cache": kind, "config": of_layer, "batch": batch, "max_length": max_length}
 
 
-def _counts_of(counts: TokenCounts) -> dict[str, Any]:
+def counts_of(counts: TokenCounts) -> dict[str, Any]:
     """The part of a state that says how many tokens there are."""
     lengths = {} if counts.lengths is None else {"lengths": counts.lengths.clone()}
     return {"length": counts.length, "bound": counts.bound, **lengths}
@@ -155,7 +155,7 @@ def _copy(x: Tensor) -> Tensor:
     return x.detach().clone(memory_format=torch.contiguous_format)
 
 
-def _check_header(state: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
+def check_header(state: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
     """Raises unless a state is one of a cache of this kind, batch and configuration.
 
     Raises:
@@ -178,7 +178,7 @@ def _check_header(state: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
             )
 
 
-def _read_counts(state: Mapping[str, Any], batch: int, max_length: int, device: torch.device) -> TokenCounts:
+def read_counts(state: Mapping[str, Any], batch: int, max_length: int, device: torch.device) -> TokenCounts:
     """How many tokens a state says there are.
 
     Raises:

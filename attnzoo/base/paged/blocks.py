@@ -3,8 +3,8 @@
 Every query block reads by its own place, so that calls may be cut at will. Keys are laid out by blocks: of each own
 block the row for what its rows have lost, the blocks that are held, the call's own.
 
-Letters: B batch, T tokens of a call, h heads of an extent, G KV heads, D head width, w tokens of a block, C blocks held,
-N own blocks, M query blocks, L near blocks.
+Letters: B batch, T tokens of a call, h heads of an extent, G KV heads, D head width, w tokens of a block, C blocks
+held, N own blocks, M query blocks, L near blocks.
 """
 
 from __future__ import annotations

@@ -50,16 +50,13 @@ def attend_row(cache: PagedCache, q: Tensor, scale: float) -> Tensor:
         mass.append(share.transpose(-1, -2))
     if counts_mass:
         cache.note_mass([x.mean(-1, keepdim=True) if cache.policy.group == "mean" else x for x in mass])
-    out = in_order(pool, [part.flatten(1, 2).unsqueeze(2) for part in parts], groups)
-    return out
+    return in_order(pool, [part.flatten(1, 2).unsqueeze(2) for part in parts], groups)
 
 
 def _read(pool: PagePool, extent: Extent, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
     """An extent's keys and values ``[B, h, n, D]``, the row's own among them, and what tells them from nothing."""
-    if extent.ring is not None or isinstance(extent.rows, Tensor):
-        count = extent.live * pool.page
-    else:
-        count = extent.rows + 1
+    apart = extent.ring is not None or isinstance(extent.rows, Tensor)
+    count = extent.live * pool.page if apart else extent.most + 1
     k = pool.view("k", extent).narrow(2, 0, count)
     v = pool.view("v", extent).narrow(2, 0, count)
     bias = None

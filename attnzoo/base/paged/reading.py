@@ -73,6 +73,13 @@ def attend_pages(inputs: PagedInputs, pages: Tensor, way: Way) -> Tensor:
     k = torch.cat((pool.tensors["k"][pages].flatten(2, 3).to(q.dtype), inputs.k), 2)
     v = torch.cat((pool.tensors["v"][pages].flatten(2, 3).to(inputs.v.dtype), inputs.v), 2)
     bias = pad(pool.tensors["bias"][pages].flatten(2, 3).to(precise_of(q)), (0, 1))
+    for extent in pool.extents:
+        if extent.ring is not None:
+            heads = list(extent.heads)
+            own = Lengths(inputs.cache.offset // pool.page).column(4)
+            block = pool.tensors["position"][pages[:, heads]] // pool.page
+            away = ~extent.ring.is_read(block, own)
+            bias[:, heads, :-1] = bias[:, heads, :-1].masked_fill(away.flatten(2, 3), -torch.inf)
     beside = inputs.cache.beside()
     if beside is not None:
         lost_k, lost_v, lost_bias = (x.unsqueeze(2) for x in beside)

@@ -86,7 +86,9 @@ def apply(pool: PagePool, keep: Keep, stays: Tensor | None = None) -> tuple[Page
         whole = torch.arange(held, device="cpu")
         whole = torch.where(whole < counts.unsqueeze(-1), whole, -1).to(place.device)
         place = pad(place, (0, max(0, held - place.shape[2])), value=-1)
-        place = torch.where(stays.to(place.device).unsqueeze(-1), pad(whole, (0, place.shape[2] - held), value=-1), place)
+        place = torch.where(
+            stays.to(place.device).unsqueeze(-1), pad(whole, (0, place.shape[2] - held), value=-1), place
+        )
     there = place >= 0
     index = place.clamp(min=0)
     kept = {}

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from attnzoo.cache.lengths import Lengths
-from attnzoo.cache.pages.extents import shared
 from attnzoo.cache.pages.held import HeldRows, Moment
-from attnzoo.cache.pages.pool import PagePool
 from attnzoo.cache.pages.progress import Progress, is_any
+from attnzoo.cache.pages.state import load_state, state_of
 from attnzoo.cache.replay import Birth
 from attnzoo_kernels.errors import UnsupportedError
 
@@ -43,7 +42,7 @@ class PagedCache(HeldRows):
         before = self.moment()
         earlier = self._earlier
         choice = self.choice
-        queries = None if self._queries is None else self._queries.state()
+        queries = None if self.last_queries is None else self.last_queries.state()
         try:
             yield
             self.commit()
@@ -51,8 +50,8 @@ class PagedCache(HeldRows):
             self._return_to(before)
             self._earlier = earlier
             self.choice = choice
-            if queries is not None and self._queries is not None:
-                self._queries.restore(queries)
+            if queries is not None and self.last_queries is not None:
+                self.last_queries.restore(queries)
             raise
         finally:
             self._staged = None
@@ -119,8 +118,8 @@ class PagedCache(HeldRows):
                 self.progress = back.progress
                 self._earlier = self._earlier[: self._earlier.index(back)]
             self.pool.take_back(self.progress.tokens - after)
-            if self._queries is not None:
-                self._queries.crop(self._near(after))
+            if self.last_queries is not None:
+                self.last_queries.crop(self._near(after))
         self._staged = None
         self.choice = None
         self._beside = None
@@ -128,16 +127,10 @@ class PagedCache(HeldRows):
 
     def _empty_all(self) -> None:
         with torch.inference_mode(False), torch.no_grad():
-            self._hold(self._empty(self.pool))
-            if self._queries is not None:
-                self._queries.crop(0)
-        self.lost = None
-        self.choice = None
-        self._beside = None
-        self._staged = None
-        self._earlier = []
-        self._oldest = 0
-        self._advance(Progress())
+            pool = self._empty(self.pool)
+            if self.last_queries is not None:
+                self.last_queries.crop(0)
+        self.take_over(pool, Progress(), None)
 
     def _moment_before(self, after: int | Tensor, cut: int | Tensor) -> Moment | None:
         """What the cache was when it saw so many tokens, if rows have been chosen since."""
@@ -155,8 +148,10 @@ class PagedCache(HeldRows):
                 f"crop: expected at most slack={self.policy.slack} tokens to be taken back behind rows that were chosen, "
                 f"for all items alike, got {int(torch.as_tensor(cut).max())}"
             )
-        if self._queries is not None and not self._queries.can_crop(self.lengths, self._near(after)):
-            raise UnsupportedError("crop: expected the last queries of what is left to be held, got too many taken back")
+        if self.last_queries is not None and not self.last_queries.can_crop(self.lengths, self._near(after)):
+            raise UnsupportedError(
+                "crop: expected the last queries of what is left to be held, got too many taken back"
+            )
         return None
 
     def _check_blocks(self, after: int | Tensor) -> None:
@@ -182,8 +177,8 @@ class PagedCache(HeldRows):
         with torch.inference_mode(False), torch.no_grad():
             index = index.to(self.device, torch.int64)
             self._hold(self.pool.moved(items=index))
-            if self._queries is not None:
-                self._queries = self._queries.select(index)
+            if self.last_queries is not None:
+                self.last_queries = self.last_queries.select(index)
             if self.lost is not None:
                 self.lost = self.lost.select(index)
         if near is not None:
@@ -195,6 +190,20 @@ class PagedCache(HeldRows):
         self._beside = None
         self._advance(self.progress)
 
+    def state_dict(self) -> dict[str, Any]:
+        """What is held, as tensors and plain numbers: see :mod:`attnzoo.cache.pages.state`."""
+        return state_of(self, self._config)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Holds what :meth:`state_dict` gave, instead of what is held; it may have had another ``max_length``.
+
+        Raises:
+            TypeError: If ``state`` is no mapping.
+            ConfigError: If it is of another kind of cache, of a layer of another configuration or of another policy.
+            ShapeError: If batch, room, names, shapes or dtypes do not fit. Nothing is changed then.
+        """
+        load_state(self, self._config, state)
+
     def fork(self) -> Self:
         """A copy of its own, for the same layer."""
         copy = object.__new__(type(self))
@@ -203,5 +212,5 @@ class PagedCache(HeldRows):
         copy._staged = None
         with torch.inference_mode(False), torch.no_grad():
             copy._hold(self.pool.clone())
-            copy._queries = None if self._queries is None else self._queries.clone()
+            copy.last_queries = None if self.last_queries is None else self.last_queries.clone()
         return copy

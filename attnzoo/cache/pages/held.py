@@ -96,8 +96,8 @@ class HeldRows(KVCache):
         self.lost: Lost | None = None
         self.choice: PageChoice | None = None
         self.progress = Progress()
-        self._queries: Ring | None = None
-        self._scale = 1.0
+        self.last_queries: Ring | None = None
+        self.scale = 1.0
         self._staged: Staged | None = None
         self._earlier: list[Moment] = []
         self._oldest: int | Tensor = 0
@@ -111,15 +111,15 @@ class HeldRows(KVCache):
             raise ConfigError(f"streams: expected k and v, got {', '.join(streams) or 'none'}")
         heads = streams["k"].heads
         self._rings = {}
-        self._turns = rings_of(self.policy, heads)
+        self.turns = rings_of(self.policy, heads)
         self._full = full_heads_of(self.policy, heads)
         template = PagePool(_empty_pages(streams, self.policy, device, dtype), (), batch=batch, page=self.policy.page)
         self._hold(self._empty(template))
 
     def _empty(self, like: PagePool) -> PagePool:
         """A pool of no rows."""
-        nothing = torch.zeros(like.batch, len(self._turns), dtype=torch.int64, device="cpu")
-        extents = grouped(nothing, self._turns, like.page)
+        nothing = torch.zeros(like.batch, len(self.turns), dtype=torch.int64, device="cpu")
+        extents = grouped(nothing, self.turns, like.page)
         return like.for_extents(extents, [with_room(0, extent.ring) for extent in extents])
 
     def _hold(self, pool: PagePool) -> None:
@@ -144,7 +144,7 @@ class HeldRows(KVCache):
     @property
     def nbytes(self) -> int:
         """Bytes of the pool, free pages among them, of the last queries and of compensation rows."""
-        beside = [] if self._queries is None else [self._queries.values]
+        beside = [] if self.last_queries is None else [self.last_queries.values]
         if self.lost is not None:
             beside += self.lost.tensors
         return self.pool.nbytes + sum(x.numel() * x.element_size() for x in beside)
@@ -240,13 +240,13 @@ class HeldRows(KVCache):
                 wider[name] = torch.float64
         with torch.inference_mode(False), torch.no_grad():
             self._hold(self.pool.widened(wider))
-            if self._queries is not None:
-                self._queries.values = self._queries.values.to(self.pool.tensors["k"].dtype)
+            if self.last_queries is not None:
+                self.last_queries.values = self.last_queries.values.to(self.pool.tensors["k"].dtype)
 
     def note(self, q: Tensor, scale: float) -> None:
         """Takes note of a call's rotated queries ``[B, H, T, D]``, where the policy asks for the last ones' shares."""
         if self._staged is not None and "window_mass" in self.policy.needs:
-            self._scale = scale
+            self.scale = scale
             self._staged.q = q.detach()
 
     def note_mass(self, mass: list[Tensor]) -> None:
@@ -273,6 +273,7 @@ class HeldRows(KVCache):
             self._write(staged)
             if self.pool.begins_pages:
                 self.pool.hide()
+                self._beside = None
         staged.placed = True
 
     def commit(self) -> None:
@@ -289,6 +290,7 @@ class HeldRows(KVCache):
             self.pool.count(staged.lengths)
             if not staged.placed:
                 self.pool.hide()
+                self._beside = None
             if staged.q is not None:
                 self._keep_queries(staged.q, staged.lengths)
         self._advance(self.progress.after(staged.lengths, longer=staged.values["k"].shape[2] > 1))
@@ -318,11 +320,11 @@ class HeldRows(KVCache):
 
     def _keep_queries(self, q: Tensor, lengths: int | Tensor) -> None:
         """Keeps the last queries of each item, before the call's tokens are counted."""
-        if self._queries is None:
+        if self.last_queries is None:
             history = self.policy.window + self.policy.slack
             values = q.new_zeros(q.shape[0], q.shape[1], history + CROP_MARGIN + 1, q.shape[3])
-            self._queries = Ring(history, values)
-        self._queries.write(q, self._near(self.progress.tokens), self._near(lengths))
+            self.last_queries = Ring(history, values)
+        self.last_queries.write(q, self._near(self.progress.tokens), self._near(lengths))
 
     def _near(self, numbers: int | Tensor) -> int | Tensor:
         """Numbers where the pool lies."""
@@ -348,6 +350,17 @@ class HeldRows(KVCache):
         """Whether slack reaches back to when rows were chosen."""
         behind = self.progress.tokens - moment.progress.tokens
         return is_any(behind <= self.policy.slack)
+
+    def take_over(self, pool: PagePool, progress: Progress, lost: Lost | None) -> None:
+        """Holds what a pool does, instead of what is held."""
+        self._hold(pool)
+        self.lost = lost
+        self.choice = None
+        self._beside = None
+        self._staged = None
+        self._earlier = []
+        self._oldest = 0
+        self._advance(progress)
 
     def moment(self) -> Moment:
         """What the cache is now."""
@@ -379,6 +392,7 @@ class HeldRows(KVCache):
                     stays = stays | ~due.unsqueeze(1)
                 pool, lost = apply(self.pool, keep, stays)
                 self._hold(pool)
+                self._beside = None
                 self._join(lost)
                 self.choice = None
                 if self.policy.slack:
@@ -389,14 +403,14 @@ class HeldRows(KVCache):
         """Adds to what compensation rows stand for."""
         if lost is not None:
             self.lost = lost if self.lost is None else self.lost.plus(lost)
-        self._beside = None
+            self._beside = None
 
     def seen(self) -> Seen:
         """What the policy is shown."""
         last = None
-        if self._queries is not None:
-            queries = self._queries.last(self.policy.window, self._near(self.progress.tokens))
-            last = LastQueries(queries, self._scale)
+        if self.last_queries is not None:
+            queries = self.last_queries.last(self.policy.window, self._near(self.progress.tokens))
+            last = LastQueries(queries, self.scale)
         beside = self.beside()
         rows = None if beside is None else (beside[0], beside[2])
         return seen_of(self.pool, self.policy, self.lengths, last=last, beside=rows)
@@ -426,6 +440,9 @@ def rings_of(policy: Policy, heads: int) -> tuple[BlockRing | None, ...]:
     Raises:
         ConfigError: If pages cannot hold what the policy keeps by place.
     """
+    if policy.reads_pages and ("mass" in policy.needs or policy.folds):
+        what = "compensation rows" if policy.folds else "'mass' in needs"
+        raise ConfigError(f"policy: expected no {what} where a row reads some pages alone, got {policy.name!r}")
     retention = policy.retention(heads)
     if policy.compacts or retention is None:
         return (None,) * heads
@@ -448,8 +465,6 @@ def _empty_pages(
     streams: Mapping[str, Stream], policy: Policy, device: torch.device | str | None, dtype: torch.dtype | None
 ) -> dict[str, Tensor]:
     """No page, with the widths and dtypes of all tensors of a pool."""
-    if policy.reads_pages and "mass" in policy.needs:
-        raise ConfigError("needs: expected no 'mass' where a row reads some pages alone, got it")
     dtype = dtype or torch.get_default_dtype()
     page = policy.page
     k = torch.empty(0, page, streams["k"].width, dtype=streams["k"].dtype or dtype, device=device)

@@ -165,7 +165,7 @@ class PagePool:
         if extent.ring is None:
             return page
         block = self.blocks(extent)
-        return torch.where(block < 0, torch.iinfo(torch.int64).max, block).argsort(-1, stable=True)
+        return torch.where(block < 0, torch.iinfo(torch.int64).max, block).argsort(dim=-1, stable=True)
 
     def blocks(self, extent: Extent) -> Tensor:
         """The block that each page in use holds, of heads that remember by place, ``[B, h, C]`` on the CPU; or -1."""

@@ -47,7 +47,9 @@ class Progress:
         if isinstance(due, bool):
             return Progress(self.tokens, 0, False, self.tokens) if due else self
         since = torch.where(due, 0, torch.as_tensor(self.since, device="cpu"))
-        chosen = torch.where(due, torch.as_tensor(self.tokens, device="cpu"), torch.as_tensor(self.chosen, device="cpu"))
+        chosen = torch.where(
+            due, torch.as_tensor(self.tokens, device="cpu"), torch.as_tensor(self.chosen, device="cpu")
+        )
         return Progress(self.tokens, _collapsed(since), self.longer & ~due, chosen)
 
     def back(self, cut: int | Tensor) -> Progress:

@@ -52,7 +52,7 @@ def _rows_of(pool: PagePool, extent: Extent) -> tuple[dict[str, Tensor], Tensor]
     there = position >= 0
     counts = there.sum(-1).cpu()
     most = int(counts.max()) if counts.numel() else 0
-    order = torch.where(there, position, torch.iinfo(position.dtype).max).argsort(-1, stable=True)[:, :, :most]
+    order = torch.where(there, position, torch.iinfo(position.dtype).max).argsort(dim=-1, stable=True)[:, :, :most]
     return {name: picked(x, order) for name, x in live.items()}, counts
 
 
