@@ -28,7 +28,7 @@ def attend_row(cache: PagedCache, q: Tensor, scale: float) -> Tensor:
     Returns:
         ``[B, H, 1, Dv]``.
     """
-    cache.place()
+    cache.write_ahead()
     pool = cache.pool
     batch, heads, _, width = q.shape
     groups = pool.heads

@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 from attnzoo.base.paged.inputs import PagedInputs, Way, precise_of, row_slots
 from attnzoo.base.shared_layouts import dense_layout
 from attnzoo.cache.lengths import Lengths
-from attnzoo.cache.pages.held import PageChoice
+from attnzoo.cache.pages.records import PagesRead
 from attnzoo.cache.policies.protocol import PageBounds
 from attnzoo_kernels import Extras, block_sparse_attention
 
@@ -37,17 +37,17 @@ def pages_to_read(inputs: PagedInputs) -> Tensor | None:
         most = pool.tensors["most"][table].masked_fill(~there, 0)
         with torch.no_grad():
             pages = policy.read(inputs.q.detach(), PageBounds(least, most, count, pool.page))
-        choice = PageChoice(pages, count, 0)
+        choice = PagesRead(pages, count, 0)
     elif choice.pages is not None:
-        choice = PageChoice(_with_begun(choice, count), count, choice.uses)
-    cache.choice = PageChoice(choice.pages, choice.known, choice.uses + 1)
+        choice = PagesRead(_with_begun(choice, count), count, choice.uses)
+    cache.choice = PagesRead(choice.pages, choice.known, choice.uses + 1)
     if choice.pages is None:
         return None
     chosen = table.gather(2, choice.pages.clamp(min=0))
     return torch.where(choice.pages < 0, 0, chosen)
 
 
-def _with_begun(choice: PageChoice, count: Tensor) -> Tensor | None:
+def _with_begun(choice: PagesRead, count: Tensor) -> Tensor | None:
     """The pages of a choice, and those that were begun since."""
     pages = choice.pages
     if pages is None:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from attnzoo.cache.lengths import Lengths
-from attnzoo.cache.pages.held import HeldRows, Moment
-from attnzoo.cache.pages.progress import Progress, is_any
+from attnzoo.cache.pages.held import HeldRows
+from attnzoo.cache.pages.records import Moment, Progress, is_any
 from attnzoo.cache.pages.state import load_state, state_of
 from attnzoo.cache.replay import Birth
 from attnzoo_kernels.errors import UnsupportedError
@@ -145,13 +145,11 @@ class PagedCache(HeldRows):
                 if not is_any(after > tokens):
                     return moment
             raise UnsupportedError(
-                f"crop: expected at most slack={self.policy.slack} tokens to be taken back behind rows that were chosen, "
-                f"for all items alike, got {int(torch.as_tensor(cut).max())}"
+                f"crop: expected at most slack={self.policy.slack} tokens to be taken back where rows have been chosen "
+                f"since, by all items alike, got {int(torch.as_tensor(cut).max())}"
             )
         if self.last_queries is not None and not self.last_queries.can_crop(self.lengths, self._near(after)):
-            raise UnsupportedError(
-                "crop: expected the last queries of what is left to be held, got too many taken back"
-            )
+            raise UnsupportedError("crop: expected fewer tokens, since the last queries of what is left are gone")
         return None
 
     def _check_blocks(self, after: int | Tensor) -> None:

@@ -1,7 +1,7 @@
-"""Where the pages of KV heads lie: those of heads that hold as many in one piece, so that they are read where they are.
+"""Where the pages of KV heads lie: those of heads that hold as many in one piece, to be read where they are.
 
-An *extent* is a run of pages of a pool, as many for each item and head: item by item, head by head. The pages in use are
-the first of each head's, equally many in all of the extent; the others are free, and kept for the heads to grow into.
+An *extent* is a run of pages of a pool, as many for each item and head: item by item, head by head. The pages in use
+are the first of each head's, equally many in all of the extent; the others are free, for the heads to grow into.
 
 Heads that remember by place hold the pages of the first blocks and a ring of the last ones. Others hold rows in order.
 

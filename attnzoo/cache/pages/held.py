@@ -6,18 +6,17 @@ Letters: B batch, T tokens of a call, H query heads, G KV heads, h heads of an e
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from attnzoo.cache.kv_cache import KVCache, Stream
-from attnzoo.cache.pages.apply import Lost, apply
-from attnzoo.cache.pages.extents import BlockRing, with_room
-from attnzoo.cache.pages.folding import hidden, leaving
+from attnzoo.cache.pages.apply import Lost, apply, hidden, leaving
+from attnzoo.cache.pages.beginning import empty_pages, full_heads_of, rings_of
+from attnzoo.cache.pages.extents import with_room
 from attnzoo.cache.pages.pool import PagePool
-from attnzoo.cache.pages.progress import Progress, is_any
+from attnzoo.cache.pages.records import Moment, PagesRead, Progress, Staged, is_any
 from attnzoo.cache.pages.rows import grouped
 from attnzoo.cache.pages.seen import LastQueries, seen_of
 from attnzoo.cache.policies.protocol import Policy, Seen
@@ -26,57 +25,6 @@ from attnzoo.cache.streams import CROP_MARGIN, Ring
 from attnzoo_kernels.errors import ConfigError, ShapeError, UnsupportedError
 
 NAMES = ("k", "v")
-
-
-@dataclass(eq=False)
-class Staged:
-    """A call's tokens, to be written when it has succeeded.
-
-    Attributes:
-        values: Keys, values and sidecars of rows ``[B, G, T, ...]``.
-        lengths: Tokens of each item, an int or int64 ``[B]`` on the CPU.
-        q: Queries ``[B, H, T, D]``, where the last ones are kept.
-        placed: Whether they are written, and not counted yet.
-        mass: For each extent, what its rows and the call's own receive, ``[B, h, n, g]``.
-    """
-
-    values: dict[str, Tensor]
-    lengths: int | Tensor
-    q: Tensor | None = None
-    placed: bool = False
-    mass: list[Tensor] = field(default_factory=list)
-
-
-@dataclass(frozen=True, eq=False)
-class Moment:
-    """What a cache was: enough to be that again, since later rows lie behind those that a pool had.
-
-    Attributes:
-        pool: The pool.
-        counts: Pages in use and rows of each extent.
-        progress: Counts of tokens.
-        lost: What compensation rows stand for.
-    """
-
-    pool: PagePool
-    counts: tuple[tuple[int, int | Tensor], ...]
-    progress: Progress
-    lost: Lost | None
-
-
-@dataclass(frozen=True, eq=False)
-class PageChoice:
-    """Pages that decoding rows read, and may read again.
-
-    Attributes:
-        pages: Numbers of pages ``[B, G, K]``, -1 behind; ``None`` for all.
-        known: Pages of each head when they were chosen or added to last ``[B, G]``.
-        uses: Rows that have read them.
-    """
-
-    pages: Tensor | None
-    known: Tensor
-    uses: int
 
 
 class HeldRows(KVCache):
@@ -94,7 +42,7 @@ class HeldRows(KVCache):
     def __init__(self, streams: Mapping[str, Stream], *, policy: Policy, **options: Any) -> None:
         self.policy = policy
         self.lost: Lost | None = None
-        self.choice: PageChoice | None = None
+        self.choice: PagesRead | None = None
         self.progress = Progress()
         self.last_queries: Ring | None = None
         self.scale = 1.0
@@ -111,15 +59,15 @@ class HeldRows(KVCache):
             raise ConfigError(f"streams: expected k and v, got {', '.join(streams) or 'none'}")
         heads = streams["k"].heads
         self._rings = {}
-        self.turns = rings_of(self.policy, heads)
+        self.block_rings = rings_of(self.policy, heads)
         self._full = full_heads_of(self.policy, heads)
-        template = PagePool(_empty_pages(streams, self.policy, device, dtype), (), batch=batch, page=self.policy.page)
+        template = PagePool(empty_pages(streams, self.policy, device, dtype), (), batch=batch, page=self.policy.page)
         self._hold(self._empty(template))
 
     def _empty(self, like: PagePool) -> PagePool:
         """A pool of no rows."""
-        nothing = torch.zeros(like.batch, len(self.turns), dtype=torch.int64, device="cpu")
-        extents = grouped(nothing, self.turns, like.page)
+        nothing = torch.zeros(like.batch, len(self.block_rings), dtype=torch.int64, device="cpu")
+        extents = grouped(nothing, self.block_rings, like.page)
         return like.for_extents(extents, [with_room(0, extent.ring) for extent in extents])
 
     def _hold(self, pool: PagePool) -> None:
@@ -253,8 +201,8 @@ class HeldRows(KVCache):
         """Takes note of the attention that rows receive from a call.
 
         Args:
-            mass: For each extent of the pool ``[B, h, n, g]``: its first rows, and the call's own behind these or, where
-                that is placed, among them.
+            mass: For each extent of the pool ``[B, h, n, g]``: its first rows, and the call's own behind these; among
+                them where that is placed.
         """
         if self._staged is not None:
             self._staged.mass = [x.detach() for x in mass]
@@ -264,7 +212,7 @@ class HeldRows(KVCache):
         """Whether the policy asks for the attention that rows receive from all queries."""
         return "mass" in self.policy.needs
 
-    def place(self) -> None:
+    def write_ahead(self) -> None:
         """Writes a staged token of each item where it will be read, without counting it."""
         staged = self._staged
         if staged is None or staged.placed:
@@ -432,51 +380,3 @@ class HeldRows(KVCache):
         k, v, moment = lost.mean()
         bias = self.policy.fold_bias(k, lost.mass, moment if "moment" in self.pool.tensors else None)
         return k, v, torch.where(lost.mass > 0, bias, -torch.inf)
-
-
-def rings_of(policy: Policy, heads: int) -> tuple[BlockRing | None, ...]:
-    """How each KV head's blocks take turns; ``None`` for heads that hold everything, or what is chosen for them.
-
-    Raises:
-        ConfigError: If pages cannot hold what the policy keeps by place.
-    """
-    if policy.reads_pages and ("mass" in policy.needs or policy.folds):
-        what = "compensation rows" if policy.folds else "'mass' in needs"
-        raise ConfigError(f"policy: expected no {what} where a row reads some pages alone, got {policy.name!r}")
-    retention = policy.retention(heads)
-    if policy.compacts or retention is None:
-        return (None,) * heads
-    if retention.block != policy.page and not all(retention.full):
-        raise ConfigError(f"page: expected {retention.block}, the tokens in a block, got {policy.page}")
-    if retention.stride is not None:
-        raise ConfigError(f"stride: expected None where rows are kept in pages, got {retention.stride}")
-    spare = -(-policy.slack // policy.page)
-    ring = BlockRing(policy.page, retention.sink, retention.local, spare)
-    return tuple(None if full else ring for full in retention.full)
-
-
-def full_heads_of(policy: Policy, heads: int) -> tuple[bool, ...]:
-    """Which KV heads keep everything, whatever the policy chooses."""
-    retention = policy.retention(heads)
-    return (False,) * heads if retention is None else retention.full
-
-
-def _empty_pages(
-    streams: Mapping[str, Stream], policy: Policy, device: torch.device | str | None, dtype: torch.dtype | None
-) -> dict[str, Tensor]:
-    """No page, with the widths and dtypes of all tensors of a pool."""
-    dtype = dtype or torch.get_default_dtype()
-    page = policy.page
-    k = torch.empty(0, page, streams["k"].width, dtype=streams["k"].dtype or dtype, device=device)
-    v = torch.empty(0, page, streams["v"].width, dtype=streams["v"].dtype or dtype, device=device)
-    precise = torch.promote_types(torch.promote_types(k.dtype, v.dtype), torch.float32)
-    number = torch.empty(0, page, dtype=precise, device=device)
-    pages = {"k": k, "v": v, "bias": number, "position": number.to(torch.int32)}
-    if "score" in policy.needs:
-        pages["score"] = number.clone()
-    if policy.folds and policy.moment_of(k.new_zeros(1, streams["k"].heads, 1, streams["k"].width)) is not None:
-        pages["moment"] = number.clone()
-    if policy.reads_pages:
-        pages["least"] = k[:, 0].clone()
-        pages["most"] = k[:, 0].clone()
-    return pages

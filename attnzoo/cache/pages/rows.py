@@ -12,7 +12,8 @@ from torch import Tensor
 
 from attnzoo.cache.evicting.cache import of_heads
 from attnzoo.cache.pages.extents import BlockRing, Extent, placed, shared, with_room
-from attnzoo.cache.pages.pool import NOTHING, PER_PAGE, PagePool
+from attnzoo.cache.pages.pool import PagePool
+from attnzoo.cache.pages.store import NOTHING, PER_PAGE
 
 MOST_EXTENTS = 4
 """Numbers of rows for which heads of a layer lie apart; where there are more, all lie together."""
@@ -109,8 +110,8 @@ def laid(rows: Mapping[str, Tensor], extents: Sequence[Extent], like: PagePool, 
                 position = of_heads(rows["position"], extent.heads).long()
                 page = extent.ring.page_of(position // pool.page)
                 base = extent.bases(batch).to(position.device).unsqueeze(-1)
-                place = torch.where(position < 0, 0, (base + page) * pool.page + position % pool.page)
-                pool.tensors[name].flatten(0, 1)[place] = value.to(pool.tensors[name].dtype)
+                where = torch.where(position < 0, 0, (base + page) * pool.page + position % pool.page)
+                pool.tensors[name].flatten(0, 1)[where] = value.to(pool.tensors[name].dtype)
     if "least" in pool.tensors:
         pool.bound_all()
     pool.hide()

@@ -106,4 +106,5 @@ def window_mass(
     share = share.masked_fill((asked < 0)[:, None, None, :, None], 0)
     # Fewer queries than the window's are averaged over those that there are.
     there = (asked >= 0).sum(1).clamp(min=1)
-    return share.nan_to_num(0).sum(3) / there.view(-1, 1, 1, 1)
+    mean: Tensor = share.nan_to_num(0).sum(3) / there.view(-1, 1, 1, 1)
+    return mean

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from attnzoo.cache.pages.apply import Lost
 from attnzoo.cache.pages.held import HeldRows
-from attnzoo.cache.pages.pool import PER_PAGE
-from attnzoo.cache.pages.progress import Progress
+from attnzoo.cache.pages.records import Progress
 from attnzoo.cache.pages.rows import gathered, grouped, laid
+from attnzoo.cache.pages.store import PER_PAGE
 from attnzoo.cache.state import TokenCounts, check_header, counts_of, header_of, read_counts
 from attnzoo.cache.streams import CROP_MARGIN, Ring
 from attnzoo_kernels.errors import ConfigError, ShapeError
@@ -71,13 +71,13 @@ def load_state(cache: HeldRows, config: Any, state: Mapping[str, Any]) -> None:
     rows = {name.removeprefix("row."): x for name, x in state.items() if name.startswith("row.")}
     progress = Progress(**{name: state[f"progress.{name}"] for name in PROGRESS})
     tokens = torch.as_tensor(progress.tokens, device="cpu").expand(cache.batch)
-    held = [counts[:, head] if ring is None else tokens for head, ring in enumerate(cache.turns)]
+    held = [counts[:, head] if ring is None else tokens for head, ring in enumerate(cache.block_rings)]
     with torch.inference_mode(False), torch.no_grad():
         like = cache.pool
         if "row.mass" in state and "mass" not in like.tensors:
             like = like.with_sidecar("mass", state["row.mass"].new_empty(0, like.page, state["row.mass"].shape[3]))
         near = {name: x.to(cache.device) for name, x in rows.items()}
-        pool = laid(near, grouped(torch.stack(held, 1), cache.turns, like.page), like, cache.batch)
+        pool = laid(near, grouped(torch.stack(held, 1), cache.block_rings, like.page), like, cache.batch)
         pool.weighed = state["weighed"]
         lost = [state[f"lost.{name}"].to(cache.device, copy=True) for name in LOST if f"lost.{name}" in state]
         queries = None

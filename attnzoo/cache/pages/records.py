@@ -1,16 +1,21 @@
-"""How far items have come: tokens seen, and whether rows are to be chosen.
+"""What a cache of pages notes down: how far items have come, a call that is not over, what was before, what was read.
 
-Numbers are ints where all items share them, else int64 ``[B]`` on the CPU, so that nothing is read back from a device.
+Numbers of items are ints where all share them, else int64 ``[B]`` on the CPU, so that nothing is read back from a
+device.
+
+Letters: B batch, T tokens of a call, H query heads, G KV heads, h heads of an extent, D width.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from attnzoo.cache.pages.apply import Lost
 from attnzoo.cache.pages.extents import shared
+from attnzoo.cache.pages.pool import PagePool
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,9 +52,8 @@ class Progress:
         if isinstance(due, bool):
             return Progress(self.tokens, 0, False, self.tokens) if due else self
         since = torch.where(due, 0, torch.as_tensor(self.since, device="cpu"))
-        chosen = torch.where(
-            due, torch.as_tensor(self.tokens, device="cpu"), torch.as_tensor(self.chosen, device="cpu")
-        )
+        tokens = torch.as_tensor(self.tokens, device="cpu")
+        chosen = torch.where(due, tokens, torch.as_tensor(self.chosen, device="cpu"))
         return Progress(self.tokens, _collapsed(since), self.longer & ~due, chosen)
 
     def back(self, cut: int | Tensor) -> Progress:
@@ -60,9 +64,11 @@ class Progress:
 
     def select(self, index: Tensor) -> Progress:
         """Of the items ``index``, on the CPU."""
-        chosen = [x[index] if isinstance(x, Tensor) else x for x in (self.tokens, self.since, self.longer, self.chosen)]
-        tokens, since, longer, last = chosen
-        return Progress(_collapsed(tokens), _collapsed(since), longer, last)
+        tokens, since, chosen = (
+            x[index] if isinstance(x, Tensor) else x for x in (self.tokens, self.since, self.chosen)
+        )
+        longer = self.longer[index] if isinstance(self.longer, Tensor) else self.longer
+        return Progress(_collapsed(tokens), _collapsed(since), longer, chosen)
 
     @property
     def differs(self) -> bool:
@@ -77,3 +83,54 @@ def _collapsed(numbers: int | Tensor) -> int | Tensor:
 def is_any(flags: bool | Tensor) -> bool:
     """Whether any item's flag is set."""
     return flags if isinstance(flags, bool) else bool(flags.any())
+
+
+@dataclass(eq=False)
+class Staged:
+    """A call's tokens, to be written when it has succeeded.
+
+    Attributes:
+        values: Keys, values and sidecars of rows ``[B, G, T, ...]``.
+        lengths: Tokens of each item, an int or int64 ``[B]`` on the CPU.
+        q: Queries ``[B, H, T, D]``, where the last ones are kept.
+        placed: Whether they are written, and not counted yet.
+        mass: For each extent, what its rows and the call's own receive, ``[B, h, n, g]``.
+    """
+
+    values: dict[str, Tensor]
+    lengths: int | Tensor
+    q: Tensor | None = None
+    placed: bool = False
+    mass: list[Tensor] = field(default_factory=list)
+
+
+@dataclass(frozen=True, eq=False)
+class Moment:
+    """What a cache was: enough to be that again, since later rows lie behind those that a pool had.
+
+    Attributes:
+        pool: The pool.
+        counts: Pages in use and rows of each extent.
+        progress: Counts of tokens.
+        lost: What compensation rows stand for.
+    """
+
+    pool: PagePool
+    counts: tuple[tuple[int, int | Tensor], ...]
+    progress: Progress
+    lost: Lost | None
+
+
+@dataclass(frozen=True, eq=False)
+class PagesRead:
+    """Pages that decoding rows read, and may read again.
+
+    Attributes:
+        pages: Numbers of pages ``[B, G, K]``, -1 behind; ``None`` for all.
+        known: Pages of each head when they were chosen or added to last ``[B, G]``.
+        uses: Rows that have read them.
+    """
+
+    pages: Tensor | None
+    known: Tensor
+    uses: int
