@@ -43,6 +43,6 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> ModuleType:
-    if name == "surgery":
-        return import_module("attnzoo.surgery")
+    if name in ("policies", "surgery"):
+        return import_module(f"attnzoo.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

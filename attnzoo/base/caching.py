@@ -11,6 +11,7 @@ from attnzoo.base.projections import COMPUTED
 from attnzoo.base.weights import WeightedModule
 from attnzoo.cache.kv_cache import KVCache, Stream
 from attnzoo.cache.owner import Identity
+from attnzoo.cache.policies.protocol import Policy
 from attnzoo_kernels.errors import ConfigError, UnsupportedError
 
 
@@ -43,6 +44,7 @@ class CachingModule(WeightedModule):
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        policy: Policy | None = None,
     ) -> KVCache:
         """An empty cache for this layer.
 
@@ -51,12 +53,37 @@ class CachingModule(WeightedModule):
             max_length: Tokens that fit, for each item.
             device: Where it lies; ``None`` means with the weights.
             dtype: Of its values, to which a call's values are rounded; ``None`` means the weights', and rounds nothing.
+            policy: What the KV heads remember, for layers that take one; ``None`` remembers everything.
 
         Raises:
-            UnsupportedError: If the layer is not causal: earlier outputs would depend on later tokens.
+            UnsupportedError: If the layer is not causal: earlier outputs would depend on later tokens. Or if it takes
+                no policy.
+            TypeError: If ``policy`` is none.
             ConfigError: If values of the dtype cannot be attended to.
         """
+        self.check_policy(policy)
         return self.make_cache(self.streams(), batch, max_length, device=device, dtype=dtype)
+
+    def why_no_policy(self) -> str | None:
+        """Why caches of this layer follow no policy; ``None`` where they may."""
+        return "it remembers or reads otherwise than key by key"
+
+    def check_policy(self, policy: Policy | None) -> None:
+        """Raises if a cache of this layer cannot follow a policy.
+
+        Raises:
+            TypeError: If it is none.
+            UnsupportedError: If the layer takes none.
+        """
+        if policy is None:
+            return
+        if not isinstance(policy, Policy):
+            raise TypeError(f"policy: expected a Policy or None, got {type(policy).__name__}")
+        reason = self.why_no_policy()
+        if reason is not None:
+            raise UnsupportedError(
+                f"policy: expected None for {self.config.kind!r}, since {reason}; got {policy}", (reason,)
+            )
 
     def make_cache(
         self,

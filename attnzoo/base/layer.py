@@ -261,7 +261,7 @@ class AttentionLayer(DecodingModule):
     def _run(self, step: Step) -> AttentionOutput:
         heads = self.project(step)
         inputs = self.remember(step, heads)
-        plan = finalise(self.plan(step, heads, inputs), inputs)
+        plan = self.plan_call(step, heads, inputs)
         return AttentionOutput(self.combine(step, self.operate(inputs, plan), plan), plan)
 
     def check_context(self, cache: KVCache | None, positions: Tensor | None) -> None:
@@ -334,6 +334,10 @@ class AttentionLayer(DecodingModule):
         layout = dense_layout(DENSE_BLOCK, inputs.q.shape[2], inputs.k.shape[2], inputs.q)
         return Plan(layout, Extras(), self.config.causal and step.context is None)
 
+    def plan_call(self, step: Step, heads: Heads, inputs: AttentionInputs) -> Plan:
+        """The plan of a call, with the rows and hidden keys that the call itself says."""
+        return finalise(self.plan(step, heads, inputs), inputs)
+
     def plan_for(self, inputs: AttentionInputs, *, offset: int | Tensor, lengths: int | Tensor | None = None) -> Plan:
         """The plan for queries, keys and values that something else has made; weights are not touched.
 
@@ -343,7 +347,7 @@ class AttentionLayer(DecodingModule):
             lengths: Rows of each item that are tokens; ``None`` means all.
         """
         step, inputs = self.given_call(inputs, offset, lengths)
-        return finalise(self.plan(step, Heads(inputs.q, inputs.k, inputs.v), inputs), inputs)
+        return self.plan_call(step, Heads(inputs.q, inputs.k, inputs.v), inputs)
 
     def given_call(
         self, inputs: AttentionInputs, offset: int | Tensor, lengths: int | Tensor | None

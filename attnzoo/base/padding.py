@@ -37,10 +37,23 @@ class Alignment:
         order = torch.argsort(padding.to(torch.uint8), dim=1, stable=True)
         return cls(order, (real.cumsum(1) - 1).clamp(min=0), real.sum(1))
 
+    def aligned(self, x: Tensor, count: int | None = None) -> Tensor:
+        """The first ``count`` rows after moving, or all, of ``x [B, h, T, D]``."""
+        return _take_heads_rows(x, self.order if count is None else self.order[:, :count])
+
+    def put_back(self, x: Tensor) -> Tensor:
+        """For each token its row of ``x [B, h, T, D]``, which has been moved; anything at padding."""
+        return _take_heads_rows(x, self.row_index)
+
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:
     """Rows ``index [B, T']`` of ``x [B, T, C]``."""
     return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
+def _take_heads_rows(x: Tensor, index: Tensor) -> Tensor:
+    """Rows ``index [B, n]`` of ``x [B, h, T, D]``."""
+    return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
 
 
 def leading_rows(x: Tensor, count: int) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from attnzoo.base.config import check_flag
 from attnzoo.base.layer import AttentionInputs, AttentionLayer, Plan
 from attnzoo.cache.kv_cache import KVCache, Stream
+from attnzoo.cache.policies.protocol import Policy
 from attnzoo.selection.offloaded_blocks import fetch_blocks
 
 
@@ -29,6 +30,7 @@ class OffloadingLayer(AttentionLayer):
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        policy: Policy | None = None,
         offload: bool = False,
     ) -> KVCache:
         """An empty cache for this layer; see :meth:`AttentionLayer.new_cache`.
@@ -38,12 +40,15 @@ class OffloadingLayer(AttentionLayer):
             max_length: Tokens that fit, for each item.
             device: Where it lies; ``None`` means with the weights.
             dtype: Of its values; ``None`` means the weights'.
+            policy: None: these layers choose by themselves what is read.
             offload: Whether keys and values stay in CPU memory. What the choice goes by lies on the device, and a call
                 fetches the blocks that its rows read; the variant's page says how many those are. Not for training.
 
         Raises:
-            TypeError: If ``offload`` is no bool.
+            TypeError: If ``offload`` is no bool, or ``policy`` no policy.
+            UnsupportedError: If there is a policy.
         """
+        self.check_policy(policy)
         check_flag("offload", offload)
         streams = self.streams()
         if offload:

@@ -74,7 +74,7 @@ def convert_as(kind: Kind, order: Order) -> ConversionReport:
     """Converts as a kind does it: all is prepared before anything is changed."""
     options = kind.completed(order.variant, order.options)
     changes = kind.prepare(replace(order, options=options))
-    return make_changes(order.model, changes, order.variant, options)
+    return make_changes(order.model, changes, order.variant, kind.told(options))
 
 
 def _choose(model: nn.Module, where: Callable[[Site], bool] | None) -> list[Site]:

@@ -17,12 +17,14 @@ from attnzoo.surgery import stored
 from attnzoo.surgery.hosts import checkpoint, folders, weights
 from attnzoo.surgery.hosts.families import block_of
 from attnzoo.surgery.kinds import kind_of
-from attnzoo.surgery.recipes import Recipe, apply_recipe, recipe_of
+from attnzoo.surgery.recipes import Recipe, apply_recipe, beside_of, recipe_of
 from attnzoo.surgery.sites import find, share_blocks, shared_blocks
 from attnzoo_kernels.errors import ConversionError, UnsupportedError
 
 RECIPE = "attnzoo_config.json"
 ADAPTER = "adapter.safetensors"
+BESIDE = "policies.safetensors"
+"""What a recipe needs beside its entries and the model's weights; where it needs nothing there is no such file."""
 FORMAT = 1
 
 
@@ -53,6 +55,8 @@ def save(
             was not converted, or loading would not read it back. Nothing is written then.
         OSError: If the disk refuses. Nothing is left of it then.
     """
+    from safetensors.torch import save_file
+
     folder = Path(folder)
     recipe = recipe_of(model)
     if not recipe:
@@ -65,10 +69,13 @@ def save(
     if occupied and not (folder / RECIPE).is_file():
         raise ConversionError(f"{folder}: refused to replace a folder that holds no converted model ({RECIPE})")
     write = _adapter_writer(model, recipe) if adapter_only else _whole_writer(model, recipe)
+    beside = stored.apart(beside_of(model, recipe))
     with folders.writing(folder), folders.temporary_folder(folder) as temporary:
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         write(temporary)
+        if beside:
+            save_file(beside, temporary / BESIDE, metadata={"format": "pt"})
         _swap(temporary, folder)
     return folder
 
@@ -221,7 +228,8 @@ def _refuse_absent(base: Any, recipe: Recipe) -> None:
 
 def _apply(model: Any, recipe: Recipe, folder: Path) -> Callable[[], None]:
     try:
-        return apply_recipe(model, recipe)
+        file = folder / BESIDE
+        return apply_recipe(model, recipe, checkpoint.read_tensors(folder, [file]) if file.exists() else None)
     except (ConversionError, UnsupportedError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise ConversionError(f"{folder / RECIPE}: does not fit the model: {error}") from error
 

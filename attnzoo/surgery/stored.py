@@ -21,7 +21,7 @@ from attnzoo.reporting.warn import warn_caller
 from attnzoo.surgery.hosts import checkpoint
 from attnzoo.surgery.hosts.weights import FLOATING, why_not_plain
 from attnzoo.surgery.kinds import kind_of
-from attnzoo.surgery.recipes import Recipe, apply_recipe
+from attnzoo.surgery.recipes import Recipe, apply_recipe, beside_of
 from attnzoo.surgery.sites import find, share_blocks, shared_blocks
 from attnzoo_kernels.errors import ConversionError, UnsupportedError
 
@@ -72,7 +72,7 @@ def whole_tensors(model: Any, recipe: Recipe, settings: Any) -> dict[str, Tensor
         expected = checkpoint.model_of(config, dtype=torch.float32)
         try:
             share_blocks(expected, shared_blocks(model))
-            apply_recipe(expected, recipe)
+            apply_recipe(expected, recipe, beside_of(model, recipe))
         except (ConversionError, UnsupportedError) as error:
             made = type(expected).__name__
             raise ConversionError(
@@ -87,7 +87,7 @@ def whole_tensors(model: Any, recipe: Recipe, settings: Any) -> dict[str, Tensor
     for name, first in twice.items():
         if own[name] is not own[first] and not torch.equal(own[name], own[first]):
             raise ConversionError(f"model: {name}: expected the same tensor as {first}, which loading makes it")
-    return _apart({name: x for name, x in own.items() if name not in twice})
+    return apart({name: x for name, x in own.items() if name not in twice})
 
 
 def _refuse_class(model: Any, expected: Any) -> None:
@@ -114,10 +114,10 @@ def adapter_tensors(model: Any, recipe: Recipe, changed: tuple[str, ...]) -> dic
         except TypeError as error:
             raise ConversionError(f"model: {_class_name(model)} cannot be built to compare names: {error}") from error
         share_blocks(expected, shared_blocks(model))
-        apply_recipe(expected, recipe)
+        apply_recipe(expected, recipe, beside_of(model, recipe))
     wanted = {name: x for name, x in once(expected).items() if name.startswith(changed)} if changed else {}
     _check(own, wanted)
-    return _apart(own)
+    return apart(own)
 
 
 def once(model: nn.Module) -> dict[str, Tensor]:
@@ -154,7 +154,7 @@ def _advice(names: Iterable[str]) -> str:
     return ""
 
 
-def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors as files take them: on the CPU, contiguous, and no two in the same memory."""
     seen: set[int] = set()
     found = {}

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from attnzoo.base.config import AttentionConfig, check_int
 from attnzoo.base.decoding.latent import LatentHeads, attend_absorbed
 from attnzoo.base.decoding.step import TokenRow
-from attnzoo.base.layer import AttentionInputs, AttentionLayer, Heads, Step, is_training
+from attnzoo.base.evicting.layer import PolicyLayer
+from attnzoo.base.layer import AttentionInputs, Heads, Step, is_training
 from attnzoo.base.rope import RotaryConfig as RotaryConfig
 from attnzoo.cache.kv_cache import Stream
 from attnzoo_kernels import Slots
@@ -80,7 +81,7 @@ class LowRankGQAConfig(AttentionConfig):
         return cls(dim=32, num_heads=4, num_kv_heads=2, latent_dim=12)
 
 
-class LowRankGQAAttention(AttentionLayer, name="lowrank_gqa"):
+class LowRankGQAAttention(PolicyLayer, name="lowrank_gqa"):
     """Attention that remembers less: fewer KV heads, or a latent."""
 
     config_class = LowRankGQAConfig
@@ -151,6 +152,12 @@ class LowRankGQAAttention(AttentionLayer, name="lowrank_gqa"):
             )
         keys, values = heads.chunk(2, dim=1)  # [B, G, S, D] each
         return keys, values
+
+    def why_no_policy(self) -> str | None:
+        """Latents are no keys: a head's rows cannot be left out one by one."""
+        if self.config.latent_dim is not None:
+            return "its cache holds latents, which all heads share"
+        return super().why_no_policy()
 
     def row_slots(self, held: int, device: torch.device) -> Slots:
         """Everything."""

@@ -87,6 +87,12 @@ class MHAAttention(EvictingLayer, name="mha"):
         """Everything, or the sink and the window."""
         return sink_window_slots(held, self.config.window, self.config.sink, device)
 
+    def why_no_policy(self) -> str | None:
+        """A window is a rule of its own."""
+        if self.config.window is not None:
+            return "its window is a rule of its own; use window=None, and the policy's"
+        return super().why_no_policy()
+
     def retention(self, heads: int) -> Retention:
         """What rows can read: the window and the sink, or everything."""
         window = self.config.window

@@ -32,8 +32,8 @@ from attnzoo_kernels.runtime.plain import is_readable
 
 HOOKS = frozenset({"row_slots", "attend_row"})
 STEPS = frozenset({
-    "attend", "begin", "project", "remember", "rotate", "rotate_rows", "attention_inputs", "plan", "operate", "combine",
-    "check_slice", "_attend", "_run",
+    "attend", "begin", "project", "remember", "rotate", "rotate_rows", "attention_inputs", "plan", "plan_call",
+    "operate", "combine", "check_slice", "_attend", "_run",
 })  # fmt: skip
 """What a quick step stands for."""
 COMPUTED = (torch.float32, torch.float64, torch.bfloat16)

@@ -1,8 +1,9 @@
-"""Layers that read no more than near tokens and those that a head keeps for ever, so that their caches may evict."""
+"""Layers whose caches may hold less than everything: by a policy, or no more than the layer's own rule can read."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,23 +11,32 @@ from torch import Tensor
 from attnzoo.base.config import check_flag
 from attnzoo.base.decoding.step import TokenRow
 from attnzoo.base.evicting.calls import EvictingInputs, attend_evicting
-from attnzoo.base.layer import AttentionInputs, AttentionLayer, Heads, Plan, Step
+from attnzoo.base.evicting.plans import retained_plan
+from attnzoo.base.layer import AttentionInputs, AttentionLayer, Heads, Plan, Step, finalise
 from attnzoo.cache.evicting.cache import EvictingCache
 from attnzoo.cache.evicting.retention import Retention
 from attnzoo.cache.kv_cache import KVCache
+from attnzoo.cache.policies.protocol import Policy
+from attnzoo_kernels.errors import ConfigError, UnsupportedError
 
 
-class EvictingLayer(AttentionLayer):
-    """A layer with ``new_cache(..., evict=True)``."""
+class PolicyLayer(AttentionLayer):
+    """A layer with ``new_cache(..., policy=...)``: what the cache holds is then what rows read."""
 
-    @abstractmethod
-    def retention(self, heads: int) -> Retention:
-        """What rows can read, for the KV heads that are held here, of which there are ``heads``."""
+    def why_no_policy(self) -> str | None:
+        """Nothing is against one."""
+        return None
 
-    @property
-    def evicts(self) -> bool:
-        """Whether there is anything that rows can read no more."""
-        return not all(self.retention(self.config.kv_heads).full)
+    def held_inputs(self, inputs: AttentionInputs, cache: EvictingCache, lengths: int | Tensor) -> EvictingInputs:
+        """A call's own queries, keys and values, whose past stays in a cache, and which the cache takes note of.
+
+        Args:
+            inputs: Rotated, left-aligned.
+            cache: That cache.
+            lengths: Rows of each item that are tokens.
+        """
+        cache.stage({"k": inputs.k, "v": inputs.v}, lengths)
+        return EvictingInputs(**vars(inputs), cache=cache, lengths=lengths)
 
     def remember(self, step: Step, heads: Heads) -> AttentionInputs:
         """As every layer; a cache that evicts gives nothing back, and is written when the call has succeeded."""
@@ -34,14 +44,23 @@ class EvictingLayer(AttentionLayer):
         if not isinstance(cache, EvictingCache):
             return super().remember(step, heads)
         q, k = self.rotate_rows(step, heads.q, heads.k)
-        cache.stage({"k": k, "v": heads.v}, step.lengths)
-        made = self.attention_inputs(step, q, k, heads.v)
-        return EvictingInputs(**vars(made), cache=cache, lengths=step.lengths)
+        return self.held_inputs(self.attention_inputs(step, q, k, heads.v), cache, step.lengths)
+
+    def plan_call(self, step: Step, heads: Heads, inputs: AttentionInputs) -> Plan:
+        """As every layer; with a policy's cache, what that holds."""
+        cache = step.cache
+        if not isinstance(cache, EvictingCache) or not cache.rules:
+            return super().plan_call(step, heads, inputs)
+        return finalise(retained_plan(cache.retention, inputs, step.offset), inputs)
 
     def operate(self, inputs: AttentionInputs, plan: Plan) -> Tensor:
         """The operation; where keys stayed in a cache that evicts, over what it holds and what this call brings."""
         if not isinstance(inputs, EvictingInputs) or inputs.cache.bound == 0:
             return super().operate(inputs, plan)
+        return self.attend_held(inputs)
+
+    def attend_held(self, inputs: EvictingInputs) -> Tensor:
+        """Attention over what a cache holds and over a call's own tokens ``[B, H, T, Dv]``, which takes no plan."""
         return attend_evicting(inputs, self.config.scale, self.impl)
 
     def attend_row(self, row: TokenRow) -> Tensor | None:
@@ -50,6 +69,10 @@ class EvictingLayer(AttentionLayer):
             return super().attend_row(row)
         q, k, v = self.project_row(row)
         return row.cache.attend_row(q, k, v, self.row_scale)
+
+    def may_compile_row(self, x: Tensor, cache: KVCache) -> bool:
+        """As every layer; what a cache that evicts holds is no sequence that slots could be read from."""
+        return not isinstance(cache, EvictingCache) and super().may_compile_row(x, cache)
 
     def combine(self, step: Step, out: Tensor, plan: Plan) -> Tensor:
         """As every layer; then nothing can fail any more, and a cache that evicts is written."""
@@ -65,6 +88,96 @@ class EvictingLayer(AttentionLayer):
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        policy: Policy | None = None,
+    ) -> KVCache:
+        """An empty cache for this layer.
+
+        Args:
+            batch: Items B.
+            max_length: Tokens that fit, for each item.
+            device: Where it lies; ``None`` means with the weights.
+            dtype: Of its values, to which a call's values are rounded; ``None`` means the weights', and rounds nothing.
+            policy: What the KV heads of this layer remember, and so what rows read; ``None`` remembers everything. As
+                many tokens can be taken back as its ``slack`` says.
+
+        Raises:
+            UnsupportedError: If the layer is not causal: earlier outputs would depend on later tokens. Or if it takes
+                no policy.
+            TypeError: If a number is no int, or ``policy`` is none.
+            ShapeError: If a number is out of range.
+            ConfigError: If values of the dtype cannot be attended to, or the policy does not fit the KV heads.
+        """
+        self.check_policy(policy)
+        if policy is None:
+            return super().new_cache(batch, max_length, device=device, dtype=dtype)
+        groups = self.streams()["k"].heads
+        policy.check(1, groups)
+        options = {"retention": static_retention(policy, groups), "margin": policy.slack, "rules": True}
+        return self._evicting_cache(batch, max_length, device, dtype, options)
+
+    def _evicting_cache(
+        self,
+        batch: int,
+        max_length: int,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+        options: dict[str, Any],
+    ) -> EvictingCache:
+        """A cache that evicts, once a plain one could be made."""
+        super().new_cache(batch, max_length, device="meta", dtype=dtype)
+        return EvictingCache(
+            self.streams(),
+            batch=batch,
+            max_length=max_length,
+            device=self.compute_device if device is None else device,
+            dtype=dtype or self.compute_dtype,
+            owner=(self._identity, self.config),
+            rounds=dtype is not None,
+            **options,
+        )
+
+
+def static_retention(policy: Policy, kv_heads: int) -> Retention:
+    """What a policy of one layer holds by place.
+
+    Raises:
+        UnsupportedError: If what it holds does not follow from place alone.
+    """
+    if not policy.is_static:
+        raise UnsupportedError(f"policy: expected one that holds by place, got {policy}")
+    found = policy.retention(kv_heads)
+    return Retention(block=policy.page, local=1, full=(True,) * kv_heads) if found is None else found
+
+
+class EvictingLayer(PolicyLayer):
+    """A layer with ``new_cache(..., evict=True)``: its own rule says what no later row reads."""
+
+    @abstractmethod
+    def retention(self, heads: int) -> Retention:
+        """What rows can read, for the KV heads that are held here, of which there are ``heads``."""
+
+    @property
+    def evicts(self) -> bool:
+        """Whether there is anything that rows can read no more."""
+        return not all(self.retention(self.config.kv_heads).full)
+
+    @property
+    def margin(self) -> int | None:
+        """Tokens that can be taken back from caches of this layer's rule; ``None`` leaves that to who makes them."""
+        return None
+
+    def reads_as(self, other: EvictingLayer) -> bool:
+        """Whether another layer's rule is this one's."""
+        return other is self or (type(other) is type(self) and other.config == self.config)
+
+    def new_cache(
+        self,
+        batch: int,
+        max_length: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        policy: Policy | None = None,
         evict: bool = False,
     ) -> KVCache:
         """An empty cache for this layer.
@@ -74,27 +187,21 @@ class EvictingLayer(AttentionLayer):
             max_length: Tokens that fit, for each item.
             device: Where it lies; ``None`` means with the weights.
             dtype: Of its values, to which a call's values are rounded; ``None`` means the weights', and rounds nothing.
+            policy: See :meth:`PolicyLayer.new_cache`.
             evict: Whether to hold no more than can still be read: near tokens, a sink, the blocks that a head keeps,
                 and everything for heads that read everything. Such a cache cannot be cropped.
 
         Raises:
-            UnsupportedError: If the layer is not causal: earlier outputs would depend on later tokens.
-            TypeError: If a number is no int, or ``evict`` no bool.
+            UnsupportedError: If the layer is not causal: earlier outputs would depend on later tokens. Or if it takes
+                no policy.
+            TypeError: If a number is no int, ``evict`` no bool, or ``policy`` none.
             ShapeError: If a number is out of range.
-            ConfigError: If values of the dtype cannot be attended to.
+            ConfigError: If values of the dtype cannot be attended to, or a policy does not fit.
         """
         check_flag("evict", evict)
-        plain = super().new_cache(batch, max_length, device="meta" if evict else device, dtype=dtype)
         if not evict:
-            return plain
-        streams = self.streams()
-        return EvictingCache(
-            streams,
-            retention=self.retention(streams["k"].heads),
-            batch=batch,
-            max_length=max_length,
-            device=self.compute_device if device is None else device,
-            dtype=dtype or self.compute_dtype,
-            owner=(self._identity, self.config),
-            rounds=dtype is not None,
-        )
+            return super().new_cache(batch, max_length, device=device, dtype=dtype, policy=policy)
+        if policy is not None:
+            raise ConfigError(f"evict: expected False beside a policy, which says what is held, got True and {policy}")
+        options = {"retention": self.retention(self.streams()["k"].heads)}
+        return self._evicting_cache(batch, max_length, device, dtype, options)

@@ -26,7 +26,7 @@ from attnzoo_kernels.errors import UnsupportedError
 
 
 class EvictingCache(KVCache):
-    """A cache that evicts what no later row reads; made by ``new_cache(..., evict=True)``.
+    """A cache that evicts what no later row reads; made by ``new_cache(..., evict=True)``, or for a policy.
 
     A call's tokens are staged, and written when it has succeeded. How many tokens are held counts those that are gone.
 
@@ -34,11 +34,21 @@ class EvictingCache(KVCache):
         retention: What rows can read.
         regions: Where it lies: buffers are named ``<stream>.<region>``, ``[B, h, R + 1, D]``.
         margin: Tokens that may be taken back.
+        rules: Whether rows read what is retained whatever their layer's own rule is: the retention is a policy's.
     """
 
-    def __init__(self, streams: Mapping[str, Stream], *, retention: Retention, margin: int = 0, **options: Any) -> None:
+    def __init__(
+        self,
+        streams: Mapping[str, Stream],
+        *,
+        retention: Retention,
+        margin: int = 0,
+        rules: bool = False,
+        **options: Any,
+    ) -> None:
         self.retention = retention
         self.margin = margin
+        self.rules = rules
         self.regions = regions_of(retention, -(-margin // retention.block))
         self._staged: tuple[dict[str, Tensor], int | Tensor] | None = None
         self._placed = False
@@ -65,6 +75,29 @@ class EvictingCache(KVCache):
         """Bytes held for each token of an item when it is full, rounded up."""
         item = sum(x.shape[1] * x.shape[2] * x.shape[3] * x.element_size() for x in self.streams.values())
         return -(-item // self.max_length)
+
+    @property
+    def held_rows(self) -> int:
+        """Rows that the next token's row can read, of all items and KV heads together, itself not counted."""
+        lengths = self.lengths.tolist() if self.length is None else [self.length] * self.batch
+        return sum(region.read_rows(length) for region in self.regions for length in lengths)
+
+    @property
+    def kv_heads(self) -> int:
+        """KV heads G."""
+        return len(self.retention.full)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of the values of one token and KV head in all streams."""
+        name = self.regions[0].name
+        own = (x for stream, x in self._buffers.items() if stream.endswith("." + name))
+        return sum(x.shape[3] * x.element_size() for x in own)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of :attr:`held_rows`."""
+        return self.held_rows * self.row_bytes
 
     def append(self, values: Mapping[str, Tensor], lengths: int | Tensor, *, differentiable: bool) -> NoReturn:
         """Refuses: what is remembered is no sequence; see :meth:`stage`.
@@ -100,7 +133,9 @@ class EvictingCache(KVCache):
                 be taken back from a cache with a margin, and as many as its margin holds.
         """
         if not self.margin:
-            raise UnsupportedError("crop: a cache that evicts cannot go back; use one without evict=True")
+            raise UnsupportedError(
+                "crop: a cache that evicts cannot go back; use one without evict=True, or a policy with slack"
+            )
         most = self._check_crop(length)
         before = self.offset
         after = Lengths(before).minimum(Lengths(length).to(self.device)).value

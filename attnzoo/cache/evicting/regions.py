@@ -64,6 +64,10 @@ class FullRegion:
         """Rows that so many tokens need."""
         return tokens
 
+    def read_rows(self, held: int) -> int:
+        """Rows that the next row reads beside its own, of all heads, where so many tokens are held."""
+        return len(self.heads) * held
+
     def runs(self, held: int) -> tuple[Run, ...]:
         """What the next row reads, where so many tokens are held."""
         return (Run((0, len(self.heads)), (0, held + 1), held),)
@@ -124,6 +128,12 @@ class StreamingRegion:
         gone = max(0, last - self.local + 1)
         most: int = max(self.kept.count(gone, phase) for phase in self.phases)
         return most
+
+    def read_rows(self, held: int) -> int:
+        """Rows that the next row reads beside its own, of all heads, where so many tokens are held."""
+        gone = max(0, held // self.block - self.local + 1)
+        kept: int = sum(self.kept.count(gone, phase) for phase in self.phases)
+        return len(self.heads) * (held - gone * self.block) + kept * self.block
 
     def runs(self, held: int) -> tuple[Run, ...]:
         """What the next row reads, where so many tokens are held: heads that have kept as many blocks are one run."""

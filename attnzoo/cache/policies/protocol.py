@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from attnzoo.cache.evicting.retention import Retention
@@ -190,6 +191,20 @@ class Policy:
     def reads_pages(self) -> bool:
         """Whether a decoding row reads some of the pages alone: see :meth:`read`."""
         return type(self).read is not Policy.read
+
+    @property
+    def is_static(self) -> bool:
+        """Whether what is held and read follows from place alone."""
+        return not (self.compacts or self.reads_pages or self.folds or self.needs)
+
+    def equals(self, other: Policy) -> bool:
+        """Whether another policy is the same: its settings and weights."""
+        if other is self:
+            return True
+        mine = self.weights()
+        others = other.weights()
+        same = self.settings() == other.settings() and mine.keys() == others.keys()
+        return same and all(torch.equal(x, others[name]) for name, x in mine.items())
 
     def scores_of(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The score of each row when it comes, for those that need "score".

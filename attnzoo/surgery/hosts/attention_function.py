@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attnzoo.base.evicting.policy import PolicyAttention
 from attnzoo.base.layer import DENSE_BLOCK, AttentionInputs, AttentionLayer
 from attnzoo.base.padding import Alignment
 from attnzoo.base.recording import RULE
@@ -92,8 +93,12 @@ def with_groups(pattern: ReadPattern, groups: int) -> ReadPattern:
     layer = pattern.layer
     if layer.config.kv_heads == groups:
         return pattern
-    with torch.device("meta"):
-        other = type(layer)(replace(layer.config, num_kv_heads=groups))
+    other: AttentionLayer
+    if isinstance(layer, PolicyAttention):
+        other = layer.with_kv_heads(groups)
+    else:
+        with torch.device("meta"):
+            other = type(layer)(replace(layer.config, num_kv_heads=groups))
     other.impl = layer.impl
     return ReadPattern(other, pattern.evict)
 
@@ -152,17 +157,11 @@ def _prepare_block(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tupl
         held = None
         if pattern is not None and not getattr(module, "needs_interface", False):
             # A replacement that follows a pattern remembers in a way of its own.
-            may_begin = pattern.evict and not _is_padded(kwargs)
-            held = evicting_layer_for(module, pattern.layer, cache, (args, kwargs), may_begin=may_begin)
+            held = evicting_layer_for(module, pattern.layer, cache, (args, kwargs), may_begin=pattern.evict)
         if held is not None:
             return args, {**kwargs, HELD: held}
         let_grow(cache, index)
     return None
-
-
-def _is_padded(arguments: dict[str, Any]) -> bool:
-    geometry = arguments.get("attention_mask")
-    return isinstance(geometry, Geometry) and geometry.real is not None
 
 
 def let_grow(cache: Any, index: int) -> None:
@@ -293,12 +292,11 @@ def _answer(
     if pattern is None and geometry.real is None and torch.compiler.is_compiling():
         return _attend_densely(q, k, v, geometry.first, scale)
     if held is not None:
-        if geometry.real is not None:
-            raise UnsupportedError(
-                "attention_mask: expected no padding behind tokens that a cache which evicts has seen without any, got "
-                "some; convert with evict=False"
+        if isinstance(geometry.first, Tensor) or geometry.first != held.seen:
+            raise ShapeError(
+                f"attention_mask: expected one whose queries begin at slot {held.seen}, got {geometry.first}"
             )
-        return attend_held(held, q, k, v)
+        return attend_held(held, q, k, v, geometry.real)
     layer = _dense_layer(q.shape[1], k.shape[1], q.shape[3], scale) if pattern is None else pattern.layer
     if geometry.real is not None:
         return _attend_padded(layer, q, k, v, geometry)
@@ -386,12 +384,7 @@ def _attend_padded(layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, geome
         raise ShapeError(f"attention_mask: expected {held} slots, got {real.shape[1]}")
     slots = Alignment.of(~real)
     longest = int(slots.lengths.max())
-    k, v = (_take(x[:, :, :held], slots.order[:, :longest]) for x in (k, v))
+    k, v = (slots.aligned(x[:, :, :held], longest) for x in (k, v))
     rows = Alignment.of(~real[:, first:])
-    out = _run(layer, AttentionInputs(_take(q, rows.order), k, v), real[:, :first].sum(1), rows.lengths)
-    return _take(out, rows.row_index).masked_fill(~real[:, None, first:, None], 0.0)
-
-
-def _take(x: Tensor, index: Tensor) -> Tensor:
-    """Rows ``index [B, n]`` of ``x [B, h, L, D]``."""
-    return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+    out = _run(layer, AttentionInputs(rows.aligned(q), k, v), real[:, :first].sum(1), rows.lengths)
+    return rows.put_back(out).masked_fill(~real[:, None, first:, None], 0.0)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attnzoo.base.evicting.policy import PolicyAttention
 from attnzoo.base.rope import RotaryConfig
 from attnzoo.surgery.hosts import attention_function
 from attnzoo.surgery.hosts.block import ROLES, Block, Family, Need
@@ -93,14 +94,18 @@ def _window(module: nn.Module) -> int | None:
 
 def _reasons(module: nn.Module) -> Mapping[Need, tuple[str, ...]]:
     """Why a module cannot be converted to what is read, to other weights, or be replaced."""
-    reading: list[str] = []
+    own: list[str] = []
     if (window := _window(module)) is not None:
-        reading.append(f"it has a sliding window of its own ({window} tokens)")
-    weights = list(reading)
+        own.append(f"it has a sliding window of its own ({window} tokens)")
+    reading = list(own)
+    weights = list(own)
+    replacing = list(own)
+    pattern = attention_function.pattern_of(module)
+    if pattern is not None and isinstance(pattern.layer, PolicyAttention):
+        reading.insert(0, f"it follows {pattern.layer.policy}; undo that conversion first")
     if hasattr(module, "k_norm"):
         weights.append("it normalises keys after projection, which no other projection can stand for")
-    replacing = list(reading)
-    if attention_function.pattern_of(module) is not None:
+    if pattern is not None:
         replacing.insert(0, "it follows a read pattern, which a replacement would not; undo that conversion first")
     for name in ("q_norm", "k_norm"):
         if hasattr(module, name):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from attnzoo_kernels.errors import UnsupportedError
+from attnzoo_kernels.errors import ShapeError, UnsupportedError
 from attnzoo_kernels.runtime.plain import is_readable
 
 
@@ -92,3 +92,31 @@ def are_counted(position_ids: Tensor, first: int, tokens_per_landmark: int | Non
 
 _counted: Any = WeakTensorKeyDictionary()
 """For positions that are counted so: the first slot, how, and the tensor's version."""
+
+
+def real_slots(real: Tensor | None, before: Tensor | None, first: int, tokens: int) -> Tensor | None:
+    """Which slots up to a call's last hold tokens, bool ``[B, S]``; ``None`` where all do.
+
+    Args:
+        real: What the call's mask says, ``[B, S]`` or longer.
+        before: What earlier calls said ``[B, first]``; ``None`` where all slots held tokens.
+        first: The slot of the call's first token.
+        tokens: Slots of the call.
+
+    Raises:
+        ShapeError: If the mask is too short, or the padding of earlier calls does not come again.
+    """
+    is_compiling = torch.compiler.is_compiling()
+    if real is None:
+        # Items that had padding may have been dropped.
+        if before is not None and (is_compiling or not bool(before.all())):
+            raise ShapeError("attention_mask: expected the padding of earlier calls again, got none")
+        return None
+    if real.shape[1] < first + tokens:
+        raise ShapeError(f"attention_mask: expected {first + tokens} slots, got {real.shape[1]}")
+    real = real[:, : first + tokens].bool()
+    if first and not is_compiling:
+        past = real[:, :first]
+        if not (bool(past.all()) if before is None else torch.equal(past, before)):
+            raise ShapeError("attention_mask: expected the padding of earlier calls again, got another")
+    return real

@@ -8,12 +8,13 @@ from __future__ import annotations
 from typing import Any
 
 from attnzoo.surgery.kinds.kind import Kind
+from attnzoo.surgery.kinds.policy import Remembering
 from attnzoo.surgery.kinds.reading import Reading
 from attnzoo.surgery.kinds.replacing import Replacing
 from attnzoo.surgery.kinds.weights import Latents, Weights
 
 REPLACING = Replacing()
-KINDS: tuple[Kind, ...] = (Reading(), Latents(), Weights(), REPLACING)
+KINDS: tuple[Kind, ...] = (Reading(), Remembering(), Latents(), Weights(), REPLACING)
 
 
 def kind_for(variant: str, options: dict[str, Any]) -> Kind:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from attnzoo.surgery.hosts import weights
 from attnzoo.surgery.hosts.block import Need
@@ -92,8 +92,14 @@ class Kind(ABC):
         """
 
     @abstractmethod
-    def rebuild(self, model: nn.Module, site: Site, entry: dict[str, Any]) -> Change:
+    def rebuild(self, model: nn.Module, site: Site, entry: dict[str, Any], beside: Mapping[str, Tensor]) -> Change:
         """The change that an entry of a recipe describes, with weights still to come.
+
+        Args:
+            model: The model.
+            site: Where the entry's block is.
+            entry: The entry.
+            beside: What :meth:`beside` gave for it.
 
         Raises:
             ConversionError: If it does not fit the site.
@@ -106,6 +112,14 @@ class Kind(ABC):
     def current(self, module: nn.Module, entry: dict[str, Any]) -> dict[str, Any]:
         """An entry of a recipe as its block is set now."""
         return entry
+
+    def beside(self, module: nn.Module) -> dict[str, Tensor]:
+        """Tensors by name that a recipe needs for a block beside the entry, and that are no weights of the model."""
+        return {}
+
+    def told(self, options: dict[str, Any]) -> dict[str, Any]:
+        """The options as reports tell them."""
+        return options
 
     def model_state(self, entry: dict[str, Any]) -> tuple[str, ...]:
         """Prefixes of what an entry adds to the model beside its block."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from attnzoo.base.config import check_bool
 from attnzoo.base.evicting.layer import EvictingLayer
@@ -69,7 +70,7 @@ class Reading(Kind):
         entry = {"path": site.path, "kind": self.word, "variant": variant, "options": options}
         return Change(SiteReport(site, values, values), entry, pattern=pattern)
 
-    def rebuild(self, model: nn.Module, site: Site, entry: dict[str, Any]) -> Change:
+    def rebuild(self, model: nn.Module, site: Site, entry: dict[str, Any], beside: Mapping[str, Tensor]) -> Change:
         """The pattern that an entry of a recipe describes."""
         module = model.get_submodule(site.path)
         pattern = read_pattern(module, site, entry["variant"], entry["options"])

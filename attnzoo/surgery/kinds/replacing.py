@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from attnzoo.base.config import AttentionConfig
 from attnzoo.factory import get_config
@@ -73,7 +74,7 @@ class Replacing(Kind):
         entry = {"path": site.path, "kind": self.word, "variant": config.kind, "config": config.to_dict()}
         return Change(SiteReport(site, self.values(module), self.values(new)), entry, module=new)
 
-    def rebuild(self, model: nn.Module, site: Site, entry: dict[str, Any]) -> Change:
+    def rebuild(self, model: nn.Module, site: Site, entry: dict[str, Any], beside: Mapping[str, Tensor]) -> Change:
         """The replacement that an entry of a recipe describes."""
         config = get_config(entry["variant"]).from_dict({**entry["config"], "kind": entry["variant"]})
         found = _spec_of(config.kind)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from attnzoo.reporting.choices import check_known
 from attnzoo.reporting.warn import warn_caller
@@ -85,7 +85,7 @@ class Weights(Kind):
         """A block with these weights, and what a recipe says about its sizes."""
         return families.with_weights(old, found), {"num_kv_heads": found.num_kv_heads}
 
-    def rebuild(self, model: nn.Module, site: Site, entry: dict[str, Any]) -> Change:
+    def rebuild(self, model: nn.Module, site: Site, entry: dict[str, Any], beside: Mapping[str, Tensor]) -> Change:
         """A block of as many KV heads as an entry of a recipe says."""
         old = model.get_submodule(site.path)
         heads = _whole(entry, "num_kv_heads", [n for n in range(1, site.heads + 1) if site.heads % n == 0])
@@ -108,7 +108,7 @@ class Latents(Weights):
         warn_of_lengths(families.block_of(old))
         return LatentReplacement(old, found), {"latent_dim": found.down.shape[0]}
 
-    def rebuild(self, model: nn.Module, site: Site, entry: dict[str, Any]) -> Change:
+    def rebuild(self, model: nn.Module, site: Site, entry: dict[str, Any], beside: Mapping[str, Tensor]) -> Change:
         """A latent of the width that an entry of a recipe says."""
         old = model.get_submodule(site.path)
         values = self.values(old)

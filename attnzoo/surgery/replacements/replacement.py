@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from attnzoo.base.layer import AttentionConfig, AttentionLayer
@@ -19,7 +18,7 @@ from attnzoo.surgery.hosts import attention_function
 from attnzoo.surgery.hosts.block import ROLES, Block, Need, ReplacementModule
 from attnzoo.surgery.hosts.calls import read_call
 from attnzoo.surgery.hosts.families import block_of, family_of
-from attnzoo.surgery.hosts.positions import are_counted, check_consecutive
+from attnzoo.surgery.hosts.positions import are_counted, check_consecutive, real_slots
 from attnzoo.surgery.hosts.projections import Projections, size_of
 from attnzoo_kernels.errors import ConversionError, ShapeError, UnsupportedError
 
@@ -192,17 +191,4 @@ def _real_slots(
     """Which slots up to a call's last hold tokens, bool ``[B, S]``, after checking it against earlier calls."""
     if isinstance(geometry.first, Tensor) or geometry.first != first:
         raise ShapeError(f"attention_mask: expected one whose queries begin at slot {first}, got {geometry.first}")
-    real = geometry.real
-    before = None if held is None else held.real
-    if real is None:
-        if before is not None:
-            raise ShapeError("attention_mask: expected the padding of earlier calls again, got none")
-        return None
-    if real.shape[1] < first + tokens:
-        raise ShapeError(f"attention_mask: expected {first + tokens} slots, got {real.shape[1]}")
-    real = real[:, : first + tokens].bool()
-    if first and not torch.compiler.is_compiling():
-        past = real[:, :first]
-        if not (bool(past.all()) if before is None else torch.equal(past, before)):
-            raise ShapeError("attention_mask: expected the padding of earlier calls again, got another")
-    return real
+    return real_slots(geometry.real, None if held is None else held.real, first, tokens)

@@ -172,6 +172,10 @@ class S2Attention(EvictingLayer, name="s2"):
         own = (held - 1) // size
         return ending_at(_shared_slots(self.config, self._groups(self.config.kv_heads), own, device), held)
 
+    def why_no_policy(self) -> str | None:
+        """The shards are a rule of its own."""
+        return "its shards are a rule of its own, which evict=True follows"
+
     def retention(self, heads: int) -> Retention:
         """What rows can read: near blocks, sinks and a head's strided blocks; everything for dense heads."""
         config = self.config

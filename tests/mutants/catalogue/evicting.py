@@ -44,9 +44,9 @@ MUTANTS = (
         wrong="a chunk reads later tokens in the place of the sink",
     ),
     hosts(
-        "evicting-with-padding", old="pattern.evict and not _is_padded(kwargs)", new="pattern.evict", wrong="padding counts as tokens",
+        "evicting-with-padding", file="attnzoo/surgery/hosts/caches/evicting_calls.py", old="real = real_slots(real, held.real, held.seen, tokens)", new="real = None", wrong="padding counts as tokens",
     ),
     hosts(
-        "evicting-with-gradients", file="attnzoo/surgery/hosts/caches/evicting_calls.py", old=" and not _wants_gradients(module, call)", new="", wrong="gradients do not reach earlier tokens",
+        "evicting-with-gradients", file="attnzoo/surgery/hosts/caches/evicting_calls.py", old="keeps = _wants_gradients(module, call)", new="keeps = False", wrong="gradients do not reach earlier tokens",
     ),
 )  # fmt: skip

@@ -115,7 +115,7 @@ MUTANTS = (
         "replaced-dropout", old="if self.training and self.attention_dropout:", new="if False:", wrong="attention dropout is dropped silently", tests=f"{TESTS}/replacements/test_replacements.py -k honour",
     ),
     replacement(
-        "replaced-padding-forgotten", old='            raise ShapeError("attention_mask: expected the padding of earlier calls again, got none")', new="            pass", wrong="padding that is forgotten in a later call goes unnoticed",
+        "replaced-padding-forgotten", file="attnzoo/surgery/hosts/positions.py", old='            raise ShapeError("attention_mask: expected the padding of earlier calls again, got none")', new="            pass", wrong="padding that is forgotten in a later call goes unnoticed",
         tests=f"{TESTS}/replacements/test_replacements.py -k forgotten",
     ),
     replacement_cache(

@@ -241,7 +241,7 @@ MUTANTS = (
         wrong="near blocks are looked for one place further in their ring",
     ),
     evicting(
-        "evicting-crop", file="attnzoo/cache/evicting/cache.py", old='raise UnsupportedError("crop: a cache', new='return  # type: ignore[misc]\n            raise UnsupportedError("crop: a cache', wrong="a crop is ignored silently",
+        "evicting-crop", file="attnzoo/cache/evicting/cache.py", old='raise UnsupportedError(\n                "crop: a cache', new='return  # type: ignore[misc]\n            raise UnsupportedError(\n                "crop: a cache', wrong="a crop is ignored silently",
     ),
     inputs(
         "inputs-positions-not-moved", old="places = positions.expand(x.shape[0], -1).gather(1, moved.order)", new="places = positions.expand(x.shape[0], -1)",

@@ -5,15 +5,18 @@ Letters: B batch, T tokens of a call, H query heads, G KV heads, D width.
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
 from attnzoo.base.evicting.layer import EvictingLayer
+from attnzoo.base.evicting.policy import PolicyAttention
 from attnzoo.cache.evicting.cache import EvictingCache
 from attnzoo.cache.kv_cache import Stream
+from attnzoo.cache.policies.protocol import Policy
 from attnzoo.surgery.hosts.caches.cache_layer import ReplacementCacheLayer
 from attnzoo.surgery.hosts.caches.growing import GrowingLayer
 from attnzoo_kernels.errors import UnsupportedError
@@ -29,17 +32,33 @@ class EvictingCacheLayer(ReplacementCacheLayer):  # type: ignore[no-untyped-call
     """What a block remembers that reads a window or shards: an evicting cache, which grows as far as the rule keeps.
 
     ``update`` hands a call's own keys and values through; the attention function finds the others here. At most
-    ``MARGIN`` tokens can be cropped at a time, or all.
+    ``margin`` tokens can be cropped at a time, or all; none where it is 0.
 
     Attributes:
         layer: The layer without weights whose rule is followed.
+        margin: Tokens that may be taken back: a policy's slack, or ``MARGIN``.
         is_awaited: Whether an attention function that knows this layer will have the keys that ``update`` is given.
     """
 
     def __init__(self, layer: EvictingLayer) -> None:
         super().__init__()
         self.layer = layer
+        self.margin = MARGIN if layer.margin is None else layer.margin
+        self.is_croppable = self.margin > 0
         self.is_awaited = False
+        self._filled_by: weakref.ref[nn.Module] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy, or another process, may have other blocks.
+        return {**self.__dict__, "_filled_by": None}
+
+    @property
+    def follows_policy(self) -> bool:
+        """Whether a policy says what is held, rather than what a block reads."""
+        return isinstance(self.layer, PolicyAttention)
+
+    def compact(self) -> None:
+        """Nothing: what is held follows from place alone."""
 
     @property
     def nbytes(self) -> int:
@@ -57,9 +76,18 @@ class EvictingCacheLayer(ReplacementCacheLayer):  # type: ignore[no-untyped-call
         self.is_awaited = False
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
             raise UnsupportedError(
-                "past_key_values: expected no gradients through a cache that evicts, got some; convert with evict=False"
+                "past_key_values: expected no gradients through a cache that evicts, got some; call under "
+                "torch.no_grad(), or without a cache, or convert with evict=False"
             )
         return key_states, value_states
+
+    def filled_by_another(self, module: nn.Module) -> bool:
+        """Whether another block than this one has filled the cache; this one has from now on."""
+        filler = None if self._filled_by is None else self._filled_by()
+        if self.seen and filler is not None and filler is not module:
+            return True
+        self._filled_by = weakref.ref(module)
+        return False
 
     def room_for(self, k: Tensor, v: Tensor) -> EvictingCache:
         """The cache, with room for the tokens of a call, k ``[B, G, T, D]`` and v ``[B, G, T, Dv]``."""
@@ -69,7 +97,7 @@ class EvictingCacheLayer(ReplacementCacheLayer):  # type: ignore[no-untyped-call
             memory = EvictingCache(
                 {"k": Stream(k.shape[1], k.shape[3]), "v": Stream(v.shape[1], v.shape[3])},
                 retention=self.layer.retention(k.shape[1]),
-                margin=MARGIN,
+                margin=self.margin,
                 batch=k.shape[0],
                 max_length=needed + _LEAST_ROOM,
                 device=k.device,
@@ -97,14 +125,48 @@ def evicting_layer(cache: Any, index: int, layer: EvictingLayer) -> EvictingCach
     found = layers[index] if isinstance(layers, list) and index < len(layers) else None
     if not isinstance(found, EvictingCacheLayer):
         return None
-    if found.layer is not layer and found.layer.config != layer.config:
+    if not layer.reads_as(found.layer):
         if found.seen:
             raise UnsupportedError(
                 "past_key_values: expected a cache that this model has filled, got one whose block read something else"
             )
-        found.layer = layer
+        found = EvictingCacheLayer(layer)
+        cache.layers[index] = found
     found.is_awaited = True
     return found
+
+
+def check_policy_layer(
+    cache: Any, index: int, policy: Policy, module: nn.Module, found: EvictingCacheLayer | None
+) -> None:
+    """Raises unless a call's cache follows a policy, or is empty and may keep everything, as gradients need it.
+
+    Args:
+        cache: The host's cache.
+        index: Which of its layers.
+        policy: Of that layer.
+        module: The block that is called.
+        found: The evicting layer that lies there.
+
+    Raises:
+        UnsupportedError: If the cache is of a kind that cannot follow it, or another block has filled it.
+    """
+    if found is not None:
+        if found.filled_by_another(module):
+            raise UnsupportedError("past_key_values: expected a cache that this model has filled, got another model's")
+        return
+    layers = getattr(cache, "layers", None)
+    layer = layers[index] if isinstance(layers, list) and index < len(layers) else None
+    kind = type(layer).__name__ if layer is not None else type(cache).__name__
+    if getattr(cache, "offloading", False) or type(layer) not in (DynamicLayer, GrowingLayer, type(None)):
+        raise UnsupportedError(
+            f"past_key_values: expected a DynamicCache that stays in place, which can follow {policy}, got {kind}"
+        )
+    if layer is not None and layer.get_seq_length():
+        raise UnsupportedError(
+            f"past_key_values: expected an empty cache, or one that this model has filled by {policy}, got one that "
+            "keeps everything"
+        )
 
 
 def let_evict(cache: Any, index: int, layer: EvictingLayer) -> None:

@@ -5,14 +5,19 @@ Letters: B batch, T tokens of a call, H query heads, G KV heads, D width.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
-from attnzoo.base.evicting.calls import EvictingInputs, may_read_in_place
+from attnzoo.base.evicting.calls import may_read_in_place
 from attnzoo.base.evicting.layer import EvictingLayer
-from attnzoo.base.layer import AttentionLayer
+from attnzoo.base.evicting.policy import PolicyAttention
+from attnzoo.base.layer import AttentionInputs, AttentionLayer
+from attnzoo.base.padding import Alignment
+from attnzoo.cache.policies.protocol import Policy
+from attnzoo.surgery.hosts.positions import real_slots
+from attnzoo_kernels.errors import UnsupportedError
 
 HELD = "attnzoo_held"
 """The argument by which a block hands the evicting layer of its cache on to the attention function."""
@@ -23,7 +28,8 @@ def evicting_layer_for(
 ) -> Any:
     """The layer of a host's cache that evicts what a block reads no more; ``None`` where everything is kept.
 
-    Everything is kept where gradients may reach earlier tokens, and by caches of callers that are not empty.
+    Everything is kept where gradients may reach earlier tokens, and by caches of callers that are not empty; beside a
+    policy such caches are refused.
 
     Args:
         module: The block.
@@ -33,19 +39,40 @@ def evicting_layer_for(
         may_begin: Whether a layer that is empty may become one that evicts.
 
     Raises:
-        UnsupportedError: If a block of another rule has filled the cache.
+        UnsupportedError: If a block of another rule has filled the cache, or it is none that a policy can follow.
     """
-    if not isinstance(layer, EvictingLayer) or torch.compiler.is_compiling():
+    if not isinstance(layer, EvictingLayer):
+        return None
+    policy = layer.policy if isinstance(layer, PolicyAttention) else None
+    if torch.compiler.is_compiling():
+        if policy is not None:
+            raise UnsupportedError(f"past_key_values: expected None under compilation beside {policy}, got a cache")
         return None
     # Importing the host's library is for callers who have one of its caches.
     from attnzoo.surgery.hosts.caches import evicting
 
     index: Any = module.layer_idx
     found = evicting.evicting_layer(cache, index, layer)
-    if found is None and may_begin and not _wants_gradients(module, call) and layer.evicts:
+    keeps = _wants_gradients(module, call)
+    if found is None and may_begin and not keeps and layer.evicts:
         evicting.let_evict(cache, index, layer)
         found = evicting.evicting_layer(cache, index, layer)
+    if policy is not None and may_begin:
+        evicting.check_policy_layer(cache, index, policy, module, found)
     return found
+
+
+def follows(layer: AttentionLayer, policy: Policy) -> TypeGuard[PolicyAttention]:
+    """Whether what a block reads is what a policy of one layer holds."""
+    return isinstance(layer, PolicyAttention) and layer.policy.equals(policy)
+
+
+def begin_layer(module: nn.Module, layer: PolicyAttention, cache: Any) -> None:
+    """Makes an empty layer of a host's cache one that follows a block's policy."""
+    from attnzoo.surgery.hosts.caches import evicting
+
+    index: Any = module.layer_idx
+    evicting.let_evict(cache, index, layer)
 
 
 def _wants_gradients(module: nn.Module, call: tuple[Any, dict[str, Any]]) -> bool:
@@ -55,7 +82,7 @@ def _wants_gradients(module: nn.Module, call: tuple[Any, dict[str, Any]]) -> boo
     return any(isinstance(x, Tensor) and x.requires_grad for x in given)
 
 
-def attend_held(held: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attend_held(held: Any, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None) -> Tensor:
     """Attention over what an evicting layer holds and over a call's own tokens, which it then holds.
 
     Args:
@@ -63,25 +90,42 @@ def attend_held(held: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q: Rotated queries ``[B, H, T, D]``.
         k: Rotated keys ``[B, G, T, D]``.
         v: Values ``[B, G, T, D]``.
+        real: Which slots hold tokens, those of earlier calls before this one's, bool ``[B, S]``; ``None`` if all do.
 
     Returns:
-        ``[B, H, T, D]``.
+        ``[B, H, T, D]``, zeros at padding.
+
+    Raises:
+        ShapeError: If the padding of earlier calls does not come again.
     """
-    layer: EvictingLayer = held.layer
     tokens = q.shape[2]
-    memory = held.room_for(k, v)
-    out: Tensor
-    is_plain_call = memory.bound and layer.impl == "auto" and not layer.recordings
-    if tokens == 1 and is_plain_call and may_read_in_place(memory, q, k, v):
-        scale = layer.config.scale
-        out = memory.decode_row(q, k, v, q.shape[3] ** -0.5 if scale is None else scale)
+    real = real_slots(real, held.real, held.seen, tokens)
+    own = None if real is None else real[:, held.seen :]
+    if own is None or bool(own.all()):
+        out = _attend(held, q, k, v, tokens)
     else:
-        with memory.all_or_nothing():
-            memory.stage({"k": k, "v": v}, tokens)
-            inputs = EvictingInputs(q, k, v, cache=memory, lengths=tokens)
-            plan = layer.plan_for(inputs, offset=memory.bound)
-            for recording in layer.recordings:
-                recording.add(layer, plan)
-            out = layer.operate(inputs, plan)
-    held.note(tokens, None)
+        # Padding has no place in what is held: each item's tokens come first.
+        rows = Alignment.of(~own)
+        out = _attend(held, rows.aligned(q), rows.aligned(k), rows.aligned(v), rows.lengths)
+        out = rows.put_back(out).masked_fill(~own[:, None, :, None], 0.0)
+    held.note(tokens, real)
     return out
+
+
+def _attend(held: Any, q: Tensor, k: Tensor, v: Tensor, lengths: int | Tensor) -> Tensor:
+    """The same for rows that are left-aligned."""
+    layer: EvictingLayer = held.layer
+    memory = held.room_for(k, v)
+    is_plain_call = memory.bound and layer.impl == "auto" and not layer.recordings
+    if is_plain_call and may_read_in_place(memory, q, k, v):
+        scale = layer.config.scale
+        out: Tensor = memory.decode_row(q, k, v, q.shape[3] ** -0.5 if scale is None else scale)
+        return out
+    with memory.all_or_nothing():
+        inputs = layer.held_inputs(AttentionInputs(q, k, v), memory, lengths)
+        if memory.bound and not layer.recordings:
+            return layer.attend_held(inputs)
+        plan = layer.plan_for(inputs, offset=memory.offset, lengths=lengths)
+        for recording in layer.recordings:
+            recording.add(layer, plan)
+        return layer.operate(inputs, plan)

@@ -15,7 +15,6 @@ from attnzoo.surgery.hosts.attention_function import pattern_of
 from attnzoo.surgery.hosts.caches.evicting import MARGIN, EvictingCacheLayer
 from attnzoo.surgery.hosts.caches.growing import GrowingLayer
 from attnzoo.surgery.options import options_of
-from tests.attnzoo.surgery.hosts.masks import padding_mask
 from tests.attnzoo.surgery.tiny import READING, assert_close, convert, converted, ids, logits, tiny
 
 EXACT = 1e-11
@@ -103,12 +102,6 @@ def test_the_bytes_of_a_window_are_constant_and_few() -> None:
 def test_what_cannot_evict_is_kept(kind: str) -> None:
     model, tokens = model_of(kind), ids(2, 20)
     expected = logits(model, tokens, use_cache=False)
-    # Left padding.
-    mask = padding_mask([6, 0], 20)
-    with torch.no_grad():
-        out = model(tokens * mask, attention_mask=mask, use_cache=True)
-    assert layers_of(out.past_key_values) == {GrowingLayer}
-    assert_close(out.logits[1:], expected[1:], EXACT)
     # Gradients that reach earlier tokens.
     out = model(tokens, use_cache=True)
     assert layers_of(out.past_key_values) == {GrowingLayer}
@@ -166,11 +159,35 @@ def test_others_than_the_block_that_filled_it_are_refused() -> None:
     _, cache = said(model_of("window"), tokens, [20])
     with pytest.raises(attnzoo.UnsupportedError, match="expected no gradients through a cache that evicts"):
         model_of("window")(tokens, past_key_values=cache)
-    _, cache = said(model_of("window"), tokens, [20])
-    mask = torch.ones(1, 25, dtype=torch.long)
-    mask[:, 22] = 0
-    with torch.no_grad(), pytest.raises(attnzoo.UnsupportedError, match="attention_mask: expected no padding behind"):
-        model_of("window")(ids(1, 5), attention_mask=mask, past_key_values=cache)
+
+
+@pytest.mark.parametrize("kind", EVICTING)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_takes_no_room_in_a_cache_that_evicts(kind: str, side: str) -> None:
+    """Items of a padded batch are each what they are alone, and hold what they would."""
+    tokens = ids(3, 70)
+    mask = torch.ones(3, 70, dtype=torch.long)
+    for item, count in enumerate((6, 0, 17)):
+        mask[item, slice(0, count) if side == "left" else slice(40 - count, 40)] = 0
+    cache = None
+    found = []
+    for first, end in ((0, 40), (40, 41), (41, 42), (42, 70)):
+        position = (mask[:, :end].cumsum(1) - 1).clamp(min=0)[:, first:]
+        with torch.no_grad():
+            out = model_of(kind)(
+                tokens[:, first:end], attention_mask=mask[:, :end], position_ids=position, past_key_values=cache
+            )
+        cache = out.past_key_values
+        found.append(out.logits)
+    assert layers_of(cache) == {EvictingCacheLayer}
+    assert cache.layers[0].memory.lengths.tolist() == [64, 70, 53]
+    for item in range(3):
+        real = mask[item].bool()
+        alone = logits(model_of(kind), tokens[item : item + 1, real], use_cache=False)
+        assert_close(torch.cat(found, 1)[item : item + 1, real], alone, EXACT)
+    # What came before must come again.
+    with torch.no_grad(), pytest.raises(attnzoo.ShapeError, match="attention_mask: expected the padding of earlier"):
+        model_of(kind)(ids(3, 1), past_key_values=cache)
 
 
 def test_whether_to_evict_is_an_option(tmp_path: Any) -> None:
