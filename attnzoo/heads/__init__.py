@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from attnzoo.heads.head_scores import HeadScores, RankedHead
+from attnzoo.heads.locret import RetainingTraining, retaining_heads
 from attnzoo.heads.retrieval import RetrievalCase
 from attnzoo.heads.scoring import score_heads
 
-__all__ = ["HeadScores", "RankedHead", "RetrievalCase", "score_heads"]
+__all__ = [
+    "HeadScores",
+    "RankedHead",
+    "RetainingTraining",
+    "RetrievalCase",
+    "retaining_heads",
+    "score_heads",
+]
