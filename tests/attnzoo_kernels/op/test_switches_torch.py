@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attnzoo_kernels import BlockLayout, Extras, block_sparse_attention, block_sparse_attention_with_lse
-from tests.attnzoo_kernels.checks import switches
+from tests.attnzoo_kernels.checks import switch_cases
 from tests.attnzoo_kernels.op.test_agreement import both
 from tests.attnzoo_kernels.op.test_composability import Overheard
 from tests.attnzoo_kernels.op.test_poison import poison_scratch
@@ -37,8 +37,9 @@ def answers(p: Switched, impl: str) -> list[Tensor]:
 @every_kind
 @pytest.mark.parametrize("op", ["bsa_fwd", "bsa_bwd"])
 def test_the_ops_pass_the_checks_of_torch_with_switches(kind: str, op: str) -> None:
+    p = switch_cases()[kind]
     with Overheard() as overheard:
-        answers(switches()[kind][0], "blocked")
+        answers(p, "blocked")
     args = overheard.calls[f"attnzoo.{op}.default"]
     checks = ["test_schema", "test_faketensor", "test_autograd_registration"]
     if op == "bsa_fwd":
@@ -49,7 +50,7 @@ def test_the_ops_pass_the_checks_of_torch_with_switches(kind: str, op: str) -> N
 
 @every_kind
 def test_compiled_as_one_graph_switches_are_those_of_the_eager_call(kind: str) -> None:
-    p = switches()[kind][0]
+    p = switch_cases()[kind]
     layout, extras = layout_of(p), extras_of(p)
 
     def attend(q: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,7 +64,7 @@ def test_compiled_as_one_graph_switches_are_those_of_the_eager_call(kind: str) -
 
 @every_kind
 def test_vmap_over_queries_with_switches_is_a_loop(kind: str) -> None:
-    p = switches()[kind][0]
+    p = switch_cases()[kind]
     qs = torch.stack([p.q, -p.q, p.q / 2])
 
     def attend(q: Tensor) -> Tensor:
@@ -75,7 +76,7 @@ def test_vmap_over_queries_with_switches_is_a_loop(kind: str) -> None:
 
 @every_kind
 def test_switches_are_the_same_to_the_bit_whatever_scratch_memory_holds(kind: str) -> None:
-    p = switches()[kind][0]
+    p = switch_cases()[kind]
     first = answers(p, "blocked")
     poison_scratch()
     assert all(torch.equal(x, y) for x, y in zip(answers(p, "blocked"), first, strict=True))
@@ -84,7 +85,7 @@ def test_switches_are_the_same_to_the_bit_whatever_scratch_memory_holds(kind: st
 @every_kind
 def test_the_reference_has_second_derivatives_with_switches(kind: str) -> None:
     n = Numbers.of(1)
-    base = switches()[kind][0]
+    base = switch_cases()[kind]
     q, k, v = n.normal(1, 2, 4, 2), n.normal(1, 1, 6, 2), n.normal(1, 1, 6, 1)
     p = Switched(q, k, v, torch.tensor([[True, False, True], [True, True, True]])[None, None], 2, 2, causal=False)
     wanted = {"aux": {"aux": True}, "origins": {"rope": True}, "landmarks": {"gate": "last"}}.get(
