@@ -98,6 +98,21 @@ class HeldRows(KVCache):
         return self.pool.nbytes + sum(x.numel() * x.element_size() for x in beside)
 
     @property
+    def kv_heads(self) -> int:
+        """KV heads G."""
+        return self.pool.heads
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a key and a value."""
+        return sum(self.pool.tensors[name].shape[2] * self.pool.tensors[name].element_size() for name in NAMES)
+
+    @property
+    def held_rows(self) -> int:
+        """Rows that the next token may read, of all items and KV heads together, itself not counted."""
+        return int(self.pool.counts().sum())
+
+    @property
     def held_bytes(self) -> int:
         """Bytes of the rows that the next token may read."""
         return self.pool.held_bytes
