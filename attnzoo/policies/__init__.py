@@ -7,20 +7,28 @@ layer of attnzoo's own.
 
 from __future__ import annotations
 
-from attnzoo.cache.policies import Duo, Policy, Streaming, policy_from
-from attnzoo.policies.files import load, save
-from attnzoo.surgery.policies import LayerHeld, PolicyReport, PolicyRun, applied, cache
-
-__all__ = [
-    "Duo",
-    "LayerHeld",
-    "Policy",
-    "PolicyReport",
-    "PolicyRun",
-    "Streaming",
-    "applied",
-    "cache",
-    "load",
-    "policy_from",
-    "save",
-]
+from attnzoo.cache.policies import EMS as EMS
+from attnzoo.cache.policies import H2O as H2O
+from attnzoo.cache.policies import TOVA as TOVA
+from attnzoo.cache.policies import Compose as Compose
+from attnzoo.cache.policies import Duo as Duo
+from attnzoo.cache.policies import KNorm as KNorm
+from attnzoo.cache.policies import Locret as Locret
+from attnzoo.cache.policies import Pages as Pages
+from attnzoo.cache.policies import Policy as Policy
+from attnzoo.cache.policies import Razor as Razor
+from attnzoo.cache.policies import RetainingHead as RetainingHead
+from attnzoo.cache.policies import SnapKV as SnapKV
+from attnzoo.cache.policies import Streaming as Streaming
+from attnzoo.cache.policies import policy_from as policy_from
+from attnzoo.heads import HeadScores as HeadScores
+from attnzoo.heads import RetainingTraining as RetainingTraining
+from attnzoo.heads import retaining_heads as retaining_heads
+from attnzoo.heads import score_heads as score_heads
+from attnzoo.policies.files import load as load
+from attnzoo.policies.files import save as save
+from attnzoo.surgery.policies import LayerHeld as LayerHeld
+from attnzoo.surgery.policies import PolicyReport as PolicyReport
+from attnzoo.surgery.policies import PolicyRun as PolicyRun
+from attnzoo.surgery.policies import applied as applied
+from attnzoo.surgery.policies import cache as cache

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,11 +15,17 @@ from attnzoo.base.decoding.step import TokenRow
 from attnzoo.base.evicting.calls import EvictingInputs, attend_evicting
 from attnzoo.base.evicting.plans import retained_plan
 from attnzoo.base.layer import AttentionInputs, AttentionLayer, Heads, Plan, Step, finalise
+from attnzoo.base.paged.calls import attend_paged
+from attnzoo.base.paged.inputs import PagedInputs
 from attnzoo.cache.evicting.cache import EvictingCache
 from attnzoo.cache.evicting.retention import Retention
-from attnzoo.cache.kv_cache import KVCache
+from attnzoo.cache.kv_cache import KVCache, Stream
+from attnzoo.cache.pages.cache import PagedCache
 from attnzoo.cache.policies.protocol import Policy
 from attnzoo_kernels.errors import ConfigError, UnsupportedError
+
+HeldCache = EvictingCache | PagedCache
+"""Caches that hold less than everything, by place or in pages."""
 
 
 class PolicyLayer(AttentionLayer):
@@ -27,40 +35,51 @@ class PolicyLayer(AttentionLayer):
         """Nothing is against one."""
         return None
 
-    def held_inputs(self, inputs: AttentionInputs, cache: EvictingCache, lengths: int | Tensor) -> EvictingInputs:
+    def held_inputs(
+        self, inputs: AttentionInputs, cache: HeldCache, lengths: int | Tensor, score: Tensor | None = None
+    ) -> EvictingInputs | PagedInputs:
         """A call's own queries, keys and values, whose past stays in a cache, and which the cache takes note of.
 
         Args:
             inputs: Rotated, left-aligned.
             cache: That cache.
             lengths: Rows of each item that are tokens.
+            score: The score of each row ``[B, G, T]``, where the cache's policy needs one.
         """
+        if isinstance(cache, PagedCache):
+            cache.stage({"k": inputs.k, "v": inputs.v}, lengths, score=score)
+            return PagedInputs(**vars(inputs), cache=cache, lengths=lengths)
         cache.stage({"k": inputs.k, "v": inputs.v}, lengths)
         return EvictingInputs(**vars(inputs), cache=cache, lengths=lengths)
 
     def remember(self, step: Step, heads: Heads) -> AttentionInputs:
         """As every layer; a cache that evicts gives nothing back, and is written when the call has succeeded."""
         cache = step.cache
-        if not isinstance(cache, EvictingCache):
+        if not isinstance(cache, EvictingCache | PagedCache):
             return super().remember(step, heads)
+        score = None
+        if isinstance(cache, PagedCache) and "score" in cache.policy.needs:
+            score = cache.policy.scores_of(heads.q, heads.k, heads.v)
         q, k = self.rotate_rows(step, heads.q, heads.k)
-        return self.held_inputs(self.attention_inputs(step, q, k, heads.v), cache, step.lengths)
+        return self.held_inputs(self.attention_inputs(step, q, k, heads.v), cache, step.lengths, score)
 
     def plan_call(self, step: Step, heads: Heads, inputs: AttentionInputs) -> Plan:
-        """As every layer; with a policy's cache, what that holds."""
-        cache = step.cache
-        if not isinstance(cache, EvictingCache) or not cache.rules:
+        """As every layer; with a policy's cache, what that holds by place."""
+        retention = ruling(step.cache)
+        if retention is None:
             return super().plan_call(step, heads, inputs)
-        return finalise(retained_plan(cache.retention, inputs, step.offset), inputs)
+        return finalise(retained_plan(retention, inputs, step.offset), inputs)
 
     def operate(self, inputs: AttentionInputs, plan: Plan) -> Tensor:
         """The operation; where keys stayed in a cache that evicts, over what it holds and what this call brings."""
-        if not isinstance(inputs, EvictingInputs) or inputs.cache.bound == 0:
-            return super().operate(inputs, plan)
-        return self.attend_held(inputs)
+        if isinstance(inputs, PagedInputs) or (isinstance(inputs, EvictingInputs) and inputs.cache.bound):
+            return self.attend_held(inputs)
+        return super().operate(inputs, plan)
 
-    def attend_held(self, inputs: EvictingInputs) -> Tensor:
+    def attend_held(self, inputs: EvictingInputs | PagedInputs) -> Tensor:
         """Attention over what a cache holds and over a call's own tokens ``[B, H, T, Dv]``, which takes no plan."""
+        if isinstance(inputs, PagedInputs):
+            return attend_paged(inputs, self.config.scale, self.impl)
         return attend_evicting(inputs, self.config.scale, self.impl)
 
     def attend_row(self, row: TokenRow) -> Tensor | None:
@@ -72,12 +91,12 @@ class PolicyLayer(AttentionLayer):
 
     def may_compile_row(self, x: Tensor, cache: KVCache) -> bool:
         """As every layer; what a cache that evicts holds is no sequence that slots could be read from."""
-        return not isinstance(cache, EvictingCache) and super().may_compile_row(x, cache)
+        return not isinstance(cache, EvictingCache | PagedCache) and super().may_compile_row(x, cache)
 
     def combine(self, step: Step, out: Tensor, plan: Plan) -> Tensor:
         """As every layer; then nothing can fail any more, and a cache that evicts is written."""
         result = super().combine(step, out, plan)
-        if isinstance(step.cache, EvictingCache):
+        if isinstance(step.cache, EvictingCache | PagedCache):
             step.cache.commit()
         return result
 
@@ -112,20 +131,23 @@ class PolicyLayer(AttentionLayer):
             return super().new_cache(batch, max_length, device=device, dtype=dtype)
         groups = self.streams()["k"].heads
         policy.check(1, groups)
-        options = {"retention": static_retention(policy, groups), "margin": policy.slack, "rules": True}
-        return self._evicting_cache(batch, max_length, device, dtype, options)
+        make: Callable[..., HeldCache] = partial(PagedCache, policy=policy)
+        if policy.is_static:
+            made = static_retention(policy, groups)
+            make = partial(EvictingCache, retention=made, margin=policy.slack, rules=True)
+        return self._held_cache(make, batch, max_length, device, dtype)
 
-    def _evicting_cache(
+    def _held_cache(
         self,
+        make: Callable[..., HeldCache],
         batch: int,
         max_length: int,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
-        options: dict[str, Any],
-    ) -> EvictingCache:
-        """A cache that evicts, once a plain one could be made."""
+    ) -> HeldCache:
+        """A cache that holds less than everything, once a plain one could be made."""
         super().new_cache(batch, max_length, device="meta", dtype=dtype)
-        return EvictingCache(
+        return make(
             self.streams(),
             batch=batch,
             max_length=max_length,
@@ -133,8 +155,14 @@ class PolicyLayer(AttentionLayer):
             dtype=dtype or self.compute_dtype,
             owner=(self._identity, self.config),
             rounds=dtype is not None,
-            **options,
         )
+
+
+def ruling(cache: KVCache | None) -> Retention | None:
+    """What rows read by place because a cache's policy says so, whatever the layer's own rule is."""
+    if isinstance(cache, PagedCache):
+        return cache.policy.retention(cache.pool.heads)
+    return cache.retention if isinstance(cache, EvictingCache) and cache.rules else None
 
 
 def static_retention(policy: Policy, kv_heads: int) -> Retention:
@@ -203,5 +231,15 @@ class EvictingLayer(PolicyLayer):
             return super().new_cache(batch, max_length, device=device, dtype=dtype, policy=policy)
         if policy is not None:
             raise ConfigError(f"evict: expected False beside a policy, which says what is held, got True and {policy}")
-        options = {"retention": self.retention(self.streams()["k"].heads)}
-        return self._evicting_cache(batch, max_length, device, dtype, options)
+        make = partial(EvictingCache, retention=self.retention(self.streams()["k"].heads))
+        return self._held_cache(make, batch, max_length, device, dtype)
+
+    def held_cache(self, streams: dict[str, Stream], *, margin: int, **sizes: Any) -> HeldCache:
+        """A cache for queries, keys and values that something else makes, which holds what this layer's rule reads.
+
+        Args:
+            streams: Keys "k" and values "v".
+            margin: Tokens that may be taken back.
+            **sizes: Of the cache.
+        """
+        return EvictingCache(streams, retention=self.retention(streams["k"].heads), margin=margin, **sizes)

@@ -6,14 +6,17 @@ Letters: G KV heads.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from attnzoo.base.config import AttentionConfig
-from attnzoo.base.evicting.layer import EvictingLayer, static_retention
+from attnzoo.base.evicting.layer import EvictingLayer, HeldCache, static_retention
 from attnzoo.base.evicting.plans import retained_plan
 from attnzoo.base.layer import AttentionInputs, Heads, Plan, Step
 from attnzoo.cache.evicting.retention import Retention
+from attnzoo.cache.kv_cache import Stream
+from attnzoo.cache.pages.cache import PagedCache
 from attnzoo.cache.policies.protocol import Policy
 
 
@@ -60,6 +63,12 @@ class PolicyAttention(EvictingLayer):
     def retention(self, heads: int) -> Retention:
         """What the policy holds."""
         return static_retention(self.policy, heads)
+
+    def held_cache(self, streams: dict[str, Stream], *, margin: int, **sizes: Any) -> HeldCache:
+        """A cache that follows the policy: in place where that is one of place, else in pages."""
+        if self.policy.is_static:
+            return super().held_cache(streams, margin=margin, **sizes)
+        return PagedCache(streams, policy=self.policy, **sizes)
 
     @property
     def evicts(self) -> bool:

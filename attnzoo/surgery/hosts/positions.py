@@ -120,3 +120,17 @@ def real_slots(real: Tensor | None, before: Tensor | None, first: int, tokens: i
         if not (bool(past.all()) if before is None else torch.equal(past, before)):
             raise ShapeError("attention_mask: expected the padding of earlier calls again, got another")
     return real
+
+
+def unrotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Heads ``[B, h, T, D]`` before the host rotated them, halves against each other.
+
+    Args:
+        x: As they were rotated.
+        cos: Cosines ``[B|1, T, D]``, with the host's factor on them.
+        sin: Sines.
+    """
+    first, second = x.chunk(2, -1)
+    cos, sin = (table.unsqueeze(1).to(x.dtype) for table in (cos, sin))
+    # The inverse rotation; what a factor has made of lengths is divided out.
+    return (x * cos - torch.cat((-second, first), -1) * sin) / (cos * cos + sin * sin)

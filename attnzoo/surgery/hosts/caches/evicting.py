@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
-from attnzoo.base.evicting.layer import EvictingLayer
+from attnzoo.base.evicting.layer import EvictingLayer, HeldCache
 from attnzoo.base.evicting.policy import PolicyAttention
 from attnzoo.cache.evicting.cache import EvictingCache
 from attnzoo.cache.kv_cache import Stream
+from attnzoo.cache.pages.cache import PagedCache
 from attnzoo.cache.policies.protocol import Policy
 from attnzoo.surgery.hosts.caches.cache_layer import ReplacementCacheLayer
 from attnzoo.surgery.hosts.caches.growing import GrowingLayer
@@ -37,6 +38,7 @@ class EvictingCacheLayer(ReplacementCacheLayer):  # type: ignore[no-untyped-call
     Attributes:
         layer: The layer without weights whose rule is followed.
         margin: Tokens that may be taken back: a policy's slack, or ``MARGIN``.
+        rotation: Cosines and sines ``[B|1, T, D]`` of the call that comes, where the policy scores what is not rotated.
         is_awaited: Whether an attention function that knows this layer will have the keys that ``update`` is given.
     """
 
@@ -46,6 +48,7 @@ class EvictingCacheLayer(ReplacementCacheLayer):  # type: ignore[no-untyped-call
         self.margin = MARGIN if layer.margin is None else layer.margin
         self.is_croppable = self.margin > 0
         self.is_awaited = False
+        self.rotation: tuple[Tensor, Tensor] | None = None
         self._filled_by: weakref.ref[nn.Module] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -58,7 +61,9 @@ class EvictingCacheLayer(ReplacementCacheLayer):  # type: ignore[no-untyped-call
         return isinstance(self.layer, PolicyAttention)
 
     def compact(self) -> None:
-        """Nothing: what is held follows from place alone."""
+        """Chooses again what is held, where that does not follow from place alone."""
+        if isinstance(self.memory, PagedCache):
+            self.memory.compact()
 
     @property
     def nbytes(self) -> int:
@@ -89,14 +94,13 @@ class EvictingCacheLayer(ReplacementCacheLayer):  # type: ignore[no-untyped-call
         self._filled_by = weakref.ref(module)
         return False
 
-    def room_for(self, k: Tensor, v: Tensor) -> EvictingCache:
+    def room_for(self, k: Tensor, v: Tensor) -> HeldCache:
         """The cache, with room for the tokens of a call, k ``[B, G, T, D]`` and v ``[B, G, T, Dv]``."""
         needed = self.seen + k.shape[2]
         memory = self.memory
-        if not isinstance(memory, EvictingCache):
-            memory = EvictingCache(
+        if not isinstance(memory, EvictingCache | PagedCache):
+            memory = self.layer.held_cache(
                 {"k": Stream(k.shape[1], k.shape[3]), "v": Stream(v.shape[1], v.shape[3])},
-                retention=self.layer.retention(k.shape[1]),
                 margin=self.margin,
                 batch=k.shape[0],
                 max_length=needed + _LEAST_ROOM,

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from attnzoo.base.evicting.calls import may_read_in_place
-from attnzoo.base.evicting.layer import EvictingLayer
+from attnzoo.base.evicting.layer import EvictingLayer, HeldCache
 from attnzoo.base.evicting.policy import PolicyAttention
 from attnzoo.base.layer import AttentionInputs, AttentionLayer
 from attnzoo.base.padding import Alignment
+from attnzoo.cache.evicting.cache import EvictingCache
 from attnzoo.cache.policies.protocol import Policy
-from attnzoo.surgery.hosts.positions import real_slots
+from attnzoo.surgery.hosts.positions import real_slots, unrotated
 from attnzoo_kernels.errors import UnsupportedError
 
 HELD = "attnzoo_held"
@@ -57,6 +58,8 @@ def evicting_layer_for(
     if found is None and may_begin and not keeps and layer.evicts:
         evicting.let_evict(cache, index, layer)
         found = evicting.evicting_layer(cache, index, layer)
+    if found is not None and policy is not None and "score" in policy.needs:
+        found.rotation = call[1].get("position_embeddings")
     if policy is not None and may_begin:
         evicting.check_policy_layer(cache, index, policy, module, found)
     return found
@@ -101,31 +104,50 @@ def attend_held(held: Any, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None)
     tokens = q.shape[2]
     real = real_slots(real, held.real, held.seen, tokens)
     own = None if real is None else real[:, held.seen :]
+    score = _score(held, q, k, v)
     if own is None or bool(own.all()):
-        out = _attend(held, q, k, v, tokens)
+        out = _attend(held, AttentionInputs(q, k, v), tokens, score)
     else:
         # Padding has no place in what is held: each item's tokens come first.
         rows = Alignment.of(~own)
-        out = _attend(held, rows.aligned(q), rows.aligned(k), rows.aligned(v), rows.lengths)
+        inputs = AttentionInputs(rows.aligned(q), rows.aligned(k), rows.aligned(v))
+        score = None if score is None else rows.aligned(score.unsqueeze(-1)).squeeze(-1)
+        out = _attend(held, inputs, rows.lengths, score)
         out = rows.put_back(out).masked_fill(~own[:, None, :, None], 0.0)
     held.note(tokens, real)
     return out
 
 
-def _attend(held: Any, q: Tensor, k: Tensor, v: Tensor, lengths: int | Tensor) -> Tensor:
+def _attend(held: Any, inputs: AttentionInputs, lengths: int | Tensor, score: Tensor | None) -> Tensor:
     """The same for rows that are left-aligned."""
     layer: EvictingLayer = held.layer
-    memory = held.room_for(k, v)
+    memory: HeldCache = held.room_for(inputs.k, inputs.v)
+    q = inputs.q
     is_plain_call = memory.bound and layer.impl == "auto" and not layer.recordings
-    if is_plain_call and may_read_in_place(memory, q, k, v):
+    if is_plain_call and isinstance(memory, EvictingCache) and may_read_in_place(memory, q, inputs.k, inputs.v):
         scale = layer.config.scale
-        out: Tensor = memory.decode_row(q, k, v, q.shape[3] ** -0.5 if scale is None else scale)
-        return out
+        return memory.decode_row(q, inputs.k, inputs.v, q.shape[3] ** -0.5 if scale is None else scale)
     with memory.all_or_nothing():
-        inputs = layer.held_inputs(AttentionInputs(q, k, v), memory, lengths)
+        inputs = layer.held_inputs(inputs, memory, lengths, score)
         if memory.bound and not layer.recordings:
             return layer.attend_held(inputs)
         plan = layer.plan_for(inputs, offset=memory.offset, lengths=lengths)
         for recording in layer.recordings:
             recording.add(layer, plan)
         return layer.operate(inputs, plan)
+
+
+def _score(held: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+    """The score of a call's rows ``[B, G, T]`` by queries and keys that are not rotated, where a policy needs one.
+
+    Raises:
+        UnsupportedError: If the host does not say how they were rotated.
+    """
+    layer = held.layer
+    if not isinstance(layer, PolicyAttention) or "score" not in layer.policy.needs:
+        return None
+    rotation = held.rotation
+    held.rotation = None
+    if rotation is None:
+        raise UnsupportedError(f"position_embeddings: expected by name, which {layer.policy} needs, got none")
+    return layer.policy.scores_of(unrotated(q, *rotation), unrotated(k, *rotation), v)
