@@ -1,4 +1,4 @@
-"""Long rows that read one run of slots each, on CPUs, by torch's own fused kernel.
+"""Long rows that read one run of slots each, or one beside a sink, on CPUs, by torch's own fused kernel.
 
 Its tiles stay in the cache; whole rows of thousands of scores do not. In half precision it is quicker only with
 instructions that products of fp32 do not have.
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from attnzoo_kernels.cpu.path import FromResultsPath
-from attnzoo_kernels.cpu.row_tiles import HeadGroup, KeyRange, RowTile, RowTiles, lists_runs, row_tiles_of
+from attnzoo_kernels.cpu.row_tiles import HeadGroup, KeyRange, RowTile, RowTiles, row_tiles_of
+from attnzoo_kernels.layouts.row_spans import lists_runs
 from attnzoo_kernels.runtime.plain import is_plain
 from attnzoo_kernels.runtime.processor import cpu_class
 from attnzoo_kernels.runtime.store import remembers
@@ -19,7 +20,7 @@ from attnzoo_kernels.spec.call import Call
 
 LEAST_ROWS = 512
 """Rows from which a call is handed over."""
-LEAST_SLOTS = 256
+LEAST_SLOTS = 192
 """Slots that a row sees on average, from which more than one row tile is worth its calls."""
 LEAST_SCALE = 1e-30
 MOST_WASTE = {torch.float32: 1.4, torch.bfloat16: 2.0}
@@ -27,7 +28,7 @@ MOST_WASTE = {torch.float32: 1.4, torch.bfloat16: 2.0}
 
 
 class FlashPath(FromResultsPath):
-    """Long rows that read one run of slots each, forward and backward."""
+    """Long rows that read one run of slots each, or one beside a sink, forward and backward."""
 
     name = "flash"
 
@@ -89,8 +90,9 @@ def _rule_reasons(call: Call) -> list[str]:
     if not call.is_plain:
         found.append("flash: the call has a bias, auxiliary channels, gates or origins, which the kernel does not know")
     rule = call.rule
-    if rule.window is not None and not (type(rule.sink) is int and rule.sink == 0):
-        found.append("flash: there is a sink beside the window; it reads one run of slots")
+    sink = type(rule.sink) is not int or rule.sink > 0
+    if rule.window is not None and sink and not rule.is_static:
+        found.append("flash: there is a sink beside a window, and heads or rows differ in them; it reads them apart")
     # The kernel hides what is not causal before it scales: -inf times 0 or less is no longer -inf.
     if not call.scale >= LEAST_SCALE:
         found.append(f"flash: the scale is {call.scale}; the kernel hides scores before it scales them, by more than 0")
@@ -219,8 +221,8 @@ class _Edges:
     """Masks for what the rows of a group do not see of their key ranges."""
 
     def __init__(self, group: HeadGroup, tiles: RowTiles, dtype: torch.dtype) -> None:
-        self.lo = group.of_rows(tiles.lo)
-        self.hi = group.of_rows(tiles.hi)
+        self.lo = group.of_rows(tiles.spans.lo)
+        self.hi = group.of_rows(tiles.spans.hi)
         self.dtype = dtype
 
     def mask(self, tile: RowTile, keys: KeyRange) -> Tensor | None:

@@ -1,23 +1,22 @@
-"""Row tiles, which read one run of slots each, and the key ranges in which a tile reads what its rows see.
+"""Row tiles, and the key ranges in which a tile reads what its rows see.
 
-Letters: B batch, H heads, T rows, S slots, M query blocks; b and h are 1 where batch or heads agree.
+Letters: B batch, H heads, T rows, S slots; b and h are 1 where batch or heads agree.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, cached_property, partial
-from itertools import product
+from itertools import chain, product
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from attnzoo_kernels.layouts.entries import list_entries
 from attnzoo_kernels.layouts.memo import remembered
+from attnzoo_kernels.layouts.row_spans import RowSpans, lists_all, row_spans
 from attnzoo_kernels.spec.call import Call
-from attnzoo_kernels.spec.token_rule import TokenRule
 
 CELL = 64
 """Rows that stay together: torch's kernel takes as many at a time."""
@@ -26,7 +25,9 @@ HEIGHTS = (3, 4, 8)
 RANGE_COST = 1 << 15
 """Scores that take about as long as one more key range of a tile."""
 LEAST_INSIDE = 128
-"""Slots that all rows of a tile must see for a key range of their own, without a mask."""
+"""Slots that all rows of a tile must see for a key range of their own, beside ranges with a mask."""
+MOST_SEGMENTS = 8
+"""Segments of straight edges that rows are cut into."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,11 @@ class KeyRange:
     causal: bool = False
 
     @property
+    def hides(self) -> bool:
+        """Whether some row does not see all of them."""
+        return self.late or self.early or self.causal
+
+    @property
     def slots(self) -> slice:
         """The slots."""
         return slice(self.first, self.last)
@@ -65,6 +71,11 @@ class RowTile:
         """(row, slot) pairs that are computed."""
         rows = self.rows.stop - self.rows.start
         return sum(rows * (rows + 1) // 2 if p.causal else rows * (p.last - p.first) for p in self.ranges)
+
+    @property
+    def squares(self) -> int:
+        """The same where half of a square costs as much as all of it: the kernel takes 512 slots at a time."""
+        return sum((self.rows.stop - self.rows.start) * (p.last - p.first) for p in self.ranges)
 
 
 @dataclass(frozen=True)
@@ -102,24 +113,22 @@ class RowTiles:
 
     Attributes:
         head_groups: Head by head.
-        lo: The first slot that a row sees, int64 ``[b, h, T]``.
-        hi: The slot behind the last; as ``lo`` or less where there is none.
+        spans: What each row sees.
     """
 
     head_groups: tuple[HeadGroup, ...]
-    lo: Tensor
-    hi: Tensor
+    spans: RowSpans
 
     @cached_property
     def dead(self) -> Tensor | None:
         """Rows that see nothing, bool ``[b, h, T]``; ``None`` where every row sees something."""
-        dead = self.lo >= self.hi
+        dead = self.spans.lo >= self.spans.hi
         return dead if bool(dead.any()) else None
 
     @cached_property
     def hides(self) -> bool:
         """Whether a row computes something that it does not see."""
-        return self.dead is not None or any(keys.late or keys.early or keys.causal for keys in self._key_ranges())
+        return self.dead is not None or any(keys.hides for keys in self._key_ranges())
 
     def _key_ranges(self) -> Iterator[KeyRange]:
         return (keys for group in self.head_groups for tile in group.tiles for keys in tile.ranges)
@@ -134,7 +143,9 @@ class RowTiles:
     @cached_property
     def visible(self) -> float:
         """Slots that a row sees, on average."""
-        return float((self.hi - self.lo).clamp(min=0).double().mean())
+        spans = self.spans
+        of_sink = 0.0 if spans.apart is None else spans.sink * float(spans.apart.double().mean())
+        return float((spans.hi - spans.lo).clamp(min=0).double().mean()) + of_sink
 
     def computed(self, batch: int, heads: int) -> float:
         """Slots that are computed for a row, on average over batch and heads."""
@@ -143,43 +154,14 @@ class RowTiles:
             items = len(range(batch)[group.items])
             groups = len(range(heads // group.ratio)[group.groups])
             total += sum(tile.area for tile in group.tiles) * items * groups
-        return total / (batch * heads * self.lo.shape[2])
-
-
-@dataclass(frozen=True)
-class _Runs:
-    """The run of blocks that each query block lists: int64 ``[b, h, M]`` each; ``last`` is behind it."""
-
-    first: Tensor
-    last: Tensor
-
-
-def lists_runs(call: Call) -> bool:
-    """Whether the blocks of every list follow one another."""
-    return _runs(call) is not None
-
-
-def _runs(call: Call) -> _Runs | None:
-    return remembered(replace(call, rule=TokenRule(causal=False), origins=None), _find_runs)
-
-
-def _find_runs(call: Call) -> _Runs | None:
-    entries, _ = list_entries(call)
-    rows = entries.shape[0] * entries.shape[1] * entries.shape[2]
-    blocks = call.grid[1]
-    first = entries.col.new_full((rows,), blocks).scatter_reduce_(0, entries.row, entries.col, "amin")
-    last = entries.col.new_zeros(rows).scatter_reduce_(0, entries.row, entries.col + 1, "amax")
-    count = torch.bincount(entries.row, minlength=rows)
-    if not bool(((last - first).clamp(min=0) == count).all()):
-        return None
-    return _Runs(first.view(entries.shape), last.view(entries.shape))
+        return total / (batch * heads * self.spans.lo.shape[2])
 
 
 def row_tiles_of(call: Call, together: int) -> RowTiles | None:
-    """The row tiles of a call, or ``None`` where some row's slots do not follow one another.
+    """The row tiles of a call, or ``None`` where rows see something else than one run, or one and the sink.
 
     Args:
-        call: The call; without a sink beside a window.
+        call: The call.
         together: KV heads that are computed together where heads differ.
     """
     return remembered(call, _finder(together))
@@ -191,90 +173,138 @@ def _finder(together: int) -> Callable[[Call], RowTiles | None]:
 
 
 def _find_row_tiles(call: Call, together: int) -> RowTiles | None:
-    runs = _runs(call)
-    rule = call.rule
-    _, heads, groups, seq_q, seq_k = call.shape
-    if runs is None:
+    spans = row_spans(call)
+    if spans is None:
         return None
-    pos = rule.positions(seq_q, seq_k, call.col.device)
-    window = rule.window.long().view(1, -1, 1) if isinstance(rule.window, Tensor) else rule.window
-    lo, hi = rule.span(pos, window, seq_k)
-    whole = bool((runs.last - runs.first == call.grid[1]).all())
-    if whole and rule.q_pos is None and rule.window is None and (not rule.causal or seq_q <= seq_k):
+    rule = call.rule
+    batch, heads, groups, seq_q, seq_k = call.shape
+    ratio = heads // groups
+    if rule.q_pos is None and rule.window is None and (not rule.causal or seq_q <= seq_k) and lists_all(call):
         inside = seq_k - seq_q if rule.causal else seq_k
         ends = (KeyRange(0, inside), KeyRange(inside, seq_k, causal=True))
         tiles = (RowTile(slice(0, seq_q), tuple(keys for keys in ends if keys.first < keys.last)),)
-        return RowTiles(_for_all_heads(tiles, heads // groups), lo, hi)
-    if not whole:
-        each = heads // runs.first.shape[1] if runs.first.shape[1] > 1 else 1
-        first, last = (_by_row(x, call, each) * call.block_k for x in (runs.first, runs.last))
-        lo = torch.maximum(lo, first)
-        hi = torch.minimum(hi, last)
-    lo, hi = torch.broadcast_tensors(lo, hi)
-    return RowTiles(tuple(_head_groups(call, lo, hi, together)), lo, hi)
-
-
-def _by_row(x: Tensor, call: Call, each: int) -> Tensor:
-    """Values of query blocks ``[b, h, M]`` for each row and, ``each`` times, for each head."""
-    return x.repeat_interleave(each, 1).repeat_interleave(call.block_q, 2)[:, :, : call.q.shape[2]]
+        return RowTiles(_for_all_heads(tiles, ratio), spans)
+    if spans.lo.shape[:2] == (1, 1):
+        segments = _segments(spans)
+        if segments is None:
+            return None
+        cut = [_cheapest(_cells(spans, one)[0, 0].tolist(), one, batch * groups) for one in segments]
+        return RowTiles(_for_all_heads(tuple(chain.from_iterable(cut)), ratio), spans)
+    return None if spans.apart is not None else RowTiles(tuple(_head_groups(call, spans, together)), spans)
 
 
 def _for_all_heads(tiles: tuple[RowTile, ...], ratio: int) -> tuple[HeadGroup, ...]:
     return tuple(HeadGroup(tiles, slice(None), slice(None), head, ratio) for head in range(ratio))
 
 
-def _head_groups(call: Call, lo: Tensor, hi: Tensor, together: int) -> Iterator[HeadGroup]:
+def _head_groups(call: Call, spans: RowSpans, together: int) -> Iterator[HeadGroup]:
     _, heads, groups, _, _ = call.shape
     ratio = heads // groups
-    far = 1 << 60
-    batch, own_heads, rows = lo.shape
-    live = lo < hi
-    sides = torch.stack([
-        torch.where(live, lo, far), torch.where(live, -lo, far), torch.where(live, hi, far), torch.where(live, -hi, far)
-    ], -1)  # fmt: skip
-    cells = pad(sides, (0, 0, 0, -rows % CELL), value=far).unflatten(2, (-1, CELL)).amin(3)  # [b, h, cells, 4]
-    if batch == own_heads == 1:
-        yield from _for_all_heads(_cheapest(cells[0, 0].tolist(), rows, call.k.shape[0] * groups), ratio)
-        return
+    batch, own_heads, rows = spans.lo.shape
+    whole = _Segment(0, rows, straight=False)
+    cells = _cells(spans, whole)
     for item in range(batch):
         items = slice(item, item + 1) if batch > 1 else slice(None)
         width = groups if own_heads == 1 else together
         for head, group in product(range(ratio), range(0, groups, width)):
             here = slice(group, min(group + width, groups))
             own = cells[item] if own_heads == 1 else cells[item, head::ratio][here]
-            yield HeadGroup(_cheapest(own.amin(0).tolist(), rows, width), items, here, head, ratio)
+            yield HeadGroup(_cheapest(own.amin(0).tolist(), whole, width), items, here, head, ratio)
 
 
-def _cheapest(cells: list[list[int]], rows: int, heads: int) -> tuple[RowTile, ...]:
+@dataclass(frozen=True)
+class _Segment:
+    """Neighbouring rows.
+
+    Attributes:
+        begin: The first of them.
+        end: The row behind the last.
+        straight: Whether their runs all begin at one slot or each a slot later than the one before, and end likewise.
+        sink: Slots that all of them see before their runs.
+    """
+
+    begin: int
+    end: int
+    straight: bool
+    sink: int = 0
+
+
+def _segments(spans: RowSpans) -> list[_Segment] | None:
+    """All rows, cut where what they see changes its course; ``None`` where that is too often beside a sink."""
+    lo = spans.lo[0, 0]
+    hi = spans.hi[0, 0]
+    steps = torch.stack([lo.diff(), hi.diff()])
+    jumps = ((steps < 0) | (steps > 1)).any(0) | ((lo < hi).diff())
+    bends = pad((steps[:, 1:] != steps[:, :-1]).any(0), (1, 0)) if steps.shape[1] else jumps
+    found = (jumps | bends).nonzero().view(-1)[: 2 * MOST_SEGMENTS] + 1
+    borders = [0]
+    for row, jumped in zip(found.tolist(), jumps[found - 1].tolist(), strict=True):
+        # The second row of a segment is what gives it a course.
+        if jumped or row > borders[-1] + 1:
+            borders.append(row)
+    if len(borders) > MOST_SEGMENTS:
+        return [_Segment(0, lo.shape[0], straight=False)] if spans.apart is None else None
+    apart = [False] * len(borders) if spans.apart is None else spans.apart[0, 0, borders].tolist()
+    ends = (*borders[1:], lo.shape[0])
+    return [
+        _Segment(begin, end, straight=True, sink=spans.sink if beside else 0)
+        for begin, end, beside in zip(borders, ends, apart, strict=True)
+    ]
+
+
+def _cells(spans: RowSpans, segment: _Segment) -> Tensor:
+    """The least lo, -lo, hi and -hi of each cell of a segment, int64 ``[b, h, cells, 4]``."""
+    far = 1 << 60
+    lo, hi = (x[..., segment.begin : segment.end] for x in (spans.lo, spans.hi))
+    live = lo < hi
+    sides = torch.stack([
+        torch.where(live, lo, far), torch.where(live, -lo, far), torch.where(live, hi, far), torch.where(live, -hi, far)
+    ], -1)  # fmt: skip
+    return pad(sides, (0, 0, 0, -lo.shape[2] % CELL), value=far).unflatten(2, (-1, CELL)).amin(3)
+
+
+def _cheapest(cells: list[list[int]], segment: _Segment, heads: int) -> tuple[RowTile, ...]:
     """The tiles of least cost for so many heads, of rows whose cells have these least lo, -lo, hi and -hi."""
 
     def cost(tiles: tuple[RowTile, ...]) -> int:
-        return sum(heads * tile.area + RANGE_COST * len(tile.ranges) for tile in tiles)
+        return sum(heads * tile.squares + RANGE_COST * len(tile.ranges) for tile in tiles)
 
-    return min((tuple(_of_height(cells, height, rows)) for height in HEIGHTS), key=cost)
+    return min((tuple(_of_height(cells, height, segment)) for height in HEIGHTS), key=cost)
 
 
-def _of_height(cells: list[list[int]], height: int, rows: int) -> Iterator[RowTile]:
+def _of_height(cells: list[list[int]], height: int, segment: _Segment) -> Iterator[RowTile]:
     """Row tiles of so many cells; what is left over joins the last, if it is less than half a tile."""
     begin = 0
+    of_sink = (KeyRange(0, segment.sink),) if segment.sink else ()
     while begin < len(cells):
         end = begin + height
         if len(cells) - end < (height + 1) // 2:
             end = len(cells)
         first, highest, least, last = (min(side) for side in zip(*cells[begin:end], strict=True))
-        ranges = _key_ranges(first, -highest, least, -last) if first < 1 << 60 else ()
-        yield RowTile(slice(begin * CELL, min(end * CELL, rows)), ranges)
+        ranges: tuple[KeyRange, ...] = ()
+        if first < 1 << 60:
+            ranges = (*_key_ranges(first, -highest, (least, -last), straight=segment.straight), *of_sink)
+        rows = slice(segment.begin + begin * CELL, min(segment.begin + end * CELL, segment.end))
+        yield RowTile(rows, ranges)
         begin = end
 
 
-def _key_ranges(first: int, highest: int, least: int, last: int) -> tuple[KeyRange, ...]:
-    """The ranges of rows that begin at slots from ``first`` to ``highest`` and end before slots ``least`` to ``last``.
+def _key_ranges(first: int, highest: int, ends: tuple[int, int], *, straight: bool = False) -> tuple[KeyRange, ...]:
+    """The ranges of rows that begin at slots from ``first`` to ``highest`` and end before slots from least to last.
 
-    A range that not all rows see whole holds a slot of each of them.
+    A range that not all rows see whole holds a slot of each of them. Where the rows are those of a straight segment and
+    do not end together, the last range is a triangle.
     """
+    least, last = ends
     begin = highest + 1 if first < highest else first
     end = least - 1 if least < last else last
-    if end - begin < LEAST_INSIDE:
-        return (KeyRange(first, last, late=first < highest, early=least < last),)
-    sides = (KeyRange(first, begin, late=True), KeyRange(begin, end), KeyRange(end, last, early=True))
-    return tuple(keys for keys in sides if keys.first < keys.last)
+    late = first < highest
+    early = least < last
+    inside = end - begin
+    if inside < (0 if straight else LEAST_INSIDE):
+        return (KeyRange(first, last, late=late, early=early),)
+    ahead = (KeyRange(first, begin, late=True), KeyRange(begin, end))
+    if inside < LEAST_INSIDE:
+        ahead = (KeyRange(first, end, late=late),)
+    behind = KeyRange(end, last, causal=straight, early=not straight)
+    return tuple(keys for keys in (*ahead, behind) if keys.first < keys.last)

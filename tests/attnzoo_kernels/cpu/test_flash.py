@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,9 +12,11 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.functional import pad
 
 from attnzoo_kernels import BlockLayout, Extras, block_sparse_attention, block_sparse_attention_with_lse, dispatch
 from attnzoo_kernels.cpu import few_rows, flash, row_tiles
+from attnzoo_kernels.layouts import row_spans
 from attnzoo_kernels.spec.call import Call
 from attnzoo_kernels.spec.token_rule import TokenRule
 from tests.attnzoo_kernels.cpu.cpu_classes import PROCESSORS, answering
@@ -134,6 +137,66 @@ def test_runs_of_slots_are_the_definition(p: Problem, threads: int) -> None:
         assert calls == (passes(p) if quick else passes(p)[:2])
 
 
+def covered(p: Problem) -> Problem:
+    """With the blocks alone in which something is visible, as layers list those of a sink and a window."""
+    mask = visible(p).any(0, keepdim=True).any(1, keepdim=True)
+    rows, slots = p.keep.shape[2:]
+    mask = pad(mask, (0, slots * p.block_k - p.keys, 0, rows * p.block_q - p.queries))
+    return p.change(keep=mask.unflatten(3, (slots, p.block_k)).unflatten(2, (rows, p.block_q)).any(5).any(3))
+
+
+def sink_calls() -> list[Problem]:
+    """Rows before, at and behind the one whose window leaves the sink, in lists with and without a gap."""
+    found = []
+    for queries, keys, window, sink in (
+        (40, 40, 6, 2),
+        (30, 70, 12, 7),
+        (12, 50, 4, 1),
+        (45, 30, 9, 3),
+        (9, 60, 20, 4),
+    ):
+        p = problem((2, 2, 2, queries, keys), 4, causal=True, window=window, sink=sink)
+        found += [p, covered(p), p.change(causal=False)]
+    return found
+
+
+@pytest.mark.parametrize("number", range(len(sink_calls())))
+def test_a_sink_beside_a_window_is_the_definition(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = count_calls(monkeypatch)
+    p = sink_calls()[number]
+    check(p)
+    assert calls == passes(p)
+
+
+@given(
+    few,
+    few,
+    st.integers(1, 40),
+    st.integers(-8, 40),
+    st.integers(1, 30),
+    st.integers(1, 9),
+    st.booleans(),
+    st.booleans(),
+)
+def test_sinks_of_all_sizes_are_the_definition(
+    groups: int, ratio: int, queries: int, more: int, window: int, sink: int, causal: bool, cover: bool
+) -> None:
+    keys = max(queries + more, 1)
+    p = problem((1, groups, ratio, queries, keys), 4, causal=causal, window=window, sink=sink)
+    check(covered(p) if cover else p)
+
+
+def test_what_lies_between_sink_and_window_may_be_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = count_calls(monkeypatch)
+    p = problem((1, 2, 1, 9, 60), 4, window=12, sink=3)
+    k = p.k.clone()
+    v = p.v.clone()
+    k[:, :, 3:40] = math.nan
+    v[:, :, 3:40] = math.nan
+    check(p.change(k=k, v=v))
+    assert calls == passes(p)
+
+
 @given(striped(torch.bfloat16))
 def test_in_half_precision_the_forward_is_the_definition(p: Problem) -> None:
     with pytest.MonkeyPatch.context() as patch:
@@ -188,7 +251,10 @@ def test_only_the_gradients_that_are_asked_for_come_back(wanted: tuple[int, ...]
 BASE = (1, 2, 1, 21, 21)
 OTHERS: dict[str, Callable[[], tuple[Problem, Extras]]] = {
     "a gap between blocks": lambda: (_without_a_block(problem(BASE, 4)), Extras()),
-    "a sink beside the window": lambda: (problem(BASE, 4), Extras(window=5, sink=1)),
+    "a sink beside windows of rows at positions of their own": lambda: (
+        problem(BASE, 4),
+        Extras(window=5, sink=1, q_pos=torch.arange(21, dtype=torch.int32).view(1, 1, 21)),
+    ),
     "a sink of each head": lambda: (problem(BASE, 4), Extras(window=5, sink=torch.tensor([0, 1], dtype=torch.int32))),
     "a bias": lambda: (problem(BASE, 4), Extras(key_bias=torch.zeros(1, 1, 21))),
     "double precision": lambda: (_as(problem(BASE, 4), torch.float64), Extras()),
@@ -295,7 +361,7 @@ def test_the_op_keeps_its_promises_of_shape_and_stride(window: int | None) -> No
 
 
 def test_row_tiles_are_cut_where_it_costs_least() -> None:
-    def heights(seen: int, rows: int, heads: int) -> set[int]:
+    def height(seen: int, rows: int, heads: int) -> int:
         hi = torch.arange(1, rows + 1).view(1, 1, rows)
         shape = torch.empty(1, heads, rows, 4)
         rule = TokenRule(True, window=seen)
@@ -303,24 +369,25 @@ def test_row_tiles_are_cut_where_it_costs_least() -> None:
         call = Call(shape, shape, shape, layout.start, layout.count, layout.col, None, rule, 64, 64, 1.0)
         found = row_tiles.row_tiles_of(call, 1)
         assert found is not None
-        assert torch.equal(found.hi, hi.expand_as(found.hi))
-        return {tile.rows.stop - tile.rows.start for tile in found.head_groups[0].tiles}
+        assert torch.equal(found.spans.hi, hi.expand_as(found.spans.hi))
+        # Where the window fills and at the end there may be others.
+        return statistics.mode(tile.rows.stop - tile.rows.start for tile in found.head_groups[0].tiles)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(row_tiles, "CELL", 64)
-        assert heights(128, 3072, 8) == {192}
-        assert heights(2048, 3072, 1) != {192}
+        assert height(128, 3072, 8) == 192
+        assert height(2048, 3072, 1) != 192
 
 
 MUTANTS = {
     "causality aligned at the first key": (row_tiles, "_find_row_tiles", "inside = seq_k - seq_q if", "inside = 0 if"),
-    "lists that are not looked at": (row_tiles, "_find_runs", "not bool(", "False and bool("),
-    "sinks overlooked": (flash, "_rule_reasons", "and rule.sink == 0", ""),
-    "a run that goes on": (row_tiles, "_find_row_tiles", "torch.minimum(hi, last)", "hi"),
-    "a run that began before": (row_tiles, "_find_row_tiles", "torch.maximum(lo, first)", "lo"),
-    "one row's beginning for all": (row_tiles, "_key_ranges", "late=first < highest, ", ""),
-    "one row's end for all": (row_tiles, "_key_ranges", "early=least < last", ""),
-    "the slots inside a tile left out": (row_tiles, "_key_ranges", "KeyRange(begin, end), ", ""),
+    "lists that are not looked at": (row_spans, "_find_runs", "not bool(", "False and bool("),
+    "sinks overlooked": (flash, "_rule_reasons", "and not rule.is_static", "and False"),
+    "a run that goes on": (row_tiles, "row_spans", "torch.minimum(hi, last)", "hi"),
+    "a run that began before": (row_tiles, "row_spans", "torch.maximum(lo, first)", "lo"),
+    "one row's beginning for all": (row_tiles, "_key_ranges", "late=late, early", "early"),
+    "one row's end for all": (row_tiles, "_key_ranges", ", early=early", ""),
+    "the slots inside a tile left out": (row_tiles, "_key_ranges", ", KeyRange(begin, end))", ",)"),
     "query heads in another order": (row_tiles, "_head_groups", "cells[item, head::ratio][here]", "cells[item, here]"),
     "the first item's tiles for all": (row_tiles, "_head_groups", "own = cells[item] if", "own = cells[0] if"),
     "key ranges that are added up": (flash, "_merged", "share)", "share.new_tensor(0.5))"),
@@ -366,7 +433,11 @@ def battery(monkeypatch: pytest.MonkeyPatch) -> None:
         check(one)
         assert calls == passes(one)
         calls.clear()
-    test_other_calls_stay_with_the_blocks("a sink beside the window", monkeypatch)
+    for one in sink_calls()[:6]:
+        check(one)
+        assert calls == passes(one)
+        calls.clear()
+    test_other_calls_stay_with_the_blocks("a sink of each head", monkeypatch)
     test_a_shared_list_with_a_gap_stays_with_the_blocks(monkeypatch)
     test_where_something_is_spoiled_blocks_compute_the_call(monkeypatch)
 

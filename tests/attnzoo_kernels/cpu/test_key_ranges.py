@@ -18,7 +18,7 @@ def test_every_row_has_a_slot_in_every_range(first: int, late: int, inside: int,
     highest = first + late
     least = highest + 1 + inside
     last = least + early
-    ranges = row_tiles._key_ranges(first, highest, least, last)
+    ranges = row_tiles._key_ranges(first, highest, (least, last))
     assert ranges[0].first == first and ranges[-1].last == last
     assert all(one.last == other.first for one, other in pairwise(ranges))
     for keys in ranges:
@@ -32,5 +32,24 @@ def test_every_row_has_a_slot_in_every_range(first: int, late: int, inside: int,
 
 
 def test_one_range_serves_few_slots() -> None:
-    assert len(row_tiles._key_ranges(0, 10, 10 + row_tiles.LEAST_INSIDE, 300)) == 1
-    assert len(row_tiles._key_ranges(0, 10, 12 + row_tiles.LEAST_INSIDE, 300)) == 3
+    assert len(row_tiles._key_ranges(0, 10, (10 + row_tiles.LEAST_INSIDE, 300))) == 1
+    assert len(row_tiles._key_ranges(0, 10, (12 + row_tiles.LEAST_INSIDE, 300))) == 3
+
+
+@given(st.integers(0, 50), st.integers(1, 400), st.integers(1, 300))
+def test_the_ranges_of_rows_behind_a_window_hold_what_each_of_them_sees(first: int, window: int, rows: int) -> None:
+    # Row i sees the slots from first + i to first + i + window - 1.
+    ends = (first + window, first + window + rows - 1)
+    ranges = row_tiles._key_ranges(first, first + rows - 1, ends, straight=True)
+    assert ranges[0].first == first and ranges[-1].last == ends[1]
+    assert all(one.last == other.first for one, other in pairwise(ranges))
+    for row in (0, rows // 2, rows - 1):
+        seen = 0
+        for keys in ranges:
+            last = keys.first + row + 1 if keys.causal else keys.last
+            if keys.early:
+                last = min(last, first + row + window)
+            begin = max(keys.first, first + row) if keys.late else keys.first
+            assert begin < last <= keys.last and begin >= first + row
+            seen += last - begin
+        assert seen == window

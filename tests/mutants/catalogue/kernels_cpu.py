@@ -19,6 +19,7 @@ blocked = partial(Mutant, file=f"{FOLDER}/cpu/blocked.py", tests=RIGHT)
 rule = partial(Mutant, file=f"{FOLDER}/spec/token_rule.py", tests=RIGHT)
 reference = partial(Mutant, file=f"{FOLDER}/reference.py", tests=RIGHT)
 row_tiles = partial(Mutant, file=f"{FOLDER}/cpu/row_tiles.py", tests=f"{TESTS}/cpu/test_flash.py")
+row_spans = partial(Mutant, file=f"{FOLDER}/layouts/row_spans.py", tests=f"{TESTS}/cpu/test_flash.py -k 'sink'")
 fused = partial(Mutant, file=f"{FOLDER}/cpu/flash.py", tests=f"{TESTS}/cpu/test_flash.py")
 half = partial(Mutant, file=f"{FOLDER}/cpu/bf16.py", tests=f"{TESTS}/cpu/test_bf16.py")
 
@@ -225,6 +226,30 @@ MUTANTS = (
         wrong="where the last row begins is taken from the first", tests=f"{TESTS}/cpu/test_flash.py -k 'runs or cut'",
     ),
     row_tiles(
+        "row-tiles-sink-of-all", old="sink=spans.sink if beside else 0", new="sink=spans.sink",
+        wrong="rows whose window holds the sink see it twice", tests=f"{TESTS}/cpu/test_flash.py -k 'sink'",
+    ),
+    row_tiles(
+        "row-tiles-no-triangle", old="KeyRange(end, last, causal=straight, early=not straight)", new="KeyRange(end, last, early=not straight)",
+        wrong="rows behind a window see the tokens of their tile that follow them", tests=f"{TESTS}/cpu/test_flash.py -k 'sink'",
+    ),
+    row_tiles(
+        "row-tiles-one-segment", old="if jumped or row > borders[-1] + 1:", new="if jumped:",
+        wrong="rows before and behind a window's first move are taken for one course", tests=f"{TESTS}/cpu/test_flash.py -k 'sink or runs'",
+    ),
+    row_spans(
+        "row-spans-window-that-meets-its-sink", old="lo = lo.masked_fill(meets, 0)", new="lo = lo.clone()",
+        wrong="rows whose window reaches the sink see no more of it than the window does",
+    ),
+    row_spans(
+        "row-spans-gap-behind-a-sink", old="joined = (sinks > 0) & ((count == 0) | (first == sink_last))", new="joined = sinks > 0",
+        wrong="what lies between a sink's blocks and those of the window counts as listed",
+    ),
+    row_spans(
+        "row-spans-sink-that-is-not-listed", old="torch.where(first > 0, 0, torch.minimum(end, last))", new="torch.minimum(end, last)",
+        wrong="a sink that no list holds is read",
+    ),
+    row_spans(
         "row-tiles-runs-with-gaps", old="((last - first).clamp(min=0) == count)", new="((last - first).clamp(min=0) >= count)",
         wrong="lists with gaps are taken for runs", tests=f"{TESTS}/cpu/test_flash.py -k 'gap or other_calls'",
     ),
