@@ -17,7 +17,7 @@ from attnzoo.topk import top_blocks
 from attnzoo_kernels.errors import ConfigError
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Budgeted(Policy):
     """Keeps the first and the last rows of each KV head, and of the others those with the best scores.
 

@@ -48,7 +48,7 @@ CHUNK = 1024
 """Rows that are compared with all centres at a time."""
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class EMS(Budgeted, name="ems"):
     """Keeps what all queries or the last ones attend to, and merges the rest into what is kept.
 

@@ -87,7 +87,7 @@ class RetainingHead(nn.Module):
         return made
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Locret(Budgeted, name="locret"):
     """Keeps the rows to which trained heads give the best scores, and the last ones.
 

@@ -12,7 +12,7 @@ width, Dv value width, P pages of the head that has most.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from typing import Any, ClassVar
 
 import torch
@@ -92,7 +92,7 @@ NEEDS = frozenset({"window_mass", "mass", "score", "page_bounds"})
 """What a policy may ask for: see :attr:`Policy.needs`."""
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Policy:
     """What the KV heads of one layer, or of all layers of a model, remember.
 
@@ -126,6 +126,15 @@ class Policy:
         if name is not None:
             cls.name = name
             policies[name] = cls
+
+    def __repr__(self) -> str:
+        told = [f"{f.name}={_told(getattr(self, f.name))}" for f in fields(self) if f.init and self._differs(f)]
+        return f"{type(self).__name__}({', '.join(told)})"
+
+    def _differs(self, setting: Field[Any]) -> bool:
+        """Whether a setting is another one than if nothing were said."""
+        value = getattr(self, setting.name)
+        return value is not setting.default and (isinstance(value, Tensor) or value != setting.default)
 
     def of_layer(self, layer: int) -> Policy:
         """The policy of one layer of the model; the same where all layers have the same.
@@ -261,6 +270,13 @@ class Policy:
 
 policies: dict[str, type[Policy]] = {}
 """Every policy's class by its name."""
+
+
+def _told(value: Any) -> str:
+    """A setting in a line: of tensors, and of what holds some, how large they are."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    return f"{len(value)} layers" if isinstance(value, tuple) else repr(value)
 
 
 def _as_json(value: Any) -> Any:

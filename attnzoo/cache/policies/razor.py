@@ -109,6 +109,9 @@ class Razor(Duo, name="razor"):
         heads = torch.stack(protected).any(0)
         return cls(heads.unflatten(1, (scores.kv_heads, -1)).any(2), **settings)
 
+    def _said(self) -> list[str]:
+        return [*super()._said(), f"fold={self.fold}", f"bias={self.bias}"]
+
     def of_layer(self, layer: int) -> Self:
         """The policy of one layer."""
         full = heads_of_layer(self.full, layer)

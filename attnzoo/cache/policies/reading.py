@@ -41,7 +41,7 @@ from attnzoo.topk import top_blocks
 from attnzoo_kernels.errors import ConfigError
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Pages(Policy, name="pages"):
     """Reads ``budget // page`` pages, the first and the last two among them.
 

@@ -42,7 +42,7 @@ from attnzoo.cache.policies.protocol import Seen
 from attnzoo_kernels.errors import ConfigError
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class SnapKV(Budgeted, name="snapkv"):
     """Keeps what the last queries of the prompt attend to, and its neighbours.
 
@@ -64,7 +64,7 @@ class SnapKV(Budgeted, name="snapkv"):
         return pooled_window_mass(seen, self.window, self.pool)
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class H2O(Budgeted, name="h2o"):
     """Keeps the last rows, and of the others those with most attention from all queries that saw them.
 
@@ -93,7 +93,7 @@ class H2O(Budgeted, name="h2o"):
         return seen.signals["mass"]
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class TOVA(Budgeted, name="tova"):
     """Keeps what the last query attends to."""
 
@@ -113,7 +113,7 @@ class TOVA(Budgeted, name="tova"):
         return seen.signals["window_mass"]
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class KNorm(Budgeted, name="knorm"):
     """Keeps the rows whose keys are shortest: these are the ones that are attended to, without looking at attention."""
 

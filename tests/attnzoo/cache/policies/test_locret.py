@@ -56,6 +56,7 @@ def test_the_best_scores_and_the_last_tokens_stay() -> None:
 def test_settings_and_weights_make_it_again(composed: bool) -> None:
     policy = Locret(heads(3), budget=200, local=10, stabilizers=50)
     policy.check(3, 2)
+    assert repr(policy) == "Locret(budget=200, retaining=3 layers, stabilizers=50, local=10)"
     whole = Compose(static=Duo(torch.zeros(3, 2, dtype=torch.bool)), score=policy) if composed else policy
     again = policy_from(json.loads(json.dumps(whole.settings())), whole.weights())
     assert again.settings() == whole.settings()

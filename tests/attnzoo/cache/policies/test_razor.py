@@ -54,6 +54,8 @@ def test_it_holds_what_duo_holds() -> None:
     duo = Duo(FULL, sink=4, window=8, block=4)
     assert razor.of_layer(0).retention(2) == duo.of_layer(0).retention(2)
     assert razor.folds
+    assert "1 of 4 KV heads full" in repr(razor)
+    assert "fold=rotated" in repr(razor)
     assert not Razor(FULL, fold="none").folds
     assert not razor.compacts
     assert not duo.folds

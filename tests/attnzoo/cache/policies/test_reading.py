@@ -139,6 +139,7 @@ def test_settings_make_it_again_and_those_that_do_not_fit_are_named() -> None:
     assert policy.reads_pages
     assert not policy.compacts
     policy.check(1, 2)
+    assert repr(policy) == "Pages(page=8, reuse=4, budget=64, full=bool[1, 2])"
     for message, bad in {
         "budget: expected 48 rows or more, three pages of 16, got 47": {"budget": 47},
         "page: expected 1 row or more, got 0": {"page": 0},

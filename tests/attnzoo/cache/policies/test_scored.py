@@ -193,6 +193,11 @@ def test_settings_that_do_not_fit_are_named(message: str) -> None:
         assert str(found.value).startswith(message)
 
 
+def test_what_was_said_is_told() -> None:
+    assert repr(SnapKV(budget=400, every=8)) == "SnapKV(every=8, budget=400)"
+    assert repr(TOVA(share=0.2)) == "TOVA(share=0.2)"
+
+
 def test_other_settings_that_do_not_fit_are_named() -> None:
     with pytest.raises(ConfigError, match="local: expected 0 to 1"):
         H2O(budget=64, local=1.5)
