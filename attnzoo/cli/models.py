@@ -59,8 +59,7 @@ def text_tokens(tokenizer: Any, name: str) -> Tensor:
     Raises:
         ConfigError: If there is no such file, it is no text, or the model has no tokenizer.
     """
-    if tokenizer is None:
-        raise ConfigError("model: expected a tokenizer beside the weights, got none")
+    _check_tokenizer(tokenizer)
     if name in data.TEXTS:
         text = data.text(name)
     else:
@@ -74,5 +73,20 @@ def text_tokens(tokenizer: Any, name: str) -> Tensor:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise ConfigError(f"text: {name!r} is no UTF-8 text: {error}") from error
+    return encode(tokenizer, text)
+
+
+def encode(tokenizer: Any, text: str) -> Tensor:
+    """The tokens of a text: int64 ``[n]``, without special tokens.
+
+    Raises:
+        ConfigError: If the model has no tokenizer.
+    """
+    _check_tokenizer(tokenizer)
     ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     return torch.tensor(ids, dtype=torch.int64, device="cpu")
+
+
+def _check_tokenizer(tokenizer: Any) -> None:
+    if tokenizer is None:
+        raise ConfigError("model: expected a tokenizer beside the weights, got none")

@@ -99,7 +99,8 @@ class HeadScores:
         Raises:
             ConfigError: If there are none of that kind.
         """
-        return self[kind].unflatten(1, (self.kv_heads, -1)).amax(2)
+        groups: Tensor = self[kind].view(self.layers, self.kv_heads, -1)
+        return groups.amax(2)
 
     def top(self, kind: str, count: int) -> list[RankedHead]:
         """The query heads of the highest scores, best first; equal ones by layer, then by head.

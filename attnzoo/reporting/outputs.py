@@ -24,8 +24,12 @@ def check_place(path: Path) -> None:
         raise PermissionError(f"{path}: cannot be written: {parent} refuses it (permissions, or a read-only disk)")
 
 
-def check_writable(out: Path) -> None:
+def check_writable(out: Path, argument: str = "out") -> None:
     """Raises unless files named after ``out`` could be written, see :func:`check_place`.
+
+    Args:
+        out: The files' common name.
+        argument: Which argument it is.
 
     Raises:
         ConfigError: If a part of the path is a file, or the folder may not be written to.
@@ -33,7 +37,9 @@ def check_writable(out: Path) -> None:
     try:
         check_place(out)
     except OSError as error:
-        raise ConfigError(f"out: expected a place in a folder that can be written to, got {str(out)!r}") from error
+        raise ConfigError(
+            f"{argument}: expected a place in a folder that can be written to, got {str(out)!r}"
+        ) from error
 
 
 def write_together(out: Path, writers: Mapping[str, Callable[[Path], object]]) -> None:

@@ -40,6 +40,7 @@ CALLS: dict[str, tuple[str, str]] = {
     "list": ("list", "attnzoo.cli.show_view.summaries"),
     "show": ("show mha", "attnzoo.cli.show_view.about"),
     "inspect": ("inspect {model}", "attnzoo.cli.app.load_model"),
+    "heads": ("heads {model} --length 4 --picture {out}/made.png", "attnzoo.cli.app.load_model"),
     "convert": ("convert {model} --to mha:window=4,sink=1 --out {out}/made", "attnzoo.surgery.convert"),
     "compare": (
         "compare {model} --variants mha:window=9,sink=2 --text {text} --length 32 --offset 0 --out {out}/made",
@@ -129,6 +130,7 @@ def test_ctrl_c_is_a_line_and_its_exit_code(
 WRITING = {
     "convert": ("safetensors.torch.save_file", "transformers.configuration_utils.PreTrainedConfig.save_pretrained"),
     "compare": ("attnzoo.evaluation.compare_report.markdown", "attnzoo.evaluation.compare_report.picture"),
+    "heads": ("attnzoo.heads.picture.picture", "matplotlib.figure.Figure.savefig"),
     "bench": ("attnzoo.evaluation.costs_report.markdown", "attnzoo.evaluation.costs_report.picture"),
 }
 

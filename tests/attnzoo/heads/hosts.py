@@ -34,7 +34,8 @@ def host(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> A
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config)
+        make: Any = AutoModelForCausalLM
+        model = make.from_config(config)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() == 2:

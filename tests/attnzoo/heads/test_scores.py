@@ -20,7 +20,7 @@ from tests.attnzoo.heads.hosts import FAMILIES, host
 from tests.attnzoo.heads.plain_scores import eager_attention, plain_echo_and_induction, plain_retrieval
 from tests.attnzoo.surgery.tiny import assert_untouched, replace_mha, snapshot, tiny
 
-SMALL = {"length": 7, "repeats": 3}
+SMALL: dict[str, Any] = {"length": 7, "repeats": 3}
 KINDS = ("induction", "echo")
 
 

@@ -1,0 +1,57 @@
+"""Scores of heads as a picture: a map of layers and heads for each kind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from attnzoo.heads.head_scores import HeadScores
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+RING = "#e4572e"
+
+
+def picture(scores: HeadScores, title: str, path: Path, *, marked: int = 10) -> None:
+    """Draws scores, as a PNG or whatever the suffix says.
+
+    Args:
+        scores: Of one kind or several, side by side.
+        title: Over all.
+        path: Where to.
+        marked: How many of the best heads of each kind have a ring.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    kinds = scores.kinds
+    cell = min(0.34, 16 / scores.heads, 10 / scores.layers)
+    size = (max(2.6, cell * scores.heads) * len(kinds) + 1.8, max(2.4, cell * scores.layers) + 1.4)
+    figure, panels = pyplot.subplots(1, len(kinds), figsize=size, layout="constrained", sharey=True, squeeze=False)
+    for axes, kind in zip(panels[0], kinds, strict=True):
+        axes.imshow(scores[kind].numpy(), cmap="Blues", vmin=0, vmax=1, aspect="auto", origin="upper")
+        _mark(axes, scores, kind, marked)
+    panels[0][0].set_ylabel("layer")
+    figure.colorbar(panels[0][0].images[0], ax=panels[0].tolist(), label="score", shrink=0.8)
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=140)
+    pyplot.close(figure)
+
+
+def _mark(axes: Axes, scores: HeadScores, kind: str, marked: int) -> None:
+    """Rings round the best heads, and lines between the groups of KV heads."""
+    from matplotlib.ticker import MaxNLocator
+
+    best = scores.top(kind, min(marked, scores.layers * scores.heads))
+    axes.scatter([one.head for one in best], [one.layer for one in best], s=60, facecolors="none", edgecolors=RING)
+    group = scores.heads // scores.kv_heads
+    if group > 1:
+        for edge in range(group, scores.heads, group):
+            axes.axvline(edge - 0.5, color="#888888", linewidth=0.6)
+    axes.set_title(f"{kind}: the best {len(best)} ringed", fontsize=9)
+    axes.set_xlabel("query head" if group == 1 else f"query head, {group} to a KV head")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
