@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from attnzoo.cache.evicting.regions import FullRegion, Region, StreamingRegion, column_of, regions_of
+from attnzoo.cache.evicting.regions import FullRegion, Region, StreamingRegion, column_of, of_run, picked, regions_of
 from attnzoo.cache.evicting.retention import Retention
 from attnzoo.cache.kv_cache import KVCache, Stream
 from attnzoo.cache.lengths import Lengths
@@ -22,7 +22,7 @@ from attnzoo.cache.owner import Identity
 from attnzoo.cache.replay import refuse_transforms
 from attnzoo.cache.rows import RowCache
 from attnzoo.cache.streams import widened, with_rows
-from attnzoo_kernels.errors import UnsupportedError
+from attnzoo_kernels.errors import ConfigError, UnsupportedError
 
 
 class EvictingCache(KVCache):
@@ -145,7 +145,7 @@ class EvictingCache(KVCache):
                 if isinstance(region, StreamingRegion):
                     row = self._cropped(region, before, after)
                     for name in self._names(region):
-                        moved[name] = _picked(self._buffers[name], row)
+                        moved[name] = picked(self._buffers[name], row)
         self._buffers |= moved
         if most:
             block = self.retention.block
@@ -180,9 +180,23 @@ class EvictingCache(KVCache):
         super().reorder(index)
         self._oldest = Lengths(self._oldest).select(index.to(self.device)).value
 
+    def state_dict(self) -> dict[str, Any]:
+        """As ever; of a policy's cache, what is retained is said too."""
+        state = super().state_dict()
+        return {**state, "retention": self.retention.as_json()} if self.rules else state
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """As ever; tokens from before the state cannot be taken back."""
-        super().load_state_dict(state)
+        """As ever; tokens from before the state cannot be taken back.
+
+        Raises:
+            ConfigError: If what is retained is something else, too.
+        """
+        mine = self.retention.as_json() if self.rules else None
+        given = state.get("retention") if isinstance(state, Mapping) else None
+        if given != mine:
+            raise ConfigError(f"policy: expected the state of a cache that holds {mine}, got {given}")
+        known = {name: x for name, x in state.items() if name != "retention"} if isinstance(state, Mapping) else state
+        super().load_state_dict(known)
         self._oldest = self.max_length
 
     def _held(self, buffers: Mapping[str, Tensor], bound: int) -> dict[str, Tensor]:
@@ -279,11 +293,11 @@ class EvictingCache(KVCache):
 
     def _gathered(self, region: Region, held: Tensor, own: Tensor, token: Tensor, before: int | Tensor) -> Tensor:
         if Lengths(before).shared == 0:
-            return _picked(own, token.clamp(0, max(own.shape[2] - 1, 0)))
+            return picked(own, token.clamp(0, max(own.shape[2] - 1, 0)))
         count = column_of(before, self.device)
         behind = held.shape[2] - count
         row = torch.where(token < count, region.row_of(token.clamp(min=0), count), token + behind)
-        return _picked(torch.cat((held, own), 2), row.clamp(0, held.shape[2] + own.shape[2] - 1))
+        return picked(torch.cat((held, own), 2), row.clamp(0, held.shape[2] + own.shape[2] - 1))
 
     def holds_in(self, dtype: torch.dtype) -> bool:
         """Whether everything is held in a dtype."""
@@ -371,11 +385,6 @@ class EvictingCache(KVCache):
         return copy
 
 
-def of_run(x: Tensor, first: int, end: int) -> Tensor:
-    """Neighbouring heads of ``[B, h, ...]``."""
-    return x if end - first == x.shape[1] else x[:, first:end]
-
-
 def of_heads(x: Tensor, heads: tuple[int, ...]) -> Tensor:
     """Some heads of ``[B, G, ...]``: a view where they are neighbours."""
     if len(heads) == x.shape[1]:
@@ -383,10 +392,3 @@ def of_heads(x: Tensor, heads: tuple[int, ...]) -> Tensor:
     if heads[-1] - heads[0] + 1 == len(heads):
         return x[:, heads[0] : heads[-1] + 1]
     return x.index_select(1, torch.tensor(heads, device=x.device))
-
-
-def _picked(x: Tensor, row: Tensor) -> Tensor:
-    """Rows ``[B|1, h|1, n]`` of ``x [B, h, R, D]``, a copy ``[B, h, n, D]``."""
-    if row.shape[:2] == (1, 1):
-        return x.index_select(2, row.view(-1))
-    return x.gather(2, row.unsqueeze(-1).expand(*x.shape[:2], -1, x.shape[3]))

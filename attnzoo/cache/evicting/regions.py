@@ -300,3 +300,15 @@ def column_of(count: int | Tensor, device: torch.device) -> int | Tensor:
 
 def _at_least_0(blocks: int | Tensor) -> int | Tensor:
     return blocks.clamp(min=0) if isinstance(blocks, Tensor) else max(0, blocks)
+
+
+def of_run(x: Tensor, first: int, end: int) -> Tensor:
+    """Neighbouring heads of ``[B, h, ...]``."""
+    return x if end - first == x.shape[1] else x[:, first:end]
+
+
+def picked(x: Tensor, row: Tensor) -> Tensor:
+    """Rows ``[B|1, h|1, n]`` of ``x [B, h, R, D]``, a copy ``[B, h, n, D]``."""
+    if row.shape[:2] == (1, 1):
+        return x.index_select(2, row.view(-1))
+    return x.gather(2, row.unsqueeze(-1).expand(*x.shape[:2], -1, x.shape[3]))

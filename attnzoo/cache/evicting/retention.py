@@ -5,7 +5,7 @@ Letters: G KV heads, J a block, w tokens in a block, L near blocks.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -75,3 +75,7 @@ class Retention:
     def kept(self) -> Kept:
         """What is kept by heads that do not keep everything."""
         return Kept(self.sink, self.stride)
+
+    def as_json(self) -> dict[str, Any]:
+        """The same in lists and plain numbers."""
+        return {name: list(x) if isinstance(x, tuple) else x for name, x in asdict(self).items()}

@@ -17,7 +17,7 @@ calls = partial(
 hosts = partial(
     Mutant,
     file="attnzoo/surgery/hosts/attention_function.py",
-    tests=f"{TESTS}/surgery/hosts/test_evicting.py -k 'kept or said or refused'",
+    tests=f"{TESTS}/surgery/hosts/test_evicting.py -k 'kept or said or refused or padding'",
 )
 
 MUTANTS = (

@@ -136,7 +136,6 @@ def evicting_layer(cache: Any, index: int, layer: EvictingLayer) -> EvictingCach
             )
         found = EvictingCacheLayer(layer)
         cache.layers[index] = found
-    found.is_awaited = True
     return found
 
 

@@ -62,6 +62,9 @@ def evicting_layer_for(
         found.rotation = call[1].get("position_embeddings")
     if policy is not None and may_begin:
         evicting.check_policy_layer(cache, index, policy, module, found)
+    if found is not None:
+        # All that may be wrong has been found: the keys that come next are this block's.
+        found.is_awaited = True
     return found
 
 
