@@ -186,6 +186,20 @@ def test_sinks_of_all_sizes_are_the_definition(
     check(covered(p) if cover else p)
 
 
+@pytest.mark.parametrize("missing", ["the sink", "where windows begin"])
+def test_what_of_a_sink_and_a_window_is_not_listed_is_not_read(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = count_calls(monkeypatch)
+    p = covered(problem((1, 2, 1, 12, 50), 4, window=9, sink=1))
+    keep = p.keep.clone()
+    if missing == "the sink":
+        keep[..., 0] = False
+    else:
+        first = keep[..., 1:].int().argmax(-1, keepdim=True) + 1
+        keep.scatter_(-1, first, torch.zeros_like(first, dtype=torch.bool))
+    check(p.change(keep=keep))
+    assert calls == passes(p)
+
+
 def test_what_lies_between_sink_and_window_may_be_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = count_calls(monkeypatch)
     p = problem((1, 2, 1, 9, 60), 4, window=12, sink=3)
