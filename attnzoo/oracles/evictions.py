@@ -14,7 +14,8 @@ What the formulas leave open, and how it is read here:
   not behind it; fewer queries than the window's are averaged over those that there are;
 - the mass of all queries was added up when they were asked, over what was held then; it is divided by the number of
   queries that were asked while the row was there, its own token's included;
-- neighbours for pooling are neighbours among the rows held, the forced ones with the others, and nothing beyond an end;
+- neighbours for pooling are neighbours among the rows held; the window's own rows lend theirs to no other, as in
+  SnapKV's listing 1, and their shares, of rows that are to stay in any case, are no measure for others in EMS either;
 - the first rows are those of positions below ``sink``, the last ones of positions from ``n - recent`` on;
 - equal scores: the earlier row stays; equally similar centres: the earlier one takes the row;
 - a centre keeps its own position, shares and score, whatever it takes in.
@@ -52,6 +53,8 @@ class HeldRow:
         asked: How many queries could see it.
         score: Of its token, made when it came.
         folded: Whether it stands for what a head has lost.
+        moment: Of a folded row, mean of :math:`k^T M k` of what it stands for.
+        spread: What is added to the logarithm of its mass.
     """
 
     position: int
@@ -62,6 +65,8 @@ class HeldRow:
     asked: int = 0
     score: float = 0.0
     folded: bool = False
+    moment: float = 0.0
+    spread: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +76,8 @@ class Choice:
     Attributes:
         score: "window", the share of the last queries; "mass", that of all; "norm", short keys first; "ems", the larger
             of both shares; "given", what the row came with.
-        budget: Rows that stay.
+        budget: Rows that stay; or else
+        share: rows that stay for each token seen, rounded, and no fewer than those that stay in any case.
         sink: First tokens that stay.
         recent: Last tokens that stay.
         window: Queries of "window" and "ems".
@@ -80,10 +86,12 @@ class Choice:
         every: Tokens between two choices while decoding.
         similarity: From which cosine on a row that is lost joins a row that stays; ``None`` merges nothing.
         weighs: Whether a row counts as much as all that it stands for.
+        fold: Whether one row more stands for all rows that nothing is left of else.
     """
 
     score: Literal["window", "mass", "norm", "ems", "given"]
-    budget: int
+    budget: int = 0
+    share: float | None = None
     sink: int = 0
     recent: int = 0
     window: int = 1
@@ -92,11 +100,12 @@ class Choice:
     every: int | None = None
     similarity: float | None = None
     weighs: bool = True
+    fold: bool = False
 
 
 def shares(query: Tensor, rows: Sequence[HeldRow], scale: float) -> Tensor:
     r"""What one query of one head gives to each row, :math:`p_j = softmax_j(\sigma q \cdot k_j + \log m_j)`."""
-    log_mass = query.new_tensor([math.log(row.mass) for row in rows])
+    log_mass = query.new_tensor([math.log(row.mass) + row.spread for row in rows])
     return torch.softmax(scale * (torch.stack([row.k for row in rows]) @ query) + log_mass, 0)
 
 
@@ -112,6 +121,24 @@ def merged(rows: Sequence[HeldRow], centre: HeldRow, *, weighs: bool = True) -> 
         key = key + row.mass / mass * row.k
         value = value + row.mass / mass * row.v
     return replace(centre, k=key, v=value, mass=mass if weighs else centre.mass)
+
+
+def folded(rows: Sequence[HeldRow], second: Tensor | None = None) -> HeldRow:
+    r"""The row that stands for all that a head has lost, in the order in which they were lost.
+
+    .. math:: \log m + \tfrac{1}{2} ( \overline{k^T M k} - \hat k^T M \hat k )
+
+    Args:
+        rows: A row of this kind, if there is one yet, and those that join it.
+        second: M, the second moment of scaled queries ``[D, D]``; ``None`` leaves the second term out.
+    """
+    row = merged(rows, rows[0])
+    row.folded = True
+    if second is not None:
+        each = [old.moment if old.folded else float(old.k @ second @ old.k) for old in rows]
+        row.moment = math.fsum(old.mass * moment for old, moment in zip(rows, each, strict=True)) / row.mass
+        row.spread = (row.moment - float(row.k @ second @ row.k)) / 2
+    return row
 
 
 def joined(each: Tensor, group: str) -> float:
@@ -143,19 +170,26 @@ def pooled(values: Sequence[float], width: int) -> list[float]:
     return [max(values[max(0, j - side) : j + side + 1]) for j in range(len(values))]
 
 
-def scores(rows: Sequence[HeldRow], queries: Sequence[Query], choice: Choice, scale: float) -> list[float]:
-    """How much each row matters; higher stays."""
+def scores(
+    rows: Sequence[HeldRow], queries: Sequence[Query], choice: Choice, *, tokens: int, scale: float
+) -> list[float]:
+    """How much each row matters but those that stand for what is lost; higher stays."""
+    mine = [j for j, row in enumerate(rows) if not row.folded]
     if choice.score == "norm":
-        return [-float(row.k.norm()) for row in rows]
+        return [-float(rows[j].k.norm()) for j in mine]
     if choice.score == "given":
-        return [row.score for row in rows]
+        return [rows[j].score for j in mine]
+    whole = mean_shares([rows[j] for j in mine], choice)
     if choice.score == "mass":
-        return mean_shares(rows, choice)
-    local = pooled(window_shares(rows, queries, choice, scale), choice.pool)
+        return whole
+    # The row for what is lost takes its share too.
+    local = window_shares(rows, queries, choice, scale)
+    local = [local[j] for j in mine]
+    before = [rows[j].position < tokens - choice.window for j in mine]
+    local = pooled([share if old else 0.0 for share, old in zip(local, before, strict=True)], choice.pool)
     if choice.score == "window":
         return local
     # EMS: both shares on the same scale, each by its largest.
-    whole = mean_shares(rows, choice)
     return [max(a / max(whole), b / max(local)) for a, b in zip(whole, local, strict=True)]
 
 
@@ -178,23 +212,27 @@ def chosen(
         tokens: Tokens seen.
         scale: The factor on scores.
     """
-    if len(rows) <= choice.budget:
+    budget = choice.budget if choice.share is None else round(choice.share * tokens)
+    budget = max(budget, choice.sink + choice.recent)
+    beside = [row for row in rows if row.folded]
+    held = [row for row in rows if not row.folded]
+    if len(held) <= budget:
         return list(rows)
-    value = scores(rows, queries, choice, scale)
-    forced = [row.position < choice.sink or row.position >= tokens - choice.recent for row in rows]
-    order = sorted(range(len(rows)), key=lambda j: (not forced[j], -value[j], j))
+    value = scores(rows, queries, choice, tokens=tokens, scale=scale)
+    forced = [row.position < choice.sink or row.position >= tokens - choice.recent for row in held]
+    order = sorted(range(len(held)), key=lambda j: (not forced[j], -value[j], j))
     # Forced rows come first, however many they are.
-    places = sorted(order[: max(choice.budget, sum(forced))])
-    stay = [rows[j] for j in places]
-    if choice.similarity is None:
-        return stay
+    places = sorted(order[:budget])
+    stay = [held[j] for j in places]
     members: dict[int, list[HeldRow]] = {id(row): [row] for row in stay}
-    for j, row in enumerate(rows):
-        if j not in places:
-            centre = nearest(row, stay, choice.similarity)
-            if centre is not None:
-                members[id(centre)].append(row)
-    return [merged(members[id(row)], row, weighs=choice.weighs) for row in stay]
+    for row in held:
+        if id(row) in members:
+            continue
+        centre = None if choice.similarity is None else nearest(row, stay, choice.similarity)
+        (beside if centre is None else members[id(centre)]).append(row)
+    left = [members[id(row)] for row in stay]
+    kept = [each[0] if len(each) == 1 else merged(each, each[0], weighs=choice.weighs) for each in left]
+    return [folded(beside), *kept] if choice.fold and beside else kept
 
 
 def retaining_scores(q: Tensor, k: Tensor, v: Tensor, first: Tensor, second: Tensor) -> Tensor:

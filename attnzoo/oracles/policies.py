@@ -12,10 +12,10 @@ Letters: ``g`` query heads of a KV head, ``T`` tokens, ``D`` key width, ``Dv`` v
 rows in a page, ``L`` near blocks; ``t`` a token's position, ``n`` tokens seen.
 
 What the formulas leave open, and how it is read here:
-- behind a call, heads that forget by place hold what the block rule shows to the last token seen, or to the one
-  ``slack`` tokens before it;
+- behind a call, heads that forget by place hold what the block rule shows to the next token, or to the one ``slack``
+  tokens before it;
 - a row that stands for all lost ones stands for them at each query as the rule has it there, so that calls are cut at
-  will; it has the position of the first of them;
+  will; it comes before the others;
 - pages are counted in what is held before a call; the own token is read besides;
 - a choice of pages that is used again grows by the pages that were begun since;
 - rows are chosen at the start of a one-column call in which the sequence has a token, if a longer call has written to
@@ -30,10 +30,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from attnzoo.oracles.evictions import Choice, HeldRow, Query, chosen, merged, shares
+from attnzoo.oracles.evictions import Choice, HeldRow, Query, chosen, folded, shares
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Near:
     """What is held by place alone.
 
@@ -42,6 +42,7 @@ class Near:
         local: Near blocks, the own one included.
         sink: First blocks.
         fold: Whether one row stands for all that have left.
+        second: Second moment of scaled queries ``[D, D]``, by which that row's mass is mended.
         slack: Tokens that leaving is deferred by.
     """
 
@@ -49,6 +50,7 @@ class Near:
     local: int
     sink: int = 0
     fold: bool = False
+    second: Tensor | None = None
     slack: int = 0
 
 
@@ -126,9 +128,8 @@ def by_place(near: Near, rows: Sequence[HeldRow], t: int) -> list[HeldRow]:
     lost = [row for row in rows if row.folded or not rule(near, t, row.position)]
     if not near.fold or not lost:
         return stay
-    row = merged(lost, lost[0])
-    row.folded = True
-    return sorted([*stay, row], key=lambda each: each.position)
+    lost.sort(key=lambda row: not row.folded)
+    return [folded(lost, near.second), *stay]
 
 
 def bound(query: Tensor, rows: Sequence[HeldRow]) -> float:
@@ -207,8 +208,8 @@ class _Head:
         """Hold the rows of a call that is over."""
         self.held = self.held + own
         if self.policy.near is not None and self.held:
-            last = max(0, self.tokens - 1 - self.policy.near.slack)
-            self.held = by_place(self.policy.near, self.held, last)
+            reader = max(0, self.tokens - self.policy.near.slack)
+            self.held = by_place(self.policy.near, self.held, reader)
         self.since += call.tokens
         self.longer = self.longer or (call.tokens > 0 and (call.columns or call.tokens) > 1)
 

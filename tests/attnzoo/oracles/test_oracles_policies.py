@@ -53,7 +53,7 @@ def test_forgetting_by_place_is_a_mask_however_calls_are_cut(splits: tuple[int, 
     sees = CAUSAL & ((block[:, None] - block < 2) | (block < 1))
     got = lived(splits, Remembers(near=Near(block=4, local=2, sink=1, slack=slack)))
     near(got.out, masked(sees))
-    assert places(got.held[-1]) == [s for s in range(T) if s < 4 or s // 4 > (T - 1 - slack) // 4 - 2]
+    assert places(got.held[-1]) == [s for s in range(T) if s < 4 or s // 4 > (T - slack) // 4 - 2]
 
 
 @pytest.mark.parametrize("splits", SPLITS)
