@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 from attnzoo.base.paged.inputs import PagedInputs, Way, precise_of, row_slots
 from attnzoo.base.shared_layouts import dense_layout
 from attnzoo.cache.lengths import Lengths
-from attnzoo.cache.pages.records import PagesRead
+from attnzoo.cache.pages.records import PagesRead, is_any
 from attnzoo.cache.policies.protocol import PageBounds
 from attnzoo_kernels import Extras, block_sparse_attention
 
@@ -21,7 +21,8 @@ from attnzoo_kernels import Extras, block_sparse_attention
 def pages_to_read(inputs: PagedInputs) -> Tensor | None:
     """The pages of the pool that a row reads beside its own token, int64 ``[B, G, K]``, 0 for none; ``None`` for all.
 
-    A choice serves ``policy.reuse`` rows; pages that are begun meanwhile are read too.
+    A choice serves ``policy.reuse`` rows of an item, which others have no part in; pages that are begun meanwhile are
+    read too.
     """
     cache = inputs.cache
     policy = cache.policy
@@ -29,32 +30,56 @@ def pages_to_read(inputs: PagedInputs) -> Tensor | None:
         return None
     pool = cache.pool
     table = pool.table_near()
-    count = pool.page_counts().to(pool.device)
-    choice = cache.choice
-    if choice is None or choice.uses >= policy.reuse:
+    known = pool.page_counts()
+    count = known.to(pool.device)
+    # Items without a token choose nothing.
+    each = Lengths(inputs.lengths).each
+    asks = True if each is None else each.cpu() > 0
+    held = None if cache.choice is None else _with_begun(cache.choice, known)
+    due = asks if held is None else asks & (held.uses >= policy.reuse)
+    if held is None or is_any(due):
         there = (table > 0).unsqueeze(-1)
         least = pool.tensors["least"][table].masked_fill(~there, 0)
         most = pool.tensors["most"][table].masked_fill(~there, 0)
         with torch.no_grad():
             pages = policy.read(inputs.q.detach(), PageBounds(least, most, count, pool.page))
-        choice = PagesRead(pages, count, 0)
-    elif choice.pages is not None:
-        choice = PagesRead(_with_begun(choice, count), count, choice.uses)
-    cache.choice = PagesRead(choice.pages, choice.known, choice.uses + 1)
-    if choice.pages is None:
+        held = _exchanged(held, PagesRead(pages, known, 0), due, policy.reuse)
+    uses = held.uses + asks
+    cache.choice = PagesRead(held.pages, held.known, uses)
+    if held.pages is None:
         return None
-    chosen = table.gather(2, choice.pages.clamp(min=0))
-    return torch.where(choice.pages < 0, 0, chosen)
+    numbers = held.pages.to(pool.device)
+    chosen = table.gather(2, numbers.clamp(min=0))
+    return torch.where(numbers < 0, 0, chosen)
 
 
-def _with_begun(choice: PagesRead, count: Tensor) -> Tensor | None:
-    """The pages of a choice, and those that were begun since."""
+def _with_begun(choice: PagesRead, known: Tensor) -> PagesRead:
+    """The pages of a choice, and those that were begun since, where heads have so many now, ``[B, G]`` on the CPU."""
     pages = choice.pages
-    if pages is None:
-        return None
-    # No row begins more than one.
-    begun = torch.where(count > choice.known, choice.known, -1)
-    return torch.cat((pages, begun.unsqueeze(-1)), 2)
+    begins = known > choice.known
+    if pages is not None and is_any(begins):
+        # No row begins more than one.
+        begun = torch.where(begins, choice.known, -1).to(pages.device)
+        pages = torch.cat((pages, begun.unsqueeze(-1)), 2)
+    return PagesRead(pages, known, choice.uses)
+
+
+def _exchanged(held: PagesRead | None, chosen: PagesRead, due: bool | Tensor, reuse: int) -> PagesRead:
+    """A new choice for the items that are due, beside what the others read; those that pause have chosen nothing."""
+    if isinstance(due, bool):
+        return chosen
+    if held is None:
+        return PagesRead(chosen.pages, chosen.known, torch.where(due, 0, reuse))
+    uses = torch.where(due, 0, held.uses)
+    if held.pages is None and chosen.pages is None:
+        return PagesRead(None, chosen.known, uses)
+    page = torch.arange(int(chosen.known.max()), device="cpu")
+    every = page.masked_fill(page >= chosen.known.unsqueeze(-1), -1)
+    new, old = (every if x.pages is None else x.pages.cpu() for x in (chosen, held))
+    wide = max(new.shape[2], old.shape[2])
+    new, old = (pad(x, (0, wide - x.shape[2]), value=-1) for x in (new, old))
+    pages = torch.where(due.view(-1, 1, 1), new, old)
+    return PagesRead(pages, chosen.known, uses)
 
 
 def attend_pages(inputs: PagedInputs, pages: Tensor, way: Way) -> Tensor:

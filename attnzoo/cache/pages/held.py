@@ -16,7 +16,7 @@ from attnzoo.cache.pages.apply import Lost, apply, hidden, leaving
 from attnzoo.cache.pages.beginning import empty_pages, full_heads_of, rings_of
 from attnzoo.cache.pages.extents import with_room
 from attnzoo.cache.pages.pool import PagePool
-from attnzoo.cache.pages.records import Moment, PagesRead, Progress, Staged, is_any
+from attnzoo.cache.pages.records import Moment, PagesRead, Progress, Staged, is_any, without
 from attnzoo.cache.pages.rows import grouped
 from attnzoo.cache.pages.seen import LastQueries, seen_of
 from attnzoo.cache.policies.protocol import Policy, Seen
@@ -157,7 +157,7 @@ class HeldRows(KVCache):
         if tokens == 1:
             self._choose(self.progress.due(known, self.policy.every))
         else:
-            self.choice = None
+            self.choice = without(self.choice, known > 0, self.policy.reuse)
         self._widen(values)
         held = {name: value.detach() for name, value in values.items()}
         if score is not None:
@@ -357,7 +357,7 @@ class HeldRows(KVCache):
                 self._hold(pool)
                 self._beside = None
                 self._join(lost)
-                self.choice = None
+                self.choice = without(self.choice, due, self.policy.reuse)
                 if self.policy.slack:
                     self._earlier = [*self._earlier, before]
         self.progress = self.progress.choosing(due)

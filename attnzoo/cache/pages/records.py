@@ -127,10 +127,19 @@ class PagesRead:
 
     Attributes:
         pages: Numbers of pages ``[B, G, K]``, -1 behind; ``None`` for all.
-        known: Pages of each head when they were chosen or added to last ``[B, G]``.
-        uses: Rows that have read them.
+        known: Pages of each head when they were chosen or added to last ``[B, G]``, on the CPU.
+        uses: Rows of each item that have read them.
     """
 
     pages: Tensor | None
     known: Tensor
-    uses: int
+    uses: int | Tensor
+
+
+def without(choice: PagesRead | None, items: bool | Tensor, reuse: int) -> PagesRead | None:
+    """A choice that serves ``reuse`` rows, but for some items, which choose anew."""
+    if choice is None:
+        return None
+    if isinstance(items, bool):
+        return None if items else choice
+    return PagesRead(choice.pages, choice.known, torch.where(items, reuse, choice.uses))
