@@ -75,6 +75,13 @@ def test_steps_let_go_of_heads_that_matter_least() -> None:
     assert kept > max(others) + 0.2
 
 
+def test_gates_end_between_0_and_1() -> None:
+    batch = verbatim_batches(ids(1, 60)[0], count=1, length=40, spans=1, span=16)
+    # Whole and mixed streams agree at first, so that the penalty alone pulls, and far too far.
+    found = calibrate_duo(tiny(dtype=torch.float32), batch, streaming=NARROW, steps=1, rate=2.0)
+    assert found.gates.tolist() == [[0.0, 0.0], [0.0, 0.0]]
+
+
 @pytest.mark.slow
 def test_the_planted_heads_gate_stays_open_and_others_close() -> None:
     found = calibrate_duo(planted(), batches(), streaming=NARROW, steps=200)

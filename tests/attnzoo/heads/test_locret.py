@@ -52,7 +52,7 @@ def test_rates_rise_over_a_tenth_and_fall_to_nothing() -> None:
     assert 0 < rates[-1] < 0.1
     for bad in ({"steps": 0}, {"hidden": 0}, {"lr": 0.0}, {"smoothness": -1.0}):
         with pytest.raises(ConfigError, match=f"{next(iter(bad))}: expected"):
-            RetainingTraining(**bad)  # type: ignore[arg-type]
+            RetainingTraining(**bad)
 
 
 def test_a_head_learns_what_its_tokens_tell() -> None:

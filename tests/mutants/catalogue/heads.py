@@ -40,7 +40,7 @@ MUTANTS = (
     ),
     gates(
         "duo-open-end", old="gates.detach().clamp(0, 1)", new="gates.detach()", wrong="the last step leaves gates outside of [0, 1]",
-        tests=f"{TESTS}/test_duo_gates.py -k steps_let_go",
+        tests=f"{TESTS}/test_duo_gates.py -k end_between",
     ),
     capture(
         "capture-stays", old="restored.callback(_put_back, module, before)", new="pass", wrong="a block goes on asking", within="around_attention",
