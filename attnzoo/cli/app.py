@@ -16,6 +16,7 @@ from attnzoo.base.config import check_int
 from attnzoo.cli import screen, show_view
 from attnzoo.cli.models import encode, load_model, text_tokens
 from attnzoo.cli.notices import Commands
+from attnzoo.cli.policies import POLICY_PRESETS, PolicyCall, compare_policies
 from attnzoo.cli.progress import Bar
 from attnzoo.evaluation.compare import PRESETS, Comparer, VariantSpec
 from attnzoo.evaluation.decoding import STEPS
@@ -213,7 +214,13 @@ def compare(  # noqa: PLR0913  (a command line has one parameter for each option
     variants_: Annotated[
         list[str] | None, typer.Option("--variants", help="dense, or variant:option=value,...; may be repeated.")
     ] = None,
-    preset: Annotated[str | None, typer.Option(help=f"A named set of rows: {', '.join(PRESETS)}.")] = None,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option("--policy", help="A KV-cache policy, such as duo:keep=0.25,window=192; may be repeated."),
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help=f"A named set of rows: {', '.join([*PRESETS, *POLICY_PRESETS])}.")
+    ] = None,
     windows: Annotated[int, typer.Option(help="Windows to score.")] = 1,
     offset: Annotated[int, typer.Option(help="Tokens before the first window.")] = 1024,
     length: Annotated[int, typer.Option(help="Tokens in a window.")] = 1024,
@@ -223,12 +230,33 @@ def compare(  # noqa: PLR0913  (a command line has one parameter for each option
     decode_at: Annotated[
         list[int] | None, typer.Option(help="Time decoding behind so many tokens too; may be repeated.")
     ] = None,
+    passkeys: Annotated[int, typer.Option(help="Passkeys that policies are asked for.")] = 3,
     out: Annotated[Path | None, typer.Option(help="Write OUT.json, OUT.md and OUT.png.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Compares conversions of a model on real text."""
+    """Compares conversions of a model on real text, or KV-cache policies behind some of it.
+
+    Conversions are scored in one forward over each window. Policies let go of something behind a context: they are
+    scored by what the model says behind the windows.
+    """
     from attnzoo.evaluation import compare_report
 
+    if policy or preset in POLICY_PRESETS:
+        if variants_ or decode_at:
+            name = "variants" if variants_ else "decode_at"
+            raise ConfigError(f"{name}: expected nothing beside policies, which are scored in two phases")
+        call = PolicyCall(
+            model=model,
+            policies=tuple(policy or ()),
+            preset=preset,
+            text=text,
+            offset=offset,
+            context=length,
+            windows=windows,
+            passkeys=passkeys,
+        )
+        compare_policies(call, out=out, as_json=as_json)
+        return
     specs = _specs(variants_, preset)
     if out is not None:
         check_writable(out)
@@ -359,9 +387,9 @@ def _longer(decode_at: list[int] | None, length: int) -> list[int]:
 
 def _specs(texts: list[str] | None, preset: str | None) -> list[VariantSpec]:
     if preset is not None:
-        check_choice("preset", preset, PRESETS)
+        check_choice("preset", preset, [*PRESETS, *POLICY_PRESETS])
     chosen: list[Any] = list(PRESETS[preset]) if preset is not None else []
     chosen += [VariantSpec.parse(text) for text in texts or []]
     if not chosen:
-        raise ConfigError("variants: expected --variants or --preset, got neither")
+        raise ConfigError("variants: expected --variants, --policy or --preset, got none of them")
     return chosen

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from attnzoo import surgery
 from attnzoo.base.registry import variants
+from attnzoo.cache.policies.protocol import policies
 from attnzoo.evaluation.decoding import Continuation, Decoding, race, twin_of
 from attnzoo.evaluation.model_scores import Progress, Score, score
+from attnzoo.evaluation.one_forward import UNSEEN, policy_on, why_one_forward_says_nothing
 from attnzoo.factory import class_names, read_spec
 from attnzoo.reporting.choices import check_known
 from attnzoo.surgery.lowrank.factor import CALIBRATED
@@ -82,6 +84,11 @@ class VariantSpec:
         """
         if text == "dense":
             return cls("dense")
+        if (name := text.partition(":")[0]) in policies:
+            raise ConfigError(
+                f"variants: {name!r} is a KV-cache policy, and lets go of something behind a prompt; one forward over a"
+                f" text says nothing about it: use --policy {text}"
+            )
         check_known(text.partition(":")[0], ["dense", *sorted(variants)], "variants", class_names())
         return cls(text, (ConversionSpec(*read_spec(text)),))
 
@@ -152,7 +159,7 @@ class Row:
         kv_bytes_held: Cached bytes for each token, all layers.
         kv_bytes_read: Of these, what a decode step behind a window gathers.
         max_logit_diff: Largest difference to the dense model's logits where they were kept.
-        flags: NO-OP, certificate, negative control.
+        flags: NO-OP, certificate, negative control; that one forward says nothing about a KV-cache policy.
         decode_tokens_per_s: Behind a window; measured, differs from run to run.
         decode_times_dense: A step's time over the dense model's in the same rounds, the median; likewise. ``None`` in
             results of before it was measured.
@@ -305,6 +312,8 @@ class Comparer:
         flags = ["negative control"] if spec.control else []
         if spec.exact:
             flags.append("certificate holds" if same else "CERTIFICATE FAILS")
+        elif why_one_forward_says_nothing(policy_on(self.model)) is not None:
+            flags.append(UNSEEN)
         elif spec.conversions and found.density == 1 and same:
             flags.append("NO-OP")
         return Row(

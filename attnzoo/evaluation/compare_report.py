@@ -11,6 +11,7 @@ from typing import Any
 
 from attnzoo.evaluation.compare import Comparison, LongDecoding, Row
 from attnzoo.evaluation.compare_picture import picture
+from attnzoo.evaluation.one_forward import UNSEEN
 from attnzoo.reporting.outputs import write_together
 from attnzoo.reporting.tables import Grid
 
@@ -92,7 +93,7 @@ def grid(comparison: Comparison) -> Grid:
         values = cells(row)
         # A name of many options may be folded between them.
         rows.append((re.sub(",(?! )", ", ", row.name), *values[1:5], held, read, *values[7:9], remarks))
-    bad = {i for i, row in enumerate(comparison.rows) if {"NO-OP", "CERTIFICATE FAILS"} & set(row.flags)}
+    bad = {i for i, row in enumerate(comparison.rows) if {"NO-OP", "CERTIFICATE FAILS", UNSEEN} & set(row.flags)}
     return Grid(
         ("variant", "ppl", "x dense", "ΔNLL", "density", "held", "read", "tok/s", "step x dense", "remarks"),
         rows,

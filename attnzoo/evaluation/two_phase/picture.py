@@ -18,11 +18,10 @@ MARKS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
 
 
 def families(comparison: PolicyComparison) -> dict[str, list[PolicyRow]]:
-    """Rows that belong together: of one policy, apart from controls; by what is held."""
+    """Rows that belong together, by what their names begin with; ascending by what is held."""
     found: dict[str, list[PolicyRow]] = {}
     for row in comparison.rows[1:]:
-        name = row.name.partition(":")[0].partition(",")[0]
-        found.setdefault(f"{name} (control)" if CONTROL in row.flags else name, []).append(row)
+        found.setdefault(row.name.partition(":")[0], []).append(row)
     return {name: sorted(rows, key=cost) for name, rows in found.items()}
 
 

@@ -39,7 +39,7 @@ class PolicyRow:
         key: NLL of passkeys.
         keys_right: Passkeys that greedy decoding says.
         keys_asked: Passkeys asked for.
-        held_share: Bytes of the rows held behind the contexts, over the dense model's.
+        held_share: Bytes of the rows held behind the longest contexts, over the dense model's.
         bytes_per_token: The same for each token of a context.
         room_share: Bytes of the buffers that they lie in, over the dense model's.
         read_share: Rows that a decoding step reads over those that the dense model reads.
@@ -188,7 +188,13 @@ def _row(name: str, reader: Reader, found: TwoPhaseScore, begin: float, *, contr
         read_share=read_share,
         flags=flags,
         cases=[
-            {"name": case.name, "tokens": case.tokens, "nll": case.nll, "right": case.right, "held": case.held.share}
+            {
+                "name": case.name,
+                "tokens": case.tokens,
+                "nll": case.nll,
+                "right": case.right,
+                "held_bytes": case.held.rows,
+            }
             for case in found.cases
         ],
         seconds=round(time.perf_counter() - begin, 1),

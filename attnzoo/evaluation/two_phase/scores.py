@@ -19,6 +19,7 @@ from torch.nn.functional import cross_entropy
 
 from attnzoo.cache.policies.protocol import Policy
 from attnzoo.evaluation.decoding import PIECE, Continuation
+from attnzoo.evaluation.one_forward import why_one_forward_says_nothing
 from attnzoo.evaluation.two_phase.tasks import KEY, Case, Probe
 from attnzoo_kernels.errors import UnsupportedError
 
@@ -127,28 +128,34 @@ class TwoPhaseScore:
         return sum(right), len(right)
 
     @property
+    def longest(self) -> tuple[CaseScore, ...]:
+        """Those behind the longest contexts: what a policy holds of a text depends on the text's length."""
+        most = max(case.tokens for case in self.cases)
+        return tuple(case for case in self.cases if case.tokens == most)
+
+    @property
     def held_share(self) -> float:
-        """Bytes of rows held over the dense model's, all contexts together."""
-        return sum(case.held.rows for case in self.cases) / self._dense
+        """Bytes of rows held over the dense model's, behind the longest contexts."""
+        return sum(case.held.rows for case in self.longest) / self._dense
 
     @property
     def room_share(self) -> float:
         """Bytes of buffers, likewise."""
-        return sum(case.held.room for case in self.cases) / self._dense
+        return sum(case.held.room for case in self.longest) / self._dense
 
     @property
     def read_share(self) -> float:
         """Bytes that a step reads, likewise."""
-        return sum(case.held.read for case in self.cases) / self._dense
+        return sum(case.held.read for case in self.longest) / self._dense
 
     @property
     def bytes_per_token(self) -> float:
-        """Bytes of rows held for each token of a context."""
-        return sum(case.held.rows for case in self.cases) / sum(case.tokens for case in self.cases)
+        """Bytes of rows held for each token of the longest contexts."""
+        return sum(case.held.rows for case in self.longest) / sum(case.tokens for case in self.longest)
 
     @property
     def _dense(self) -> int:
-        return sum(case.held.dense for case in self.cases)
+        return sum(case.held.dense for case in self.longest)
 
 
 def score_case(reader: Reader, case: Case) -> CaseScore:
@@ -219,18 +226,3 @@ def prefill_nll(reader: Reader, ids: Tensor) -> float:
         raise UnsupportedError(f"prefill_nll: {reason}")
     said = Continuation(reader.model, cache=reader.new_cache()).read_all(ids)
     return float(cross_entropy(said[:-1], ids[1:]))
-
-
-def why_one_forward_says_nothing(policy: Policy | None) -> str | None:
-    """Why a single forward over a text does not show what a policy costs; ``None`` where it does.
-
-    Args:
-        policy: ``None`` is the model as it is.
-    """
-    if policy is None:
-        return None
-    if policy.compacts:
-        return f"{policy.name} chooses behind a prompt what it keeps; while one forward reads, everything is still held"
-    if policy.reads_pages:
-        return f"{policy.name} chooses pages for decoding rows; one forward over a text reads all of them"
-    return None

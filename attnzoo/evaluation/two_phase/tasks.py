@@ -35,6 +35,11 @@ NEEDLE = "\nThe pass key is {key}. Remember it. {key} is the pass key.\n"
 QUESTION = "\nWhat is the pass key? The pass key is"
 DIGITS = 5
 
+CONTINUATION = 128
+"""Tokens of a text that are read behind a context."""
+
+KEY_CONTEXT = 640
+
 
 @dataclass(frozen=True, eq=False)
 class Probe:
@@ -107,7 +112,7 @@ def text_case(
     *,
     context: int,
     encode: Encode,
-    continuation: int = 128,
+    continuation: int = CONTINUATION,
     spans: int = 3,
     span: int = 64,
 ) -> Case:
@@ -176,6 +181,35 @@ def passkey_case(
     shared = _shared(answer, other)
     scored = torch.arange(len(question) + shared, len(question) + len(answer), device="cpu")
     return Case(name, told, (Probe(KEY, torch.cat((question, answer)), scored),))
+
+
+def standard_cases(
+    name: str, tokens: Tensor, *, encode: Encode, context: int, windows: int = 1, passkeys: int = 3
+) -> list[Case]:
+    """Contexts of a text, and passkeys.
+
+    Args:
+        name: Of the text.
+        tokens: int64 ``[any]``; contexts begin one behind the other, each with its continuation.
+        encode: Of the model's tokenizer.
+        context: C.
+        windows: How many contexts.
+        passkeys: How many of them, in contexts of at most ``KEY_CONTEXT`` tokens: small models find them in no longer
+            ones.
+
+    Raises:
+        ConfigError: If the text is too short, or a context.
+    """
+    found = []
+    for number in range(windows):
+        title = name if windows == 1 else f"{name}, window {number + 1}"
+        rest = tokens[number * (context + CONTINUATION) :]
+        found.append(text_case(title, rest, context=context, encode=encode))
+    for number, key in enumerate(keys(passkeys)):
+        depth = (number + 1) / (passkeys + 2)
+        title = f"key {number + 1}"
+        found.append(passkey_case(title, encode, context=min(context, KEY_CONTEXT), key=key, depth=depth))
+    return found
 
 
 def keys(count: int, seed: int = 0) -> list[str]:

@@ -34,6 +34,7 @@ def figures(spec: VariantSpec, probe: Tensor, *, density: float = 1.0, nll: floa
 @pytest.fixture
 def made_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(surgery, "cache_bytes", lambda model: 4096)
+    monkeypatch.setattr(compare, "policy_on", lambda model: None)
 
 
 NEAR, FAR = PROBE * (1 + 5e-6), PROBE + 1e-3

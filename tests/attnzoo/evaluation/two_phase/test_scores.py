@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.cache.policies.protocol import Keep, PageBounds, Policy, Seen
+from attnzoo.evaluation.one_forward import why_one_forward_says_nothing
 from attnzoo.evaluation.two_phase.scores import (
     DenseReader,
     Held,
@@ -16,7 +17,6 @@ from attnzoo.evaluation.two_phase.scores import (
     read_context,
     score_case,
     score_cases,
-    why_one_forward_says_nothing,
 )
 from attnzoo.evaluation.two_phase.tasks import Case, Probe, text_case
 from attnzoo_kernels.errors import UnsupportedError
@@ -124,7 +124,8 @@ def test_bytes_are_those_of_all_contexts_together() -> None:
     assert dense.held_share == dense.room_share == dense.read_share == 1
     few = score_cases(Forgetful(model), [case_of(), case_of(80)])
     assert (few.held_share, few.room_share, few.read_share) == (0.4, 0.48, 0.2)
-    assert few.bytes_per_token == 800 / 180
+    # Of the longest context alone.
+    assert few.bytes_per_token == 400 / 100
     assert few.mean("key") is None
     mean = few.mean("recall")
     assert mean == pytest.approx(sum(x for case in few.cases for x in case.nll["recall"]) / 4)
