@@ -18,7 +18,7 @@ from attnzoo.cli.models import encode, load_model, text_tokens
 from attnzoo.cli.notices import Commands
 from attnzoo.cli.policies import POLICY_PRESETS, PolicyCall, compare_policies
 from attnzoo.cli.progress import Bar
-from attnzoo.evaluation.compare import PRESETS, Comparer, VariantSpec
+from attnzoo.evaluation.compare import PRESETS, Comparer, Comparison, VariantSpec
 from attnzoo.evaluation.decoding import STEPS
 from attnzoo.evaluation.model_scores import cut_windows
 from attnzoo.reporting.choices import check_choice
@@ -239,8 +239,6 @@ def compare(  # noqa: PLR0913  (a command line has one parameter for each option
     Conversions are scored in one forward over each window. Policies let go of something behind a context: they are
     scored by what the model says behind the windows.
     """
-    from attnzoo.evaluation import compare_report
-
     if policy or preset in POLICY_PRESETS:
         if variants_ or decode_at:
             name = "variants" if variants_ else "decode_at"
@@ -275,17 +273,7 @@ def compare(  # noqa: PLR0913  (a command line has one parameter for each option
         about |= {"calibration": calibrate, "calibration_tokens": calibration.numel()}
     with Bar() as progress:
         comparison = Comparer(found, scored, calibration, progress=progress, longer=longer).run(specs, about)
-    if out is not None:
-        compare_report.write(comparison, out)
-    if as_json:
-        typer.echo(compare_report.to_json(comparison), nl=False)
-    else:
-        screen.table(compare_report.grid(comparison))
-        for grid in compare_report.long_grids(comparison):
-            screen.text("")
-            screen.table(grid)
-        if out is not None:
-            screen.text(f"written: {out}.json, .md, .png")
+    _tell(comparison, out, as_json=as_json)
     failed = [row.name for row in comparison.rows if "CERTIFICATE FAILS" in row.flags]
     if failed:
         raise typer.Exit(1)
@@ -383,6 +371,23 @@ def _longer(decode_at: list[int] | None, length: int) -> list[int]:
         if more < shorter + STEPS:
             raise ConfigError(f"decode_at: expected at least {STEPS} tokens more than {shorter}, got {more}")
     return found
+
+
+def _tell(comparison: Comparison, out: Path | None, *, as_json: bool) -> None:
+    """Writes and prints a comparison."""
+    from attnzoo.evaluation import compare_report
+
+    if out is not None:
+        compare_report.write(comparison, out)
+    if as_json:
+        typer.echo(compare_report.to_json(comparison), nl=False)
+        return
+    screen.table(compare_report.grid(comparison))
+    for grid in compare_report.long_grids(comparison):
+        screen.text("")
+        screen.table(grid)
+    if out is not None:
+        screen.text(f"written: {out}.json, .md, .png")
 
 
 def _specs(texts: list[str] | None, preset: str | None) -> list[VariantSpec]:

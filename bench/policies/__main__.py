@@ -26,7 +26,7 @@ from attnzoo.evaluation.two_phase.specs import PolicyContestant, fit
 from bench.cpu.parts import choose
 from bench.cpu.report import about
 from bench.policies import costs, report
-from bench.policies.results import DENSE, Results, read
+from bench.policies.results import DENSE, PolicyResults, read
 from bench.policies.setting import Setting, full_setting, quick_setting, rows
 
 Keep = Callable[[], None]
@@ -40,7 +40,9 @@ class Part(StrEnum):
     COSTS = "costs"
 
 
-def measure_quality(setting: Setting, contestants: Sequence[PolicyContestant], results: Results, keep: Keep) -> None:
+def measure_quality(
+    setting: Setting, contestants: Sequence[PolicyContestant], results: PolicyResults, keep: Keep
+) -> None:
     """Two-phase scores of all rows that are missing."""
     with Bar() as progress:
         comparer = PolicyComparer(setting.model, setting.cases, progress=progress)
@@ -54,7 +56,9 @@ def measure_quality(setting: Setting, contestants: Sequence[PolicyContestant], r
                 keep()
 
 
-def measure_masks(setting: Setting, contestants: Sequence[PolicyContestant], results: Results, keep: Keep) -> None:
+def measure_masks(
+    setting: Setting, contestants: Sequence[PolicyContestant], results: PolicyResults, keep: Keep
+) -> None:
     """NLL of texts that are read at once, for policies of which that says something."""
     results.masked_texts = [case.name for case in setting.cases][: len(setting.masks)]
     if DENSE not in results.masks:
@@ -68,7 +72,7 @@ def measure_masks(setting: Setting, contestants: Sequence[PolicyContestant], res
 
 
 def measure_costs(
-    setting: Setting, contestants: Sequence[PolicyContestant], results: Results, keep: Keep, *, rounds: int
+    setting: Setting, contestants: Sequence[PolicyContestant], results: PolicyResults, keep: Keep, *, rounds: int
 ) -> None:
     """Memory and steps of all rows that are missing; the dense model's caches are made in any case."""
     with tempfile.TemporaryDirectory() as place, Bar() as progress:
@@ -104,7 +108,7 @@ def main(
     setting = quick_setting() if quick else full_setting()
     kept = out is not None and go_on and out.with_suffix(".json").is_file()
     where = {"model": setting.name, "dtype": "float32", "threads": 1, "rounds": rounds, **about()}
-    results = read(out.with_suffix(".json")) if out is not None and kept else Results(where)
+    results = read(out.with_suffix(".json")) if out is not None and kept else PolicyResults(where)
     with Bar() as progress:
         contestants = fit(setting.model, [spec for spec in specs if spec.name in chosen], progress)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from bench.policies.results import Results
+from bench.policies.results import PolicyResults
 
 HEADLINE = "duo: 40 %"
 RANDOM = ("duo, random heads: 40 %", "duo, other random heads: 40 %")
@@ -19,7 +19,7 @@ ALL = "everything"
 
 
 @dataclass(frozen=True)
-class Line:
+class Requirement:
     """One line of the list.
 
     Attributes:
@@ -65,11 +65,13 @@ def at_least(value: float) -> Bound:
     return f">= {value:,g}", lambda found: found >= value
 
 
-def line(name: str, what: str, figure: tuple[float | None, Bound], control: tuple[str, float | None, Bound]) -> Line:
+def line(
+    name: str, what: str, figure: tuple[float | None, Bound], control: tuple[str, float | None, Bound]
+) -> Requirement:
     """A line from figures and bounds."""
     found, (must, holds) = figure
     of_what, control_found, (control_must, control_holds) = control
-    return Line(
+    return Requirement(
         id=name,
         what=what,
         found=found,
@@ -82,7 +84,7 @@ def line(name: str, what: str, figure: tuple[float | None, Bound], control: tupl
     )
 
 
-def lines(results: Results) -> list[Line]:
+def lines(results: PolicyResults) -> list[Requirement]:
     """All lines, with what has been measured so far."""
     return [*_quality(results), *_costs(results)]
 
@@ -92,7 +94,7 @@ def _least(values: list[float | None]) -> float | None:
     return min(known) if len(known) == len(values) else None
 
 
-def _quality(results: Results) -> list[Line]:
+def _quality(results: PolicyResults) -> list[Requirement]:
     """Recall, running text and passkeys."""
     found = [
         line(
@@ -131,7 +133,7 @@ def _quality(results: Results) -> list[Line]:
     ]
 
 
-def _costs(results: Results) -> list[Line]:
+def _costs(results: PolicyResults) -> list[Requirement]:
     """Bytes, the process's memory, and steps."""
     dense = results.bytes_per_token("dense")
     everything = results.bytes_per_token(ALL)

@@ -12,14 +12,14 @@ from attnzoo.evaluation.two_phase import report
 from attnzoo.evaluation.two_phase.picture import picture
 from attnzoo.reporting.outputs import write_together
 from attnzoo.reporting.tables import Grid
-from bench.policies.acceptance import Line, lines
+from bench.policies.acceptance import Requirement, lines
 from bench.policies.costs import Cost
-from bench.policies.results import DENSE, Results, to_json
+from bench.policies.results import DENSE, PolicyResults, to_json
 
 MIB = 1 << 20
 
 
-def cost_header(results: Results) -> list[str]:
+def cost_header(results: PolicyResults) -> list[str]:
     """The columns of what policies cost."""
     lengths = sorted({step.tokens for cost in results.costs.values() for step in cost.steps})
     last = f"{max(lengths, default=0):,}"
@@ -50,7 +50,7 @@ def cost_cells(cost: Cost) -> list[str]:
 LINE_HEADER = ("", "what", "must", "found", "control", "must", "found", "")
 
 
-def line_cells(line: Line) -> list[str]:
+def line_cells(line: Requirement) -> list[str]:
     """One line of what must be shown."""
     found, control = (_number(value) for value in (line.found, line.control_found))
     return [line.id, line.what, line.must, found, line.control, line.control_must, control, line.verdict]
@@ -62,7 +62,7 @@ def _number(value: float | None) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3f}"
 
 
-def grids(results: Results) -> list[Grid]:
+def grids(results: PolicyResults) -> list[Grid]:
     """Tables for a terminal."""
     found = []
     comparison = results.comparison()
@@ -77,7 +77,7 @@ def grids(results: Results) -> list[Grid]:
     return [*found, Grid(LINE_HEADER, [line_cells(line) for line in shown], title="what must be shown", bad=bad)]
 
 
-def markdown(results: Results) -> str:
+def markdown(results: PolicyResults) -> str:
     """Everything as Markdown."""
     text = []
     comparison = results.comparison()
@@ -100,13 +100,13 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return ["| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows]]
 
 
-def as_text(results: Results) -> str:
+def as_text(results: PolicyResults) -> str:
     """The JSON."""
     acceptance: list[dict[str, Any]] = [{**asdict(line), "verdict": line.verdict} for line in lines(results)]
     return to_json(results, acceptance)
 
 
-def write(results: Results, out: Path) -> None:
+def write(results: PolicyResults, out: Path) -> None:
     """Writes OUT.json and OUT.md, and OUT.png where there is something to draw."""
     writers: dict[str, Any] = {
         "json": lambda path: path.write_text(as_text(results), encoding="utf-8"),

@@ -14,7 +14,7 @@ DENSE = "dense"
 
 
 @dataclass
-class Results:
+class PolicyResults:
     """Figures by row.
 
     Attributes:
@@ -78,7 +78,7 @@ class Results:
         return cost.steps[-1].attention if attention else cost.steps[-1].ratio
 
 
-def to_json(results: Results, acceptance: list[dict[str, Any]]) -> str:
+def to_json(results: PolicyResults, acceptance: list[dict[str, Any]]) -> str:
     """As JSON."""
     data = {
         "about": results.about,
@@ -92,10 +92,10 @@ def to_json(results: Results, acceptance: list[dict[str, Any]]) -> str:
     return json.dumps(data, indent=1) + "\n"
 
 
-def read(path: Path) -> Results:
+def read(path: Path) -> PolicyResults:
     """What was kept."""
     data = json.loads(path.read_text(encoding="utf-8"))
-    return Results(
+    return PolicyResults(
         about=data["about"],
         rows={row["name"]: PolicyRow(**row) for row in data["rows"]},
         costs={cost["name"]: cost_from(cost) for cost in data["costs"]},

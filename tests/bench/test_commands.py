@@ -21,7 +21,21 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
 
 
 @pytest.mark.parametrize(
-    "name", ["cpu", "crossover", "gpu", "gpu_first", "moh", "longheads", "aot", "kernel_cache", "pages", "step", "tune"]
+    "name",
+    [
+        "cpu",
+        "crossover",
+        "gpu",
+        "gpu_first",
+        "moh",
+        "longheads",
+        "aot",
+        "kernel_cache",
+        "pages",
+        "policies",
+        "step",
+        "tune",
+    ],
 )
 def test_a_benchmark_says_what_it_takes(name: str, run: Run) -> None:
     done = run(f"bench.{name}", "--help")
@@ -29,7 +43,7 @@ def test_a_benchmark_says_what_it_takes(name: str, run: Run) -> None:
     assert "--out" in done.stdout or "--measure" in done.stdout
 
 
-@pytest.mark.parametrize("name", ["cpu", "moh", "longheads", "step"])
+@pytest.mark.parametrize("name", ["cpu", "moh", "longheads", "policies", "step"])
 def test_an_unknown_part_is_refused_before_anything_is_measured(name: str, tmp_path: Path, run: Run) -> None:
     done = run(f"bench.{name}", "--out", str(tmp_path / "never"), "--only", "nothing of that name")
     assert done.returncode == 2
@@ -54,3 +68,20 @@ def test_a_step_of_every_conversion_is_checked_and_written(tmp_path: Path, run: 
     found = json.loads((tmp_path / "step.json").read_text(encoding="utf-8"))["rows"]
     assert [(row["name"], row["tokens"]) for row in found] == [(name, length) for name in rows for length in (96, 160)]
     assert all(row["error"] <= row["bound"] <= 1e-5 and row["ratio"] > 0 for row in found)
+
+
+def test_policies_are_scored_and_go_on_where_they_stopped(tmp_path: Path, run: Run) -> None:
+    out = tmp_path / "policies"
+    words = ["--quick", "--out", str(out), "--part", "quality", "--part", "masks"]
+    done = run("bench.policies", *words, "--only", "duo: 40 %")
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["policies.json", "policies.md", "policies.png"]
+    before = json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))
+    done = run("bench.policies", *words, "--go-on", "--only", "duo: 40 %", "--only", "everything")
+    assert done.returncode == 0, done.stderr
+    after = json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))
+    assert after["rows"][:2] == before["rows"]
+    assert [row["name"] for row in after["rows"]] == ["dense", "duo: 40 %", "everything"]
+    assert after["rows"][2]["flags"] == ["HOLDS EVERYTHING"]
+    # Two bounds are on what was measured here; its control was not.
+    assert {line["id"]: line["verdict"] for line in after["acceptance"]}["A1"] == "not measured"

@@ -11,10 +11,23 @@ from attnzoo.evaluation.two_phase.tasks import KEY, RECALL, TEXT
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#8a6d00", "#cc79a7", "#56b4e9", "#5b4ea8", "#000000", "#999999", "#6fae2b")
+COLOURS = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#8a6d00",
+    "#cc79a7",
+    "#56b4e9",
+    "#5b4ea8",
+    "#000000",
+    "#999999",
+    "#6fae2b",
+    "#b0413e",
+    "#3d6b6b",
+)
 MARKERS = "osD^vPX<>*hd"
 TITLES = {TEXT: "the text going on", RECALL: "spans word for word", KEY: "passkeys"}
-MARKS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
+MARKS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 1.0)
 
 
 def families(comparison: PolicyComparison) -> dict[str, list[PolicyRow]]:
@@ -70,9 +83,10 @@ def _panel(axes: Axes, comparison: PolicyComparison, kind: str) -> None:
         )
     axes.axhline(0.0, color="#444444", linewidth=1)
     axes.set_xscale("log")
-    least = min([0.5, *(cost(row) for rows in shown.values() for row in rows)])
-    axes.set_xlim(least / 1.15, 1.1)
-    axes.xaxis.set_major_locator(FixedLocator([mark for mark in MARKS if mark >= least / 1.15]))
+    costs = [cost(row) for rows in shown.values() for row in rows]
+    least, most = min([0.5, *costs]) / 1.15, min(1.0, max([0.4, *costs])) * 1.15
+    axes.set_xlim(least, most)
+    axes.xaxis.set_major_locator(FixedLocator([mark for mark in MARKS if least <= mark <= most]))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
     axes.set_xlabel("bytes held over dense's (read: of a step)")

@@ -8,27 +8,27 @@ SETTINGS: dict[str, dict[int, str]] = {
     "duo": {
         40: "duo:keep=0.25,sink=64,window=128",
         20: "duo:keep=0.12,sink=32,window=64,block=16",
-        10: "duo:keep=0.05,sink=16,window=32,block=16",
+        10: "duo:keep=0.056,sink=16,window=32,block=16",
     },
     "duo, random heads": {
         40: "duo:keep=0.25,sink=64,window=128,heads=random",
         20: "duo:keep=0.12,sink=32,window=64,block=16,heads=random",
-        10: "duo:keep=0.05,sink=16,window=32,block=16,heads=random",
+        10: "duo:keep=0.056,sink=16,window=32,block=16,heads=random",
     },
     "razor": {
         40: "razor:keep=0.25,sink=64,window=128",
         20: "razor:keep=0.12,sink=32,window=64,block=16",
-        10: "razor:keep=0.05,sink=16,window=32,block=16",
+        10: "razor:keep=0.056,sink=16,window=32,block=16",
     },
     "streaming": {
-        40: "streaming:sink=64,window=320,block=32",
+        40: "streaming:sink=64,window=352,block=32",
         20: "streaming:sink=32,window=160,block=16",
         10: "streaming:sink=16,window=80,block=16",
     },
     "duo + snapkv": {
         40: "duo:keep=0.25,sink=64,window=128+snapkv:share=0.2",
         20: "duo:keep=0.12,sink=32,window=64,block=16+snapkv:share=0.09,page=16",
-        10: "duo:keep=0.05,sink=16,window=32,block=16+snapkv:share=0.06,page=16",
+        10: "duo:keep=0.056,sink=16,window=32,block=16+snapkv:share=0.05,page=16",
     },
     **{
         name: {percent: f"{name}:share={percent / 100}" for percent in (40, 20, 10)}
@@ -37,8 +37,8 @@ SETTINGS: dict[str, dict[int, str]] = {
     "pages": {40: "pages:page=16,budget=400", 20: "pages:page=16,budget=192", 10: "pages:page=16,budget=96"},
     "duo + pages": {
         40: "duo:keep=0.25,sink=64,window=128,block=16+pages:page=16,budget=400",
-        20: "duo:keep=0.25,sink=64,window=128,block=16+pages:page=16,budget=192",
-        10: "duo:keep=0.12,sink=32,window=64,block=16+pages:page=16,budget=96",
+        20: "duo:keep=0.12,sink=32,window=64,block=16+pages:page=16,budget=192",
+        10: "duo:keep=0.056,sink=16,window=32,block=16+pages:page=16,budget=96",
     },
 }
 """Every policy at about so many percent of the dense model's bytes behind 1,024 tokens: held, or read of pages."""

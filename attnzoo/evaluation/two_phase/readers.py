@@ -48,7 +48,9 @@ class PolicyReader:
 
 
 def bytes_read(policy: Policy, held: LayerHeld) -> int:
-    """Bytes of the rows that a decoding step of one layer reads, where it chooses pages; which ones does not matter.
+    """Bytes that a decoding step of one layer reads, where it chooses pages by their bounds, which it reads as well.
+
+    How many pages it chooses does not depend on which they are.
 
     Args:
         policy: Of the layer.
@@ -68,4 +70,5 @@ def bytes_read(policy: Policy, held: LayerHeld) -> int:
     if chosen is None:
         return held.held_bytes
     read = torch.minimum(rows, (chosen[0] >= 0).sum(1) * policy.page)
-    return round(held.held_bytes * float(read.sum()) / held.rows)
+    row = held.dense_bytes / held.dense_rows
+    return round(held.held_bytes + (float(read.sum()) - held.rows) * row)

@@ -85,10 +85,10 @@ def test_what_a_static_policy_says_does_not_depend_on_how_it_is_read() -> None:
 
 
 def test_bytes_read_are_those_of_the_pages_that_are_chosen() -> None:
-    # Two KV heads of 100 tokens, rows of 10 bytes.
-    held = LayerHeld(layer=0, tokens=100, rows=200, dense_rows=200, held_bytes=2000, dense_bytes=2000, pool_bytes=3000)
-    assert bytes_read(policies.Pages(page=10, budget=40), held) == 800
-    assert bytes_read(policies.Pages(page=10, budget=1000), held) == 2000
+    # Two KV heads of 100 tokens, rows of 10 bytes, and 160 bytes of bounds beside them.
+    held = LayerHeld(layer=0, tokens=100, rows=200, dense_rows=200, held_bytes=2160, dense_bytes=2000, pool_bytes=3000)
+    assert bytes_read(policies.Pages(page=10, budget=40), held) == 960
+    assert bytes_read(policies.Pages(page=10, budget=1000), held) == 2160
 
 
 def test_tables_and_files_say_what_the_rows_say(comparison: PolicyComparison, tmp_path: Path) -> None:
