@@ -19,8 +19,8 @@ from attnzoo.base.registry import variants
 from attnzoo.cache.policies.protocol import policies
 from attnzoo.evaluation.decoding import Continuation, Decoding, race, twin_of
 from attnzoo.evaluation.model_scores import Progress, Score, score
-from attnzoo.evaluation.one_forward import UNSEEN, policy_on, why_one_forward_says_nothing
 from attnzoo.factory import class_names, read_spec
+from attnzoo.policies.one_forward import UNSEEN, policy_on, why_one_forward_says_nothing
 from attnzoo.reporting.choices import check_known
 from attnzoo.surgery.lowrank.factor import CALIBRATED
 from attnzoo_kernels.errors import ConfigError

@@ -11,7 +11,7 @@ from typing import Any
 
 from attnzoo.evaluation.compare import Comparison, LongDecoding, Row
 from attnzoo.evaluation.compare_picture import picture
-from attnzoo.evaluation.one_forward import UNSEEN
+from attnzoo.policies.one_forward import UNSEEN
 from attnzoo.reporting.outputs import write_together
 from attnzoo.reporting.tables import Grid
 

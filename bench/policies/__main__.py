@@ -19,10 +19,10 @@ from rich.console import Console
 
 from attnzoo.cli import screen
 from attnzoo.cli.progress import Bar
-from attnzoo.evaluation.one_forward import why_one_forward_says_nothing
 from attnzoo.evaluation.two_phase.rows import PolicyComparer
 from attnzoo.evaluation.two_phase.scores import DenseReader, prefill_nll
 from attnzoo.evaluation.two_phase.specs import PolicyContestant, fit
+from attnzoo.policies.one_forward import why_one_forward_says_nothing
 from bench.cpu.parts import choose
 from bench.cpu.report import about
 from bench.policies import costs, report

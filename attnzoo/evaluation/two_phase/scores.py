@@ -19,8 +19,8 @@ from torch.nn.functional import cross_entropy
 
 from attnzoo.cache.policies.protocol import Policy
 from attnzoo.evaluation.decoding import PIECE, Continuation
-from attnzoo.evaluation.one_forward import why_one_forward_says_nothing
 from attnzoo.evaluation.two_phase.tasks import KEY, Case, Probe
+from attnzoo.policies.one_forward import why_one_forward_says_nothing
 from attnzoo_kernels.errors import UnsupportedError
 
 

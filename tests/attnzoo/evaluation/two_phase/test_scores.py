@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from attnzoo.cache.policies.protocol import Keep, PageBounds, Policy, Seen
-from attnzoo.evaluation.one_forward import why_one_forward_says_nothing
 from attnzoo.evaluation.two_phase.scores import (
     DenseReader,
     Held,
@@ -19,6 +18,7 @@ from attnzoo.evaluation.two_phase.scores import (
     score_cases,
 )
 from attnzoo.evaluation.two_phase.tasks import Case, Probe, text_case
+from attnzoo.policies.one_forward import why_one_forward_says_nothing
 from attnzoo_kernels.errors import UnsupportedError
 from tests.attnzoo.surgery.tiny import ids, tiny
 
