@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from attnzoo.base.layer import is_training
 from attnzoo.base.paged.blocks import attend_blocks
-from attnzoo.base.paged.inputs import PagedInputs, Way, in_order, own_of, precise_of, row_slots
+from attnzoo.base.paged.inputs import PagedInputs, Way, in_order, may_place, own_of, precise_of, row_slots
 from attnzoo.base.paged.one_row import attend_row
 from attnzoo.base.paged.reading import attend_pages, pages_to_read
 from attnzoo.base.paged.signals import received
@@ -24,7 +23,6 @@ from attnzoo.cache.evicting.cache import of_heads
 from attnzoo.cache.lengths import Lengths
 from attnzoo.cache.pages.extents import Extent
 from attnzoo_kernels import Extras, block_sparse_attention, block_sparse_attention_with_lse
-from attnzoo_kernels.runtime.plain import is_plain
 
 LAYOUT_BLOCK = 64
 """Tokens in a block of layouts where everything that is held is read."""
@@ -65,17 +63,6 @@ def attend_paged(inputs: PagedInputs, scale: float | None, impl: str) -> Tensor:
     if mass:
         cache.note_mass(mass)
     return in_order(cache.pool, parts, inputs.k.shape[1])
-
-
-def may_place(inputs: PagedInputs, impl: str) -> bool:
-    """Whether a call is one row that may be written where it is read: every item has a token, and nobody watches."""
-    q = inputs.q
-    if q.shape[2] != 1 or impl != "auto" or Lengths(inputs.lengths).differ or not is_plain(q):
-        return False
-    if is_training(q, inputs.k, inputs.v) or torch.is_autocast_enabled(q.device.type):
-        return False
-    held = inputs.cache.pool.tensors
-    return all(x.dtype == held[name].dtype for name, x in (("k", q), ("k", inputs.k), ("v", inputs.v)))
 
 
 def _attend_rows(inputs: PagedInputs, extent: Extent, way: Way) -> tuple[Tensor, Tensor | None]:

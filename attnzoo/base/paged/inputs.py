@@ -11,12 +11,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from attnzoo.base.layer import is_training
 from attnzoo.base.steps import AttentionInputs
 from attnzoo.cache.evicting.cache import of_heads
 from attnzoo.cache.lengths import Lengths
 from attnzoo.cache.pages.cache import PagedCache
 from attnzoo.cache.pages.extents import Extent
 from attnzoo.cache.pages.pool import PagePool
+from attnzoo_kernels.runtime.plain import is_plain
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,3 +80,14 @@ def in_order(pool: PagePool, parts: Sequence[Tensor], groups: int) -> Tensor:
 def precise_of(q: Tensor) -> torch.dtype:
     """The dtype of biases beside some queries."""
     return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def may_place(inputs: PagedInputs, impl: str) -> bool:
+    """Whether a call is one row that may be written where it is read: every item has a token, and nobody watches."""
+    q = inputs.q
+    if q.shape[2] != 1 or impl != "auto" or Lengths(inputs.lengths).differ or not is_plain(q):
+        return False
+    if is_training(q, inputs.k, inputs.v) or torch.is_autocast_enabled(q.device.type):
+        return False
+    held = inputs.cache.pool.tensors
+    return all(x.dtype == held[name].dtype for name, x in (("k", q), ("k", inputs.k), ("v", inputs.v)))

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import pad, scaled_dot_product_attention
 
-from attnzoo.base.paged.inputs import PagedInputs, Way, precise_of, row_slots
+from attnzoo.base.paged.inputs import PagedInputs, Way, may_place, precise_of, row_slots
 from attnzoo.base.shared_layouts import dense_layout
 from attnzoo.cache.lengths import Lengths
+from attnzoo.cache.pages.pool import PagePool
 from attnzoo.cache.pages.records import PagesRead, is_any
 from attnzoo.cache.policies.protocol import PageBounds
 from attnzoo_kernels import Extras, block_sparse_attention
@@ -38,11 +39,8 @@ def pages_to_read(inputs: PagedInputs) -> Tensor | None:
     held = None if cache.choice is None else _with_begun(cache.choice, known)
     due = asks if held is None else asks & (held.uses >= policy.reuse)
     if held is None or is_any(due):
-        there = (table > 0).unsqueeze(-1)
-        least = pool.tensors["least"][table].masked_fill(~there, 0)
-        most = pool.tensors["most"][table].masked_fill(~there, 0)
         with torch.no_grad():
-            pages = policy.read(inputs.q.detach(), PageBounds(least, most, count, pool.page))
+            pages = policy.read(inputs.q.detach(), _bounds(pool, table, count))
         held = _exchanged(held, PagesRead(pages, known, 0), due, policy.reuse)
     uses = held.uses + asks
     cache.choice = PagesRead(held.pages, held.known, uses)
@@ -51,6 +49,18 @@ def pages_to_read(inputs: PagedInputs) -> Tensor | None:
     numbers = held.pages.to(pool.device)
     chosen = table.gather(2, numbers.clamp(min=0))
     return torch.where(numbers < 0, 0, chosen)
+
+
+def _bounds(pool: PagePool, table: Tensor, count: Tensor) -> PageBounds:
+    """What is known of the pages of each head, in the order of what they hold."""
+    if len(pool.extents) == 1 and pool.extents[0].ring is None:
+        # They lie in order.
+        extent = pool.extents[0]
+        least, most = (pool.view(name, extent).narrow(2, 0, extent.live) for name in ("least", "most"))
+        return PageBounds(least, most, count, pool.page)
+    there = (table > 0).unsqueeze(-1)
+    least, most = (pool.tensors[name][table].masked_fill(~there, 0) for name in ("least", "most"))
+    return PageBounds(least, most, count, pool.page)
 
 
 def _with_begun(choice: PagesRead, known: Tensor) -> PagesRead:
@@ -95,9 +105,12 @@ def attend_pages(inputs: PagedInputs, pages: Tensor, way: Way) -> Tensor:
     """
     pool = inputs.cache.pool
     q = inputs.q
-    k = torch.cat((pool.tensors["k"][pages].flatten(2, 3).to(q.dtype), inputs.k), 2)
-    v = torch.cat((pool.tensors["v"][pages].flatten(2, 3).to(inputs.v.dtype), inputs.v), 2)
-    bias = pad(pool.tensors["bias"][pages].flatten(2, 3).to(precise_of(q)), (0, 1))
+    number = pages.flatten()
+    shape = (*pages.shape[:2], pages.shape[2] * pool.page)
+    held = {name: pool.tensors[name].index_select(0, number) for name in ("k", "v", "bias")}
+    k = torch.cat((held["k"].view(*shape, -1).to(q.dtype), inputs.k), 2)
+    v = torch.cat((held["v"].view(*shape, -1).to(inputs.v.dtype), inputs.v), 2)
+    bias = pad(held["bias"].view(shape).to(precise_of(q)), (0, 1))
     for extent in pool.extents:
         if extent.ring is not None:
             heads = list(extent.heads)
@@ -112,6 +125,10 @@ def attend_pages(inputs: PagedInputs, pages: Tensor, way: Way) -> Tensor:
         v = torch.cat((lost_v.to(v.dtype), v), 2)
         bias = torch.cat((lost_bias.to(bias.dtype), bias), 2)
     slots = k.shape[2]
+    if may_place(inputs, way.impl):
+        rows = q.reshape(q.shape[0], pool.heads, -1, q.shape[3])
+        out = scaled_dot_product_attention(rows, k, v, attn_mask=bias.unsqueeze(2).to(q.dtype), scale=way.scale)
+        return out.reshape(*q.shape[:3], -1)
     q_pos = row_slots(inputs, slots - 1) if Lengths(inputs.lengths).differ else None
     layout = dense_layout(64, 1, slots, q)
     extras = Extras(q_pos=q_pos, key_bias=bias)

@@ -160,12 +160,8 @@ class HeldRows(KVCache):
             self.choice = without(self.choice, known > 0, self.policy.reuse)
         self._widen(values)
         held = {name: value.detach() for name, value in values.items()}
-        if score is not None:
-            held["score"] = score.detach()
-        if "moment" in self.pool.tensors:
-            moment = self.policy.moment_of(held["k"])
-            if moment is not None:
-                held["moment"] = moment
+        moment = self.policy.moment_of(held["k"]) if "moment" in self.pool.tensors else None
+        held |= {name: x.detach() for name, x in (("score", score), ("moment", moment)) if x is not None}
         self._staged = Staged(held, known)
 
     def _check_call(self, values: Mapping[str, Tensor]) -> int:
@@ -232,7 +228,7 @@ class HeldRows(KVCache):
         staged = self._staged
         if staged is None or staged.placed:
             return
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.no_grad():
             self._write(staged)
             if self.pool.begins_pages:
                 self.pool.hide()
@@ -245,7 +241,7 @@ class HeldRows(KVCache):
         if staged is None:
             return
         self._staged = None
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.no_grad():
             if staged.mass:
                 self._add_mass(staged)
             if not staged.placed:
@@ -259,7 +255,8 @@ class HeldRows(KVCache):
         self._advance(self.progress.after(staged.lengths, longer=staged.values["k"].shape[2] > 1))
 
     def _write(self, staged: Staged) -> None:
-        pool = self.pool.with_room_for(staged.lengths)
+        with torch.inference_mode(False):
+            pool = self.pool.with_room_for(staged.lengths)
         if pool is not self.pool:
             self._hold(pool)
         if self.policy.folds:
@@ -271,8 +268,9 @@ class HeldRows(KVCache):
         tokens = staged.values["k"].shape[2]
         width = staged.mass[0].shape[3]
         if "mass" not in self.pool.tensors:
-            like = self.pool.tensors["bias"].new_empty(0, self.pool.page, width)
-            self._hold(self.pool.with_sidecar("mass", like))
+            with torch.inference_mode(False):
+                like = self.pool.tensors["bias"].new_empty(0, self.pool.page, width)
+                self._hold(self.pool.with_sidecar("mass", like))
         own = self.pool.tensors["bias"].new_zeros(self.batch, self.pool.heads, tokens, width)
         for extent, mass in zip(self.pool.extents, staged.mass, strict=True):
             held = mass.shape[2] if staged.placed else mass.shape[2] - tokens
@@ -285,8 +283,12 @@ class HeldRows(KVCache):
         """Keeps the last queries of each item, before the call's tokens are counted."""
         if self.last_queries is None:
             history = self.policy.window + self.policy.slack
-            values = q.new_zeros(q.shape[0], q.shape[1], history + CROP_MARGIN + 1, q.shape[3])
-            self.last_queries = Ring(history, values)
+            with torch.inference_mode(False):
+                shape = (q.shape[0], q.shape[1], history + CROP_MARGIN + 1, q.shape[3])
+                self.last_queries = Ring(history, torch.zeros(shape, dtype=q.dtype, device=q.device))
+        if q.shape[2] == 1 and isinstance(lengths, int) and isinstance(self.progress.tokens, int):
+            self.last_queries.write_one(q, self.progress.tokens)
+            return
         self.last_queries.write(q, self._near(self.progress.tokens), self._near(lengths))
 
     def _near(self, numbers: int | Tensor) -> int | Tensor:

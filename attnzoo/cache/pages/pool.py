@@ -40,6 +40,9 @@ class PagePool(PageStore):
             tokens: Tokens seen before, likewise.
         """
         count = values["k"].shape[2]
+        if count == 1 and isinstance(lengths, int) and isinstance(tokens, int):
+            self._put_one(values, tokens)
+            return
         device = self.device
         begin = tokens if isinstance(tokens, int) else tokens.to(device).view(-1, 1, 1)
         position = torch.arange(count, device=device).view(1, 1, -1) + begin
@@ -52,6 +55,25 @@ class PagePool(PageStore):
             self._put("bias", extent, where, self.tensors["bias"].new_zeros(()).expand(self.batch, heads, count))
             self._put("position", extent, where, position.expand(self.batch, heads, count))
 
+    def _put_one(self, values: Mapping[str, Tensor], token: int) -> None:
+        """The same for one token of each item, all at the same position."""
+        for extent in self.extents:
+            self._begin_pages(extent, 1)
+            where = self._target(extent, 1, 1)
+            heads = len(extent.heads)
+            own = {name: of_heads(value, extent.heads) for name, value in values.items()}
+            if isinstance(where, int):
+                for name, value in own.items():
+                    self.view(name, extent).narrow(2, where, 1).copy_(value)
+                self.view("bias", extent).narrow(2, where, 1).zero_()
+                self.view("position", extent).narrow(2, where, 1).fill_(token)
+                continue
+            for name, value in own.items():
+                self._put(name, extent, where, value)
+            self._put("bias", extent, where, self.tensors["bias"].new_zeros(()).expand(self.batch, heads, 1))
+            position = torch.full((self.batch, heads, 1), token, dtype=torch.int32, device=self.device)
+            self._put("position", extent, where, position)
+
     def count(self, lengths: int | Tensor) -> None:
         """Counts rows that are written."""
         for extent in self.extents:
@@ -59,7 +81,18 @@ class PagePool(PageStore):
             after = before + _column(lengths)
             extent.rows = after if isinstance(after, int) else shared(after.expand(self.batch, len(extent.heads)))
             if "least" in self.tensors:
-                self._bound_pages(extent, before)
+                if isinstance(before, int) and isinstance(lengths, int) and lengths == 1:
+                    self._bound_one(extent, before)
+                else:
+                    self._bound_pages(extent, before)
+
+    def _bound_one(self, extent: Extent, row: int) -> None:
+        """Widens the bounds of pages by one row more of each head."""
+        row = row if extent.ring is None else extent.ring.row_of(row)
+        k = self.view("k", extent).narrow(2, row, 1)
+        for name, wider in (("least", torch.minimum), ("most", torch.maximum)):
+            bound = self.view(name, extent).narrow(2, row // self.page, 1)
+            bound.copy_(wider(bound, k))
 
     def hide(self) -> None:
         """Hides the blocks that the next token does not read, of those held so that tokens may be taken back."""
