@@ -260,7 +260,8 @@ def _cells(spans: RowSpans, segment: _Segment) -> Tensor:
     sides = torch.stack([
         torch.where(live, lo, far), torch.where(live, -lo, far), torch.where(live, hi, far), torch.where(live, -hi, far)
     ], -1)  # fmt: skip
-    return pad(sides, (0, 0, 0, -lo.shape[2] % CELL), value=far).unflatten(2, (-1, CELL)).amin(3)
+    least: Tensor = pad(sides, (0, 0, 0, -lo.shape[2] % CELL), value=far).unflatten(2, (-1, CELL)).amin(3)
+    return least
 
 
 def _cheapest(cells: list[list[int]], segment: _Segment, heads: int) -> tuple[RowTile, ...]:
@@ -303,7 +304,7 @@ def _key_ranges(first: int, highest: int, ends: tuple[int, int], *, straight: bo
     inside = end - begin
     if inside < (0 if straight else LEAST_INSIDE):
         return (KeyRange(first, last, late=late, early=early),)
-    ahead = (KeyRange(first, begin, late=True), KeyRange(begin, end))
+    ahead: tuple[KeyRange, ...] = (KeyRange(first, begin, late=True), KeyRange(begin, end))
     if inside < LEAST_INSIDE:
         ahead = (KeyRange(first, end, late=late),)
     behind = KeyRange(end, last, causal=straight, early=not straight)
