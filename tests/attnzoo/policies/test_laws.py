@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import fields
 from itertools import pairwise
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from attnzoo.cache.pages.cache import PagedCache
 from attnzoo.cache.policies import policies, policy_from
 from attnzoo_kernels.errors import ConfigError
 from tests.attnzoo.cases import assert_same
@@ -49,6 +51,7 @@ def in_turn(argument: str, options: dict[str, Any]) -> pytest.MarkDecorator:
 
 
 LONG = script([9, 7, *[1] * 7, 5, 1, 1], "any", seed=3)
+PLAIN = script([13, 3, 1, 1, 1, 1])
 PROMPT = script([13, 1, 1, 1, 1])
 CHOSEN = {"reorder": [2, 0, 1], "repeat": [1, 1, 0, 2, 2], "select": [2]}
 FAILS = {"prompt": 1, "choice": 2, "step": 4}
@@ -67,6 +70,7 @@ def new_cache(layer: Any, policy: Any, batch: int = ITEMS) -> Any:
 @settings(max_examples=1, deadline=None)
 @given(told=scripts())
 @example(told=LONG)
+@example(told=PLAIN)
 def test_a_policy_is_its_formula(setting: tuple[str, int], told: Script) -> None:
     assert_is_the_formula(setting, told)
 
@@ -99,7 +103,7 @@ def test_a_policy_that_leaves_nothing_out_is_dense(name: str) -> None:
 @every_setting
 @settings(max_examples=1, deadline=None)
 @given(ends=st.sets(st.integers(1, 17), max_size=5))
-@example(ends={1, 3, 9, 10})
+@example(ends={1, 3, 12, 13})
 def test_a_prompt_may_come_in_any_chunks(setting: tuple[str, int], ends: set[int]) -> None:
     """Chunks of one token among them, where what is held follows from place."""
     layer = layer_of()
@@ -115,6 +119,20 @@ def test_a_prompt_may_come_in_any_chunks(setting: tuple[str, int], ends: set[int
     assert many.held[-1] == one.held[-1]
     for mine, theirs in zip(many.out, one.out, strict=True):
         assert_same(mine, theirs)
+
+
+@every_setting
+def test_what_is_held_by_place_is_the_same_in_pages(setting: tuple[str, int]) -> None:
+    made = setting_of(setting).make()
+    if not made.is_static:
+        pytest.skip("lies in pages in any case")
+    settings_of = {f.name: getattr(made, f.name) for f in fields(made) if f.init}
+    paged = type("InPages", (type(made),), {"is_static": False})(**settings_of)
+    layer = layer_of()
+    items = sequences(layer, LONG)
+    cache = new_cache(layer, paged)
+    assert isinstance(cache, PagedCache)
+    assert_told(told_by(layer, cache, LONG, items), told_by(layer, new_cache(layer, made), LONG, items))
 
 
 @every_setting

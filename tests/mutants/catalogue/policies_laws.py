@@ -47,11 +47,11 @@ MUTANTS = (
     ),
     pool(
         "paged-stale-bias",
-        within="PagePool._begin_pages",
-        old="for name in self.tensors:",
-        new="for name in self.tensors.keys() - {'bias', 'position'}:",
-        wrong="a page that is begun has the biases of what it held before",
-        tests=f"{LAWS} -k 'formula or freed'",
+        within="PagePool.forget_behind",
+        old="if name not in PER_PAGE:",
+        new="if name not in (*PER_PAGE, 'bias'):",
+        wrong="tokens that were taken back are read still",
+        tests=f"{LAWS} -k 'slack and pages'",
     ),
     extents(
         "paged-ring-one-block-early",
@@ -84,7 +84,7 @@ MUTANTS = (
         old="return Progress(self.tokens, 0, False, self.tokens) if due else self",
         new="return Progress(self.tokens, self.since, False, self.tokens) if due else self",
         wrong="rows are chosen at every token once they were",
-        tests=f"{LAWS} -k 'in_any_chunks or formula and (h2o-0 or knorm-0)'",
+        tests=formula("h2o-0", "knorm-0"),
     ),
     records(
         "paged-pausing-items-choose",
