@@ -16,11 +16,12 @@ from attnzoo.base.config import check_int
 from attnzoo.cli import screen, show_view
 from attnzoo.cli.models import encode, load_model, text_tokens
 from attnzoo.cli.notices import Commands
-from attnzoo.cli.policies import POLICY_PRESETS, PolicyCall, compare_policies
+from attnzoo.cli.policies import PolicyCall, compare_policies
 from attnzoo.cli.progress import Bar
 from attnzoo.evaluation.compare import PRESETS, Comparer, Comparison, VariantSpec
 from attnzoo.evaluation.decoding import STEPS
 from attnzoo.evaluation.model_scores import cut_windows
+from attnzoo.evaluation.two_phase.presets import POLICY_PRESETS
 from attnzoo.reporting.choices import check_choice
 from attnzoo.reporting.outputs import check_place, check_writable, write_together
 from attnzoo.reporting.tables import Grid
@@ -215,8 +216,7 @@ def compare(  # noqa: PLR0913  (a command line has one parameter for each option
         list[str] | None, typer.Option("--variants", help="dense, or variant:option=value,...; may be repeated.")
     ] = None,
     policy: Annotated[
-        list[str] | None,
-        typer.Option("--policy", help="A KV-cache policy, such as duo:keep=0.25,window=192; may be repeated."),
+        list[str] | None, typer.Option(help="A KV-cache policy, such as duo:keep=0.25,window=192; may be repeated.")
     ] = None,
     preset: Annotated[
         str | None, typer.Option(help=f"A named set of rows: {', '.join([*PRESETS, *POLICY_PRESETS])}.")
