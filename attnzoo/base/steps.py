@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.base.padding import front_positions
+from attnzoo.cache.held import HeldCache
 from attnzoo.cache.kv_cache import KVCache
 from attnzoo.cache.lengths import Lengths
 from attnzoo_kernels import BlockLayout, Extras, visible_pairs
@@ -87,6 +88,29 @@ class AttentionInputs:
     def in_cache(self) -> bool:
         """Whether earlier tokens' keys and values stayed in a cache, so that k and v are this call's alone."""
         return False
+
+
+@dataclass(frozen=True, eq=False)
+class HeldInputs(AttentionInputs):
+    """A call's own tokens and rows, ``[B, G|H, T, D]``; what is remembered stays in a cache that holds less than all.
+
+    Attributes:
+        cache: That cache; the call's tokens are staged there.
+        lengths: Rows of each item that are tokens.
+    """
+
+    cache: HeldCache = field(kw_only=True)
+    lengths: int | Tensor = field(kw_only=True)
+
+    @property
+    def slots(self) -> int:
+        """Of the call's tokens and of all before it, kept or not."""
+        return min(self.cache.bound + self.k.shape[2], self.cache.max_length)
+
+    @property
+    def in_cache(self) -> bool:
+        """True."""
+        return True
 
 
 @dataclass(frozen=True, eq=False)

@@ -99,7 +99,8 @@ def run_case(model: Any, sites: Sequence[Site], case: RetrievalCase) -> CaseResu
             attended[site.layer] = weights[0, :, 0].argmax(-1)
 
     count = case.new_tokens or len(case.tokens)
-    copied = {site.layer: torch.zeros(site.heads, len(case.tokens), dtype=torch.bool) for site in sites}
+    tokens = len(case.tokens)
+    copied = {site.layer: torch.zeros(site.heads, tokens, dtype=torch.bool, device="cpu") for site in sites}
     options = {cache_name(type(model).forward): new_cache(model), "use_cache": True, "logits_to_keep": 1}
     generated: list[int] = []
     with watched(model, see, sites=sites):

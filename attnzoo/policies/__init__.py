@@ -7,20 +7,20 @@ layer of attnzoo's own.
 
 from __future__ import annotations
 
-from attnzoo.cache.policies import EMS as EMS
-from attnzoo.cache.policies import H2O as H2O
-from attnzoo.cache.policies import TOVA as TOVA
-from attnzoo.cache.policies import Compose as Compose
-from attnzoo.cache.policies import Duo as Duo
-from attnzoo.cache.policies import KNorm as KNorm
-from attnzoo.cache.policies import Locret as Locret
-from attnzoo.cache.policies import Pages as Pages
-from attnzoo.cache.policies import Policy as Policy
-from attnzoo.cache.policies import Razor as Razor
-from attnzoo.cache.policies import RetainingHead as RetainingHead
-from attnzoo.cache.policies import SnapKV as SnapKV
-from attnzoo.cache.policies import Streaming as Streaming
-from attnzoo.cache.policies import policy_from as policy_from
+from attnzoo.cache.policies.known import EMS as EMS
+from attnzoo.cache.policies.known import H2O as H2O
+from attnzoo.cache.policies.known import TOVA as TOVA
+from attnzoo.cache.policies.known import Compose as Compose
+from attnzoo.cache.policies.known import Duo as Duo
+from attnzoo.cache.policies.known import KNorm as KNorm
+from attnzoo.cache.policies.known import Locret as Locret
+from attnzoo.cache.policies.known import Pages as Pages
+from attnzoo.cache.policies.known import Policy as Policy
+from attnzoo.cache.policies.known import Razor as Razor
+from attnzoo.cache.policies.known import RetainingHead as RetainingHead
+from attnzoo.cache.policies.known import SnapKV as SnapKV
+from attnzoo.cache.policies.known import Streaming as Streaming
+from attnzoo.cache.policies.known import policy_from as policy_from
 from attnzoo.heads import HeadScores as HeadScores
 from attnzoo.heads import RetainingTraining as RetainingTraining
 from attnzoo.heads import retaining_heads as retaining_heads

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from attnzoo.cache.policies import Policy, policy_from
+from attnzoo.cache.policies.known import Policy, policy_from
 from attnzoo_kernels.errors import ConfigError
 
 SETTINGS = "attnzoo_policy.json"

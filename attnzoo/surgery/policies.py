@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from torch import nn
 
-from attnzoo.cache.policies import Policy
+from attnzoo.cache.policies.known import Policy
 from attnzoo.reporting.tables import Grid, lines
 from attnzoo.surgery.convert import convert, new_cache
 from attnzoo.surgery.hosts.attention_function import pattern_of

@@ -25,7 +25,7 @@ from attnzoo.base.evicting.layer import EvictingLayer
 from attnzoo.base.layer import AttentionInputs, Heads, Plan, Step
 from attnzoo.base.rope import RotaryConfig as RotaryConfig
 from attnzoo.base.shared_layouts import Cover, dense_layout, sink_window_layout
-from attnzoo.cache.evicting.retention import Retention
+from attnzoo.cache.retention import Retention
 from attnzoo_kernels import Extras, Slots
 from attnzoo_kernels.errors import ConfigError, UnsupportedError
 

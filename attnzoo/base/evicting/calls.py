@@ -17,7 +17,7 @@ from torch import Tensor
 from attnzoo.base.layer import is_training
 from attnzoo.base.padding import add_front, drop_front, front_positions
 from attnzoo.base.shared_layouts import Cover, dense_layout, sink_window_layout
-from attnzoo.base.steps import AttentionInputs
+from attnzoo.base.steps import HeldInputs
 from attnzoo.cache.evicting.cache import EvictingCache, of_heads
 from attnzoo.cache.evicting.regions import FullRegion, Region, StreamingRegion, column_of
 from attnzoo.cache.lengths import Lengths
@@ -29,26 +29,14 @@ LAYOUT_BLOCK = 64
 
 
 @dataclass(frozen=True, eq=False)
-class EvictingInputs(AttentionInputs):
-    """A call's own tokens and rows, ``[B, G|H, T, D]``; what is remembered lies in a cache that evicts.
+class EvictingInputs(HeldInputs):
+    """A call's own tokens and rows; what is remembered lies in a cache that evicts.
 
     Attributes:
-        cache: That cache; the call's tokens are staged there.
-        lengths: Rows of each item that are tokens.
+        cache: That cache.
     """
 
     cache: EvictingCache = field(kw_only=True)
-    lengths: int | Tensor = field(kw_only=True)
-
-    @property
-    def slots(self) -> int:
-        """Of the call's tokens and of all before it, kept or not."""
-        return min(self.cache.bound + self.k.shape[2], self.cache.max_length)
-
-    @property
-    def in_cache(self) -> bool:
-        """True."""
-        return True
 
 
 @dataclass(frozen=True)

@@ -15,17 +15,13 @@ from attnzoo.base.decoding.step import TokenRow
 from attnzoo.base.evicting.calls import EvictingInputs, attend_evicting
 from attnzoo.base.evicting.plans import retained_plan
 from attnzoo.base.layer import AttentionInputs, AttentionLayer, Heads, Plan, Step, finalise
-from attnzoo.base.paged.calls import attend_paged
-from attnzoo.base.paged.inputs import PagedInputs
+from attnzoo.base.steps import HeldInputs
 from attnzoo.cache.evicting.cache import EvictingCache
-from attnzoo.cache.evicting.retention import Retention
+from attnzoo.cache.held import HeldCache
 from attnzoo.cache.kv_cache import KVCache, Stream
-from attnzoo.cache.pages.cache import PagedCache
 from attnzoo.cache.policies.protocol import Policy
+from attnzoo.cache.retention import Retention
 from attnzoo_kernels.errors import ConfigError, UnsupportedError
-
-HeldCache = EvictingCache | PagedCache
-"""Caches that hold less than everything, by place or in pages."""
 
 
 class PolicyLayer(AttentionLayer):
@@ -37,7 +33,7 @@ class PolicyLayer(AttentionLayer):
 
     def held_inputs(
         self, inputs: AttentionInputs, cache: HeldCache, lengths: int | Tensor, score: Tensor | None = None
-    ) -> EvictingInputs | PagedInputs:
+    ) -> HeldInputs:
         """A call's own queries, keys and values, whose past stays in a cache, and which the cache takes note of.
 
         Args:
@@ -46,41 +42,43 @@ class PolicyLayer(AttentionLayer):
             lengths: Rows of each item that are tokens.
             score: The score of each row ``[B, G, T]``, where the cache's policy needs one.
         """
-        if isinstance(cache, PagedCache):
-            cache.stage({"k": inputs.k, "v": inputs.v}, lengths, score=score)
-            return PagedInputs(**vars(inputs), cache=cache, lengths=lengths)
-        cache.stage({"k": inputs.k, "v": inputs.v}, lengths)
-        return EvictingInputs(**vars(inputs), cache=cache, lengths=lengths)
+        cache.stage({"k": inputs.k, "v": inputs.v}, lengths, score=score)
+        if isinstance(cache, EvictingCache):
+            return EvictingInputs(**vars(inputs), cache=cache, lengths=lengths)
+        # Who has no pages need not import what reads them.
+        from attnzoo.base.paged.calls import paged_inputs
+
+        return paged_inputs(inputs, cache, lengths)
 
     def remember(self, step: Step, heads: Heads) -> AttentionInputs:
         """As every layer; a cache that evicts gives nothing back, and is written when the call has succeeded."""
         cache = step.cache
-        if not isinstance(cache, EvictingCache | PagedCache):
+        if not isinstance(cache, HeldCache):
             return super().remember(step, heads)
-        score = None
-        if isinstance(cache, PagedCache) and "score" in cache.policy.needs:
-            score = cache.policy.scores_of(heads.q, heads.k, heads.v)
+        score = cache.scores_of(heads.q, heads.k, heads.v)
         q, k = self.rotate_rows(step, heads.q, heads.k)
         return self.held_inputs(self.attention_inputs(step, q, k, heads.v), cache, step.lengths, score)
 
     def plan_call(self, step: Step, heads: Heads, inputs: AttentionInputs) -> Plan:
         """As every layer; with a policy's cache, what that holds by place."""
-        retention = ruling(step.cache)
+        retention = step.cache.rule if isinstance(step.cache, HeldCache) else None
         if retention is None:
             return super().plan_call(step, heads, inputs)
         return finalise(retained_plan(retention, inputs, step.offset), inputs)
 
     def operate(self, inputs: AttentionInputs, plan: Plan) -> Tensor:
         """The operation; where keys stayed in a cache that evicts, over what it holds and what this call brings."""
-        if isinstance(inputs, PagedInputs) or (isinstance(inputs, EvictingInputs) and inputs.cache.bound):
+        if isinstance(inputs, HeldInputs) and (inputs.cache.bound or not isinstance(inputs, EvictingInputs)):
             return self.attend_held(inputs)
         return super().operate(inputs, plan)
 
-    def attend_held(self, inputs: EvictingInputs | PagedInputs) -> Tensor:
+    def attend_held(self, inputs: HeldInputs) -> Tensor:
         """Attention over what a cache holds and over a call's own tokens ``[B, H, T, Dv]``, which takes no plan."""
-        if isinstance(inputs, PagedInputs):
-            return attend_paged(inputs, self.config.scale, self.impl)
-        return attend_evicting(inputs, self.config.scale, self.impl)
+        if isinstance(inputs, EvictingInputs):
+            return attend_evicting(inputs, self.config.scale, self.impl)
+        from attnzoo.base.paged.calls import attend_paged
+
+        return attend_paged(inputs, self.config.scale, self.impl)
 
     def attend_row(self, row: TokenRow) -> Tensor | None:
         """As every layer; a cache that evicts is read where it lies."""
@@ -91,12 +89,12 @@ class PolicyLayer(AttentionLayer):
 
     def may_compile_row(self, x: Tensor, cache: KVCache) -> bool:
         """As every layer; what a cache that evicts holds is no sequence that slots could be read from."""
-        return not isinstance(cache, EvictingCache | PagedCache) and super().may_compile_row(x, cache)
+        return not isinstance(cache, HeldCache) and super().may_compile_row(x, cache)
 
     def combine(self, step: Step, out: Tensor, plan: Plan) -> Tensor:
         """As every layer; then nothing can fail any more, and a cache that evicts is written."""
         result = super().combine(step, out, plan)
-        if isinstance(step.cache, EvictingCache | PagedCache):
+        if isinstance(step.cache, HeldCache):
             step.cache.commit()
         return result
 
@@ -131,10 +129,14 @@ class PolicyLayer(AttentionLayer):
             return super().new_cache(batch, max_length, device=device, dtype=dtype)
         groups = self.streams()["k"].heads
         policy.check(1, groups)
-        make: Callable[..., HeldCache] = partial(PagedCache, policy=policy)
+        make: Callable[..., HeldCache]
         if policy.is_static:
             made = static_retention(policy, groups)
             make = partial(EvictingCache, retention=made, margin=policy.slack, rules=True)
+        else:
+            from attnzoo.cache.pages.cache import PagedCache
+
+            make = partial(PagedCache, policy=policy)
         return self._held_cache(make, batch, max_length, device, dtype)
 
     def _held_cache(
@@ -156,13 +158,6 @@ class PolicyLayer(AttentionLayer):
             owner=(self._identity, self.config),
             rounds=dtype is not None,
         )
-
-
-def ruling(cache: KVCache | None) -> Retention | None:
-    """What rows read by place because a cache's policy says so, whatever the layer's own rule is."""
-    if isinstance(cache, PagedCache):
-        return cache.policy.retention(cache.pool.heads)
-    return cache.retention if isinstance(cache, EvictingCache) and cache.rules else None
 
 
 def static_retention(policy: Policy, kv_heads: int) -> Retention:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from attnzoo.base.shared_layouts import dense_layout, may_share
 from attnzoo.base.steps import AttentionInputs, Plan
-from attnzoo.cache.evicting.retention import Retention
 from attnzoo.cache.lengths import Lengths
+from attnzoo.cache.retention import Retention
 from attnzoo_kernels import BlockLayout, Extras, remembers
 
 

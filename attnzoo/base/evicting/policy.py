@@ -11,13 +11,14 @@ from typing import Any
 import torch
 
 from attnzoo.base.config import AttentionConfig
-from attnzoo.base.evicting.layer import EvictingLayer, HeldCache, static_retention
+from attnzoo.base.evicting.layer import EvictingLayer, static_retention
 from attnzoo.base.evicting.plans import retained_plan
 from attnzoo.base.layer import AttentionInputs, Heads, Plan, Step
-from attnzoo.cache.evicting.retention import Retention
+from attnzoo.cache.held import HeldCache
 from attnzoo.cache.kv_cache import Stream
 from attnzoo.cache.pages.cache import PagedCache
 from attnzoo.cache.policies.protocol import Policy
+from attnzoo.cache.retention import Retention
 
 
 class PolicyAttention(EvictingLayer):

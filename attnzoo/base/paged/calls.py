@@ -19,8 +19,11 @@ from attnzoo.base.paged.one_row import attend_row
 from attnzoo.base.paged.reading import attend_pages, pages_to_read
 from attnzoo.base.paged.signals import received
 from attnzoo.base.shared_layouts import dense_layout
+from attnzoo.base.steps import AttentionInputs
 from attnzoo.cache.evicting.cache import of_heads
+from attnzoo.cache.kv_cache import KVCache
 from attnzoo.cache.lengths import Lengths
+from attnzoo.cache.pages.cache import PagedCache
 from attnzoo.cache.pages.extents import Extent
 from attnzoo_kernels import Extras, block_sparse_attention, block_sparse_attention_with_lse
 
@@ -28,7 +31,18 @@ LAYOUT_BLOCK = 64
 """Tokens in a block of layouts where everything that is held is read."""
 
 
-def attend_paged(inputs: PagedInputs, scale: float | None, impl: str) -> Tensor:
+def paged_inputs(inputs: AttentionInputs, cache: KVCache, lengths: int | Tensor) -> PagedInputs:
+    """A call's own tokens, which a cache of pages has taken note of.
+
+    Raises:
+        TypeError: If the cache is none.
+    """
+    if not isinstance(cache, PagedCache):
+        raise TypeError(f"cache: expected a PagedCache, got {type(cache).__name__}")
+    return PagedInputs(**vars(inputs), cache=cache, lengths=lengths)
+
+
+def attend_paged(inputs: AttentionInputs, scale: float | None, impl: str) -> Tensor:
     """Attention over what a cache of pages holds and over the call's own tokens, which are staged there.
 
     Args:
@@ -38,7 +52,12 @@ def attend_paged(inputs: PagedInputs, scale: float | None, impl: str) -> Tensor:
 
     Returns:
         ``[B, H, T, Dv]``, zeros for rows without a token.
+
+    Raises:
+        TypeError: If what is remembered does not lie in pages.
     """
+    if not isinstance(inputs, PagedInputs):
+        raise TypeError(f"inputs: expected PagedInputs, got {type(inputs).__name__}")
     q = inputs.q
     cache = inputs.cache
     if 0 in q.shape:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.base.layer import is_training
-from attnzoo.base.steps import AttentionInputs
+from attnzoo.base.steps import HeldInputs
 from attnzoo.cache.evicting.cache import of_heads
 from attnzoo.cache.lengths import Lengths
 from attnzoo.cache.pages.cache import PagedCache
@@ -22,26 +22,14 @@ from attnzoo_kernels.runtime.plain import is_plain
 
 
 @dataclass(frozen=True, eq=False)
-class PagedInputs(AttentionInputs):
-    """A call's own tokens and rows, ``[B, G|H, T, D]``; what is remembered lies in pages.
+class PagedInputs(HeldInputs):
+    """A call's own tokens and rows; what is remembered lies in pages.
 
     Attributes:
-        cache: Whose pages; the call's tokens are staged there.
-        lengths: Rows of each item that are tokens.
+        cache: Whose pages.
     """
 
     cache: PagedCache = field(kw_only=True)
-    lengths: int | Tensor = field(kw_only=True)
-
-    @property
-    def slots(self) -> int:
-        """Of the call's tokens and of all before it, kept or not."""
-        return min(self.cache.bound + self.k.shape[2], self.cache.max_length)
-
-    @property
-    def in_cache(self) -> bool:
-        """True."""
-        return True
 
 
 @dataclass(frozen=True)

@@ -15,17 +15,18 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from attnzoo.cache.evicting.regions import FullRegion, Region, StreamingRegion, column_of, of_run, picked, regions_of
-from attnzoo.cache.evicting.retention import Retention
-from attnzoo.cache.kv_cache import KVCache, Stream
+from attnzoo.cache.held import HeldCache
+from attnzoo.cache.kv_cache import Stream
 from attnzoo.cache.lengths import Lengths
 from attnzoo.cache.owner import Identity
 from attnzoo.cache.replay import refuse_transforms
+from attnzoo.cache.retention import Retention
 from attnzoo.cache.rows import RowCache
 from attnzoo.cache.streams import widened, with_rows
 from attnzoo_kernels.errors import ConfigError, UnsupportedError
 
 
-class EvictingCache(KVCache):
+class EvictingCache(HeldCache):
     """A cache that evicts what no later row reads; made by ``new_cache(..., evict=True)``, or for a policy.
 
     A call's tokens are staged, and written when it has succeeded. How many tokens are held counts those that are gone.
@@ -227,8 +228,13 @@ class EvictingCache(KVCache):
             self._staged = None
             self._placed = False
 
-    def stage(self, values: Mapping[str, Tensor], lengths: int | Tensor) -> None:
-        """Takes note of a call's tokens ``[B, G, T, D]``, left-aligned, for :meth:`commit`."""
+    @property
+    def rule(self) -> Retention | None:
+        """What is retained, if that is a policy's."""
+        return self.retention if self.rules else None
+
+    def stage(self, values: Mapping[str, Tensor], lengths: int | Tensor, *, score: Tensor | None = None) -> None:
+        """Takes note of a call's tokens ``[B, G, T, D]``, left-aligned, for :meth:`commit`; scores have no place."""
         refuse_transforms(values)
         self._widen(values)
         self._staged = {name: value.detach() for name, value in values.items()}, lengths

@@ -25,8 +25,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from attnzoo.cache.evicting.retention import Kept, Retention
 from attnzoo.cache.lengths import Lengths
+from attnzoo.cache.retention import Kept, Retention
 
 KeptRun = tuple[tuple[int, int], int]
 """The first of some neighbouring heads and the one behind the last, and how many blocks each of them keeps."""

@@ -144,9 +144,10 @@ class PagedCache(HeldRows):
                 tokens = moment.progress.tokens
                 if not is_any(after > tokens):
                     return moment
+            given = int(cut.max()) if isinstance(cut, Tensor) else cut
             raise UnsupportedError(
                 f"crop: expected at most slack={self.policy.slack} tokens to be taken back where rows have been chosen "
-                f"since, by all items alike, got {int(torch.as_tensor(cut).max())}"
+                f"since, by all items alike, got {given}"
             )
         if self.last_queries is not None and not self.last_queries.can_crop(self.lengths, self._near(after)):
             raise UnsupportedError("crop: expected fewer tokens, since the last queries of what is left are gone")

@@ -11,7 +11,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from attnzoo.cache.kv_cache import KVCache, Stream
+from attnzoo.cache.held import HeldCache
+from attnzoo.cache.kv_cache import Stream
 from attnzoo.cache.pages.apply import Lost, apply, hidden, leaving
 from attnzoo.cache.pages.beginning import empty_pages, full_heads_of, rings_of
 from attnzoo.cache.pages.extents import with_room
@@ -21,23 +22,15 @@ from attnzoo.cache.pages.rows import grouped
 from attnzoo.cache.pages.seen import LastQueries, seen_of
 from attnzoo.cache.policies.protocol import Policy, Seen
 from attnzoo.cache.replay import refuse_transforms
+from attnzoo.cache.retention import Retention
 from attnzoo.cache.streams import CROP_MARGIN, Ring
 from attnzoo_kernels.errors import ConfigError, ShapeError, UnsupportedError
 
 NAMES = ("k", "v")
 
 
-class HeldRows(KVCache):
-    """What a :class:`attnzoo.cache.pages.cache.PagedCache` does in a call: rows are chosen, written and counted.
-
-    What is counted is known on the CPU; a tensor of lengths is read once, by the call that brings it.
-
-    Attributes:
-        policy: What is remembered, of one layer.
-        pool: Where it lies.
-        lost: What compensation rows stand for; ``None`` where there are none.
-        choice: Pages that the next row may read again.
-    """
+class HeldRows(HeldCache):
+    """What a :class:`attnzoo.cache.pages.cache.PagedCache` does in a call: rows are chosen, written and counted."""
 
     def __init__(self, streams: Mapping[str, Stream], *, policy: Policy, **options: Any) -> None:
         self.policy = policy
@@ -96,6 +89,15 @@ class HeldRows(KVCache):
         if self.lost is not None:
             beside += self.lost.tensors
         return self.pool.nbytes + sum(x.numel() * x.element_size() for x in beside)
+
+    @property
+    def rule(self) -> Retention | None:
+        """What the policy holds by place."""
+        return self.policy.retention(self.pool.heads)
+
+    def scores_of(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+        """The score of each row of a call, where the policy needs one."""
+        return self.policy.scores_of(q, k, v) if "score" in self.policy.needs else None
 
     @property
     def kv_heads(self) -> int:
@@ -333,10 +335,7 @@ class HeldRows(KVCache):
         return Moment(self.pool, counts, self.progress, self.lost)
 
     def compact(self) -> None:
-        """Has the policy choose rows now, for all items: what it does not keep is given back.
-
-        Nothing happens where rows are kept by place alone.
-        """
+        """Has the policy choose rows now, for all items, if it does: what it does not keep is given back."""
         self._staged = None
         if self.policy.compacts and self.batch:
             self._choose(True)

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from attnzoo.cache.evicting.retention import Retention
 from attnzoo.cache.policies.protocol import DROPPED, MERGED, Keep, PageBounds, Policy, Seen, policy_from
 from attnzoo.cache.policies.reading import with_every_page
+from attnzoo.cache.retention import Retention
 from attnzoo_kernels.errors import ConfigError
 
 PARTS = ("static", "score", "read")
@@ -160,7 +160,7 @@ class Compose(Policy, name="compose"):
     def _full(self, kv_heads: int) -> Tensor:
         """Which KV heads keep everything, bool ``[G]``."""
         held = None if self.static is None else self.static.retention(kv_heads)
-        return torch.tensor([True] * kv_heads if held is None else held.full)
+        return torch.tensor([True] * kv_heads if held is None else held.full, device="cpu")
 
 
 def _part(name: str, part: Policy | None) -> Policy | None:

@@ -20,14 +20,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from attnzoo.cache.evicting.retention import Retention
 from attnzoo.cache.policies.full_heads import check_heads, full_heads, heads_of_layer
 from attnzoo.cache.policies.streaming import Streaming
+from attnzoo.cache.retention import Retention
 from attnzoo.reporting.warn import warn_caller
 from attnzoo_kernels.errors import ConfigError
 
@@ -38,6 +38,7 @@ KINDS: Mapping[str, float] = {"induction": 6 / 7, "echo": 1 / 7}
 """Which scores choose the heads that hold everything, and which share of them each."""
 
 
+@runtime_checkable
 class HeadScoring(Protocol):
     """What knows how much each head scores, by kinds of score."""
 

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from attnzoo.cache.evicting.retention import Retention
+from attnzoo.cache.retention import Retention
 from attnzoo_kernels.errors import ConfigError
 
 MERGED = -2

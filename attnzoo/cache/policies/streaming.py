@@ -21,8 +21,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from attnzoo.cache.evicting.retention import Retention
 from attnzoo.cache.policies.protocol import Policy
+from attnzoo.cache.retention import Retention
 from attnzoo_kernels.errors import ConfigError
 
 

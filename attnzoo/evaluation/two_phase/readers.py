@@ -58,7 +58,7 @@ def bytes_read(policy: Policy, held: LayerHeld) -> int:
     """
     kv_heads = held.dense_rows // held.tokens
     retention = policy.retention(kv_heads)
-    full = torch.ones(kv_heads, dtype=torch.bool) if retention is None else torch.tensor(retention.full)
+    full = torch.tensor([True] * kv_heads if retention is None else retention.full, device="cpu")
     # Heads that do not hold everything hold equally much.
     others = max(1, int((~full).sum()))
     rest = (held.rows - int(full.sum()) * held.tokens) / others

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -87,6 +87,7 @@ class PolicyComparison:
         return None if mine is None or dense is None else mine - dense
 
 
+@runtime_checkable
 class Applicable(Protocol):
     """A row to be."""
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -46,6 +46,7 @@ class Held:
         return self.rows / self.dense
 
 
+@runtime_checkable
 class Reader(Protocol):
     """A model that reads under a policy, or under none."""
 

@@ -212,7 +212,7 @@ def fit(model: Any, specs: Sequence[PolicySpec], progress: Progress | None = Non
 def random_heads(layers: int, kv_heads: int, keep: float, seed: int) -> Tensor:
     """A share of all KV heads by lot, rounded down, bool ``[L, G]``."""
     count = math.floor(keep * layers * kv_heads + 1e-9)
-    order = torch.randperm(layers * kv_heads, generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(layers * kv_heads, generator=torch.Generator().manual_seed(seed), device="cpu")
     full = torch.zeros(layers * kv_heads, dtype=torch.bool, device="cpu")
     full[order[:count]] = True
     return full.view(layers, kv_heads)

@@ -216,7 +216,8 @@ def keys(count: int, seed: int = 0) -> list[str]:
     """Numbers of five digits, the same for the same seed."""
     least = 10 ** (DIGITS - 1)
     generator = torch.Generator().manual_seed(seed)
-    return [str(key) for key in torch.randint(least, 10 * least, (count,), generator=generator).tolist()]
+    found = torch.randint(least, 10 * least, (count,), generator=generator, device="cpu")
+    return [str(key) for key in found.tolist()]
 
 
 def _shared(answer: Tensor, other: Tensor) -> int:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from attnzoo.base.config import AttentionConfig
 from attnzoo.base.evicting.policy import PolicyAttention
-from attnzoo.cache.policies import Policy, policy_from
+from attnzoo.cache.policies.known import Policy, policy_from
 from attnzoo.reporting.choices import check_known
 from attnzoo.reporting.warn import warn_caller
 from attnzoo.surgery.hosts.attention_function import ReadPattern, pattern_of

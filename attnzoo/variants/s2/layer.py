@@ -30,9 +30,9 @@ from attnzoo.base.layer import AttentionInputs, Heads, Plan, Step
 from attnzoo.base.projections import slice_index
 from attnzoo.base.rope import RotaryConfig as RotaryConfig
 from attnzoo.base.shared_layouts import dense_layout, may_share
-from attnzoo.cache.evicting.retention import Retention
 from attnzoo.cache.kv_cache import KVCache
 from attnzoo.cache.lengths import Lengths
+from attnzoo.cache.retention import Retention
 from attnzoo.variants.s2.blocks_of_row import ending_at, slots_of_blocks
 from attnzoo_kernels import BlockLayout, Extras, Slots, remembers
 from attnzoo_kernels.errors import ConfigError, UnsupportedError

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attnzoo.cache.evicting.regions import FullRegion, StreamingRegion, regions_of
-from attnzoo.cache.evicting.retention import Retention
+from attnzoo.cache.retention import Retention
 
 TOKENS = 50
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from attnzoo import policies
-from attnzoo.cache.policies import RetainingHead
+from attnzoo.cache.policies.known import RetainingHead
 from attnzoo.heads import RetainingTraining, retaining_heads
 from attnzoo.surgery.hosts.calls import cache_name
 from tests.attnzoo.heads.planted import BEGIN, planted

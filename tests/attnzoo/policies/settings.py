@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnzoo.cache.policies import Duo, Policy, Streaming, policies
 from attnzoo.cache.policies.compose import Compose
 from attnzoo.cache.policies.ems import EMS
+from attnzoo.cache.policies.known import Duo, Policy, Streaming, policies
 from attnzoo.cache.policies.locret import Locret, RetainingHead
 from attnzoo.cache.policies.razor import Razor
 from attnzoo.cache.policies.reading import Pages

@@ -14,7 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from attnzoo.cache.pages.cache import PagedCache
-from attnzoo.cache.policies import policies, policy_from
+from attnzoo.cache.policies.known import policies, policy_from
 from attnzoo_kernels.errors import ConfigError
 from tests.attnzoo.cases import assert_same
 from tests.attnzoo.policies.lives import (

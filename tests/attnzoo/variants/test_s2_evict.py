@@ -14,10 +14,10 @@ from torch import Tensor
 
 import attnzoo
 from attnzoo.base.evicting import calls
-from attnzoo.base.evicting.layer import EvictingLayer
+from attnzoo.base.evicting.layer import PolicyLayer
 from attnzoo.cache.evicting.cache import EvictingCache
 from attnzoo.cache.evicting.regions import StreamingRegion
-from attnzoo.cache.evicting.retention import Kept
+from attnzoo.cache.retention import Kept
 from attnzoo.oracles.s2 import reads
 from tests.attnzoo.cases import assert_same, build, gradients, recipe_of, tokens
 from tests.attnzoo.laws.test_contract_memory import left_padded
@@ -291,7 +291,7 @@ MUTANTS: dict[str, tuple[Any, str, str, str]] = {
     "kept blocks out of order": (Kept, "nth", "self.stride * (index", "self.stride * (1 + index"),
     "lengths are not counted": (EvictingCache, "commit", "self.lengths + lengths", "self.lengths"),
     "own values of the call are not found": (EvictingCache, "_gathered", "token + behind", "token"),
-    "the past forgotten": (EvictingLayer, "operate", "inputs.cache.bound == 0", "True"),
+    "the past forgotten": (PolicyLayer, "operate", "isinstance(inputs, HeldInputs)", "False"),
 }
 
 

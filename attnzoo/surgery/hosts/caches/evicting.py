@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
-from attnzoo.base.evicting.layer import EvictingLayer, HeldCache
+from attnzoo.base.evicting.layer import EvictingLayer
 from attnzoo.base.evicting.policy import PolicyAttention
-from attnzoo.cache.evicting.cache import EvictingCache
+from attnzoo.cache.held import HeldCache
 from attnzoo.cache.kv_cache import Stream
 from attnzoo.cache.pages.cache import PagedCache
 from attnzoo.cache.policies.protocol import Policy
@@ -98,7 +98,7 @@ class EvictingCacheLayer(ReplacementCacheLayer):  # type: ignore[no-untyped-call
         """The cache, with room for the tokens of a call, k ``[B, G, T, D]`` and v ``[B, G, T, Dv]``."""
         needed = self.seen + k.shape[2]
         memory = self.memory
-        if not isinstance(memory, EvictingCache | PagedCache):
+        if not isinstance(memory, HeldCache):
             memory = self.layer.held_cache(
                 {"k": Stream(k.shape[1], k.shape[3]), "v": Stream(v.shape[1], v.shape[3])},
                 margin=self.margin,

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from attnzoo.base.evicting.calls import may_read_in_place
-from attnzoo.base.evicting.layer import EvictingLayer, HeldCache
+from attnzoo.base.evicting.layer import EvictingLayer
 from attnzoo.base.evicting.policy import PolicyAttention
 from attnzoo.base.layer import AttentionInputs, AttentionLayer
 from attnzoo.base.padding import Alignment
 from attnzoo.cache.evicting.cache import EvictingCache
+from attnzoo.cache.held import HeldCache
 from attnzoo.cache.policies.protocol import Policy
 from attnzoo.surgery.hosts.positions import real_slots, unrotated
 from attnzoo_kernels.errors import UnsupportedError

@@ -12,7 +12,7 @@ from torch import Tensor
 import attnzoo
 from attnzoo.cache.evicting.cache import EvictingCache
 from attnzoo.cache.pages.cache import PagedCache
-from attnzoo.cache.policies import Duo, KNorm, Streaming
+from attnzoo.cache.policies.known import Duo, KNorm, Streaming
 from tests.attnzoo.surgery.tiny import assert_close
 
 EXACT = 1e-12

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from attnzoo.base.paged.calls import attend_paged
 from attnzoo.base.paged.inputs import PagedInputs
-from attnzoo.cache.evicting.retention import Retention
 from attnzoo.cache.kv_cache import Stream
 from attnzoo.cache.pages.cache import PagedCache
 from attnzoo.cache.policies.protocol import Policy
+from attnzoo.cache.retention import Retention
 
 HEADS = 4
 GROUPS = 2

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from attnzoo.cache.evicting.retention import Retention
 from attnzoo.cache.kv_cache import Stream
 from attnzoo.cache.pages.apply import apply
 from attnzoo.cache.pages.cache import PagedCache
@@ -18,6 +17,7 @@ from attnzoo.cache.policies.ems import EMS
 from attnzoo.cache.policies.protocol import DROPPED, MERGED, Keep
 from attnzoo.cache.policies.reading import Pages
 from attnzoo.cache.policies.scored import H2O, SnapKV
+from attnzoo.cache.retention import Retention
 from attnzoo_kernels.errors import ConfigError, ShapeError, UnsupportedError
 from tests.attnzoo.base.paged.paged_calls import (
     GROUPS,

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 import attnzoo
-from attnzoo.cache.policies import Duo, Streaming, policy_from
 from attnzoo.cache.policies.duo import GATES, SETTINGS, read_gates, top_heads, write_gates
+from attnzoo.cache.policies.known import Duo, Streaming, policy_from
 
 PUBLISHED = {
     "Llama-2-7B-32K-Instruct": (32, 32, 0.75),
