@@ -28,7 +28,7 @@ test: setup  ## The test suite; about 18 minutes on two cores
 
 test-oldest: setup  ## The kernels' tests with the oldest supported triton
 	.venv-oldest/bin/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not slow and not gpu" \
-		tests/attnzoo_kernels/triton/test_switches.py tests/attnzoo_kernels/triton/test_torture.py
+		tests/attnzoo_kernels/triton/test_switches.py
 
 test-transformers: setup  ## Surgery with the older versions of transformers that attnzoo/reporting/versions.py names
 	@set -e; for version in $$(PYTHONPATH=.:kernels $(BIN)/python -c "from attnzoo.reporting.versions import TRANSFORMERS; print(*TRANSFORMERS[:-1])"); do \
@@ -39,6 +39,7 @@ test-transformers: setup  ## Surgery with the older versions of transformers tha
 	done
 
 test-slow: setup  ## What the suite leaves out: whole grids, mutants inside the suite, exports of everything
+	.venv-oldest/bin/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not slow and not gpu" tests/attnzoo_kernels/triton/test_torture.py
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m slow tests
 
 mutants: setup  ## Mistakes on purpose: do the tests notice? About half an hour on two cores

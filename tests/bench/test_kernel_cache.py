@@ -59,7 +59,7 @@ def run(program: str, env: dict[str, str], *arguments: str, cwd: Path = ROOT) ->
     return done.stdout
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_launch_elsewhere_finds_what_was_compiled_here(tmp_path: Path) -> None:
     """Another process, another folder of the same sources, another place for the cache: every kernel is found."""
     pytest.importorskip("triton")
