@@ -24,14 +24,16 @@ HEAVY = (
 # environment may forbid Python to keep what it compiles, and then every run would count the compiler.
 PROGRAM = """
 import json, sys, time
+start = time.process_time()
 import torch
+torch_seconds = time.process_time() - start
 sys.pycache_prefix, sys.dont_write_bytecode = sys.argv[1], False
 before = set(sys.modules)
 start = time.process_time()
 import attnzoo
 seconds = time.process_time() - start
 new = {name.partition(".")[0] for name in set(sys.modules) - before}
-print(json.dumps({"seconds": seconds, "new": sorted(new), "variants": attnzoo.list_variants()}))
+print(json.dumps({"seconds": seconds, "torch": torch_seconds, "new": sorted(new), "variants": attnzoo.list_variants()}))
 """
 
 WITHOUT = """
@@ -51,8 +53,9 @@ def test_import_is_quick_and_brings_nothing_heavy(tmp_path: Path) -> None:
     for result in [first, *runs]:
         assert not set(HEAVY) & set(result["new"])
         assert {"mha", "s2", "lowrank_gqa"} <= set(result["variants"])
-    # CPU time, and the least of it: what a busy machine adds is not the import's.
-    assert min(result["seconds"] for result in runs) <= 0.3
+    # CPU time, and the least of it: what a busy machine adds is not the import's. Where torch itself takes longer than
+    # two seconds, the machine is a slow one.
+    assert min(result["seconds"] - max(0.3, result["torch"] * 0.15) for result in runs) <= 0
 
 
 def test_layers_work_where_nothing_optional_is_installed() -> None:
