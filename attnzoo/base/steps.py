@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.base.padding import front_positions
+from attnzoo.cache.evicting.cache import of_heads
 from attnzoo.cache.held import HeldCache
 from attnzoo.cache.kv_cache import KVCache
 from attnzoo.cache.lengths import Lengths
@@ -111,6 +112,26 @@ class HeldInputs(AttentionInputs):
     def in_cache(self) -> bool:
         """True."""
         return True
+
+    def own_of(self, heads: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        """The call's queries ``[B, h * H / G, T, D]``, keys and values ``[B, h, T, D]`` for some KV heads."""
+        groups = self.k.shape[1]
+        q = of_heads(self.q.unflatten(1, (groups, -1)), heads).flatten(1, 2)
+        return q, of_heads(self.k, heads), of_heads(self.v, heads)
+
+    def row_slots(self, first: int | Tensor) -> Tensor:
+        """The slots of rows that begin at ``first``, int32 ``[B|1, 1, T]``; -1 where there is no token."""
+        token = torch.arange(self.q.shape[2], device=self.q.device)
+        real = Lengths(self.lengths).holds(token)
+        return torch.where(real, token + Lengths(first).column(), -1).to(torch.int32).view(-1, 1, token.shape[0])
+
+
+@dataclass(frozen=True)
+class Way:
+    """How the operation is run over what is held: the factor on scores, and the implementation."""
+
+    scale: float
+    impl: str
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,8 +18,6 @@ from typing import Any
 from attnzoo.cache.policies.protocol import Policy
 from bench.policies.setting import Setting
 
-DENSE = "dense"
-
 
 @dataclass(frozen=True)
 class StepCost:

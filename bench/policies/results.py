@@ -7,10 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from attnzoo.evaluation.two_phase.rows import PolicyComparison, PolicyRow
+from attnzoo.evaluation.two_phase.rows import DENSE, PolicyComparison, PolicyRow
 from bench.policies.costs import Cost, cost_from
-
-DENSE = "dense"
 
 
 @dataclass

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from attnzoo.cli.models import load_model, text_tokens
+from attnzoo.cli.models import encode, load_model, text_tokens
 from attnzoo.evaluation.two_phase.presets import CONTROLS, SETTINGS
 from attnzoo.evaluation.two_phase.specs import PolicySpec
 from attnzoo.evaluation.two_phase.tasks import Case, Encode, keys, passkey_case, text_case
@@ -84,13 +85,10 @@ def full_setting() -> Setting:
     """SmolLM2 behind 1,024 tokens of both texts, passkeys in 640 tokens, and 8,192 tokens of a text."""
     model, tokenizer = load_model("smollm2", dtype="fp32")
 
-    def encode(text: str) -> Tensor:
-        ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-        return torch.tensor(ids, dtype=torch.int64, device="cpu")
-
+    to_tokens = partial(encode, tokenizer)
     texts = {name: text_tokens(tokenizer, name) for name in TEXTS}
-    cases = [text_case(name, tokens[1024:], context=1024, encode=encode) for name, tokens in texts.items()]
-    cases += _keys(encode, texts["botchan"])
+    cases = [text_case(name, tokens[1024:], context=1024, encode=to_tokens) for name, tokens in texts.items()]
+    cases += _keys(to_tokens, texts["botchan"])
     masks = [tokens[1024 : 1024 + 512] for tokens in texts.values()]
     long = texts["botchan"][None, : 8192 + 256]
     return Setting(model, "SmolLM2-135M", cases, masks, long, (1024, 8192), False)

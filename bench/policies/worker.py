@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from attnzoo.evaluation.two_phase.scores import DenseReader, Reader
 from bench.policies.costs import Cost, StepCost
 from bench.policies.setting import quick_setting
 from bench.step.decoder import Decoder
+from bench.step.measure import take_turns
 
 
 def resident(field: str) -> int:
@@ -49,26 +48,14 @@ def load(order: dict[str, Any]) -> tuple[Any, Tensor]:
     return model, text_tokens(tokenizer, "botchan")[None]
 
 
-def take_turns(steps: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each one's steps, round by round, in CPU time of this thread; two rounds before are not timed."""
-    found: dict[str, list[float]] = {name: [] for name in steps}
-    for done in range(rounds + 2):
-        for name, step in steps.items():
-            begin = time.thread_time()
-            step()
-            if done >= 2:
-                found[name].append((time.thread_time() - begin) * 1e3)
-    return found
-
-
 def step_cost(ours: Decoder, dense: Decoder, rounds: int) -> StepCost:
     """A step of ours beside the dense model's, and beside one behind next to nothing."""
     tokens = ours.at
     bare = Decoder(dense.model, dense.text, None)
     bare.read(1)
-    found = take_turns({"ours": ours.step, "dense": dense.step, "bare": bare.step}, rounds)
-    mine, theirs, empty = (statistics.median(found[name]) for name in ("ours", "dense", "bare"))
-    ratio = statistics.median(a / b for a, b in zip(found["ours"], found["dense"], strict=True))
+    found = take_turns((ours.step, dense.step, bare.step), rounds)
+    mine, theirs, empty = (statistics.median(times) for times in found)
+    ratio = statistics.median(a / b for a, b in zip(found[0], found[1], strict=True))
     return StepCost(tokens, mine, theirs, ratio, (mine - empty) / max(theirs - empty, 1e-9))
 
 

@@ -54,13 +54,13 @@ class StepReading:
         return None if self.must is None else self.ratio <= self.must
 
 
-def take_turns(runners: Sequence[Decoder], rounds: int) -> list[list[float]]:
-    """Milliseconds of each one's steps, round by round, in CPU time of this thread; two rounds before are not timed."""
-    found: list[list[float]] = [[] for _ in runners]
+def take_turns(steps: Sequence[Callable[[], Any]], rounds: int) -> list[list[float]]:
+    """Milliseconds of each one's calls, round by round, in CPU time of this thread; two rounds before are not timed."""
+    found: list[list[float]] = [[] for _ in steps]
     for done in range(rounds + 2):
-        for times, runner in zip(found, runners, strict=True):
+        for times, step in zip(found, steps, strict=True):
             begin = time.thread_time()
-            runner.step()
+            step()
             if done >= 2:
                 times.append((time.thread_time() - begin) * 1e3)
     return found
@@ -152,7 +152,7 @@ def _reading(row: Contestant, runner: Decoder, start: Start, *, rounds: int, who
     times: dict[str, float] = {}
     if not finding.wrong:
         dense.step()
-        ours, theirs = take_turns((runner, dense), rounds)
+        ours, theirs = take_turns((runner.step, dense.step), rounds)
         times["ms"] = statistics.median(ours)
         times["dense_ms"] = statistics.median(theirs)
         times["ratio"] = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))

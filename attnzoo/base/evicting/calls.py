@@ -17,8 +17,8 @@ from torch import Tensor
 from attnzoo.base.layer import is_training
 from attnzoo.base.padding import add_front, drop_front, front_positions
 from attnzoo.base.shared_layouts import Cover, dense_layout, sink_window_layout
-from attnzoo.base.steps import HeldInputs
-from attnzoo.cache.evicting.cache import EvictingCache, of_heads
+from attnzoo.base.steps import HeldInputs, Way
+from attnzoo.cache.evicting.cache import EvictingCache
 from attnzoo.cache.evicting.regions import FullRegion, Region, StreamingRegion, column_of
 from attnzoo.cache.lengths import Lengths
 from attnzoo_kernels import BlockLayout, Extras, block_sparse_attention
@@ -39,14 +39,6 @@ class EvictingInputs(HeldInputs):
     cache: EvictingCache = field(kw_only=True)
 
 
-@dataclass(frozen=True)
-class _Way:
-    """How the operation is run: its scale, and the implementation."""
-
-    scale: float | None
-    impl: str
-
-
 def attend_evicting(inputs: EvictingInputs, scale: float | None, impl: str) -> Tensor:
     """Attention over what a cache holds and over the call's own tokens.
 
@@ -62,10 +54,10 @@ def attend_evicting(inputs: EvictingInputs, scale: float | None, impl: str) -> T
     if 0 in q.shape:
         return q.new_zeros(*q.shape[:3], inputs.v.shape[3])
     cache = inputs.cache
+    way = Way(q.shape[3] ** -0.5 if scale is None else scale, impl)
     is_whole = not Lengths(inputs.lengths).differ
     if impl == "auto" and is_whole and may_read_in_place(cache, q, inputs.k, inputs.v):
-        return cache.attend_row(q, inputs.k, inputs.v, q.shape[3] ** -0.5 if scale is None else scale)
-    way = _Way(scale, impl)
+        return cache.attend_row(q, inputs.k, inputs.v, way.scale)
     parts = []
     for region in cache.regions:
         if isinstance(region, FullRegion):
@@ -91,44 +83,30 @@ def may_read_in_place(cache: EvictingCache, *own: Tensor) -> bool:
     return cache.holds_in(dtype)
 
 
-def _own(inputs: EvictingInputs, region: Region) -> tuple[Tensor, Tensor, Tensor]:
-    """The call's queries ``[B, h * H / G, T, D]``, keys and values ``[B, h, T, D]`` for the heads of a region."""
-    groups = inputs.k.shape[1]
-    q = of_heads(inputs.q.unflatten(1, (groups, -1)), region.heads).flatten(1, 2)
-    return q, of_heads(inputs.k, region.heads), of_heads(inputs.v, region.heads)
-
-
 def _joined(inputs: EvictingInputs, region: Region, token: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The call's queries for a region, and the keys and values ``[B, h, n, D]`` of tokens, held or the call's own."""
-    q, k, v = _own(inputs, region)
+    q, k, v = inputs.own_of(region.heads)
     cache = inputs.cache
     return q, cache.read("k", region, k, token), cache.read("v", region, v, token)
-
-
-def _row_slots(inputs: EvictingInputs, first: int | Tensor) -> Tensor:
-    """The slots of rows that begin at ``first``, int32 ``[B|1, 1, T]``; -1 where there is no token."""
-    token = torch.arange(inputs.q.shape[2], device=inputs.q.device)
-    real = Lengths(inputs.lengths).holds(token)
-    return torch.where(real, token + Lengths(first).column(), -1).to(torch.int32).view(-1, 1, token.shape[0])
 
 
 def _is_shared(inputs: EvictingInputs) -> bool:
     return not (Lengths(inputs.lengths).differ or Lengths(inputs.cache.offset).differ)
 
 
-def _attend_sequence(inputs: EvictingInputs, region: FullRegion, way: _Way) -> Tensor:
+def _attend_sequence(inputs: EvictingInputs, region: FullRegion, way: Way) -> Tensor:
     """Heads that keep everything: plain attention."""
     offset = inputs.cache.offset
     tokens = inputs.q.shape[2]
     slots = inputs.cache.bound + tokens
     token = torch.arange(slots, device=inputs.q.device).view(1, 1, -1)
     q, k, v = _joined(inputs, region, token)
-    extras = Extras() if _is_shared(inputs) else Extras(q_pos=_row_slots(inputs, offset))
+    extras = Extras() if _is_shared(inputs) else Extras(q_pos=inputs.row_slots(offset))
     layout = dense_layout(LAYOUT_BLOCK, tokens, slots, q)
     return block_sparse_attention(q, k, v, layout, scale=way.scale, extras=extras, impl=way.impl)
 
 
-def _attend_window(inputs: EvictingInputs, region: StreamingRegion, way: _Way) -> Tensor:
+def _attend_window(inputs: EvictingInputs, region: StreamingRegion, way: Way) -> Tensor:
     """A window of tokens: the sink and the window's past are put together before the call's own tokens."""
     offset = inputs.cache.offset
     tokens = inputs.q.shape[2]
@@ -143,13 +121,13 @@ def _attend_window(inputs: EvictingInputs, region: StreamingRegion, way: _Way) -
     q, k, v = _joined(inputs, region, token)
     extras = Extras(window=region.local, sink=sink)
     if not _is_shared(inputs):
-        extras = Extras(window=region.local, sink=sink, q_pos=_row_slots(inputs, first.value))
+        extras = Extras(window=region.local, sink=sink, q_pos=inputs.row_slots(first.value))
     cover = Cover(region.local, sink, True, first.value)
     layout = sink_window_layout(LAYOUT_BLOCK, tokens, slots, cover, q)
     return block_sparse_attention(q, k, v, layout, scale=way.scale, extras=extras, impl=way.impl)
 
 
-def _attend_blocks(inputs: EvictingInputs, region: StreamingRegion, way: _Way) -> Tensor:
+def _attend_blocks(inputs: EvictingInputs, region: StreamingRegion, way: Way) -> Tensor:
     """Near blocks and kept ones: each head's kept blocks are put together before the near ones and the call's own."""
     cache = inputs.cache
     size = region.block
@@ -170,7 +148,7 @@ def _attend_blocks(inputs: EvictingInputs, region: StreamingRegion, way: _Way) -
     phase = region.phase(device)
     kept = region.kept.holds(block, phase.unsqueeze(-1) if isinstance(phase, Tensor) else phase)
     keep = (block >= 0) & (block <= own) & (kept | (own - block < region.local))
-    q_pos = _row_slots(inputs, offset % size + (columns.kept + columns.near) * size)
+    q_pos = inputs.row_slots(offset % size + (columns.kept + columns.near) * size)
     out = block_sparse_attention(
         add_front(q, front, rows),
         k,

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from attnzoo.base.padding import add_front, drop_front, front_positions
-from attnzoo.base.paged.inputs import PagedInputs, Way, own_of, precise_of, row_slots
+from attnzoo.base.paged.inputs import PagedInputs, precise_of
+from attnzoo.base.steps import Way
 from attnzoo.cache.evicting.cache import of_heads
 from attnzoo.cache.lengths import Lengths
 from attnzoo.cache.pages.apply import Lost
@@ -57,7 +58,7 @@ def attend_blocks(inputs: PagedInputs, extent: Extent, way: Way) -> Tensor:
         raise AssertionError("blocks are those of heads that remember by place")
     cache = inputs.cache
     size = ring.rows
-    q, _, _ = own_of(inputs, extent)
+    q, _, _ = inputs.own_of(extent.heads)
     tokens = q.shape[2]
     offset = cache.offset
     held = _held(inputs, extent)
@@ -81,7 +82,7 @@ def attend_blocks(inputs: PagedInputs, extent: Extent, way: Way) -> Tensor:
     batch = max(x.shape[0] for x in keep)
     seen = torch.cat([x.expand(batch, heads, -1, -1) for x in keep], 3)
     before = k.shape[2] - own.k.shape[2]
-    q_pos = row_slots(inputs, offset % size + before)
+    q_pos = inputs.row_slots(offset % size + before)
     out = block_sparse_attention(
         add_front(q, front, rows),
         k,
@@ -112,7 +113,7 @@ def _held(inputs: PagedInputs, extent: Extent) -> Columns:
 
 def _own(inputs: PagedInputs, extent: Extent, size: int) -> Columns:
     """The call's own blocks, on the sequence's grid."""
-    _, k, v = own_of(inputs, extent)
+    _, k, v = inputs.own_of(extent.heads)
     offset = inputs.cache.offset
     tokens = k.shape[2]
     front = offset % size

@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from attnzoo.base.paged.blocks import attend_blocks
-from attnzoo.base.paged.inputs import PagedInputs, Way, in_order, may_place, own_of, precise_of, row_slots
+from attnzoo.base.paged.inputs import PagedInputs, in_order, may_place, precise_of
 from attnzoo.base.paged.one_row import attend_row
 from attnzoo.base.paged.reading import attend_pages, pages_to_read
 from attnzoo.base.paged.signals import received
 from attnzoo.base.shared_layouts import dense_layout
-from attnzoo.base.steps import AttentionInputs
+from attnzoo.base.steps import AttentionInputs, Way
 from attnzoo.cache.evicting.cache import of_heads
 from attnzoo.cache.kv_cache import KVCache
 from attnzoo.cache.lengths import Lengths
@@ -88,7 +88,7 @@ def _attend_rows(inputs: PagedInputs, extent: Extent, way: Way) -> tuple[Tensor,
     """Heads that read all rows that they hold; with it what rows receive, where that is counted."""
     cache = inputs.cache
     pool = cache.pool
-    q, k, v = own_of(inputs, extent)
+    q, k, v = inputs.own_of(extent.heads)
     tokens = q.shape[2]
     held = extent.most
     keys = [k]
@@ -114,7 +114,7 @@ def _attend_rows(inputs: PagedInputs, extent: Extent, way: Way) -> tuple[Tensor,
     v = torch.cat(values, 2)
     if bias is not None:
         bias = pad(bias, (0, tokens))
-    q_pos = row_slots(inputs, front + held) if Lengths(inputs.lengths).differ else None
+    q_pos = inputs.row_slots(front + held) if Lengths(inputs.lengths).differ else None
     layout = dense_layout(LAYOUT_BLOCK, tokens, k.shape[2], q)
     extras = Extras(q_pos=q_pos, key_bias=bias)
     if not cache.counts_mass:

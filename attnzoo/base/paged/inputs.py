@@ -13,10 +13,8 @@ from torch import Tensor
 
 from attnzoo.base.layer import is_training
 from attnzoo.base.steps import HeldInputs
-from attnzoo.cache.evicting.cache import of_heads
 from attnzoo.cache.lengths import Lengths
 from attnzoo.cache.pages.cache import PagedCache
-from attnzoo.cache.pages.extents import Extent
 from attnzoo.cache.pages.pool import PagePool
 from attnzoo_kernels.runtime.plain import is_plain
 
@@ -30,28 +28,6 @@ class PagedInputs(HeldInputs):
     """
 
     cache: PagedCache = field(kw_only=True)
-
-
-@dataclass(frozen=True)
-class Way:
-    """How the operation is run: the factor on scores, and the implementation."""
-
-    scale: float
-    impl: str
-
-
-def own_of(inputs: PagedInputs, extent: Extent) -> tuple[Tensor, Tensor, Tensor]:
-    """The call's queries ``[B, h * H / G, T, D]``, keys and values ``[B, h, T, D]`` for the heads of an extent."""
-    groups = inputs.k.shape[1]
-    q = of_heads(inputs.q.unflatten(1, (groups, -1)), extent.heads).flatten(1, 2)
-    return q, of_heads(inputs.k, extent.heads), of_heads(inputs.v, extent.heads)
-
-
-def row_slots(inputs: PagedInputs, first: int | Tensor) -> Tensor:
-    """The slots of rows that begin at ``first``, int32 ``[B|1, 1, T]``; -1 where there is no token."""
-    token = torch.arange(inputs.q.shape[2], device=inputs.q.device)
-    real = Lengths(inputs.lengths).holds(token)
-    return torch.where(real, token + Lengths(first).column(), -1).to(torch.int32).view(-1, 1, token.shape[0])
 
 
 def in_order(pool: PagePool, parts: Sequence[Tensor], groups: int) -> Tensor:

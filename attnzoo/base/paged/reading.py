@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from attnzoo.base.paged.inputs import PagedInputs, Way, may_place, precise_of, row_slots
+from attnzoo.base.paged.inputs import PagedInputs, may_place, precise_of
 from attnzoo.base.shared_layouts import dense_layout
+from attnzoo.base.steps import Way
 from attnzoo.cache.lengths import Lengths
 from attnzoo.cache.pages.pool import PagePool
 from attnzoo.cache.pages.records import PagesRead, is_any
@@ -129,7 +130,7 @@ def attend_pages(inputs: PagedInputs, pages: Tensor, way: Way) -> Tensor:
         rows = q.reshape(q.shape[0], pool.heads, -1, q.shape[3])
         out = scaled_dot_product_attention(rows, k, v, attn_mask=bias.unsqueeze(2).to(q.dtype), scale=way.scale)
         return out.reshape(*q.shape[:3], -1)
-    q_pos = row_slots(inputs, slots - 1) if Lengths(inputs.lengths).differ else None
+    q_pos = inputs.row_slots(slots - 1) if Lengths(inputs.lengths).differ else None
     layout = dense_layout(64, 1, slots, q)
     extras = Extras(q_pos=q_pos, key_bias=bias)
     return block_sparse_attention(q, k, v, layout, scale=way.scale, extras=extras, impl=way.impl)
