@@ -46,7 +46,7 @@ OFFENCES = [
     # A module that no layer names, and low modules that reach up: from the top level, in a function, for types alone.
     Offence(LAYERS, "attnzoo.brand_new", ""),
     Offence(LAYERS, "attnzoo.base.recording", "from attnzoo import surgery"),
-    Offence(LAYERS, "attnzoo.topk", "def late():\n    import attnzoo.surgery.hosts.llama"),
+    Offence(LAYERS, "attnzoo.topk", "def late():\n    import attnzoo.surgery.hosts.families.llama"),
     Offence(LAYERS, "attnzoo.cache.streams", "from attnzoo.base.config import AttentionConfig"),
     Offence(LAYERS, "attnzoo.base.layer", "from attnzoo.variants.mha import MHAAttention"),
     Offence(LAYERS, "attnzoo.surgery.report", "from attnzoo.evaluation.compare import Row"),
@@ -54,8 +54,14 @@ OFFENCES = [
     Offence(LAYERS, "attnzoo.topk", "import attnzoo"),
     Offence(LAYERS, "attnzoo.doctor", "from attnzoo.evaluation.timing import paired"),
     Offence(SURGERY, "attnzoo.surgery.hosts.brand_new", "from attnzoo.surgery.convert import find"),
-    Offence(SURGERY, "attnzoo.surgery.hosts.llama", "from attnzoo.surgery.replacements.replacement import Replacement"),
-    Offence(SURGERY, "attnzoo.surgery.hosts.families", "def late():\n    from attnzoo.surgery.kinds import KINDS"),
+    Offence(
+        SURGERY,
+        "attnzoo.surgery.hosts.families.llama",
+        "from attnzoo.surgery.replacements.replacement import Replacement",
+    ),
+    Offence(
+        SURGERY, "attnzoo.surgery.hosts.families.known", "def late():\n    from attnzoo.surgery.kinds import KINDS"
+    ),
     Offence(SURGERY, "attnzoo.surgery.brand_new", ""),
     Offence(SURGERY, "attnzoo.surgery.convert", "from attnzoo.surgery.files import save"),
     Offence(SURGERY, "attnzoo.surgery.convert", "from attnzoo.surgery.recipes import recipe_of"),

@@ -6,7 +6,7 @@ from typing import Any
 
 from attnzoo.surgery.hosts.attention_function import pattern_of
 from attnzoo.surgery.hosts.block import Need
-from attnzoo.surgery.hosts.families import block_of
+from attnzoo.surgery.hosts.families.known import block_of
 from attnzoo.surgery.hosts.site import Site
 from attnzoo.surgery.lookalikes import refuse_unknown
 from attnzoo.surgery.sites import find, shared_blocks

@@ -18,7 +18,7 @@ from attnzoo.reporting.versions import check_transformers
 from attnzoo.surgery.hosts.attention_function import switch, switch_back
 from attnzoo.surgery.hosts.block import ReplacementModule
 from attnzoo.surgery.hosts.calls import AROUND, AttentionCall
-from attnzoo.surgery.hosts.families import block_of
+from attnzoo.surgery.hosts.families.known import block_of
 from attnzoo.surgery.hosts.site import Site
 from attnzoo.surgery.hosts.weights import type_name
 from attnzoo.surgery.lookalikes import refuse_unknown

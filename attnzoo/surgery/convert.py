@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from attnzoo.reporting.versions import check_transformers
-from attnzoo.surgery.hosts.families import block_of
+from attnzoo.surgery.hosts.families.known import block_of
 from attnzoo.surgery.hosts.site import Site
 from attnzoo.surgery.hosts.weights import type_name
 from attnzoo.surgery.kinds import kind_for

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from attnzoo.surgery import stored
 from attnzoo.surgery.hosts import checkpoint, folders, weights
-from attnzoo.surgery.hosts.families import block_of
+from attnzoo.surgery.hosts.families.known import block_of
 from attnzoo.surgery.kinds import kind_of
 from attnzoo.surgery.recipes import Recipe, apply_recipe, beside_of, recipe_of
 from attnzoo.surgery.sites import find, share_blocks, shared_blocks

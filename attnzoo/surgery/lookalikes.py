@@ -8,7 +8,7 @@ from typing import NoReturn
 
 from torch import nn
 
-from attnzoo.surgery.hosts.families import is_block, known_classes
+from attnzoo.surgery.hosts.families.known import is_block, known_classes
 from attnzoo_kernels.errors import ConfigError
 
 _CLASS = re.compile(r"attention|attn", re.IGNORECASE)

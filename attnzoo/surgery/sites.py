@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from attnzoo.surgery.hosts.families import is_block, site_of
+from attnzoo.surgery.hosts.families.known import is_block, site_of
 from attnzoo.surgery.hosts.site import Site
 from attnzoo_kernels.errors import ConversionError
 

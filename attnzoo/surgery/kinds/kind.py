@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from attnzoo.surgery.hosts import weights
 from attnzoo.surgery.hosts.block import Need
-from attnzoo.surgery.hosts.families import block_of
+from attnzoo.surgery.hosts.families.known import block_of
 from attnzoo.surgery.hosts.site import Site
 from attnzoo.surgery.lowrank.calibration import Progress, Statistics
 from attnzoo.surgery.transaction import Change

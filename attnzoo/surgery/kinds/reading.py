@@ -17,7 +17,7 @@ from attnzoo.reporting.choices import check_known
 from attnzoo.reporting.warn import warn_caller
 from attnzoo.surgery.hosts.attention_function import ReadPattern, pattern_of
 from attnzoo.surgery.hosts.block import Need
-from attnzoo.surgery.hosts.families import block_of
+from attnzoo.surgery.hosts.families.known import block_of
 from attnzoo.surgery.hosts.site import Site
 from attnzoo.surgery.hosts.weights import type_name
 from attnzoo.surgery.kinds.kind import Kind, Order, default_of

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from attnzoo.reporting.choices import check_known
 from attnzoo.reporting.warn import warn_caller
-from attnzoo.surgery.hosts import families
 from attnzoo.surgery.hosts.block import Need, warn_of_lengths
+from attnzoo.surgery.hosts.families.known import block_of, weights_of, with_weights
 from attnzoo.surgery.hosts.projections import LatentProjections, Projections, latent_like, with_kv_heads
 from attnzoo.surgery.hosts.site import Site
 from attnzoo.surgery.kinds.kind import Kind, Order, default_of
@@ -47,13 +47,13 @@ class Weights(Kind):
         _refuse_shared(order, request)
 
         def build(site: Site, projections: Projections) -> nn.Module:
-            return families.with_weights(order.module(site), projections)
+            return with_weights(order.module(site), projections)
 
         solutions = factor.solve(
             order.model,
             order.sites,
             request,
-            read=families.weights_of,
+            read=weights_of,
             build=build,
             calibration=order.calibration,
             progress=order.progress,
@@ -83,13 +83,13 @@ class Weights(Kind):
 
     def _module(self, old: nn.Module, found: Any) -> tuple[nn.Module, dict[str, int]]:
         """A block with these weights, and what a recipe says about its sizes."""
-        return families.with_weights(old, found), {"num_kv_heads": found.num_kv_heads}
+        return with_weights(old, found), {"num_kv_heads": found.num_kv_heads}
 
     def rebuild(self, model: nn.Module, site: Site, entry: dict[str, Any], beside: Mapping[str, Tensor]) -> Change:
         """A block of as many KV heads as an entry of a recipe says."""
         old = model.get_submodule(site.path)
         heads = _whole(entry, "num_kv_heads", [n for n in range(1, site.heads + 1) if site.heads % n == 0])
-        module = families.with_weights(old, with_kv_heads(families.weights_of(old), heads))
+        module = with_weights(old, with_kv_heads(weights_of(old), heads))
         values = self.values(old)
         return Change(SiteReport(site, values, values), entry, module=module)
 
@@ -105,7 +105,7 @@ class Latents(Weights):
         return variant == VARIANT and options.get("method") == "latent"
 
     def _module(self, old: nn.Module, found: LatentProjections) -> tuple[nn.Module, dict[str, int]]:
-        warn_of_lengths(families.block_of(old))
+        warn_of_lengths(block_of(old))
         return LatentReplacement(old, found), {"latent_dim": found.down.shape[0]}
 
     def rebuild(self, model: nn.Module, site: Site, entry: dict[str, Any], beside: Mapping[str, Tensor]) -> Change:
@@ -113,7 +113,7 @@ class Latents(Weights):
         old = model.get_submodule(site.path)
         values = self.values(old)
         width = _whole(entry, "latent_dim", [n + 1 for n in range(values)])
-        module = LatentReplacement(old, latent_like(families.weights_of(old), width))
+        module = LatentReplacement(old, latent_like(weights_of(old), width))
         return Change(SiteReport(site, values, width), entry, module=module)
 
 

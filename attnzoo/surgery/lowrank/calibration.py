@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from attnzoo.surgery.hosts.families import block_of
+from attnzoo.surgery.hosts.families.known import block_of
 from attnzoo.surgery.hosts.site import Site
 from attnzoo_kernels.errors import ConfigError
 

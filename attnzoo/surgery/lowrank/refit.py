@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from attnzoo.surgery.hosts.families import block_of
+from attnzoo.surgery.hosts.families.known import block_of
 from attnzoo.surgery.hosts.projections import Projections
 from attnzoo.surgery.hosts.site import Site
 from attnzoo.surgery.lowrank import merge_heads

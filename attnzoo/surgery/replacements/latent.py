@@ -18,7 +18,7 @@ from attnzoo.cache.replay import is_replay, refuse_replay
 from attnzoo.surgery.hosts import attention_function
 from attnzoo.surgery.hosts.block import Block, Need, ReplacementModule
 from attnzoo.surgery.hosts.calls import read_call
-from attnzoo.surgery.hosts.families import block_of, family_of
+from attnzoo.surgery.hosts.families.known import block_of, family_of
 from attnzoo.surgery.hosts.positions import check_consecutive
 from attnzoo.surgery.hosts.projections import LatentProjections, Projections, as_linear, set_weights, size_of
 from attnzoo_kernels import Slots

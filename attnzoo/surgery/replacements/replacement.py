@@ -17,7 +17,7 @@ from attnzoo.base.layer import AttentionConfig, AttentionLayer
 from attnzoo.surgery.hosts import attention_function
 from attnzoo.surgery.hosts.block import ROLES, Block, Need, ReplacementModule
 from attnzoo.surgery.hosts.calls import read_call
-from attnzoo.surgery.hosts.families import block_of, family_of
+from attnzoo.surgery.hosts.families.known import block_of, family_of
 from attnzoo.surgery.hosts.positions import are_counted, check_consecutive, real_slots
 from attnzoo.surgery.hosts.projections import Projections, size_of
 from attnzoo_kernels.errors import ConversionError, ShapeError, UnsupportedError

@@ -16,7 +16,7 @@ from attnzoo.factory import create, get_config
 from attnzoo.reporting.choices import check_known
 from attnzoo.reporting.warn import silent, warn_caller
 from attnzoo.surgery.hosts.block import warn_of_lengths
-from attnzoo.surgery.hosts.families import block_of
+from attnzoo.surgery.hosts.families.known import block_of
 from attnzoo.surgery.hosts.site import Site
 from attnzoo.surgery.replacements.replacement import Replacement
 from attnzoo_kernels.errors import ConversionError, UnsupportedError

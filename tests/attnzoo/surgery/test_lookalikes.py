@@ -23,7 +23,7 @@ from transformers import (
 from attnzoo import surgery
 from attnzoo.cli import main
 from attnzoo.evaluation.compare import Comparer, VariantSpec
-from attnzoo.surgery.hosts.families import known_classes
+from attnzoo.surgery.hosts.families.known import known_classes
 from attnzoo.surgery.lookalikes import lookalikes
 from attnzoo_kernels.errors import ConfigError
 

@@ -35,7 +35,7 @@ landmark_cache = partial(
     file=f"{FOLDER}/hosts/caches/landmark_cache.py",
     tests=f"{TESTS}/replacements/test_landmark.py -k 'cut_back'",
 )
-llama = partial(Mutant, file=f"{FOLDER}/hosts/llama.py", tests=f"{TESTS}/lowrank/test_factor.py")
+llama = partial(Mutant, file=f"{FOLDER}/hosts/families/llama.py", tests=f"{TESTS}/lowrank/test_factor.py")
 projections = partial(Mutant, file=f"{FOLDER}/hosts/projections.py", tests=f"{TESTS}/lowrank/test_factor.py")
 checkpoint = partial(Mutant, file=f"{FOLDER}/hosts/checkpoint.py", tests=f"{TESTS}/hosts/test_checkpoint.py")
 folders = partial(Mutant, file=f"{FOLDER}/hosts/folders.py", tests=f"{TESTS}/hosts/test_folders.py")

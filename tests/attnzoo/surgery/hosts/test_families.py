@@ -13,7 +13,7 @@ import attnzoo
 from attnzoo import surgery
 from attnzoo.base.rope import apply_rotary, rotary_tables
 from attnzoo.surgery.hosts.block import Need, ReplacementModule
-from attnzoo.surgery.hosts.families import block_of, family_of, is_block, known_classes
+from attnzoo.surgery.hosts.families.known import block_of, family_of, is_block, known_classes
 from tests.attnzoo.surgery.conversions import REPLACED, convert_as
 from tests.attnzoo.surgery.hosts.test_hosts import HOSTS, ROUNDED, SIZES, host
 from tests.attnzoo.surgery.tiny import assert_close, ids, tiny

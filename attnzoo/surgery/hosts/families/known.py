@@ -1,14 +1,14 @@
 """The families of hosts that are known, asked through one interface.
 
-To add one: a file ``hosts/<family>.py`` with a ``FAMILY``, and its place in ``FAMILIES``.
+To add one: a file ``hosts/families/<family>.py`` with a ``FAMILY``, and its place in ``FAMILIES``.
 """
 
 from __future__ import annotations
 
 from torch import nn
 
-from attnzoo.surgery.hosts import llama
 from attnzoo.surgery.hosts.block import Block, Family, ReplacementModule
+from attnzoo.surgery.hosts.families import llama
 from attnzoo.surgery.hosts.projections import Projections
 from attnzoo.surgery.hosts.site import Site
 from attnzoo.surgery.hosts.weights import type_name

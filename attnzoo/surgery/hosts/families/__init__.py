@@ -1,0 +1,1 @@
+"""Families of hosts, one a file, and the list of them."""
