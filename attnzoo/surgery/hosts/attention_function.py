@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -39,10 +39,12 @@ class ReadPattern:
     Attributes:
         layer: A layer without weights whose plan is followed.
         evict: Whether caches hold no more than the rule can read, where they are made for the block.
+        planes: Which values of a head the host turns against each other, as :class:`Block` says it.
     """
 
     layer: AttentionLayer
     evict: bool = True
+    planes: Literal["halves", "neighbours"] | None = "halves"
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -100,7 +102,7 @@ def with_groups(pattern: ReadPattern, groups: int) -> ReadPattern:
         with torch.device("meta"):
             other = type(layer)(replace(layer.config, num_kv_heads=groups))
     other.impl = layer.impl
-    return ReadPattern(other, pattern.evict)
+    return replace(pattern, layer=other)
 
 
 def take_over(new: nn.Module, old: nn.Module, groups: int) -> None:
@@ -157,7 +159,7 @@ def _prepare_block(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tupl
         held = None
         if pattern is not None and not getattr(module, "needs_interface", False):
             # A replacement that follows a pattern remembers in a way of its own.
-            held = evicting_layer_for(module, pattern.layer, cache, (args, kwargs), may_begin=pattern.evict)
+            held = evicting_layer_for(module, pattern, cache, (args, kwargs))
         if held is not None:
             return args, {**kwargs, HELD: held}
         let_grow(cache, index)

@@ -44,16 +44,22 @@ class Block:
         project: ``[B, T, C]`` to q ``[B, H, T, D]``, k ``[B, G, T, D]`` and v ``[B, G, T, Dv]``: biases and norms after
             projection are done, rotation is not.
         output: ``[B, T, H * Dv]`` to ``[B, T, C]``.
-        projections: The modules that project, by the names in ``ROLES``; empty where none stand for them.
+        projections: The modules that project, by the names in ``ROLES``; empty where none stand for them. One that
+            projects queries, keys and values together stands for each of them.
+        split: What takes such a module's output ``[..., n]`` apart into queries ``[..., H * D]``, keys and values, each
+            with its heads in order. ``None`` where each has a module of its own.
         weights: Their plain weights by role. Raises ConversionError, naming the role, where none stand for it.
         rotary: How queries and keys are rotated; ``None`` if they are not. Raises ConfigError for a rotation that is
             not known here, which keeps nobody from changing what a block reads.
         rope_type: The host's name for its rotation, or ``None``.
+        planes: Which values of a head the host turns against each other: those of its halves, or neighbours; ``None``
+            where it rotates nothing.
         scale: The factor on scores.
         causal: Whether a token reads what came before alone.
         window: Tokens of the block's own sliding window, or ``None``.
         reply: What its parent unpacks.
         reasons: Why a kind of conversion cannot be done here; nothing where it can.
+        dropout: Share of attention weights that the host drops in training.
     """
 
     heads: int
@@ -73,6 +79,9 @@ class Block:
     window: int | None
     reply: Literal["pair", "triple", "tensor"]
     reasons: Mapping[Need, tuple[str, ...]]
+    split: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]] | None = None
+    planes: Literal["halves", "neighbours"] | None = "halves"
+    dropout: float = 0.0
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from attnzoo_kernels.errors import UnsupportedError
 
-CACHE_NAMES = ("past_key_values", "cache")
-"""What hosts call their cache: transformers up to 5.23, and from 5.24."""
+CACHE_NAMES = ("past_key_values", "cache", "layer_past")
+"""What hosts call their cache: transformers up to 5.23, from 5.24, and the blocks of GPT-NeoX and GPT-J."""
 
 _IGNORED = frozenset({"use_cache", "cache_position", "is_causal", "num_items_in_batch", "output_hidden_states"})
 
@@ -96,7 +96,7 @@ def take_cache(arguments: dict[str, Any], cache: Any = None) -> Any:
     for name in CACHE_NAMES:
         given = arguments.pop(name, None)
         if given is not None and cache is not None:
-            raise UnsupportedError(f"{name}: expected the cache by one name, got it by {' and '.join(CACHE_NAMES)}")
+            raise UnsupportedError(f"{name}: expected the cache by one name, got it by two of {', '.join(CACHE_NAMES)}")
         cache = given if cache is None else cache
     return cache
 

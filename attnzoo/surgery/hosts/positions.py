@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from attnzoo.base.rope import apply_rotary
 from attnzoo_kernels.errors import ShapeError, UnsupportedError
 from attnzoo_kernels.runtime.plain import is_readable
 
@@ -122,15 +123,17 @@ def real_slots(real: Tensor | None, before: Tensor | None, first: int, tokens: i
     return real
 
 
-def unrotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Heads ``[B, h, T, D]`` before the host rotated them, halves against each other.
+def unrotated(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
+    """Heads ``[B, h, T, D]`` before the host rotated their leading values.
 
     Args:
         x: As they were rotated.
-        cos: Cosines ``[B|1, T, D]``, with the host's factor on them.
+        cos: Cosines ``[B|1, T, Dr]``, with the host's factor on them: those of all planes, twice.
         sin: Sines.
+        interleaved: Whether neighbours form a plane, else the halves of what is rotated.
     """
-    first, second = x.chunk(2, -1)
-    cos, sin = (table.unsqueeze(1).to(x.dtype) for table in (cos, sin))
+    planes = cos.shape[-1] // 2
+    cos, sin = (table[..., :planes].to(x.dtype) for table in (cos, sin))
     # The inverse rotation; what a factor has made of lengths is divided out.
-    return (x * cos - torch.cat((-second, first), -1) * sin) / (cos * cos + sin * sin)
+    lengths = cos * cos + sin * sin
+    return apply_rotary(x, cos / lengths, -sin / lengths, interleaved)

@@ -65,15 +65,16 @@ class Remembering(Kind):
 
     def _change(self, site: Site, module: nn.Module, policy: Policy) -> Change:
         """The pattern of a site that follows the policy of its layer."""
+        block = block_of(module)
         config = AttentionConfig(
             dim=site.width,
             num_heads=site.heads,
             num_kv_heads=site.kv_heads,
             head_dim=site.head_dim,
             rotary=None,
-            scale=block_of(module).scale,
+            scale=block.scale,
         )
-        pattern = ReadPattern(PolicyAttention.without_weights(config, policy))
+        pattern = ReadPattern(PolicyAttention.without_weights(config, policy), planes=block.planes)
         values = self.values(module)
         entry = {"path": site.path, "kind": self.word, "variant": VARIANT, "policy": policy.settings()}
         return Change(SiteReport(site, values, values), entry, pattern=pattern)

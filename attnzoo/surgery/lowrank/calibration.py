@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from attnzoo.surgery.hosts.block import Block
 from attnzoo.surgery.hosts.families.known import block_of
 from attnzoo.surgery.hosts.site import Site
 from attnzoo_kernels.errors import ConfigError
@@ -249,8 +250,8 @@ def _collect_batch(
             projections = block_of(module).projections
             hooks.callback(projections["k_proj"].register_forward_pre_hook(keep_input).remove)
             if gradients:
-                hooks.callback(projections["k_proj"].register_forward_hook(keep_output).remove)
-                hooks.callback(projections["v_proj"].register_forward_hook(keep_output).remove)
+                for projection in dict.fromkeys((projections["k_proj"], projections["v_proj"])):
+                    hooks.callback(projection.register_forward_hook(keep_output).remove)
         if gradients:
             # Weights are frozen: the graph begins at the embeddings, so that no weight gradient is computed.
             embedding = model.get_input_embeddings()  # type: ignore[operator]
@@ -260,7 +261,8 @@ def _collect_batch(
             if gradients:
                 summed_loss(logits, batch["input_ids"], real).backward()
     for path, site in found.items():
-        _add(site, inputs[path], real, outputs[path], constant=site.moment.shape[0] > inputs[path].shape[-1])
+        grads = _at_keys_and_values(block_of(modules[path]), outputs[path])
+        _add(site, inputs[path], real, grads, constant=site.moment.shape[0] > inputs[path].shape[-1])
 
 
 def summed_loss(logits: Tensor, ids: Tensor, real: Tensor) -> Tensor:
@@ -274,16 +276,25 @@ def first_tokens(real: Tensor) -> Tensor:
     return real & (real.cumsum(1) == 1)
 
 
-def _add(site: SiteStatistics, x: Tensor, real: Tensor, outputs: list[Tensor], *, constant: bool) -> None:
+def _at_keys_and_values(block: Block, outputs: list[Tensor]) -> Tensor | None:
+    """Gradients at what a block's modules have projected, those at keys before those at values ``[B, T, 2 G D]``."""
+    if not outputs:
+        return None
+    grads = [output.grad if output.grad is not None else torch.zeros_like(output) for output in outputs]
+    if block.split is not None:
+        _, *grads = block.split(grads[0])
+    return torch.cat(grads, -1)
+
+
+def _add(site: SiteStatistics, x: Tensor, real: Tensor, both: Tensor | None, *, constant: bool) -> None:
     rows = with_constant(in_full(x[real]), constant)
     first = with_constant(in_full(x[first_tokens(real)]), constant)
     site.moment += (rows.T @ rows).double().cpu()
     site.first += (first.T @ first).double().cpu()
     site.tokens += rows.shape[0]
     site.sequences += first.shape[0]
-    if not outputs:
+    if both is None:
         return
-    both = torch.cat([output.grad if output.grad is not None else torch.zeros_like(output) for output in outputs], -1)
     grads = in_full(both[real])
     weight = grads.square().sum(-1)
     weighted = (rows * weight.unsqueeze(1)).T @ rows

@@ -44,7 +44,7 @@ class Replacement(ReplacementModule):
         block = block_of(host)
         self.head_dim = layer.config.head_width
         self.scaling = block.scale
-        self.attention_dropout = float(getattr(host, "attention_dropout", 0.0))
+        self.attention_dropout = block.dropout
         self.by_slot = by_slot
         self.slots_per_token = slots_per_token
         for role, old in block.projections.items():

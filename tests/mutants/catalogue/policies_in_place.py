@@ -43,7 +43,7 @@ MUTANTS = (
         wrong="padding takes the places of tokens in what is held",
     ),
     hosts(
-        "policy-any-cache", old="    if policy is not None and may_begin:\n", new="    if False:\n",
+        "policy-any-cache", old="    if policy is not None and pattern.evict:\n", new="    if False:\n",
         wrong="a cache that cannot follow the policy keeps everything silently",
     ),
 )  # fmt: skip

@@ -19,7 +19,8 @@ tested = partial(Mutant, file="attnzoo/reporting/versions.py")
 
 MUTANTS = (
     calls(
-        "calls-one-name", old='CACHE_NAMES = ("past_key_values", "cache")', new='CACHE_NAMES = ("cache",)',
+        "calls-one-name", old='CACHE_NAMES = ("past_key_values", "cache", "layer_past")',
+        new='CACHE_NAMES = ("cache", "layer_past")',
         wrong="the name up to transformers 5.23 is not known",
     ),
     calls("calls-both-names", old="if given is not None and cache is not None:", new="if False:", wrong="a second cache vanishes"),

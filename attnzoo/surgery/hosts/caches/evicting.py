@@ -6,7 +6,7 @@ Letters: B batch, T tokens of a call, H query heads, G KV heads, D width.
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,8 @@ class EvictingCacheLayer(ReplacementCacheLayer):  # type: ignore[no-untyped-call
     Attributes:
         layer: The layer without weights whose rule is followed.
         margin: Tokens that may be taken back: a policy's slack, or ``MARGIN``.
-        rotation: Cosines and sines ``[B|1, T, D]`` of the call that comes, where the policy scores what is not rotated.
+        rotation: Cosines and sines ``[B|1, T, Dr]`` of the call that comes, for a policy that scores what is unrotated.
+        planes: Which values of a head they turn, as the host's block says it.
         is_awaited: Whether an attention function that knows this layer will have the keys that ``update`` is given.
     """
 
@@ -49,6 +50,7 @@ class EvictingCacheLayer(ReplacementCacheLayer):  # type: ignore[no-untyped-call
         self.is_croppable = self.margin > 0
         self.is_awaited = False
         self.rotation: tuple[Tensor, Tensor] | None = None
+        self.planes: Literal["halves", "neighbours"] | None = "halves"
         self._filled_by: weakref.ref[nn.Module] | None = None
 
     def __getstate__(self) -> dict[str, Any]:

@@ -5,7 +5,7 @@ Letters: B batch, T tokens of a call, H query heads, G KV heads, D width.
 
 from __future__ import annotations
 
-from typing import Any, TypeGuard
+from typing import Any, Literal, Protocol, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +25,23 @@ HELD = "attnzoo_held"
 """The argument by which a block hands the evicting layer of its cache on to the attention function."""
 
 
-def evicting_layer_for(
-    module: nn.Module, layer: AttentionLayer, cache: Any, call: tuple[Any, dict[str, Any]], *, may_begin: bool
-) -> Any:
+class Pattern(Protocol):
+    """What is asked of a read pattern here: whose rule a block follows, and how its host rotates."""
+
+    @property
+    def layer(self) -> AttentionLayer:
+        """A layer without weights whose rule is followed."""
+
+    @property
+    def evict(self) -> bool:
+        """Whether a layer of a cache that is empty may become one that evicts."""
+
+    @property
+    def planes(self) -> Literal["halves", "neighbours"] | None:
+        """Which values of a head the host turns against each other."""
+
+
+def evicting_layer_for(module: nn.Module, pattern: Pattern, cache: Any, call: tuple[Any, dict[str, Any]]) -> Any:
     """The layer of a host's cache that evicts what a block reads no more; ``None`` where everything is kept.
 
     Everything is kept where gradients may reach earlier tokens, and by caches of callers that are not empty; beside a
@@ -35,14 +49,14 @@ def evicting_layer_for(
 
     Args:
         module: The block.
-        layer: Whose rule it follows.
+        pattern: What it reads.
         cache: The host's cache.
         call: The block's arguments, by place and by name.
-        may_begin: Whether a layer that is empty may become one that evicts.
 
     Raises:
         UnsupportedError: If a block of another rule has filled the cache, or it is none that a policy can follow.
     """
+    layer = pattern.layer
     if not isinstance(layer, EvictingLayer):
         return None
     policy = layer.policy if isinstance(layer, PolicyAttention) else None
@@ -56,12 +70,13 @@ def evicting_layer_for(
     index: Any = module.layer_idx
     found = evicting.evicting_layer(cache, index, layer)
     keeps = _wants_gradients(module, call)
-    if found is None and may_begin and not keeps and layer.evicts:
+    if found is None and pattern.evict and not keeps and layer.evicts:
         evicting.let_evict(cache, index, layer)
         found = evicting.evicting_layer(cache, index, layer)
     if found is not None and policy is not None and "score" in policy.needs:
         found.rotation = call[1].get("position_embeddings")
-    if policy is not None and may_begin:
+        found.planes = pattern.planes
+    if policy is not None and pattern.evict:
         evicting.check_policy_layer(cache, index, policy, module, found)
     if found is not None:
         # All that may be wrong has been found: the keys that come next are this block's.
@@ -152,6 +167,9 @@ def _score(held: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
         return None
     rotation = held.rotation
     held.rotation = None
+    if held.planes is None:
+        return layer.policy.scores_of(q, k, v)
     if rotation is None:
         raise UnsupportedError(f"position_embeddings: expected by name, which {layer.policy} needs, got none")
-    return layer.policy.scores_of(unrotated(q, *rotation), unrotated(k, *rotation), v)
+    q, k = (unrotated(x, *rotation, interleaved=held.planes == "neighbours") for x in (q, k))
+    return layer.policy.scores_of(q, k, v)

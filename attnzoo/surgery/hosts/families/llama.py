@@ -51,6 +51,7 @@ def describe(module: nn.Module) -> Block:
         window=_window(module),
         reply="pair",
         reasons=_reasons(module),
+        dropout=float(getattr(module, "attention_dropout", 0.0)),
     )
 
 
