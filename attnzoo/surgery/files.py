@@ -41,7 +41,8 @@ def save(
     The folder is self-contained: weights, the host's configuration and the recipe of conversions. With only "weights"
     in the recipe and equal KV heads everywhere it is also an ordinary checkpoint of the host; else transformers refuses
     it, by a model type that it does not know. Files that lay beside the weights that the model was loaded from, such as
-    the tokenizer's, its chat template and preprocessors', are carried along.
+    the tokenizer's, its chat template and preprocessors', are carried along. A model without a configuration of
+    transformers cannot be built anew: of it, adapters alone are saved.
 
     Args:
         model: A model that :func:`attnzoo.surgery.convert` has converted.
@@ -52,7 +53,7 @@ def save(
 
     Raises:
         ConversionError: If the folder exists and is not empty, holds something else than a converted model, the model
-            was not converted, or loading would not read it back. Nothing is written then.
+            was not converted or has no configuration, or loading would not read it back. Nothing is written then.
         OSError: If the disk refuses. Nothing is left of it then.
     """
     from safetensors.torch import save_file
@@ -61,6 +62,11 @@ def save(
     recipe = recipe_of(model)
     if not recipe:
         raise ConversionError("model: expected a converted model, got one without conversions")
+    if not adapter_only and getattr(model, "config", None) is None:
+        raise ConversionError(
+            f"model: expected a model of transformers, whose configuration says how to build it anew, got a "
+            f"{weights.type_name(model)}; use adapter_only=True here, and load(folder, base=...)"
+        )
     if folder.exists() and not folder.is_dir():
         raise ConversionError(f"{folder}: expected a folder, got a file")
     occupied = folder.exists() and any(folder.iterdir())
@@ -119,7 +125,8 @@ def _adapter_writer(model: Any, recipe: Recipe) -> Callable[[Path], None]:
     def write(folder: Path) -> None:
         save_file(mine, folder / ADAPTER, metadata={"format": "pt"})
         # For readers that ask for a configuration, so that they say what this is.
-        kind = {"model_type": checkpoint.type_of_adapter(model.config.model_type)}
+        host = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+        kind = {"model_type": checkpoint.type_of_adapter(host)}
         (folder / "config.json").write_text(json.dumps(kind, indent=2) + "\n", encoding="utf-8")
         _write_about(about, folder)
 

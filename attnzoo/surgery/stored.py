@@ -107,6 +107,11 @@ def adapter_tensors(model: Any, recipe: Recipe, changed: tuple[str, ...]) -> dic
         ConversionError: If loading would expect others.
     """
     own = {name: x for name, x in once(model).items() if name.startswith(changed)} if changed else {}
+    if getattr(model, "config", None) is None:
+        # Nothing says how to build such a model: that its blocks' names fit, loading finds out.
+        wrapped = sorted(name for name in own if _advice([name]))
+        _check(own, {name: x for name, x in own.items() if name not in wrapped})
+        return apart(own)
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")
         try:

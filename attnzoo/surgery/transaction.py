@@ -63,7 +63,9 @@ def make_changes(model: Any, changes: list[Change], variant: str, options: dict[
         for change, module in zip(changes, old_modules, strict=True)
     ]
     old_recipe = model.__dict__.get(RECIPE_ATTRIBUTE, [])
-    old_heads = getattr(model.config, "num_key_value_heads", None)
+    # Models that are not of transformers need have no configuration.
+    settings = getattr(model, "config", None)
+    old_heads = getattr(settings, "num_key_value_heads", None)
     needs_interface = any(change.needs_interface for change in changes)
     switched = attention_function.switch(model, old_modules) if needs_interface else None
     for change, block in zip(changes, replaced, strict=True):
@@ -75,8 +77,8 @@ def make_changes(model: Any, changes: list[Change], variant: str, options: dict[
     recipe = [*old_recipe, *(change.entry for change in changes)]
     model.__dict__[RECIPE_ATTRIBUTE] = recipe
     counts = {site.kv_heads for site in find(model)}
-    if len(counts) == 1 and all(change.keeps_class for change in changes):
-        model.config.num_key_value_heads = counts.pop()
+    if settings is not None and len(counts) == 1 and all(change.keeps_class for change in changes):
+        settings.num_key_value_heads = counts.pop()
 
     def undo() -> None:
         if model.__dict__.get(RECIPE_ATTRIBUTE) is not recipe:
@@ -90,8 +92,8 @@ def make_changes(model: Any, changes: list[Change], variant: str, options: dict[
             block.put_back()
             attention_function.set_pattern(block.old, pattern)
         model.__dict__[RECIPE_ATTRIBUTE] = old_recipe
-        if old_heads is not None:
-            model.config.num_key_value_heads = old_heads
+        if settings is not None and old_heads is not None:
+            settings.num_key_value_heads = old_heads
         if switched is not None:
             attention_function.switch_back(model, switched)
 

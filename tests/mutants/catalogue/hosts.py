@@ -55,7 +55,7 @@ MUTANTS = (
         survives="a report is undone once, and each recipe that stands extends the one before: no two of them are equal.",
     ),
     changes(
-        "convert-undo-heads", old="model.config.num_key_value_heads = old_heads", new="model.config.num_key_value_heads = model.config.num_key_value_heads", wrong="undo leaves the new number of KV heads in the configuration",
+        "convert-undo-heads", old="settings.num_key_value_heads = old_heads", new="settings.num_key_value_heads = settings.num_key_value_heads", wrong="undo leaves the new number of KV heads in the configuration",
         tests=f"{TESTS}/test_convert.py -k undo",
     ),
     changes(
@@ -70,7 +70,7 @@ MUTANTS = (
         tests=f"{TESTS}/test_convert.py -k 'cache or bytes'",
     ),
     changes(
-        "convert-heads-of-some", old="if len(counts) == 1 and all(change.keeps_class for change in changes):", new="if True:", wrong="a conversion of some layers changes the number of heads of all",
+        "convert-heads-of-some", old="if settings is not None and len(counts) == 1 and all(change.keeps_class for change in changes):", new="if True:", wrong="a conversion of some layers changes the number of heads of all",
         tests=f"{TESTS}/hosts/test_own_memory.py",
     ),
     Mutant(
