@@ -358,7 +358,7 @@ class AttentionLayer(DecodingModule):
         step = Step(x=nothing, positions=nothing, lengths=rows, offset=offset)
         if inputs.q_pos is None and (Lengths(rows).differ or Lengths(offset).differ):
             made = self.attention_inputs(step, inputs.q, inputs.k, inputs.v)
-            inputs = replace(inputs, q_pos=made.q_pos)
+            inputs = replace(inputs, q_pos=made.q_pos, key_bias=made.key_bias)
         return step, inputs
 
     def operate(self, inputs: AttentionInputs, plan: Plan) -> Tensor:

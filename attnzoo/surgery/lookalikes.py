@@ -18,7 +18,7 @@ _PLACE = re.compile(r"(self_|cross_)?(attn|attention)")
 def lookalikes(model: nn.Module) -> dict[tuple[str, str], int]:
     """How many modules look like attention and are not known, by class and path, numbers in paths being ``*``.
 
-    Of modules inside each other the outermost counts, and none inside a known block does.
+    Of modules inside each other the outermost counts, and none inside a known block does, or round one.
 
     Example:
         >>> lookalikes(nn.Sequential(nn.MultiheadAttention(8, 2), nn.MultiheadAttention(8, 2)))
@@ -26,12 +26,15 @@ def lookalikes(model: nn.Module) -> dict[tuple[str, str], int]:
     """
     found: Counter[tuple[str, str]] = Counter()
     outer = None
+    blocks = [path for path, module in model.named_modules() if is_block(module)]
     for path, module in model.named_modules():
         if not path or (outer is not None and path.startswith(f"{outer}.")):
             continue
         name = type(module).__name__
         known = is_block(module)
         if not (known or _CLASS.search(name) or _PLACE.fullmatch(path.rpartition(".")[2])):
+            continue
+        if any(block.startswith(f"{path}.") for block in blocks):
             continue
         outer = path
         if not known:

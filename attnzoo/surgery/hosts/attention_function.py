@@ -9,7 +9,7 @@ Letters: B batch, T query tokens, S slots of the host's cache, H query heads, G 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any, Literal
 
@@ -23,8 +23,9 @@ from attnzoo.base.recording import RULE
 from attnzoo.base.shared_layouts import dense_layout
 from attnzoo.surgery.hosts.caches.evicting_calls import HELD, attend_held, evicting_layer_for
 from attnzoo.surgery.hosts.calls import AROUND, CACHE_NAMES, AttentionCall, read_call
+from attnzoo.surgery.hosts.geometry import Geometry as Geometry
+from attnzoo.surgery.hosts.geometry import geometry_of as geometry_of
 from attnzoo.surgery.hosts.one_row import attend_one_row
-from attnzoo.surgery.hosts.weights import type_name
 from attnzoo.variants.mha import MHAAttention, MHAConfig
 from attnzoo_kernels import Extras, block_sparse_attention
 from attnzoo_kernels.errors import ShapeError, UnsupportedError
@@ -50,25 +51,6 @@ class ReadPattern:
         self.__dict__.update(state)
         # A process that only loads a pickle has registered nothing yet.
         register()
-
-
-@dataclass(frozen=True, eq=False)
-class Geometry:
-    """Where the queries and keys of a call lie: what the mask function hands to the attention function.
-
-    Attributes:
-        first: The slot of the first query: an int, or a 0-d tensor that the host would advance, copied.
-        real: Which slots hold tokens rather than padding, bool ``[B, S]``; ``None`` where all do.
-        ndim: What hosts ask of a mask that is ready.
-    """
-
-    first: int | Tensor
-    real: Tensor | None
-    ndim: int = field(default=4, init=False)
-
-    def contiguous(self) -> Geometry:
-        """Itself; static caches ask for it."""
-        return self
 
 
 def set_pattern(module: nn.Module, pattern: ReadPattern | None) -> None:
@@ -151,7 +133,6 @@ def _prepare_block(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tupl
     """Before a block's call: it is called by the functions here, and its memory evicts, or grows without copying."""
     check_implementation(module.config)
     pattern = pattern_of(module)
-    index: Any = module.layer_idx
     for name in CACHE_NAMES:
         cache = kwargs.get(name)
         if cache is None:
@@ -162,6 +143,7 @@ def _prepare_block(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tupl
             held = evicting_layer_for(module, pattern, cache, (args, kwargs))
         if held is not None:
             return args, {**kwargs, HELD: held}
+        index: Any = module.layer_idx
         let_grow(cache, index)
     return None
 
@@ -228,7 +210,8 @@ def describe_mask(
     """
     if isinstance(attention_mask, Geometry):
         return attention_mask
-    if mask_function is not None and getattr(mask_function, "__name__", "") != "causal_mask_function":
+    rule = "causal_mask_function" if mask_function is None else getattr(mask_function, "__name__", "")
+    if rule not in ("causal_mask_function", "bidirectional_mask_function"):
         raise UnsupportedError("attention_mask: expected causality and padding alone, got a further rule of the host's")
     if kv_offset:
         raise UnsupportedError(f"kv_offset: expected a cache that keeps every slot, got one that begins at {kv_offset}")
@@ -239,7 +222,7 @@ def describe_mask(
     real = attention_mask
     if real is not None and not torch.compiler.is_compiling() and bool(real.all()):
         real = None
-    return Geometry(first, real)
+    return Geometry(first, real, causal=rule == "causal_mask_function")
 
 
 def first_slot(geometry: Any, cache: Any, layer: int) -> int | Tensor:
@@ -270,12 +253,11 @@ def attend(
     if dropout:
         raise UnsupportedError(f"dropout: expected 0, got {dropout}; attention dropout is not offered")
     held = kwargs.pop(HELD, None)
-    if read_call(kwargs).cache is not None:
+    causal = getattr(module, "is_causal", True) is not False
+    if read_call(kwargs, causal=causal).cache is not None:
         raise UnsupportedError("cache: expected one that the block has read, got one that it hands on")
-    if getattr(module, "is_causal", True) is False:
-        raise UnsupportedError(f"is_causal: expected True, got False on a {type_name(module)}")
     query, key, value = _as_autocast_does(query, key, value)
-    geometry = geometry_of(attention_mask, query.shape[2], key.shape[2])
+    geometry = geometry_of(attention_mask, query.shape[2], key.shape[2], causal=causal)
     answer = partial(_answer, module, geometry, scaling, held)
     around = module.__dict__.get(AROUND)
     if around is None:
@@ -292,14 +274,16 @@ def _answer(
     """What a block's attention gives ``[B, H, T, D]``."""
     pattern = pattern_of(module)
     if pattern is None and geometry.real is None and torch.compiler.is_compiling():
-        return _attend_densely(q, k, v, geometry.first, scale)
+        return _attend_densely(q, k, v, geometry, scale)
     if held is not None:
         if isinstance(geometry.first, Tensor) or geometry.first != held.seen:
             raise ShapeError(
                 f"attention_mask: expected one whose queries begin at slot {held.seen}, got {geometry.first}"
             )
         return attend_held(held, q, k, v, geometry.real)
-    layer = _dense_layer(q.shape[1], k.shape[1], q.shape[3], scale) if pattern is None else pattern.layer
+    layer = (
+        _dense_layer(q.shape[1], k.shape[1], q.shape[3], scale, geometry.causal) if pattern is None else pattern.layer
+    )
     if geometry.real is not None:
         return _attend_padded(layer, q, k, v, geometry)
     return _attend_plain(layer, q, k, v, geometry.first)
@@ -317,25 +301,16 @@ def _as_autocast_does(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 
-def geometry_of(attention_mask: Any, tokens: int, slots: int) -> Geometry:
-    """What a mask says about the last ``tokens`` of ``slots``.
-
-    Raises:
-        UnsupportedError: If it is no mask that :func:`describe_mask` has made.
-    """
-    if isinstance(attention_mask, Geometry):
-        return attention_mask
-    if attention_mask is None:
-        return Geometry(slots - tokens, None)
-    raise UnsupportedError(
-        f"attention_mask: expected the host's 2-D padding mask or None, got {type(attention_mask).__name__}"
-    )
-
-
 @lru_cache(maxsize=32)
-def _dense_layer(heads: int, groups: int, width: int, scale: float | None) -> AttentionLayer:
+def _dense_layer(heads: int, groups: int, width: int, scale: float | None, causal: bool) -> AttentionLayer:
     config = MHAConfig(
-        dim=heads * width, num_heads=heads, num_kv_heads=groups, head_dim=width, rotary=None, scale=scale
+        dim=heads * width,
+        num_heads=heads,
+        num_kv_heads=groups,
+        head_dim=width,
+        causal=causal,
+        rotary=None,
+        scale=scale,
     )
     with torch.device("meta"):
         return MHAAttention(config)
@@ -348,8 +323,9 @@ def _run(layer: AttentionLayer, inputs: AttentionInputs, offset: int | Tensor, l
     return layer.operate(inputs, plan)
 
 
-def _attend_densely(q: Tensor, k: Tensor, v: Tensor, first: int | Tensor, scale: float | None) -> Tensor:
+def _attend_densely(q: Tensor, k: Tensor, v: Tensor, geometry: Geometry, scale: float | None) -> Tensor:
     """Plain attention in a program that is compiled, where no layer can be made."""
+    first = geometry.first
     tokens = q.shape[2]
     extras = Extras()
     if isinstance(first, int):
@@ -357,7 +333,7 @@ def _attend_densely(q: Tensor, k: Tensor, v: Tensor, first: int | Tensor, scale:
     else:
         extras = Extras(q_pos=(torch.arange(tokens, device=q.device) + first).to(torch.int32).view(1, 1, -1))
     layout = dense_layout(DENSE_BLOCK, tokens, k.shape[2], q)
-    return block_sparse_attention(q, k, v, layout, causal=True, scale=scale, extras=extras)
+    return block_sparse_attention(q, k, v, layout, causal=geometry.causal, scale=scale, extras=extras)
 
 
 def _attend_plain(layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, first: int | Tensor) -> Tensor:
@@ -366,7 +342,7 @@ def _attend_plain(layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, first:
         held = first + tokens
         if held > k.shape[2]:
             raise ShapeError(f"attention_mask: expected at most {k.shape[2]} slots, got queries up to slot {held - 1}")
-        out = attend_one_row(layer, q, k, v, held) if tokens == 1 else None
+        out = attend_one_row(layer, q, k, v, held) if tokens == 1 and layer.config.causal else None
         if out is not None:
             return out
         # A static cache is longer than what it holds.
@@ -388,5 +364,6 @@ def _attend_padded(layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, geome
     longest = int(slots.lengths.max())
     k, v = (slots.aligned(x[:, :, :held], longest) for x in (k, v))
     rows = Alignment.of(~real[:, first:])
-    out = _run(layer, AttentionInputs(rows.aligned(q), k, v), real[:, :first].sum(1), rows.lengths)
+    before = real[:, :first].sum(1) if geometry.causal else 0
+    out = _run(layer, AttentionInputs(rows.aligned(q), k, v), before, rows.lengths)
     return rows.put_back(out).masked_fill(~real[:, None, first:, None], 0.0)

@@ -43,7 +43,9 @@ class Block:
         cached_values: Says how many values the cache holds for each of the host's tokens.
         project: ``[B, T, C]`` to q ``[B, H, T, D]``, k ``[B, G, T, D]`` and v ``[B, G, T, Dv]``: biases and norms after
             projection are done, rotation is not.
-        output: ``[B, T, H * Dv]`` to ``[B, T, C]``.
+        output: ``[B, T, H * Dv]`` to ``[B, T, C]``; the identity where the output's projection is outside the module.
+        finish: What the module makes of its input ``[B, T, C]`` and that output, ``None`` where nothing: a residual
+            and a norm inside the module.
         projections: The modules that project, by the names in ``ROLES``; empty where none stand for them. One that
             projects queries, keys and values together stands for each of them.
         split: What takes such a module's output ``[..., n]`` apart into queries ``[..., H * D]``, keys and values, each
@@ -82,6 +84,7 @@ class Block:
     split: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]] | None = None
     planes: Literal["halves", "neighbours"] | None = "halves"
     dropout: float = 0.0
+    finish: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -92,17 +95,20 @@ class Family:
         name: Of the family.
         classes: Names of its attention classes, so that nothing is imported before a model is there.
         block: Describes a module of one of them.
-        with_weights: Makes a module of the same class with other weights; the original is untouched.
+        with_weights: Makes a module of the same class with other weights; the original is untouched. ``None`` where
+            the classes cannot hold others.
+        recognise: Whether a module is one of them, where its class's name alone does not say it.
     """
 
     name: str
     classes: tuple[str, ...]
     block: Callable[[nn.Module], Block]
-    with_weights: Callable[[nn.Module, Projections], nn.Module]
+    with_weights: Callable[[nn.Module, Projections], nn.Module] | None
+    recognise: Callable[[nn.Module], bool] | None = None
 
     def matches(self, module: nn.Module) -> bool:
         """Whether a module is an attention block of this family."""
-        return type(module).__name__ in self.classes
+        return type(module).__name__ in self.classes if self.recognise is None else self.recognise(module)
 
 
 class ReplacementModule(nn.Module):
@@ -121,8 +127,9 @@ class ReplacementModule(nn.Module):
         block: Any = host
         self.family = family
         self.config = block.config
-        self.layer_idx = int(block.layer_idx)
-        self.is_causal = True
+        # Classes that never have a cache have no place in one.
+        self.layer_idx = int(getattr(block, "layer_idx", None) or 0)
+        self.is_causal = getattr(block, "is_causal", True) is not False
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

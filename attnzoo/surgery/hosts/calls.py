@@ -66,12 +66,13 @@ class HostCall:
     position_ids: Tensor | None
 
 
-def read_call(arguments: Mapping[str, Any], cache: Any = None) -> HostCall:
+def read_call(arguments: Mapping[str, Any], cache: Any = None, *, causal: bool = True) -> HostCall:
     """Reads the arguments of a host's call.
 
     Args:
         arguments: Those that came by name.
         cache: The cache, where it came by place.
+        causal: Whether the block reads what came before alone.
 
     Raises:
         UnsupportedError: Naming the argument, if one is not known here, or if the cache came twice.
@@ -82,8 +83,9 @@ def read_call(arguments: Mapping[str, Any], cache: Any = None) -> HostCall:
     for name, given in rest.items():
         if name not in _IGNORED and given is not None and given is not False:
             raise UnsupportedError(f"{name}: expected None, got {given!r}, which attnzoo cannot honour")
-    if rest.get("is_causal") is False:
-        raise UnsupportedError("is_causal: expected True, got False; converted models read what came before alone")
+    if rest.get("is_causal") not in (None, causal):
+        reads = "what came before alone" if causal else "what comes behind too"
+        raise UnsupportedError(f"is_causal: expected {causal}, got {not causal}; the block reads {reads}")
     return HostCall(cache, position_ids)
 
 

@@ -54,6 +54,8 @@ class Remembering(Kind):
         if not isinstance(policy, Policy):
             raise ConfigError(f"policy: expected one of attnzoo.policies, got {type(policy).__name__}")
         self.refuse(order.model, order.sites)
+        for site in order.sites:
+            _refuse_without_cache(site, order.module(site))
         layers = len(find(order.model))
         for site in order.sites:
             _refuse_pattern(site, order.module(site))
@@ -83,6 +85,7 @@ class Remembering(Kind):
         """The pattern that an entry of a recipe describes, with the policy's weights beside it."""
         module = model.get_submodule(site.path)
         _refuse_pattern(site, module)
+        _refuse_without_cache(site, module)
         settings = entry.get("policy")
         if not isinstance(settings, Mapping):
             raise ConversionError(f"recipe: policy: expected its settings at {site.path}, got {settings!r}")
@@ -119,6 +122,17 @@ def _refuse_pattern(site: Site, module: nn.Module) -> None:
     """
     if pattern_of(module) is not None:
         reason = "it follows a read pattern, which a policy would not; undo that conversion first"
+        raise UnsupportedError(f"{site.path}: cannot be converted: {reason}", (reason,))
+
+
+def _refuse_without_cache(site: Site, module: nn.Module) -> None:
+    """Raises if a block reads what comes behind too: it has no cache that a policy could say anything about.
+
+    Raises:
+        UnsupportedError: If it does.
+    """
+    if not block_of(module).causal:
+        reason = "it is not causal, so that it has no cache whose memory a policy could rule"
         raise UnsupportedError(f"{site.path}: cannot be converted: {reason}", (reason,))
 
 

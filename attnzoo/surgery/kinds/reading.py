@@ -107,22 +107,24 @@ def read_pattern(module: nn.Module, site: Site, variant: str, options: dict[str,
     layer = reading_layer(module, site, variant, own)
     evict = options.get("evict", True)
     check_bool("evict", evict)
-    if "evict" in options and evict and not (isinstance(layer, EvictingLayer) and layer.evicts):
-        raise ConfigError(
-            f"evict: expected False, or a window or shards, got True for {variant!r} that reads everything"
-        )
+    evicts = isinstance(layer, EvictingLayer) and layer.evicts
+    if "evict" in options and evict and not (evicts and layer.config.causal):
+        reads = f"{variant!r} that reads everything" if layer.config.causal else "a block that is not causal"
+        raise ConfigError(f"evict: expected False, or a window or shards, got True for {reads}")
     return ReadPattern(layer, evict)
 
 
 def reading_layer(module: nn.Module, site: Site, variant: str, options: dict[str, Any]) -> AttentionLayer:
     """A layer without weights whose plans a site will follow."""
+    block = block_of(module)
     config = get_config(variant)(
         dim=site.width,
         num_heads=site.heads,
         num_kv_heads=site.kv_heads,
         head_dim=site.head_dim,
+        causal=block.causal,
         rotary=None,
-        scale=block_of(module).scale,
+        scale=block.scale,
         **options,
     )
     with torch.device("meta"):

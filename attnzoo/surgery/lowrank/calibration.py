@@ -5,7 +5,7 @@ Letters: B batch, T tokens, C model width, G KV heads, D head width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -46,12 +46,6 @@ class SiteStatistics:
     token_weight: list[Tensor] = field(default_factory=list)
     tokens: int = 0
     sequences: int = 0
-
-    @classmethod
-    def empty(cls, inputs: int) -> SiteStatistics:
-        """Sums over nothing, of so many inputs."""
-        zero = torch.zeros(inputs, inputs, dtype=torch.float64, device="cpu")
-        return cls(zero, zero.clone())
 
     def mean_moment(self) -> Tensor:
         """The second moment of a token's input."""
@@ -209,7 +203,9 @@ def _collect(
     modules = {site.path: model.get_submodule(site.path) for site in sites}
     found: dict[str, SiteStatistics] = {}
     for site in sites:
-        found[site.path] = SiteStatistics.empty(site.width + int(has_biases(modules[site.path])))
+        size = site.width + int(has_biases(modules[site.path]))
+        zero = torch.zeros(size, size, dtype=torch.float64, device="cpu")
+        found[site.path] = SiteStatistics(zero, zero.clone())
     with evaluating(model):
         for done, batch in enumerate(batches):
             _collect_batch(model, modules, batch, found, gradients=gradients)
@@ -235,49 +231,27 @@ def evaluating(model: nn.Module) -> Any:
             module.training = was
 
 
-@dataclass(eq=False)
-class SiteRun:
-    """What has passed through sites in one run: their inputs, and their keys and values, where gradients will be."""
-
-    modules: Mapping[str, nn.Module]
-    inputs: dict[str, Tensor]
-    outputs: dict[str, list[Tensor]]
-
-    def add_to(self, found: Mapping[str, SiteStatistics], real: Tensor) -> None:
-        """Adds the run to the sums of its sites."""
-        for path, module in self.modules.items():
-            x = self.inputs[path]
-            grads = _at_keys_and_values(block_of(module), self.outputs[path])
-            _add(found[path], x, real, grads, constant=found[path].moment.shape[0] > x.shape[-1])
-
-
-@contextmanager
-def watched_sites(modules: Mapping[str, nn.Module], *, gradients: bool) -> Iterator[SiteRun]:
-    """Keeps what passes through attention blocks, by path."""
-    seen = SiteRun(modules, {}, {path: [] for path in modules})
+def _collect_batch(
+    model: nn.Module, modules: dict[str, nn.Module], batch: Batch, found: dict[str, SiteStatistics], *, gradients: bool
+) -> None:
+    real = real_tokens(batch)
+    inputs: dict[str, Tensor] = {}
+    outputs: dict[str, list[Tensor]] = {path: [] for path in modules}
     with ExitStack() as hooks:
         for path, module in modules.items():
 
             def keep_input(_: nn.Module, args: tuple[Tensor, ...], path: str = path) -> None:
-                seen.inputs[path] = args[0].detach()
+                inputs[path] = args[0].detach()
 
             def keep_output(_: nn.Module, args: Any, output: Tensor, path: str = path) -> None:
                 output.retain_grad()
-                seen.outputs[path].append(output)
+                outputs[path].append(output)
 
             projections = block_of(module).projections
             hooks.callback(projections["k_proj"].register_forward_pre_hook(keep_input).remove)
             if gradients:
                 for projection in dict.fromkeys((projections["k_proj"], projections["v_proj"])):
                     hooks.callback(projection.register_forward_hook(keep_output).remove)
-        yield seen
-
-
-def _collect_batch(
-    model: nn.Module, modules: dict[str, nn.Module], batch: Batch, found: dict[str, SiteStatistics], *, gradients: bool
-) -> None:
-    real = real_tokens(batch)
-    with watched_sites(modules, gradients=gradients) as seen, ExitStack() as hooks:
         if gradients:
             # Weights are frozen: the graph begins at the embeddings, so that no weight gradient is computed.
             embedding = model.get_input_embeddings()  # type: ignore[operator]
@@ -286,7 +260,9 @@ def _collect_batch(
             logits = model(**batch, use_cache=False).logits
             if gradients:
                 summed_loss(logits, batch["input_ids"], real).backward()
-    seen.add_to(found, real)
+    for path, site in found.items():
+        grads = _at_keys_and_values(block_of(modules[path]), outputs[path])
+        _add(site, inputs[path], real, grads, constant=site.moment.shape[0] > inputs[path].shape[-1])
 
 
 def summed_loss(logits: Tensor, ids: Tensor, real: Tensor) -> Tensor:

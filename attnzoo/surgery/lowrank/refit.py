@@ -40,7 +40,7 @@ INPUT_RIDGE = 0.02
 OUTPUT_RIDGE = 0.02
 
 
-class EndOfRun(Exception):  # noqa: N818  (no error: it ends a partial run)
+class _Stop(Exception):  # noqa: N818  (no error: it ends a partial run)
     """Ends the run of a layer once what is wanted of it has been seen."""
 
 
@@ -62,33 +62,19 @@ def refit_sites(
     Returns:
         By site path: the weights, the share of energy kept, and the relative error of the block's output.
     """
-    student, batch = student_of(sites, num_kv_heads, statistics, read=read, build=build, progress=progress)
-    with evaluating(model), torch.no_grad(), ExitStack() as hooks:
-        for path, layer in _decoder_layers(model, next(iter(student.paths))):
-            hooks.enter_context(student.follow(path, layer))
-        # The run ends behind the last site.
-        with suppress(EndOfRun):
-            model(**batch, use_cache=False)
-    return student.found
-
-
-def student_of(
-    sites: Sequence[Site],
-    num_kv_heads: int,
-    statistics: Statistics,
-    *,
-    read: Callable[[nn.Module], Projections],
-    build: Callable[[Site, Projections], nn.Module],
-    progress: Progress | None = None,
-) -> tuple[Student, Batch]:
-    """A student that has not begun, and the batch that its teacher is to read."""
     paths = {site.path.rpartition(".")[0]: site for site in sites}
     batch, weights = join_batches(statistics)
-    student = Student(paths, num_kv_heads, statistics, weights, real_tokens(batch))
+    student = _Student(paths, num_kv_heads, statistics, weights, real_tokens(batch))
     student.read = read
     student.build = build
     student.progress = progress
-    return student, batch
+    with evaluating(model), torch.no_grad(), ExitStack() as hooks:
+        for path, layer in _decoder_layers(model, next(iter(paths))):
+            hooks.enter_context(student.follow(path, layer))
+        # The run ends behind the last site.
+        with suppress(_Stop):
+            model(**batch, use_cache=False)
+    return student.found
 
 
 def join_batches(statistics: Statistics) -> tuple[Batch, Mapping[str, Tensor]]:
@@ -134,17 +120,17 @@ def _watch(module: nn.Module, *, stop: bool = False) -> Iterator[list[Tensor]]:
     def see_input(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         seen.append(args[0])
         if stop:
-            raise EndOfRun
+            raise _Stop
 
     handle = module.register_forward_pre_hook(see_input)
     try:
-        with suppress(EndOfRun):
+        with suppress(_Stop):
             yield seen
     finally:
         handle.remove()
 
 
-class Student:
+class _Student:
     """The converted model, which follows the teacher's run layer by layer."""
 
     read: Callable[[nn.Module], Projections]
@@ -196,7 +182,7 @@ class Student:
                 busy = False
                 seen.clear()
             if len(self.found) == len(self.paths):
-                raise EndOfRun
+                raise _Stop
 
         with ExitStack() as hooks:
             if site is not None:
@@ -232,7 +218,7 @@ class Student:
 class _SiteRefit:
     """The refit of one site."""
 
-    def __init__(self, student: Student, site: Site, layer: nn.Module, hidden: Tensor, call: dict[str, Any]) -> None:
+    def __init__(self, student: _Student, site: Site, layer: nn.Module, hidden: Tensor, call: dict[str, Any]) -> None:
         self.student = student
         self.site = site
         self.layer = layer

@@ -74,7 +74,7 @@ MUTANTS = (
         tests=f"{TESTS}/hosts/test_own_memory.py",
     ),
     Mutant(
-        "convert-scale-of-reading", file=f"{FOLDER}/kinds/reading.py", old="scale=block_of(module).scale,", new="scale=None,", wrong="a read pattern ignores the host's own scale", tests=f"{TESTS}/hosts/test_own_memory.py",
+        "convert-scale-of-reading", file=f"{FOLDER}/kinds/reading.py", old="scale=block.scale,", new="scale=None,", wrong="a read pattern ignores the host's own scale", tests=f"{TESTS}/hosts/test_own_memory.py",
     ),
     files(
         "files-hash-without-shape", old='f"{name}|{x.dtype}|{list(x.shape)}|"', new='f"{name}|"', wrong="a base with other shapes or dtypes and equal bytes is taken", tests=f"{TESTS}/test_written.py -k hash",
@@ -96,13 +96,13 @@ MUTANTS = (
         "written-shared-memory", old="found[name] = own.clone() if place in seen else own", new="found[name] = own", wrong="two tensors in one memory cannot be written", tests=f"{TESTS}/test_written.py -k one_memory",
     ),
     interface(
-        "interface-padded-offset", old="real[:, :first].sum(1), rows.lengths)", new="real[:, :first].sum(1) * 0, rows.lengths)", wrong="padded items decode as if nothing came before",
+        "interface-padded-offset", old="before = real[:, :first].sum(1) if", new="before = real[:, :first].sum(1) * 0 if", wrong="padded items decode as if nothing came before",
     ),
     interface(
         "interface-static-cache", old="AttentionInputs(q, k[:, :, :held], v[:, :, :held])", new="AttentionInputs(q, k, v)", wrong="a static cache is read beyond what it holds", tests=f"{TESTS}/hosts/test_generate.py -k static",
     ),
     interface(
-        "interface-mask-function", old='getattr(mask_function, "__name__", "") != "causal_mask_function"', new='getattr(mask_function, "__name__", "") == ""', wrong="a further rule of the host's is dropped silently",
+        "interface-mask-function", old='if rule not in ("causal_mask_function", "bidirectional_mask_function"):', new='if rule == "":', wrong="a further rule of the host's is dropped silently",
         tests=f"{TESTS}/test_refusals.py -k 'packed or mask' {TESTS}/hosts/test_hosts.py -k 'packed or mask or window'",
     ),
     interface(

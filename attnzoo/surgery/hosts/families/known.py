@@ -8,13 +8,13 @@ from __future__ import annotations
 from torch import nn
 
 from attnzoo.surgery.hosts.block import Block, Family, ReplacementModule
-from attnzoo.surgery.hosts.families import llama
+from attnzoo.surgery.hosts.families import encoders, llama
 from attnzoo.surgery.hosts.projections import Projections
 from attnzoo.surgery.hosts.site import Site
 from attnzoo.surgery.hosts.weights import type_name
 from attnzoo_kernels.errors import ConversionError
 
-FAMILIES: tuple[Family, ...] = (llama.FAMILY,)
+FAMILIES: tuple[Family, ...] = (llama.FAMILY, encoders.FAMILY)
 
 
 def is_block(module: nn.Module) -> bool:
@@ -75,8 +75,15 @@ def weights_of(module: nn.Module) -> Projections:
 
 
 def with_weights(module: nn.Module, projections: Projections) -> nn.Module:
-    """An attention block of the same class with other weights; the original is untouched."""
-    return family_of(module).with_weights(module, projections)
+    """An attention block of the same class with other weights; the original is untouched.
+
+    Raises:
+        ConversionError: If the class cannot hold others.
+    """
+    make = family_of(module).with_weights
+    if make is None:
+        raise ConversionError(f"block: expected a class that can hold other weights, got {type_name(module)}")
+    return make(module, projections)
 
 
 def known_classes() -> tuple[str, ...]:

@@ -1,0 +1,146 @@
+"""Encoders: what their blocks read is theirs to the last digit, on both sides, whatever is padding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import BertConfig, BertModel
+
+import attnzoo
+from attnzoo import surgery
+from attnzoo.surgery.lookalikes import lookalikes
+from tests.attnzoo.surgery.families.encoder_hosts import (
+    HEADS,
+    PICTURES,
+    SITES,
+    TEXTS,
+    encoder,
+    inputs,
+    padding,
+    said,
+)
+from tests.attnzoo.surgery.tiny import assert_close, assert_untouched, convert, snapshot
+
+EXACT = 1e-10
+WINDOW = {"window": 4, "sink": 2, "block_size": 4}
+SHARDS = {"block_size": 4, "local_blocks": 1, "vert_stride": 3, "num_dense_heads": 1}
+
+
+@pytest.fixture(scope="module", params=(*TEXTS, *PICTURES))
+def host(request: pytest.FixtureRequest) -> tuple[str, Any]:
+    """A host that every test here leaves as it was."""
+    return request.param, encoder(request.param)
+
+
+def test_all_attention_modules_are_found_once(host: tuple[str, Any]) -> None:
+    name, model = host
+    sites = surgery.find(model)
+    assert len(sites) == SITES.get(name, 2)
+    assert {(site.heads, site.kv_heads, site.head_dim, site.width) for site in sites} == {(HEADS, HEADS, 8, 24)}
+    assert surgery.cache_bytes(model) == 0
+    assert lookalikes(model) == {}
+
+
+@torch.no_grad()
+def test_reading_everything_is_the_host_and_undo_is_exact(host: tuple[str, Any]) -> None:
+    name, model = host
+    given = inputs(name)
+    before = snapshot(model)
+    expected = said(model, **given)
+    report = convert(model, "mha")
+    assert_close(said(model, **given), expected, EXACT)
+    report.undo()
+    assert torch.equal(said(model, **given), expected)
+    assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("name", TEXTS)
+@torch.no_grad()
+def test_padding_on_either_side_is_not_read(name: str) -> None:
+    model, given, mask = encoder(name), inputs(name), padding()
+    expected = said(model, **given, attention_mask=mask)[mask.bool()]
+    convert(model, "mha")
+    assert_close(said(model, **given, attention_mask=mask)[mask.bool()], expected, EXACT)
+
+
+def _places(mask: Tensor) -> Tensor:
+    """The place of each token among its item's real ones, ``[B, T]``."""
+    return mask.cumsum(1) - 1
+
+
+def _window(mask: Tensor) -> Tensor:
+    """What a window that looks as far ahead as back reads beside its sink, ``[B, 1, T, T]``."""
+    place = _places(mask)
+    near = (place[:, :, None] - place[:, None]).abs() < WINDOW["window"]
+    return (near | (place[:, None] < WINDOW["sink"])).unsqueeze(1)
+
+
+def _shards(mask: Tensor) -> Tensor:
+    """Blocks beside the own one, every third beyond them, and the first, ``[B, H, T, T]``; the last head reads all."""
+    block = _places(mask) // SHARDS["block_size"]
+    beyond = (block[:, :, None] - block[:, None]).abs()
+    kept = (beyond % SHARDS["vert_stride"] == 0) | (block[:, None] == 0)
+    return torch.stack([kept, kept, torch.ones_like(kept)], 1)
+
+
+@pytest.mark.parametrize(("variant", "options", "rule"), [("mha", WINDOW, _window), ("s2", SHARDS, _shards)])
+@pytest.mark.parametrize("padded", [False, True])
+@torch.no_grad()
+def test_a_rule_reads_what_a_mask_of_four_dimensions_lets_the_host_read(
+    variant: str, options: dict[str, Any], rule: Any, padded: bool
+) -> None:
+    for name in ("bert", "albert"):
+        model, given = encoder(name), inputs(name)
+        mask = padding() if padded else torch.ones_like(padding())
+        real = mask.bool()
+        # A padded row reads itself, so that the host has something to weigh.
+        seen = (rule(mask) & real[:, None, None]) | torch.eye(20, dtype=torch.bool)
+        expected = said(model, **given, attention_mask=seen.expand(-1, HEADS, -1, -1))[real]
+        convert(model, variant, **options)
+        found = said(model, **given, attention_mask=mask)[real]
+        assert_close(found, expected, EXACT)
+        assert not torch.allclose(expected, said(encoder(name), **given, attention_mask=mask)[real])
+
+
+def test_gradients_are_the_hosts() -> None:
+    grads = []
+    for convert_it in (False, True):
+        model = encoder("bert")
+        if convert_it:
+            convert(model, "mha")
+        said(model, **inputs("bert"), attention_mask=padding()).square()[padding().bool()].sum().backward()
+        grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys()
+    for name, expected in grads[0].items():
+        assert_close(grads[1][name], expected, EXACT)
+
+
+def test_what_encoders_cannot_be_is_refused_by_name() -> None:
+    model = encoder("bert")
+    before = snapshot(model)
+    for variant, options, message in (
+        (
+            "policy",
+            {"policy": attnzoo.policies.Streaming(sink=64, window=64)},
+            r"it is not causal, so that it has no cache",
+        ),
+        ("mha", {"window": 4, "sink": 1, "evict": True}, r"^evict: expected False.* a block that is not causal"),
+    ):
+        with pytest.raises((attnzoo.UnsupportedError, attnzoo.ConfigError), match=message):
+            surgery.convert(model, variant, **options)
+        assert_untouched(model, before)
+
+
+def test_decoders_and_cross_attention_are_refused_by_name() -> None:
+    settings = {"vocab_size": 61, "hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 3}
+    model = BertModel(BertConfig(**settings, intermediate_size=32, is_decoder=True, add_cross_attention=True))
+    before = snapshot(model)
+    paths = [site.path for site in surgery.find(model)]
+    assert paths == ["encoder.layer.0.attention.self", "encoder.layer.0.crossattention.self"]
+    for path, reason in zip(paths, (r"attention of a decoder \(is_decoder\)", "it is cross attention"), strict=True):
+        with pytest.raises(attnzoo.UnsupportedError, match=rf"^{path}: cannot be converted: .*{reason}"):
+            surgery.convert(model, "mha", where=lambda site, path=path: site.path == path)
+        assert_untouched(model, before)
