@@ -6,7 +6,7 @@ Letters: B batch, T query tokens, S key tokens, C model width, H query heads, G 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -231,10 +231,11 @@ class AttentionLayer(DecodingModule):
                 "key_padding: all tokens are padding, so that all outputs are 0; it is true at padding, the inverse of "
                 "a Hugging Face attention_mask: pass ~mask.bool()"
             )
-        if takes_its_own_dtype(self.q_proj):
+        first = self.projection("q_proj")
+        if first is not None and takes_its_own_dtype(first):
             for name, tokens in (("x", x), ("context", context)):
                 if tokens is not None:
-                    check_dtype(name, tokens, self.q_proj.weight)
+                    check_dtype(name, tokens, cast(Tensor, first.weight))
         if context is not None:
             self.check_context(cache, positions)
             return cross_step(x, context, key_padding)
@@ -255,8 +256,7 @@ class AttentionLayer(DecodingModule):
         if slots is None:
             raise AssertionError("a class whose rows compile knows what they read")
         out = attend_slots(inputs.q, inputs.k, inputs.v, slots, scale=self.row_scale)
-        result: Tensor = self.o_proj(out.transpose(1, 2).flatten(-2))
-        return result
+        return self.output_of(out.transpose(1, 2).flatten(-2))
 
     def _run(self, step: Step) -> AttentionOutput:
         heads = self.project(step)
@@ -276,11 +276,7 @@ class AttentionLayer(DecodingModule):
 
     def project(self, step: Step) -> Heads:
         """Queries, keys and values of this call, not rotated."""
-        width = self.config.head_width
-        source = step.x if step.context is None else step.context
-        q = self.q_proj(step.x).unflatten(-1, (-1, width)).transpose(1, 2)  # [B, H, T, D]
-        k = self.k_proj(source).unflatten(-1, (-1, width)).transpose(1, 2)  # [B, G, T, D]
-        v = self.v_proj(source).unflatten(-1, (-1, width)).transpose(1, 2)  # [B, G, T, Dv]
+        q, k, v = self.heads_of(step.x, step.context)
         self.check_slice(q, k, v)
         return Heads(q, k, v)
 
@@ -384,7 +380,7 @@ class AttentionLayer(DecodingModule):
         y = out.transpose(1, 2).flatten(-2)  # [B, T, H * Dv]
         if step.row_index is not None:
             y = take_rows(y, step.row_index)
-        result: Tensor = self.o_proj(y)
+        result = self.output_of(y)
         if step.row_index is None or step.padding is None:
             return result
         return result.masked_fill(step.padding.unsqueeze(-1), 0)

@@ -112,13 +112,13 @@ def heads_held(name: str, projection: nn.Module, heads: int, config: AttentionCo
     return rows // width
 
 
-def check_slice(config: AttentionConfig, held: tuple[int, int, int], o_proj: nn.Module, given: int) -> None:
+def check_slice(config: AttentionConfig, held: tuple[int, int, int], o_proj: nn.Module | None, given: int) -> None:
     """Raises unless some of the heads fit together.
 
     Args:
         config: Of the whole layer.
         held: Query, key and value heads that are here.
-        o_proj: The output's projection.
+        o_proj: The output's projection; ``None`` where no module alone does its work, which then takes all heads.
         given: Features that the heads here give it.
 
     Raises:
@@ -135,7 +135,8 @@ def check_slice(config: AttentionConfig, held: tuple[int, int, int], o_proj: nn.
                 f"{name}: expected {expected} of {whole} KV heads beside {queries} of {config.num_heads} query heads, "
                 f"whole groups of them, got {found}; slice q_proj, k_proj and v_proj alike"
             )
-    taken = columns_held(o_proj, config.num_heads * config.head_width)
+    columns = config.num_heads * config.head_width
+    taken = columns if o_proj is None else columns_held(o_proj, columns)
     if taken != given:
         raise ShapeError(
             f"o_proj: expected to take {given} features, of {queries} heads as q_proj gives, got {taken}; slice it by "
@@ -155,6 +156,11 @@ def check_restart(layer: nn.Module) -> None:
             raise UnsupportedError(
                 f"{path}: expected a module with reset_parameters, got {type(module).__name__}; start it by itself"
             )
+
+
+def is_distributed(projection: nn.Module) -> bool:
+    """Whether tensor parallelism has divided a projection among processes."""
+    return bool(getattr(projection, "_distribute_module_applied", False))
 
 
 def takes_its_own_dtype(projection: nn.Module) -> bool:
@@ -253,7 +259,7 @@ def _slices(projection: nn.Module, weight: Any) -> int:
     Sharded parameters (FSDP) are whole again when they are used. Tensor parallelism marks the modules that it makes,
     since they must handle their inputs and outputs, and its mesh is the last dimension where both are at work.
     """
-    if not getattr(projection, "_distribute_module_applied", False):
+    if not is_distributed(projection):
         return 1
     last = weight.device_mesh.ndim - 1
     return int(weight.device_mesh.size(last)) if weight.placements[last].is_shard() else 1

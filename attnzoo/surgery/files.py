@@ -193,7 +193,7 @@ def _load(given: str | Path, base: Any, dtype: torch.dtype | None) -> tuple[Any,
     model = checkpoint.model_for(config, tensors, dtype=dtype)
     share_blocks(model, shared if isinstance(shared, list) else [shared])
     _apply(model, recipe, folder)
-    checkpoint.load_into(model, tensors, keep_dtypes=dtype is None)
+    checkpoint.load_into(model, stored.named_now(tensors, recipe), keep_dtypes=dtype is None)
     return checkpoint.finished(model, folder), checkpoint.load_tokenizer(folder, model.config)
 
 
@@ -205,7 +205,7 @@ def _load_adapter(folder: Path, about: dict[str, Any], recipe: Recipe, base: Any
     found = _base_hash(base, changed, "base")
     if found != about.get("base_sha256"):
         raise ConversionError(f"base: expected weights with hash {about.get('base_sha256')}, got {found}")
-    tensors = checkpoint.read_tensors(folder, [folder / ADAPTER]) if changed else {}
+    tensors = stored.named_now(checkpoint.read_tensors(folder, [folder / ADAPTER]) if changed else {}, recipe)
     undo = _apply(base, recipe, folder)
     own = base.state_dict(keep_vars=True)
     expected = {name for name in stored.once(base) if name.startswith(changed)} if changed else set()

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attnzoo.base.weights import PROJECTIONS
 from attnzoo.reporting.warn import warn_caller
 from attnzoo.surgery.hosts import checkpoint
 from attnzoo.surgery.hosts.weights import FLOATING, why_not_plain
-from attnzoo.surgery.kinds import kind_of
+from attnzoo.surgery.kinds import REPLACING, kind_of
 from attnzoo.surgery.recipes import Recipe, apply_recipe, beside_of
 from attnzoo.surgery.sites import find, share_blocks, shared_blocks
 from attnzoo_kernels.errors import ConversionError, UnsupportedError
@@ -123,6 +124,17 @@ def adapter_tensors(model: Any, recipe: Recipe, changed: tuple[str, ...]) -> dic
     wanted = {name: x for name, x in once(expected).items() if name.startswith(changed)} if changed else {}
     _check(own, wanted)
     return apart(own)
+
+
+def named_now(tensors: dict[str, Tensor], recipe: Recipe) -> dict[str, Tensor]:
+    """A folder's tensors by today's names: once replacements had their host's projections inside their layer."""
+    paths = [entry.get("path") for entry in recipe if entry.get("kind") == REPLACING.word]
+    names = {f"{path}.layer.{role}.": f"{path}.{role}." for path in paths for role in PROJECTIONS}
+    found = {}
+    for name, x in tensors.items():
+        old = next((old for old in names if name.startswith(old)), "")
+        found[names.get(old, "") + name.removeprefix(old)] = x
+    return found
 
 
 def once(model: nn.Module) -> dict[str, Tensor]:

@@ -24,8 +24,9 @@ from torch.nn.functional import linear
 
 from attnzoo.base.caching import CachingModule
 from attnzoo.base.decoding.rotation import rotate_row, row_rotation
-from attnzoo.base.projections import are_products
+from attnzoo.base.projections import are_products, is_distributed
 from attnzoo.base.recording import Recording
+from attnzoo.base.weights import PROJECTIONS
 from attnzoo.cache.kv_cache import KVCache
 from attnzoo_kernels import Slots, attend_slots
 from attnzoo_kernels.runtime.plain import is_readable
@@ -120,6 +121,9 @@ class DecodingModule(CachingModule):
 
     def heads_of_row(self, row: TokenRow) -> tuple[Tensor, Tensor]:
         """Queries before keys ``[B, H + G, 1, D]``, not rotated, and values ``[B, G, 1, Dv]``."""
+        if self.projector is not None and not self.projector.products:
+            q, k, v = self.projector.project(row.x)
+            return torch.cat((q, k), 1), v
         # Of one token, heads lie one behind the other, as rows do.
         size = (row.x.shape[0], -1, 1, self.config.head_width)
         both = torch.cat((self.product("q_proj", row.x), self.product("k_proj", row.x)), -1).view(size)
@@ -127,8 +131,16 @@ class DecodingModule(CachingModule):
 
     def product(self, name: str, x: Tensor) -> Tensor:
         """What a projection of :meth:`row_projections` makes of x: a product, as a quick step knows by now."""
-        held = cast(nn.Module, self._modules[name])._parameters
+        module = self._modules[name] if self.projector is None else self.projector.module(name)
+        held = cast(nn.Module, module)._parameters
         return linear(x, cast(Tensor, held["weight"]), held["bias"])
+
+    def row_output(self, out: Tensor) -> Tensor:
+        """The output ``[B, 1, C]`` of a row's heads ``[B, H, 1, Dv]``."""
+        joined = out.reshape(out.shape[0], 1, -1)
+        if self.projector is not None and not self.projector.products:
+            return self.projector.output(joined)
+        return self.product("o_proj", joined)
 
     def rotate_row(self, row: TokenRow, x: Tensor) -> Tensor:
         """Rotates heads ``[B, h, 1, D]`` of a row by its position."""
@@ -153,6 +165,8 @@ class DecodingModule(CachingModule):
             "v_proj": groups,
             "o_proj": config.dim,
         }
+        if self.projector is not None:
+            return tuple((cast(nn.Module, self.projector.module(name)), count) for name, count in rows.items())
         held = cast(dict[str, nn.Module], self._modules)
         return tuple((held[name], count) for name, count in rows.items())
 
@@ -171,7 +185,7 @@ class DecodingModule(CachingModule):
             out = self.attend_row(TokenRow(x, cache, cache.bound))
             if out is None:
                 return None
-            return self.product("o_proj", out.reshape(x.shape[0], 1, -1))
+            return self.row_output(out)
 
     def may_compile_row(self, x: Tensor, cache: KVCache) -> bool:
         """Whether a call that is being compiled, one token on a CPU beside a cache, may leave its plan away."""
@@ -191,8 +205,12 @@ class DecodingModule(CachingModule):
             return False
         if torch.is_autocast_enabled("cpu") or is_watched():
             return False
-        if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())):
+        if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.used_parameters())):
             return False
+        if self.projector is not None and not self.projector.products:
+            # What is called, not multiplied by, may be anything, but for all heads.
+            parts = (self.projector.module(name) for name in PROJECTIONS)
+            return not any(part is not None and is_distributed(part) for part in parts)
         return are_products(self.row_projections(), x)
 
     def _has_steps_stood_for(self) -> bool:

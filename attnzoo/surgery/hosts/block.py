@@ -34,6 +34,9 @@ class Need(Enum):
 class Block:
     """What a family knows about one attention module; nothing of it is copied.
 
+    It is copied and pickled together with the module: its callables are functions that a file defines, or partials of
+    such.
+
     Attributes:
         heads: Query heads H.
         kv_heads: KV heads G.
@@ -42,8 +45,10 @@ class Block:
         width: Width C of the model.
         cached_values: Says how many values the cache holds for each of the host's tokens.
         project: ``[B, T, C]`` to q ``[B, H, T, D]``, k ``[B, G, T, D]`` and v ``[B, G, T, Dv]``: biases and norms after
-            projection are done, rotation is not.
-        output: ``[B, T, H * Dv]`` to ``[B, T, C]``; the identity where the output's projection is outside the module.
+            projection are done, rotation is not. It looks the module's children up at each call, so that what is put
+            in their places later is called.
+        output: ``[B, T, H * Dv]`` to ``[B, T, C]``, likewise; the identity where the output's projection is outside
+            the module.
         finish: What the module makes of its input ``[B, T, C]`` and that output, ``None`` where nothing: a residual
             and a norm inside the module.
         projections: The modules that project, by the names in ``ROLES``; empty where none stand for them. One that
@@ -62,6 +67,7 @@ class Block:
         reply: What its parent unpacks.
         reasons: Why a kind of conversion cannot be done here; nothing where it can.
         dropout: Share of attention weights that the host drops in training.
+        products: Whether ``project`` and ``output`` are the products with the four ``projections``, and no more.
     """
 
     heads: int
@@ -83,6 +89,7 @@ class Block:
     reasons: Mapping[Need, tuple[str, ...]]
     split: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]] | None = None
     planes: Literal["halves", "neighbours"] | None = "halves"
+    products: bool = False
     dropout: float = 0.0
     finish: Callable[[Tensor, Tensor], Tensor] | None = None
 

@@ -7,9 +7,9 @@ on.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -19,6 +19,9 @@ CACHE_NAMES = ("past_key_values", "cache", "layer_past")
 """What hosts call their cache: transformers up to 5.23, from 5.24, and the blocks of GPT-NeoX and GPT-J."""
 
 _IGNORED = frozenset({"use_cache", "cache_position", "is_causal", "num_items_in_batch", "output_hidden_states"})
+
+Reply = Literal["pair", "triple", "tensor"]
+"""What a block's parent unpacks: the output and weights, these and the cache, or the output alone."""
 
 AROUND = "attnzoo_around"
 """The attribute of a block that holds who is asked in its attention's place, with an :class:`AttentionCall`."""
@@ -87,6 +90,28 @@ def read_call(arguments: Mapping[str, Any], cache: Any = None, *, causal: bool =
         reads = "what came before alone" if causal else "what comes behind too"
         raise UnsupportedError(f"is_causal: expected {causal}, got {not causal}; the block reads {reads}")
     return HostCall(cache, position_ids)
+
+
+def named_arguments(names: Sequence[str], given: Sequence[Any], named: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by their names, whether they came by place or by name.
+
+    Raises:
+        TypeError: If there are too many, or one came twice.
+    """
+    if len(given) > len(names):
+        raise TypeError(f"forward: expected at most {len(names)} arguments by place, got {len(given)}")
+    by_place = dict(zip(names, given, strict=False))
+    twice = sorted(by_place.keys() & named.keys())
+    if twice:
+        raise TypeError(f"{twice[0]}: expected it once, got it by place and by name")
+    return {**by_place, **named}
+
+
+def as_reply(reply: Reply, out: Tensor, cache: Any = None) -> Any:
+    """What a host's parent unpacks: the output, with nothing in the places of weights, and its cache."""
+    if reply == "tensor":
+        return out
+    return (out, None) if reply == "pair" else (out, None, cache)
 
 
 def take_cache(arguments: dict[str, Any], cache: Any = None) -> Any:

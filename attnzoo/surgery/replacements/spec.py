@@ -18,6 +18,7 @@ from attnzoo.reporting.warn import silent, warn_caller
 from attnzoo.surgery.hosts.block import warn_of_lengths
 from attnzoo.surgery.hosts.families.known import block_of
 from attnzoo.surgery.hosts.site import Site
+from attnzoo.surgery.hosts.weights import FLOATING
 from attnzoo.surgery.replacements.replacement import Replacement
 from attnzoo_kernels.errors import ConversionError, UnsupportedError
 
@@ -79,39 +80,32 @@ def site_config(
     known = [field.name for field in fields(config_class) if field.name not in OF_THE_SITE | spec.refused]
     for name in options:
         check_known(name, known, f"options for {variant!r}")
-    weights = block_of(module).weights()
+    block = block_of(module)
     return config_class(
         dim=site.width,
         num_heads=site.heads,
         num_kv_heads=site.kv_heads,
         head_dim=site.head_dim,
-        bias=weights.q_bias is not None,
-        rotary=weights.rotary,
-        scale=weights.scale,
+        bias=getattr(block.projections.get("q_proj"), "bias", None) is not None,
+        rotary=block.rotary(),
+        scale=block.scale,
         **{**spec.defaults(site), **options},
     )
 
 
 def build_replacement(module: nn.Module, config: AttentionConfig, spec: ReplacementSpec) -> Replacement:
     """A replacement for a block, on its device, in its dtype and mode; the block is untouched."""
-    block = block_of(module)
-    like = block.weights()
-    warn_of_lengths(block)
+    warn_of_lengths(block_of(module))
+    theirs = [p for p in module.parameters() if p.dtype in FLOATING]
     # What a variant deserves to have said about it in a converted model, its spec says.
     with silent():
-        layer = create(config, device=like.q.device, dtype=like.q.dtype)
+        layer = create(config, device=theirs[0].device, dtype=theirs[0].dtype)
     replacement = Replacement(layer, module, by_slot=spec.by_slot, slots_per_token=spec.slots_per_token(config))
     spec.start(layer)
-    trainable = any(x.requires_grad for x in (like.q, like.k, like.v, like.o))
-    for parameter in own_parameters(replacement):
+    trainable = any(p.requires_grad for p in theirs)
+    for parameter in layer.parameters():
         parameter.requires_grad_(trainable)
     return replacement
-
-
-def own_parameters(replacement: Replacement) -> Iterator[nn.Parameter]:
-    """The parameters that a replacement has and its host had not."""
-    host = {id(p) for linear in replacement.block().projections.values() for p in linear.parameters()}
-    return (p for p in replacement.parameters() if id(p) not in host)
 
 
 def check_fit(site: Site, config: AttentionConfig) -> None:

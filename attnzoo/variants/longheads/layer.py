@@ -329,9 +329,9 @@ class LongHeadsAttention(OffloadingLayer, name="longheads"):
 
     def _project_row_unrotated(self, row: TokenRow) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of a row ``[B, h, 1, D]``, in halves."""
-        size = (row.x.shape[0], -1, 1, self.config.head_width)
-        q, k, v = (x.view(size) for x in (self.q_proj(row.x), self.k_proj(row.x), self.v_proj(row.x)))
-        return self._in_halves(q), self._in_halves(k), v
+        both, v = self.heads_of_row(row)
+        q, k = self._in_halves(both).tensor_split((self.config.num_heads,), 1)
+        return q, k, v
 
     def _asking_query(self, row: TokenRow, q: Tensor) -> Tensor:
         """The query that chooses for a row ``[B, H, 1, D]``: its own, or that of its block's first token."""

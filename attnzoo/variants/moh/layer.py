@@ -20,7 +20,7 @@ longest head.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -158,7 +158,8 @@ class MoHAttention(AttentionLayer, name="moh"):
             return form
         # Steps that somebody has replaced are handed whole heads; a projection that is more than a product is called.
         own_steps = self.runs_own("operate", MoHAttention) and self.runs_own("combine", MoHAttention)
-        return replace(form, packed=own_steps and is_plain(self.o_proj, inputs.v))
+        o_proj = self.product_module("o_proj")
+        return replace(form, packed=own_steps and o_proj is not None and is_plain(o_proj, inputs.v))
 
     def _in_form(self, step: Step, routing: Routing, inputs: AttentionInputs, form: Form) -> MoHInputs:
         """The inputs of a form: which rows there are, and at which positions."""
@@ -282,7 +283,8 @@ class MoHAttention(AttentionLayer, name="moh"):
         if form.rows is None or plan.head_weight is None:
             return super().combine(step, out, plan)
         if form.packed:
-            return divided.project_packed(out, self.o_proj, plan.head_weight, form.rows)
+            o_proj = cast(nn.Linear, self.projection("o_proj"))
+            return divided.project_packed(out, o_proj, plan.head_weight, form.rows)
         if form.kind == "two_calls":
             return super().combine(step, out, plan)
         weighted = out * form.rows.gather(plan.head_weight)

@@ -209,9 +209,9 @@ class RCMHAAttention(AttentionLayer, name="rcmha"):
             return ConvolvedHeads(**made, before={f"conv_{name}": given[name] for name in self._convolved()})
         x = step.x.unsqueeze(1)  # [B, 1, T, C]
         made = {}
-        for name, project in (("q", self.q_proj), ("k", self.k_proj), ("v", self.v_proj)):
+        for name in CONVOLVED:
             source = self._convolve(name, x, "conv_x", step).squeeze(1)
-            made[name] = project(source).unflatten(-1, (-1, config.head_width)).transpose(1, 2)  # [B, h, T, D]
+            made[name] = self.some_heads_of(f"{name}_proj", source)  # [B, h, T, D]
         self.check_slice(**made)
         return ConvolvedHeads(**made, before={"conv_x": x} if self._convolved() else {})
 

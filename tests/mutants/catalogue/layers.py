@@ -66,8 +66,8 @@ landmark = partial(
 
 MUTANTS = (
     base(
-        "base-values-from-queries-side", old="v = self.v_proj(source)", new="v = self.v_proj(step.x)", wrong="values of a context come from the own tokens",
-        tests=f"{VARIANTS}/test_mha.py -k context",
+        "base-values-from-queries-side", old='source if name != "q_proj" else x', new='source if name == "k_proj" else x', wrong="values of a context come from the own tokens",
+        file="attnzoo/base/weights.py", tests=f"{VARIANTS}/test_mha.py -k context",
     ),
     base(
         "base-ragged-first", old="torch.where(lengths.holds(token), token + first, -1)", new="torch.where(lengths.holds(token), token, -1)",
@@ -110,7 +110,7 @@ MUTANTS = (
         wrong="a subclass's own steps are left out in decoding",
     ),
     quick(
-        "quick-with-gradients", old="if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())):", new="if torch.is_grad_enabled() and x.requires_grad:",
+        "quick-with-gradients", old="if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.used_parameters())):", new="if torch.is_grad_enabled() and x.requires_grad:",
         wrong="a decoding step that trains has no gradient",
     ),
     quick(

@@ -246,6 +246,6 @@ MUTANTS = (
         tests=f"{TESTS}/replacements/test_moh.py -k trainable",
     ),
     spec(
-        "replaced-scale-lost", old="        scale=weights.scale,\n", new="", wrong="a host's own scale is lost in its replacements", tests=f"{TESTS}/replacements/test_moh_start.py",
+        "replaced-scale-lost", old="        scale=block.scale,\n", new="", wrong="a host's own scale is lost in its replacements", tests=f"{TESTS}/replacements/test_moh_start.py",
     ),
 )  # fmt: skip

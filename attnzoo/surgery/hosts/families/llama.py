@@ -39,9 +39,9 @@ def describe(module: nn.Module) -> Block:
         head_dim=head_dim,
         value_dim=head_dim,
         width=size_of(module, "q_proj", "in_features"),
-        cached_values=lambda: 2 * kv_heads * head_dim,
+        cached_values=partial(int, 2 * kv_heads * head_dim),
         project=partial(_project, host),
-        output=host.o_proj,
+        output=partial(_output, host),
         projections={role: getattr(module, role) for role in ROLES},
         weights=partial(_weights, module),
         rotary=partial(_rotary, module),
@@ -51,6 +51,7 @@ def describe(module: nn.Module) -> Block:
         window=_window(module),
         reply="pair",
         reasons=_reasons(module),
+        products=not any(hasattr(module, name) for name in ("q_norm", "k_norm")),
         dropout=float(getattr(module, "attention_dropout", 0.0)),
     )
 
@@ -61,6 +62,11 @@ def _project(host: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     q = host.q_norm(q) if hasattr(host, "q_norm") else q
     k = host.k_norm(k) if hasattr(host, "k_norm") else k
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+
+def _output(host: Any, y: Tensor) -> Tensor:
+    out: Tensor = host.o_proj(y)
+    return out
 
 
 def _weights(module: nn.Module) -> Projections:
@@ -108,9 +114,6 @@ def _reasons(module: nn.Module) -> Mapping[Need, tuple[str, ...]]:
         weights.append("it normalises keys after projection, which no other projection can stand for")
     if pattern is not None:
         replacing.insert(0, "it follows a read pattern, which a replacement would not; undo that conversion first")
-    for name in ("q_norm", "k_norm"):
-        if hasattr(module, name):
-            replacing.append(f"it has a {name}, which normalises after projection and which no layer here does")
     return {
         Need.READING: tuple(reading),
         Need.WEIGHTS: tuple(weights),

@@ -44,6 +44,12 @@ def with_fewer(kind: str, **host: Any) -> Any:
     return model
 
 
+def weights_of(replacement: Replacement) -> dict[str, torch.Tensor]:
+    """A replacement's weights by the names that layers give them: the host's, and the layer's own."""
+    state = replacement.state_dict()
+    return {name.removeprefix("layer."): x for name, x in state.items()}
+
+
 @pytest.mark.parametrize("options", [{}, {"shared_heads": 1}, {"router": "norm"}, {"compute": "routed"}])
 @pytest.mark.parametrize("padding", [[0, 0], [0, 11]])
 def test_all_heads_active_is_the_same_function(options: dict[str, Any], padding: list[int]) -> None:
@@ -67,7 +73,7 @@ def test_a_replacement_computes_what_the_oracle_does_with_the_hosts_weights(kind
     x = torch.randn(2, 17, 96, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     recipe = recipe_of(config)
     expected = oracle.moh(
-        x, replacement.layer.state_dict(), recipe, routing_of(config), window=config.window, sink=config.sink
+        x, weights_of(replacement), recipe, routing_of(config), window=config.window, sink=config.sink
     ).out
     with torch.no_grad():
         assert_close(replacement(x)[0], expected, 1e-10)
