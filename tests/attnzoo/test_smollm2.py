@@ -71,6 +71,7 @@ def test_a_window_is_cheap_with_a_sink_and_ruinous_without(model: Any, window: T
     assert ratio(model, window, dense_nll, "mha", window=256) >= 1.5
 
 
+@pytest.mark.slow
 def test_s2_is_cheap_with_a_sink_and_ruinous_without(model: Any, window: Tensor, dense_nll: float) -> None:
     assert ratio(model, window, dense_nll, "s2", **S2) <= 1.08
     assert ratio(model, window, dense_nll, "s2", **S2, sink_blocks=0) >= 1.3
@@ -84,6 +85,7 @@ def test_longheads_is_the_model_below_its_threshold_and_cheap_beyond_it(
     assert ratio(model, window, dense_nll, "longheads", attention_length=512, **options) <= 1.02
 
 
+@pytest.mark.slow
 def test_averaging_heads_ruins_the_model(model: Any, window: Tensor, dense_nll: float) -> None:
     assert ratio(model, window, dense_nll, "lowrank_gqa", method="mean", num_kv_heads=1) >= 100
 
@@ -114,6 +116,7 @@ def test_expanding_and_returning_is_lossless_also_when_the_heads_were_shuffled(m
     assert torch.equal(logits(model, ids), expected)
 
 
+@pytest.mark.slow
 def test_landmarks_without_gates_change_nothing(model: Any, window: Tensor) -> None:
     ids = window[:, :300]
     expected = logits(model, ids)

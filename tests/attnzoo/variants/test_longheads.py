@@ -79,10 +79,10 @@ def chosen(plan: Any, item: int, head: int, row: int) -> tuple[int, ...]:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_layer_is_its_oracle(name: str) -> None:
     layer = build(config_of(**CONFIGS[name]), dtype=torch.float64)
-    length = 41
+    length = 33
     key_padding = torch.zeros(3, length, dtype=torch.bool)
-    key_padding[1, :30] = True  # this item stays below the threshold
-    key_padding[2, [0, 4, 5, 21, 40]] = True
+    key_padding[1, :22] = True  # this item stays below the threshold
+    key_padding[2, [0, 4, 5, 21, 32]] = True
     x = tokens(layer, 3, length).requires_grad_()
     weight = tokens(layer, 3, length, seed=1)
     expected = oracle(layer, x, key_padding)

@@ -460,6 +460,7 @@ def test_the_battery_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     battery(monkeypatch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mutant", MUTANTS.values(), ids=MUTANTS.keys())
 def test_a_wrong_one_is_found_out(mutant: tuple[Any, str, str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     rewrite(monkeypatch, *mutant)
