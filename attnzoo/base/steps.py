@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.base.padding import front_positions
-from attnzoo.cache.evicting.cache import of_heads
+from attnzoo.cache.evicting.regions import of_heads
 from attnzoo.cache.held import HeldCache
 from attnzoo.cache.kv_cache import KVCache
 from attnzoo.cache.lengths import Lengths

@@ -74,10 +74,14 @@ class EditableCache(CarriedCache):
                 )
         for ring in self._rings.values():
             ring.crop(after)
+        self._count_left(left, most)
+        self._clear_behind()
+
+    def _count_left(self, left: Lengths, most: int) -> None:
+        """Counts what a crop leaves, to any item at most so many tokens."""
         self.length = left.shared
         self._lengths = left.each
         self.bound = min(self.bound, most)
-        self._clear_behind()
         if self.bound == 0:
             self._lengths = None
             self.length = 0

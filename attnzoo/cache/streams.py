@@ -84,11 +84,17 @@ class Ring:
         oldest: The first token whose value is held, an int or int64 ``[B]``.
     """
 
-    def __init__(self, history: int, values: Tensor) -> None:
+    def __init__(self, history: int, values: Tensor, margin: int | None = None) -> None:
         self.history = history
+        self._margin = margin
         self.rows = values.shape[2] - 1
         self.values = values
         self.oldest: int | Tensor = 0
+
+    @property
+    def margin(self) -> int:
+        """Tokens that may be cropped and still leave the whole history."""
+        return CROP_MARGIN if self._margin is None else self._margin
 
     @staticmethod
     def length_for(history: int, max_length: int) -> int:
@@ -102,7 +108,7 @@ class Ring:
             self._write_ragged(value, before, lengths)
             return
         tokens = value.shape[2]
-        if tokens > CROP_MARGIN and self.rows == self.history + CROP_MARGIN:
+        if tokens > self.margin and self.rows == self.history + self.margin:
             # The history would be overwritten, and is needed again if the call fails: see restore.
             with torch.inference_mode(False):
                 self.values = self.values.clone()
@@ -181,6 +187,10 @@ class Ring:
         if values is not self.values:
             self.values = values
             self.oldest = oldest
+
+    def return_to(self, state: tuple[Tensor, int | Tensor]) -> None:
+        """Is what :meth:`state` said, for who puts back what was overwritten."""
+        self.values, self.oldest = state
 
     def load(self, value: Tensor, length: int | Tensor, oldest: int | Tensor) -> None:
         """Holds ``value [B, h, n, D]`` as the last n of ``length`` tokens; those from ``oldest`` on are known."""

@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 from attnzoo.base.padding import add_front, drop_front, front_positions
 from attnzoo.base.paged.inputs import PagedInputs, precise_of
 from attnzoo.base.steps import Way
-from attnzoo.cache.evicting.cache import of_heads
+from attnzoo.cache.evicting.regions import of_heads
 from attnzoo.cache.lengths import Lengths
 from attnzoo.cache.pages.apply import Lost
 from attnzoo.cache.pages.extents import BlockRing, Extent

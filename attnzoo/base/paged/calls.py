@@ -20,7 +20,7 @@ from attnzoo.base.paged.reading import attend_pages, pages_to_read
 from attnzoo.base.paged.signals import received
 from attnzoo.base.shared_layouts import dense_layout
 from attnzoo.base.steps import AttentionInputs, Way
-from attnzoo.cache.evicting.cache import of_heads
+from attnzoo.cache.evicting.regions import of_heads
 from attnzoo.cache.kv_cache import KVCache
 from attnzoo.cache.lengths import Lengths
 from attnzoo.cache.pages.cache import PagedCache

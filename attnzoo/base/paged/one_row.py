@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from attnzoo.base.paged.inputs import in_order
-from attnzoo.cache.evicting.cache import of_heads
+from attnzoo.cache.evicting.regions import of_heads
 from attnzoo.cache.pages.cache import PagedCache
 from attnzoo.cache.pages.extents import Extent
 from attnzoo.cache.pages.pool import PagePool

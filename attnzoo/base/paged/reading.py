@@ -15,7 +15,7 @@ from attnzoo.base.shared_layouts import dense_layout
 from attnzoo.base.steps import Way
 from attnzoo.cache.lengths import Lengths
 from attnzoo.cache.pages.pool import PagePool
-from attnzoo.cache.pages.records import PagesRead, is_any
+from attnzoo.cache.pages.records import UNCHOSEN, PagesRead, is_any
 from attnzoo.cache.policies.protocol import PageBounds
 from attnzoo_kernels import Extras, block_sparse_attention
 
@@ -42,7 +42,7 @@ def pages_to_read(inputs: PagedInputs) -> Tensor | None:
     if held is None or is_any(due):
         with torch.no_grad():
             pages = policy.read(inputs.q.detach(), _bounds(pool, table, count))
-        held = _exchanged(held, PagesRead(pages, known, 0), due, policy.reuse)
+        held = _exchanged(held, PagesRead(pages, known, 0), due)
     uses = held.uses + asks
     cache.choice = PagesRead(held.pages, held.known, uses)
     if held.pages is None:
@@ -75,12 +75,12 @@ def _with_begun(choice: PagesRead, known: Tensor) -> PagesRead:
     return PagesRead(pages, known, choice.uses)
 
 
-def _exchanged(held: PagesRead | None, chosen: PagesRead, due: bool | Tensor, reuse: int) -> PagesRead:
+def _exchanged(held: PagesRead | None, chosen: PagesRead, due: bool | Tensor) -> PagesRead:
     """A new choice for the items that are due, beside what the others read; those that pause have chosen nothing."""
     if isinstance(due, bool):
         return chosen
     if held is None:
-        return PagesRead(chosen.pages, chosen.known, torch.where(due, 0, reuse))
+        return PagesRead(chosen.pages, chosen.known, torch.where(due, 0, UNCHOSEN))
     uses = torch.where(due, 0, held.uses)
     if held.pages is None and chosen.pages is None:
         return PagesRead(None, chosen.known, uses)

@@ -14,8 +14,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from attnzoo.cache.evicting.regions import FullRegion, Region, StreamingRegion, column_of, of_run, picked, regions_of
+from attnzoo.cache.evicting.regions import (
+    FullRegion,
+    Region,
+    StreamingRegion,
+    column_of,
+    in_order,
+    of_heads,
+    of_run,
+    picked,
+    regions_of,
+)
 from attnzoo.cache.held import HeldCache
+from attnzoo.cache.journal import Journal
 from attnzoo.cache.kv_cache import Stream
 from attnzoo.cache.lengths import Lengths
 from attnzoo.cache.owner import Identity
@@ -54,6 +65,7 @@ class EvictingCache(HeldCache):
         self._staged: tuple[dict[str, Tensor], int | Tensor] | None = None
         self._placed = False
         self._oldest: int | Tensor = 0
+        self._journal: Journal | None = None
         self._pairs = [(region, f"k.{region.name}", f"v.{region.name}") for region in self.regions]
         super().__init__(streams, **options)
 
@@ -154,13 +166,7 @@ class EvictingCache(HeldCache):
             self._oldest = Lengths(oldest).maximum(Lengths(self._oldest)).value
         else:
             self._oldest = 0
-        left = Lengths(after)
-        self.length = left.shared
-        self._lengths = left.each
-        self.bound = min(self.bound, most)
-        if self.bound == 0:
-            self._lengths = None
-            self.length = 0
+        self._count_left(Lengths(after), most)
 
     def _cropped(self, region: StreamingRegion, before: int | Tensor, after: int | Tensor) -> Tensor:
         """For each row of a region that holds fewer tokens, the row that it comes from, int64 ``[B|1, h|1, R + 1]``."""
@@ -219,14 +225,22 @@ class EvictingCache(HeldCache):
 
     @contextmanager
     def all_or_nothing(self) -> Iterator[None]:
-        """Writes what the block staged, or forgets it if the block raises."""
+        """Writes what the block staged; if it raises, or writing does, the cache is what it was before."""
+        before = dict(self._buffers)
+        self._journal = journal = Journal()
         try:
             with super().all_or_nothing():
                 yield
                 self.commit()
+        except BaseException:
+            with torch.inference_mode(False), torch.no_grad():
+                journal.put_back()
+            self._buffers = before
+            raise
         finally:
             self._staged = None
             self._placed = False
+            self._journal = None
 
     @property
     def rule(self) -> Retention | None:
@@ -356,14 +370,14 @@ class EvictingCache(HeldCache):
                 seen_values = run_values.narrow(2, begin, behind - begin)
                 run_q = of_run(region_q, first, end)
                 parts.append(scaled_dot_product_attention(run_q, seen_keys, seen_values, scale=scale))
-        out = parts[0] if len(parts) == 1 else self._sorted(torch.cat(parts, 1))  # [B, G, H / G, Dv]
+        out = parts[0] if len(parts) == 1 else in_order(torch.cat(parts, 1), self.regions)  # [B, G, H / G, Dv]
         return out.reshape(batch, heads, 1, -1)
 
     def _count_row(self) -> None:
         """Counts a token whose keys and values are written."""
         held = self.bound + 1
         for region, buffers in self._regions_held():
-            region.retire(buffers, held)
+            region.retire(buffers, held, self._journal)
         self.length = held
         self.bound = held
 
@@ -375,26 +389,10 @@ class EvictingCache(HeldCache):
         """The query heads of all regions ``[B, h * H / G, T, D]`` in their order, ``[B, H, T, D]``."""
         if len(parts) == 1:
             return parts[0]
-        return self._sorted(torch.cat(parts, 1).unflatten(1, (len(self.retention.full), -1))).flatten(1, 2)
-
-    def _sorted(self, x: Tensor) -> Tensor:
-        """KV heads ``[B, G, ...]`` in their order, which lie as regions do."""
-        heads = [head for region in self.regions for head in region.heads]
-        if heads == sorted(heads):
-            return x
-        return x.index_select(1, torch.tensor(heads, device=x.device).argsort())
+        return in_order(torch.cat(parts, 1).unflatten(1, (len(self.retention.full), -1)), self.regions).flatten(1, 2)
 
     def fork(self) -> Self:
         """A copy of its own, for the same layer."""
         copy = super().fork()
         copy._staged = None
         return copy
-
-
-def of_heads(x: Tensor, heads: tuple[int, ...]) -> Tensor:
-    """Some heads of ``[B, G, ...]``: a view where they are neighbours."""
-    if len(heads) == x.shape[1]:
-        return x
-    if heads[-1] - heads[0] + 1 == len(heads):
-        return x[:, heads[0] : heads[-1] + 1]
-    return x.index_select(1, torch.tensor(heads, device=x.device))

@@ -25,6 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from attnzoo.cache.journal import Journal
 from attnzoo.cache.lengths import Lengths
 from attnzoo.cache.retention import Kept, Retention
 
@@ -72,7 +73,7 @@ class FullRegion:
         """What the next row reads, where so many tokens are held."""
         return (Run((0, len(self.heads)), (0, held + 1), held),)
 
-    def retire(self, buffers: Sequence[Tensor], held: int) -> None:
+    def retire(self, buffers: Sequence[Tensor], held: int, journal: Journal | None = None) -> None:
         """Nothing: no token ever moves."""
 
     def row_of(self, token: Tensor, held: int | Tensor) -> Tensor:
@@ -166,10 +167,10 @@ class StreamingRegion:
             self._known_runs[gone] = found
         return found
 
-    def retire(self, buffers: Sequence[Tensor], held: int) -> None:
+    def retire(self, buffers: Sequence[Tensor], held: int, journal: Journal | None = None) -> None:
         """Moves the block that is near no more, and the one that is full, after the last of ``held`` tokens.
 
-        Nothing is overwritten that rows from here on read.
+        Nothing is overwritten that rows from here on read; what is, a journal notes.
         """
         leaving = held // self.block - self.local
         if leaving < 0 or held % self.block:
@@ -185,25 +186,27 @@ class StreamingRegion:
                 heads = list(same)
                 for x in buffers:
                     chosen = x if len(heads) == x.shape[1] else x[:, heads[0] : heads[-1] + 1]
-                    self._move(chosen, leaving, rows, stays)
+                    self._move(chosen, leaving, rows, stays=stays, journal=journal)
 
-    def _move(self, x: Tensor, leaving: int, rows: tuple[int, int], stays: bool) -> None:
+    def _move(
+        self, x: Tensor, leaving: int, rows: tuple[int, int], *, stays: bool, journal: Journal | None = None
+    ) -> None:
         """Moves the block from ``rows[0]`` on, which leaves, and that from ``rows[1]`` on, in ``[B, h, R, D]``."""
         left = x.narrow(2, rows[0], self.block)
         if self.spare and not stays:
-            x.narrow(2, leaving % self.spare * self.block, self.block).copy_(left)
+            _write_over(x.narrow(2, leaving % self.spare * self.block, self.block), left, journal)
         if rows[0] == rows[1] or (self.in_place and not stays):
             return
         filled = x.narrow(2, rows[1], self.block)
         if self.in_place:
-            filled.copy_(left)
+            _write_over(filled, left, journal)
         elif stays:
             # They change places: the kept blocks are one more.
             before = left.clone()
-            left.copy_(filled)
-            filled.copy_(before)
+            _write_over(left, filled, journal)
+            _write_over(filled, before, journal)
         else:
-            left.copy_(filled)
+            _write_over(left, filled, journal)
 
     def row_of(self, token: Tensor, held: int | Tensor) -> Tensor:
         """Where tokens lie.
@@ -302,9 +305,32 @@ def _at_least_0(blocks: int | Tensor) -> int | Tensor:
     return blocks.clamp(min=0) if isinstance(blocks, Tensor) else max(0, blocks)
 
 
+def _write_over(target: Tensor, value: Tensor, journal: Journal | None) -> None:
+    if journal is not None:
+        journal.keep(target)
+    target.copy_(value)
+
+
+def in_order(x: Tensor, regions: Sequence[Region]) -> Tensor:
+    """KV heads ``[B, G, ...]`` in their order, which lie as regions do."""
+    heads = [head for region in regions for head in region.heads]
+    if heads == sorted(heads):
+        return x
+    return x.index_select(1, torch.tensor(heads, device=x.device).argsort())
+
+
 def of_run(x: Tensor, first: int, end: int) -> Tensor:
     """Neighbouring heads of ``[B, h, ...]``."""
     return x if end - first == x.shape[1] else x[:, first:end]
+
+
+def of_heads(x: Tensor, heads: tuple[int, ...]) -> Tensor:
+    """Some heads of ``[B, G, ...]``: a view where they are neighbours."""
+    if len(heads) == x.shape[1]:
+        return x
+    if heads[-1] - heads[0] + 1 == len(heads):
+        return x[:, heads[0] : heads[-1] + 1]
+    return x.index_select(1, torch.tensor(heads, device=x.device))
 
 
 def picked(x: Tensor, row: Tensor) -> Tensor:

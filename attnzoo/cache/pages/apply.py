@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from attnzoo.cache.evicting.cache import of_heads
+from attnzoo.cache.evicting.regions import of_heads
 from attnzoo.cache.pages.extents import BlockRing, Extent
 from attnzoo.cache.pages.pool import PagePool
 from attnzoo.cache.pages.rows import gathered, grouped, laid, picked

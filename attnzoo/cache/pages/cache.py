@@ -12,6 +12,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from attnzoo.cache.journal import Journal
 from attnzoo.cache.lengths import Lengths
 from attnzoo.cache.pages.held import HeldRows
 from attnzoo.cache.pages.records import Moment, Progress, is_any
@@ -38,34 +39,40 @@ class PagedCache(HeldRows):
 
     @contextmanager
     def all_or_nothing(self) -> Iterator[None]:
-        """Writes what the block staged, or forgets it if the block raises."""
+        """Writes what the block staged; if it raises, or writing does, the cache is what it was before."""
         before = self.moment()
-        earlier = self._earlier
-        choice = self.choice
-        queries = None if self.last_queries is None else self.last_queries.state()
+        rest = self._earlier, self.choice, self.scale
+        queries = self.last_queries
+        queries_state = None if queries is None else queries.state()
+        journal = Journal()
+        self._journal = journal
+        self.pool.journal = journal
         try:
             yield
             self.commit()
         except BaseException:
-            self._return_to(before)
-            self._earlier = earlier
-            self.choice = choice
-            if queries is not None and self.last_queries is not None:
-                self.last_queries.restore(queries)
+            self._return_to(before, journal)
+            self._earlier, self.choice, self.scale = rest
+            self.last_queries = queries
+            if queries is not None and queries_state is not None:
+                queries.return_to(queries_state)
             raise
         finally:
             self._staged = None
+            self._journal = None
+            self.pool.journal = None
+            before.pool.journal = None
 
-    def _return_to(self, moment: Moment) -> None:
-        """Makes the cache what it was; what leaves by place has joined its row for good, and is read by nobody else."""
+    def _return_to(self, moment: Moment, journal: Journal) -> None:
+        """Holds again what the cache held then."""
         with torch.inference_mode(False), torch.no_grad():
+            journal.put_back()
             for extent, (live, rows) in zip(moment.pool.extents, moment.counts, strict=True):
                 extent.live = max(live, extent.live)
                 extent.rows = rows
             moment.pool.forget_behind()
         self._hold(moment.pool)
-        if self.policy.compacts:
-            self.lost = moment.lost
+        self.lost = moment.lost
         self._beside = None
         self._advance(moment.progress)
 
@@ -87,8 +94,9 @@ class PagedCache(HeldRows):
     def crop(self, length: int | Tensor) -> None:
         """Keeps the first tokens of every item: at most ``length``, which is int64 ``[B]`` where items differ.
 
-        What is left is as if the others had never come. All tokens may be taken back, those that have come since rows
-        were chosen, and as many as the policy's ``slack``.
+        What is left is as if the others had never come; but pages that a row taken back has chosen are chosen anew.
+        All tokens may be taken back, those that have come since rows were chosen, and as many as the policy's
+        ``slack``.
 
         Raises:
             TypeError: If ``length`` is neither.
@@ -120,8 +128,11 @@ class PagedCache(HeldRows):
             self.pool.take_back(self.progress.tokens - after)
             if self.last_queries is not None:
                 self.last_queries.crop(self._near(after))
+        # Pages that are chosen among rows of before a choice are none of those that are held now.
+        self.choice = (
+            None if self.choice is None or back is not None else self.choice.back(cut, self.pool.page_counts())
+        )
         self._staged = None
-        self.choice = None
         self._beside = None
         self._advance(self.progress.back(self.progress.tokens - after))
 
@@ -172,6 +183,7 @@ class PagedCache(HeldRows):
         """Takes the items ``index``, int ``[B']``, in their order: beams are chosen, repeated or dropped."""
         self._check_items(index)
         differs = self.progress.differs or isinstance(self._oldest, Tensor)
+        differs = differs or (self.choice is not None and self.choice.differs)
         near = index.cpu() if differs else None
         with torch.inference_mode(False), torch.no_grad():
             index = index.to(self.device, torch.int64)
@@ -180,12 +192,13 @@ class PagedCache(HeldRows):
                 self.last_queries = self.last_queries.select(index)
             if self.lost is not None:
                 self.lost = self.lost.select(index)
+            if self.choice is not None:
+                self.choice = self.choice.select(index, near)
         if near is not None:
             self.progress = self.progress.select(near)
             self._oldest = Lengths(self._oldest).select(near).value
         self._earlier = []
         self._staged = None
-        self.choice = None
         self._beside = None
         self._advance(self.progress)
 

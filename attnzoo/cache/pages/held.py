@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.cache.held import HeldCache
+from attnzoo.cache.journal import Journal
 from attnzoo.cache.kv_cache import Stream
 from attnzoo.cache.pages.apply import Lost, apply, hidden, leaving
 from attnzoo.cache.pages.beginning import empty_pages, full_heads_of, rings_of
@@ -19,11 +20,11 @@ from attnzoo.cache.pages.extents import with_room
 from attnzoo.cache.pages.pool import PagePool
 from attnzoo.cache.pages.records import Moment, PagesRead, Progress, Staged, is_any, without
 from attnzoo.cache.pages.rows import grouped
-from attnzoo.cache.pages.seen import LastQueries, seen_of
+from attnzoo.cache.pages.seen import LastQueries, query_ring, seen_of
 from attnzoo.cache.policies.protocol import Policy, Seen
 from attnzoo.cache.replay import refuse_transforms
 from attnzoo.cache.retention import Retention
-from attnzoo.cache.streams import CROP_MARGIN, Ring
+from attnzoo.cache.streams import Ring
 from attnzoo_kernels.errors import ConfigError, ShapeError, UnsupportedError
 
 NAMES = ("k", "v")
@@ -43,6 +44,7 @@ class HeldRows(HeldCache):
         self._earlier: list[Moment] = []
         self._oldest: int | Tensor = 0
         self._beside: tuple[Tensor, Tensor, Tensor] | None = None
+        self._journal: Journal | None = None
         super().__init__(streams, **options)
 
     def _allocate(
@@ -159,7 +161,7 @@ class HeldRows(HeldCache):
         if tokens == 1:
             self._choose(self.progress.due(known, self.policy.every))
         else:
-            self.choice = without(self.choice, known > 0, self.policy.reuse)
+            self.choice = without(self.choice, known > 0)
         self._widen(values)
         held = {name: value.detach() for name, value in values.items()}
         moment = self.policy.moment_of(held["k"]) if "moment" in self.pool.tensors else None
@@ -186,19 +188,9 @@ class HeldRows(HeldCache):
     def _widen(self, values: Mapping[str, Tensor]) -> None:
         if self._rounds:
             return
-        wider = {}
-        for name, value in values.items():
-            held = self.pool.tensors[name].dtype
-            wide = torch.promote_types(held, value.dtype)
-            if wide != held:
-                wider[name] = wide
+        wider = self.pool.wider_dtypes(values)
         if not wider:
             return
-        for name, x in self.pool.tensors.items():
-            if name in ("least", "most"):
-                wider[name] = torch.promote_types(x.dtype, values["k"].dtype)
-            elif x.dtype == torch.float32 and torch.float64 in wider.values() and name not in NAMES:
-                wider[name] = torch.float64
         with torch.inference_mode(False), torch.no_grad():
             self._hold(self.pool.widened(wider))
             if self.last_queries is not None:
@@ -232,9 +224,6 @@ class HeldRows(HeldCache):
             return
         with torch.no_grad():
             self._write(staged)
-            if self.pool.begins_pages:
-                self.pool.hide()
-                self._beside = None
         staged.placed = True
 
     def commit(self) -> None:
@@ -249,7 +238,7 @@ class HeldRows(HeldCache):
             if not staged.placed:
                 self._write(staged)
             self.pool.count(staged.lengths)
-            if not staged.placed:
+            if not staged.placed or self.pool.begins_pages:
                 self.pool.hide()
                 self._beside = None
             if staged.q is not None:
@@ -276,7 +265,10 @@ class HeldRows(HeldCache):
         own = self.pool.tensors["bias"].new_zeros(self.batch, self.pool.heads, tokens, width)
         for extent, mass in zip(self.pool.extents, staged.mass, strict=True):
             held = mass.shape[2] if staged.placed else mass.shape[2] - tokens
-            self.pool.view("mass", extent).narrow(2, 0, held).add_(mass[:, :, :held])
+            received = self.pool.view("mass", extent).narrow(2, 0, held)
+            if self.pool.journal is not None:
+                self.pool.journal.keep(received)
+            received.add_(mass[:, :, :held])
             if not staged.placed:
                 own[:, list(extent.heads)] = mass[:, :, held:].to(own.dtype)
         staged.values["mass"] = own
@@ -284,14 +276,18 @@ class HeldRows(HeldCache):
     def _keep_queries(self, q: Tensor, lengths: int | Tensor) -> None:
         """Keeps the last queries of each item, before the call's tokens are counted."""
         if self.last_queries is None:
-            history = self.policy.window + self.policy.slack
             with torch.inference_mode(False):
-                shape = (q.shape[0], q.shape[1], history + CROP_MARGIN + 1, q.shape[3])
-                self.last_queries = Ring(history, torch.zeros(shape, dtype=q.dtype, device=q.device))
-        if q.shape[2] == 1 and isinstance(lengths, int) and isinstance(self.progress.tokens, int):
-            self.last_queries.write_one(q, self.progress.tokens)
+                self.last_queries = query_ring(self.policy, q)
+        ring = self.last_queries
+        tokens = self.progress.tokens
+        if q.shape[2] == 1 and isinstance(lengths, int) and isinstance(tokens, int):
+            if self._journal is not None:
+                self._journal.keep(ring.values.narrow(2, tokens % ring.rows, 1))
+            ring.write_one(q, tokens)
             return
-        self.last_queries.write(q, self._near(self.progress.tokens), self._near(lengths))
+        if self._journal is not None:
+            self._journal.keep(ring.values)
+        ring.write(q, self._near(tokens), self._near(lengths))
 
     def _near(self, numbers: int | Tensor) -> int | Tensor:
         """Numbers where the pool lies."""
@@ -358,7 +354,7 @@ class HeldRows(HeldCache):
                 self._hold(pool)
                 self._beside = None
                 self._join(lost)
-                self.choice = without(self.choice, due, self.policy.reuse)
+                self.choice = without(self.choice, due)
                 if self.policy.slack:
                     self._earlier = [*self._earlier, before]
         self.progress = self.progress.choosing(due)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from attnzoo.cache.evicting.cache import of_heads
+from attnzoo.cache.evicting.regions import of_heads
 from attnzoo.cache.pages.extents import Extent, shared, with_room
 from attnzoo.cache.pages.store import NOTHING, PER_PAGE, PageStore
 
@@ -120,12 +120,16 @@ class PagePool(PageStore):
                 behind = torch.arange(least, rows, device=self.device) >= each
             else:
                 least = 0
-                behind = self.view("position", extent).narrow(2, 0, rows) >= each
+                position = self.view("position", extent).narrow(2, 0, rows)
+                # Of a row whose writing was cut short the position may be missing.
+                behind = (position >= each) | (position < 0)
             for name in self.tensors:
                 if name not in PER_PAGE:
                     x = self.view(name, extent).narrow(2, least, rows - least)
                     x.masked_fill_(behind.view(*behind.shape, *[1] * (x.dim() - 3)), NOTHING[name])
             extent.live = extent.needs(extent.most, self.page)
+            if "least" in self.tensors:
+                self._bound_pages(extent, (extent.each(self.batch) - 1).clamp(min=0))
         self.hide()
 
     def _least(self, extent: Extent) -> int:
@@ -138,10 +142,6 @@ class PagePool(PageStore):
             after = extent.rows - _column(tokens)
             extent.rows = after if isinstance(after, int) else shared(after.expand(self.batch, len(extent.heads)))
         self.forget_behind()
-        if "least" in self.tensors:
-            for extent in self.extents:
-                rows = extent.each(self.batch)
-                self._bound_pages(extent, (rows - 1).clamp(min=0))
 
     def _begin_pages(self, extent: Extent, lengths: int | Tensor) -> None:
         """Clears the pages that the rows of a call are the first of."""
@@ -175,6 +175,8 @@ class PagePool(PageStore):
         page = extent.bases(self.batch).unsqueeze(-1) + ring.page_of(block)
         page = page[block < end.unsqueeze(-1)].to(self.device)
         for name, x in self.tensors.items():
+            if self.journal is not None:
+                self.journal.keep_entries(x, page)
             x.index_fill_(0, page, NOTHING[name])
 
     def _target(self, extent: Extent, count: int, lengths: int | Tensor) -> int | Tensor:

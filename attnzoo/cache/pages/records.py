@@ -121,25 +121,64 @@ class Moment:
     lost: Lost | None
 
 
+UNCHOSEN = 2**40
+"""In :attr:`PagesRead.uses`: the item has chosen nothing, and does so with its next row."""
+
+
 @dataclass(frozen=True, eq=False)
 class PagesRead:
     """Pages that decoding rows read, and may read again.
 
     Attributes:
-        pages: Numbers of pages ``[B, G, K]``, -1 behind; ``None`` for all.
+        pages: Numbers of pages ``[B, G, K]``, -1 for none; ``None`` for all.
         known: Pages of each head when they were chosen or added to last ``[B, G]``, on the CPU.
-        uses: Rows of each item that have read them.
+        uses: Rows of each item that have read them, its last ones; ``UNCHOSEN`` for items without a choice.
     """
 
     pages: Tensor | None
     known: Tensor
     uses: int | Tensor
 
+    @property
+    def differs(self) -> bool:
+        """Whether items differ in more than which pages they read."""
+        return isinstance(self.uses, Tensor) or bool((self.known != self.known[:1]).any())
 
-def without(choice: PagesRead | None, items: bool | Tensor, reuse: int) -> PagesRead | None:
-    """A choice that serves ``reuse`` rows, but for some items, which choose anew."""
+    def select(self, index: Tensor, near: Tensor | None) -> PagesRead:
+        """Of the items ``index``; ``near`` is the same on the CPU, ``None`` where items do not differ."""
+        if near is None:
+            known = self.known[:1].expand(index.shape[0], -1)
+            uses = self.uses
+        else:
+            known = self.known[near]
+            uses = self.uses[near] if isinstance(self.uses, Tensor) else self.uses
+        pages = self.pages
+        if pages is not None:
+            where = index if near is None or pages.device == index.device else near
+            pages = pages.index_select(0, where)
+        return PagesRead(pages, known, uses)
+
+    def back(self, cut: int | Tensor, count: Tensor) -> PagesRead | None:
+        """Before the last ``cut`` rows of each item, which then has ``count`` pages for each head ``[B, G]``.
+
+        An item whose choosing row is among them has no choice; ``None`` if none has.
+        """
+        uses = self.uses - cut
+        if not is_any(uses > 0):
+            return None
+        if isinstance(uses, Tensor):
+            uses = torch.where(uses > 0, uses, UNCHOSEN)
+        pages = self.pages
+        if pages is not None:
+            # Pages that were begun since are gone.
+            pages = pages.masked_fill(pages >= count.to(pages.device).unsqueeze(-1), -1)
+        return PagesRead(pages, self.known.minimum(count), uses)
+
+
+def without(choice: PagesRead | None, items: bool | Tensor) -> PagesRead | None:
+    """A choice, but for some items, which choose anew."""
     if choice is None:
         return None
     if isinstance(items, bool):
         return None if items else choice
-    return PagesRead(choice.pages, choice.known, torch.where(items, reuse, choice.uses))
+    return PagesRead(choice.pages, choice.known, torch.where(items, UNCHOSEN, choice.uses))

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from attnzoo.cache.evicting.cache import of_heads
+from attnzoo.cache.evicting.regions import of_heads
 from attnzoo.cache.pages.extents import BlockRing, Extent, placed, shared, with_room
 from attnzoo.cache.pages.pool import PagePool
 from attnzoo.cache.pages.store import NOTHING, PER_PAGE

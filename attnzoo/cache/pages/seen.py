@@ -17,6 +17,13 @@ from torch import Tensor
 from attnzoo.cache.pages.pool import PagePool
 from attnzoo.cache.pages.rows import gathered
 from attnzoo.cache.policies.protocol import Policy, Seen
+from attnzoo.cache.streams import Ring
+
+QUERY_MARGIN = 16
+"""Tokens that may be taken back since rows were chosen, beside a policy's slack, where shares of queries are asked for.
+
+A query is as large as a row and a half in a layer with three query heads for a KV head, and the rows are few.
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +37,20 @@ class LastQueries:
 
     q: Tensor
     scale: float
+
+
+def query_ring(policy: Policy, q: Tensor) -> Ring:
+    """An empty ring for the last queries, as many as a policy's window has.
+
+    As many as its slack says may be taken back, and ``QUERY_MARGIN`` more.
+
+    Args:
+        policy: Whose window.
+        q: Queries ``[B, H, T, D]``.
+    """
+    margin = policy.slack + QUERY_MARGIN
+    shape = (q.shape[0], q.shape[1], policy.window + margin + 1, q.shape[3])
+    return Ring(policy.window, torch.zeros(shape, dtype=q.dtype, device=q.device), margin)
 
 
 def seen_of(

@@ -19,9 +19,9 @@ from attnzoo.cache.pages.apply import Lost
 from attnzoo.cache.pages.held import HeldRows
 from attnzoo.cache.pages.records import Progress
 from attnzoo.cache.pages.rows import gathered, grouped, laid
+from attnzoo.cache.pages.seen import query_ring
 from attnzoo.cache.pages.store import PER_PAGE
 from attnzoo.cache.state import TokenCounts, check_header, counts_of, header_of, read_counts
-from attnzoo.cache.streams import CROP_MARGIN, Ring
 from attnzoo_kernels.errors import ConfigError, ShapeError
 
 LOST = ("k", "v", "mass", "moment")
@@ -83,8 +83,7 @@ def load_state(cache: HeldRows, config: Any, state: Mapping[str, Any]) -> None:
         queries = None
         if "queries" in state:
             last = state["queries"].to(cache.device)
-            rows_of_ring = last.shape[2] + CROP_MARGIN + 1
-            queries = Ring(last.shape[2], last.new_zeros(*last.shape[:2], rows_of_ring, last.shape[3]))
+            queries = query_ring(cache.policy, last)
             offset = progress.tokens if isinstance(progress.tokens, int) else progress.tokens.to(cache.device)
             queries.load(last, offset, max(0, int(tokens.min()) - last.shape[2]) if tokens.numel() else 0)
     cache.take_over(pool, progress, Lost(*lost) if lost else None)

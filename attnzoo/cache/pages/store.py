@@ -16,6 +16,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from attnzoo.cache.journal import Journal
 from attnzoo.cache.pages.extents import Extent, placed, shared, with_room
 
 NOTHING: Mapping[str, float] = {
@@ -46,6 +47,7 @@ class PageStore:
         batch: Items B.
         page: Rows of a page, w.
         weighed: Whether there may be a row with a bias other than 0.
+        journal: Where what a call writes over is noted; ``None`` outside of calls.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class PageStore:
         self.batch = batch
         self.page = page
         self.weighed = weighed
+        self.journal: Journal | None = None
         self._views: dict[tuple[str, int], Tensor] = {}
         self._table: tuple[tuple[object, ...], Tensor] | None = None
 
@@ -233,17 +236,38 @@ class PageStore:
 
     def clone(self) -> Self:
         """A copy of its own."""
-        tensors = {name: x.clone() for name, x in self.tensors.items()}
-        return self._with(tensors)
+        return self._with({name: x.clone() for name, x in self.tensors.items()})
+
+    def wider_dtypes(self, values: Mapping[str, Tensor]) -> dict[str, torch.dtype]:
+        """Which tensors need a wider dtype so that keys "k" and values "v" of a call lose nothing; none is usual."""
+        wider = {}
+        for name, value in values.items():
+            held = self.tensors[name].dtype
+            wide = torch.promote_types(held, value.dtype)
+            if wide != held:
+                wider[name] = wide
+        if wider:
+            for name, x in self.tensors.items():
+                if name in PER_PAGE:
+                    wider[name] = torch.promote_types(x.dtype, values["k"].dtype)
+                elif name not in values and x.dtype == torch.float32 and torch.float64 in wider.values():
+                    wider[name] = torch.float64
+        return wider
 
     def widened(self, dtypes: Mapping[str, torch.dtype]) -> Self:
         """The same rows with some tensors in other dtypes."""
-        return self._with({name: x.to(dtypes.get(name, x.dtype)) for name, x in self.tensors.items()})
+        return self._sharing({name: x.to(dtypes.get(name, x.dtype)) for name, x in self.tensors.items()})
 
     def with_sidecar(self, name: str, like: Tensor) -> Self:
         """The same rows with one more sidecar, of nothing, as ``like [0, w, ...]``."""
         x = like.new_full((self.tensors["k"].shape[0], *like.shape[1:]), NOTHING[name])
-        return self._with(self.tensors | {name: x})
+        return self._sharing(self.tensors | {name: x})
+
+    def _sharing(self, tensors: Mapping[str, Tensor]) -> Self:
+        """The same rows in tensors some of which are this pool's own, and so are written for both."""
+        made = self._with(tensors)
+        made.journal = self.journal
+        return made
 
     def _with(self, tensors: Mapping[str, Tensor]) -> Self:
         extents = [extent.copy() for extent in self.extents]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from attnzoo.cache.evicting.regions import FullRegion, StreamingRegion, regions_of
@@ -52,6 +52,7 @@ def filled(region: Any, tokens: int) -> torch.Tensor:
 
 @settings(max_examples=60, deadline=None)
 @given(retentions(), st.integers(0, 9))
+@example(Retention(block=1, local=3, full=(False,), sink=1), 2)
 def test_a_row_reads_in_one_piece_what_the_rule_says(retention: Retention, spare: int) -> None:
     for region in regions_of(retention, spare):
         buffer = filled(region, 0)

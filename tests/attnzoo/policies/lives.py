@@ -199,15 +199,21 @@ def rows_of(cache: Any) -> list[list[list[tuple[int, float]]]]:
 
 def _tokens_read(cache: EvictingCache, region: Region) -> Tensor:
     """Which token lies in each row of a region that the next token reads, int64 ``[B, h, R]``; -1 for no such."""
+    token = tokens_in_rows(cache, region).clone()
+    if not isinstance(region, FullRegion):
+        token[:, :, : region.margin] = -1
+    return token
+
+
+def tokens_in_rows(cache: EvictingCache, region: Region) -> Tensor:
+    """The same with those that are held so that tokens may be taken back."""
     rows = cache._buffers[f"k.{region.name}"].shape[2]
     held = cache.lengths.view(-1, 1, 1)
     size = (cache.batch, len(region.heads), rows)
     if isinstance(region, FullRegion):
         row = torch.arange(rows).expand(size)
         return torch.where(row < held, row, -1)
-    token = region.token_at(rows, held, held.device).expand(size).clone()
-    token[:, :, : region.margin] = -1
-    return token
+    return region.token_at(rows, held, held.device).expand(size)
 
 
 def poison(cache: Any) -> None:

@@ -152,6 +152,16 @@ def test_room_grows_and_items_are_reordered_and_forked() -> None:
             assert_same(out[item : item + 1], alone[:, rows[source].shape[1] :])
 
 
+def test_a_window_that_had_no_room_grows_into_it() -> None:
+    layer = layer_of(window=9, sink=3)
+    x = tokens(layer, 1, 30)
+    cache = layer.new_cache(1, 4, evict=True)
+    with torch.no_grad():
+        first = layer(x[:, :4], cache=cache)
+        cache.grow(40)
+        assert_same(torch.cat((first, answers(layer, x[:, 4:], [3, 4, 26], cache)), 1), layer(x))
+
+
 @pytest.mark.parametrize("impl", ["auto", "reference"])
 def test_training_with_an_evicted_memory_is_training_with_a_kept_one(impl: str) -> None:
     layer = layer_of(window=9, sink=3, num_kv_heads=2)

@@ -26,11 +26,11 @@ MUTANTS = (
         wrong="a row reads what has left",
     ),
     regions(
-        "regions-sink-not-kept", old="        if self.in_place:\n            filled.copy_(left)\n", new="        if self.in_place:\n            pass\n",
+        "regions-sink-not-kept", old="        if self.in_place:\n            _write_over(filled, left, journal)\n", new="        if self.in_place:\n            pass\n",
         wrong="a window's sink is forgotten when it leaves the window",
     ),
     cache(
-        "evicting-counts-no-row", old="            region.retire(buffers, held)", new="            pass", wrong="nothing moves between two decoding steps",
+        "evicting-counts-no-row", old="            region.retire(buffers, held, self._journal)", new="            pass", wrong="nothing moves between two decoding steps",
     ),
     cache(
         "evicting-grows-short", old="rows = region.rows(max_length)", new="rows = region.rows(self.max_length)", wrong="a cache says that it has grown, and has not",
