@@ -54,7 +54,7 @@ def around_attention(
         refuse_unknown(model)
     modules = [model.get_submodule(site.path) for site in chosen]
     for site, module in zip(chosen, modules, strict=True):
-        if isinstance(module, ReplacementModule):
+        if isinstance(module, ReplacementModule) and module.needs_interface:
             raise UnsupportedError(
                 f"model: {site.path}: expected a block whose attention the host calls, got a {type_name(module)}, "
                 "which attends by itself; undo that conversion first"

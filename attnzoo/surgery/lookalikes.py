@@ -8,7 +8,7 @@ from typing import NoReturn
 
 from torch import nn
 
-from attnzoo.surgery.hosts.families.known import is_block, known_classes
+from attnzoo.surgery.hosts.families.known import REFUSED, is_block, known_classes
 from attnzoo_kernels.errors import ConfigError
 
 _CLASS = re.compile(r"attention|attn", re.IGNORECASE)
@@ -49,7 +49,12 @@ def refuse_unknown(model: nn.Module) -> NoReturn:
     Raises:
         ConfigError: Saying what looks like attention in it, and which classes are known.
     """
-    found = [f"{count} {name} at {pattern}" for (name, pattern), count in lookalikes(model).items()]
+    found = [f"{count} {name} at {pattern}{_why(name)}" for (name, pattern), count in lookalikes(model).items()]
     got = f"found {', '.join(found)}" if found else f"{type(model).__name__} has no module that says attention"
     known = ", ".join(known_classes())
     raise ConfigError(f"model: expected attention blocks of a known family, {got}; known are {known}")
+
+
+def _why(name: str) -> str:
+    """Why a class is not converted, where that is known."""
+    return f" ({REFUSED[name]})" if name in REFUSED else ""

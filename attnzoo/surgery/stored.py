@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from attnzoo.base.weights import PROJECTIONS
 from attnzoo.reporting.warn import warn_caller
 from attnzoo.surgery.hosts import checkpoint
+from attnzoo.surgery.hosts.block import ReplacementModule
 from attnzoo.surgery.hosts.weights import FLOATING, why_not_plain
 from attnzoo.surgery.kinds import REPLACING, kind_of
 from attnzoo.surgery.recipes import Recipe, apply_recipe, beside_of
@@ -29,10 +30,14 @@ from attnzoo_kernels.errors import ConversionError, UnsupportedError
 
 def is_ordinary(model: Any, recipe: Recipe) -> bool:
     """Whether a converted model is a checkpoint of its host still: other weights alone, equal KV heads everywhere."""
-    heads = {site.kv_heads for site in find(model)}
+    sites = find(model)
+    heads = {site.kv_heads for site in sites}
     kinds = [kind_of(entry) for entry in recipe]
     plain = all(kind is not None and kind.keeps_class for kind in kinds)
-    return plain and heads == {model.config.num_key_value_heads} and not shared_blocks(model)
+    # Where a host has no number of KV heads, a block with fewer is no block of its own class.
+    plain = plain and not any(isinstance(model.get_submodule(site.path), ReplacementModule) for site in sites)
+    said = getattr(model.config, "num_key_value_heads", None) or model.config.num_attention_heads
+    return plain and heads == {said} and not shared_blocks(model)
 
 
 def settings_of(model: Any) -> Any:

@@ -15,6 +15,7 @@ from torch import nn
 from attnzoo.surgery.hosts import attention_function
 from attnzoo.surgery.hosts.attention_function import ReadPattern
 from attnzoo.surgery.hosts.block import ReplacementModule
+from attnzoo.surgery.hosts.families.known import block_of
 from attnzoo.surgery.hosts.weights import type_name, why_not_plain
 from attnzoo.surgery.replacements.spec import ModelChange
 from attnzoo.surgery.report import ConversionReport, SiteReport
@@ -46,7 +47,7 @@ class Change:
     @property
     def needs_interface(self) -> bool:
         """Whether the host must call what stands there through the functions that are registered with it."""
-        return self.pattern is not None or isinstance(self.module, ReplacementModule)
+        return self.pattern is not None or (isinstance(self.module, ReplacementModule) and self.module.needs_interface)
 
     @property
     def keeps_class(self) -> bool:
@@ -77,7 +78,7 @@ def make_changes(model: Any, changes: list[Change], variant: str, options: dict[
     recipe = [*old_recipe, *(change.entry for change in changes)]
     model.__dict__[RECIPE_ATTRIBUTE] = recipe
     counts = {site.kv_heads for site in find(model)}
-    if settings is not None and len(counts) == 1 and all(change.keeps_class for change in changes):
+    if old_heads is not None and len(counts) == 1 and all(change.keeps_class for change in changes):
         settings.num_key_value_heads = counts.pop()
 
     def undo() -> None:
@@ -103,6 +104,14 @@ def make_changes(model: Any, changes: list[Change], variant: str, options: dict[
 
 _STANDS_FOR = {"k_proj": "kv_up", "v_proj": "kv_up"}
 """What a latent has instead of a block's own projections."""
+
+
+def _roles(block: nn.Module) -> dict[str, str]:
+    """What each module of a block projects, the first of it where it is more, by the module's name."""
+    roles: dict[int, str] = {}
+    for role, module in block_of(block).projections.items():
+        roles.setdefault(id(module), role)
+    return {name: roles[id(module)] for name, module in block.named_modules() if id(module) in roles}
 
 
 @dataclass(frozen=True)
@@ -141,11 +150,13 @@ class ReplacedBlock:
         ours = {id(module) for module in self.inside.values()}
         self.own = [(name, module) for name, module in old.named_modules() if id(module) not in ours]
         self.common = {id(module) for module in old.modules()} & ours
+        self.roles = _roles(old)
         self.then = {name: _ModuleState.of(self._counterpart(name)) for name, _ in self.own}
 
     def _counterpart(self, name: str) -> nn.Module:
         """What stands for a module of the old block in the new one."""
-        known = [key for key in (name, _STANDS_FOR.get(name, name)) if key in self.inside]
+        role = self.roles.get(name, name)
+        known = [key for key in (name, role, _STANDS_FOR.get(role, role)) if key in self.inside]
         return self.inside[known[0]] if known else self.new
 
     def check(self) -> None:

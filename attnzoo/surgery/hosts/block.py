@@ -68,6 +68,9 @@ class Block:
         reasons: Why a kind of conversion cannot be done here; nothing where it can.
         dropout: Share of attention weights that the host drops in training.
         products: Whether ``project`` and ``output`` are the products with the four ``projections``, and no more.
+        output_dropout: Share of outputs that the block itself drops in training.
+        numbers: What the host numbers where its caller gives no positions: slots, padding among them, or each item's
+            tokens alone.
     """
 
     heads: int
@@ -92,6 +95,8 @@ class Block:
     products: bool = False
     dropout: float = 0.0
     finish: Callable[[Tensor, Tensor], Tensor] | None = None
+    output_dropout: float = 0.0
+    numbers: Literal["slots", "tokens"] = "slots"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -125,6 +130,8 @@ class ReplacementModule(nn.Module):
         family: The name of the family of the block whose place it takes.
         config: The host's configuration.
         layer_idx: Its index in the host's cache.
+        needs_interface: Whether it works by the registered functions alone; else it attends by whatever implementation
+            the host is set to, as the host's own blocks do.
     """
 
     needs_interface = True

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from attnzoo.base.rope import RotaryConfig
-from attnzoo.surgery.hosts.weights import type_name
+from attnzoo.surgery.hosts.weights import is_conv1d, type_name
 from attnzoo_kernels.errors import ConversionError
 
 
@@ -152,20 +152,42 @@ def as_linear(child: Any, name: str) -> nn.Linear:
     return child
 
 
-def set_weights(linear: nn.Linear, weight: Tensor, bias: Tensor | None, like: nn.Linear) -> None:
-    """Gives a linear layer weights of its own, in the dtype, on the device and as trainable as ``like``.
+def product_weights(child: Any, name: str) -> tuple[Tensor, Tensor | None]:
+    """The weight ``[out, in]`` and the bias of a plain product: an ``nn.Linear``, or the transposed one of GPT-2.
+
+    Raises:
+        ConversionError: If it is neither, by its name.
+    """
+    if is_conv1d(child):
+        return child.weight.T, child.bias
+    linear = as_linear(child, name)
+    return linear.weight, linear.bias
+
+
+def set_weights(product: Any, weight: Tensor, bias: Tensor | None, like: Any) -> None:
+    """Gives a plain product weights of its own, in the dtype, on the device and as trainable as ``like``.
+
+    Args:
+        product: An ``nn.Linear``, or the transposed product of GPT-2.
+        weight: ``[out, in]``.
+        bias: ``[out]``, or ``None``.
+        like: Another such product.
 
     Raises:
         ConversionError: If there is a bias where the layer has none, or none where it has one.
     """
-    if (bias is None) != (linear.bias is None):
+    if (bias is None) != (product.bias is None):
         raise ConversionError(
             "bias: expected the host's class to have one where the new weights have one, and none where not"
         )
     trainable = like.weight.requires_grad
-    own = weight.detach().to(like.weight).clone(memory_format=torch.contiguous_format)
-    linear.weight = nn.Parameter(own, requires_grad=trainable)
+    stored = weight.T if is_conv1d(product) else weight
+    own = stored.detach().to(like.weight).clone(memory_format=torch.contiguous_format)
+    product.weight = nn.Parameter(own, requires_grad=trainable)
     if bias is not None:
-        linear.bias = nn.Parameter(bias.detach().to(like.weight).clone(), requires_grad=trainable)
-    linear.in_features = weight.shape[1]
-    linear.out_features = weight.shape[0]
+        product.bias = nn.Parameter(bias.detach().to(like.weight).clone(), requires_grad=trainable)
+    if is_conv1d(product):
+        product.nx, product.nf = own.shape
+    else:
+        product.in_features = weight.shape[1]
+        product.out_features = weight.shape[0]

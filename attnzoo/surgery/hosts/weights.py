@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 from attnzoo_kernels.errors import UnsupportedError
 
+CONV1D = "transformers.pytorch_utils.Conv1D"
+"""A product whose weight is stored ``[in, out]``, as GPT-2 has it."""
+
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 """Dtypes of weights: anything narrower is a code that another library must read."""
 
@@ -47,7 +50,8 @@ def check_embedding(model: Any) -> None:
 
 def _reason(child: Any) -> str | None:
     """What is in the way of one projection, and what to do."""
-    if not isinstance(child, nn.Linear):
+    is_transposed = is_conv1d(child)
+    if not isinstance(child, nn.Linear) and not is_transposed:
         advice = "quantise and wrap after converting (PEFT: merge_and_unload() first)"
         return f"{type_name(child)}; {advice}"
     for name in ("weight", "bias"):
@@ -59,9 +63,14 @@ def _reason(child: Any) -> str | None:
             return f"{type_name(child)} whose {name} is {reason}; {_advice(child, x)}"
         if child._parameters.get(name) is None:
             return f"{type_name(child)} whose {name} is computed from other tensors; {_PERMANENT}"
-    if type(child).forward is not nn.Linear.forward:
+    if not is_transposed and type(child).forward is not nn.Linear.forward:
         return f"{type_name(child)}, whose forward is its own; replace it by an nn.Linear that computes the same"
     return None
+
+
+def is_conv1d(child: object) -> bool:
+    """Whether a module is the transposed product of transformers itself, by name, so that nothing is imported."""
+    return type_name(child) == CONV1D
 
 
 _PERMANENT = (

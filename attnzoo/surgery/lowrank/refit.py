@@ -12,7 +12,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -106,8 +106,16 @@ def _decoder_layers(model: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
     return [(f"{container}.{name}", layer) for name, layer in model.get_submodule(container).named_children()]
 
 
-def _run(layer: nn.Module, hidden: Tensor, call: dict[str, Any]) -> Tensor:
-    out = layer(hidden, **call)
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """What a decoder layer is called with behind its hidden states, by place and by name."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def _run(layer: nn.Module, hidden: Tensor, call: _Call) -> Tensor:
+    out = layer(hidden, *call.args, **call.kwargs)
     after: Tensor = out[0] if isinstance(out, tuple) else out
     return after
 
@@ -174,8 +182,9 @@ class _Student:
             if busy or self.away:
                 return
             busy = True
-            call = dict(kwargs)
-            before = args[0] if args else call.pop("hidden_states")
+            named = dict(kwargs)
+            before = args[0] if args else named.pop("hidden_states")
+            call = _Call(args[1:], named)
             try:
                 self._step(site, module, (before, out[0] if isinstance(out, tuple) else out), call, seen)
             finally:
@@ -197,7 +206,7 @@ class _Student:
         site: Site | None,
         layer: nn.Module,
         teacher: tuple[Tensor, Tensor],
-        call: dict[str, Any],
+        call: _Call,
         seen: list[Tensor],
     ) -> None:
         """Moves the student's hidden states through one layer, converted first where it has a site."""
@@ -218,7 +227,7 @@ class _Student:
 class _SiteRefit:
     """The refit of one site."""
 
-    def __init__(self, student: _Student, site: Site, layer: nn.Module, hidden: Tensor, call: dict[str, Any]) -> None:
+    def __init__(self, student: _Student, site: Site, layer: nn.Module, hidden: Tensor, call: _Call) -> None:
         self.student = student
         self.site = site
         self.layer = layer

@@ -35,12 +35,15 @@ def _checked(config: AttentionConfig) -> LandmarkConfig:
     return config
 
 
+DECODERS = ("", "model.", "model.decoder.", "transformer.", "gpt_neox.")
+"""Where hosts have the decoder that the tokens are put in."""
+
 SPEC = ReplacementSpec(
     defaults=lambda site: {"mode": "soft", "gate_mix": 0.0, "landmark_positions": False},
     refused=frozenset({"landmark_positions", "official_quirks"}),
     warn=_warning,
     slots_per_token=lambda config: _checked(config).block_size / (_checked(config).block_size - 1),
     model_change=_change,
-    model_state=(f"model.{NAME}.", f"{NAME}."),
+    model_state=tuple(f"{path}{NAME}." for path in DECODERS),
     whole_model=True,
 )

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from attnzoo.surgery.hosts import attention_function
 from attnzoo.surgery.hosts.calls import cache_name, take_cache
+from attnzoo.surgery.hosts.families.known import block_of, is_block
 from attnzoo.surgery.replacements.replacement import Replacement
 from attnzoo.variants.landmark.config import LandmarkConfig, check_mix
 from attnzoo.variants.landmark.layer import LandmarkAttention
@@ -57,11 +58,18 @@ class LandmarkTokens(nn.Module):
     Attributes:
         embedding: ``[C]``; it starts as the mean of the model's embeddings.
         block_size: Tokens in a block, the landmark included.
+        numbers: What the host numbers where its caller gives no positions.
     """
 
-    def __init__(self, block_size: int, embeddings: nn.Parameter) -> None:
+    # Of one that an earlier version has pickled.
+    numbers: Literal["slots", "tokens"] = "slots"
+
+    def __init__(
+        self, block_size: int, embeddings: nn.Parameter, numbers: Literal["slots", "tokens"] = "slots"
+    ) -> None:
         super().__init__()
         self.block_size = block_size
+        self.numbers = numbers
         self.embedding = nn.Parameter(mean_embedding(embeddings), requires_grad=embeddings.requires_grad)
 
     def extra_repr(self) -> str:
@@ -92,7 +100,7 @@ class LandmarkTokens(nn.Module):
         given_real = _real_slots(call.get("attention_mask"), held, before, tokens)
         positions = call.get("position_ids")
         if positions is None:
-            positions = (torch.arange(tokens, device=x.device) + before).unsqueeze(0)
+            positions = self._positions(given_real, before, tokens, x.device)
         else:
             _refuse_packed(positions, None if given_real is None else given_real[:, before:])
         inserted = insert_landmarks(
@@ -122,6 +130,13 @@ class LandmarkTokens(nn.Module):
             if layer.seen == mask.first + mask.inserted.tokens.shape[1]:
                 layer.count(mask.inserted.place.shape[1], mask.given_real)
         return _without(output, mask.inserted)
+
+    def _positions(self, real: Tensor | None, before: int, tokens: int, device: torch.device) -> Tensor:
+        """The positions ``[B|1, T]`` that the host gives its tokens by itself."""
+        if real is None or self.numbers == "slots":
+            return (torch.arange(tokens, device=device) + before).unsqueeze(0)
+        counted = real.cumsum(1) - 1
+        return counted.masked_fill(~real, -1)[:, before:]
 
     def _cache(self, decoder: Any, call: dict[str, Any]) -> tuple[Any, tuple[LandmarkCacheLayer, ...]]:
         """The host's cache, made here where the decoder would, and the replacements' places in it."""
@@ -153,17 +168,24 @@ class LandmarkInput:
     """The change of a model whose blocks become landmark attention, see :class:`LandmarkTokens`."""
 
     def __init__(self, model: nn.Module, config: LandmarkConfig) -> None:
+        host: Any = model
+        embedding: Any = host.get_input_embeddings()
         found: list[Any] = [
             module
             for module in model.modules()
-            if isinstance(getattr(module, "embed_tokens", None), nn.Embedding) and hasattr(module, "layers")
+            if any(child is embedding for child in module.children())
+            and any(isinstance(child, nn.ModuleList) for child in module.children())
         ]
         if len(found) != 1:
-            raise ConversionError(f"model: expected one decoder with embed_tokens and layers, got {len(found)}")
+            raise ConversionError(f"model: expected one decoder with an embedding and layers, got {len(found)}")
         self.decoder = found[0]
         if hasattr(self.decoder, NAME):
             raise ConversionError(f"model: expected a decoder without {NAME}, got one that has them")
-        self.tokens = LandmarkTokens(config.block_size, self.decoder.embed_tokens.weight)
+        blocks = [block_of(module) for module in self.decoder.modules() if is_block(module)]
+        numbers: Literal["slots", "tokens"] = (
+            "tokens" if any(block.numbers == "tokens" for block in blocks) else "slots"
+        )
+        self.tokens = LandmarkTokens(config.block_size, embedding.weight, numbers)
         self.tokens.train(self.decoder.training)
         self.handles: list[Any] = []
 

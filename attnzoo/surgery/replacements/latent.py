@@ -20,9 +20,9 @@ from attnzoo.surgery.hosts.block import Block, Need, ReplacementModule
 from attnzoo.surgery.hosts.calls import read_call
 from attnzoo.surgery.hosts.families.known import block_of, family_of
 from attnzoo.surgery.hosts.positions import check_consecutive
-from attnzoo.surgery.hosts.projections import LatentProjections, Projections, as_linear, set_weights, size_of
+from attnzoo.surgery.hosts.projections import LatentProjections, Projections, set_weights, size_of
 from attnzoo_kernels import Slots
-from attnzoo_kernels.errors import ConversionError
+from attnzoo_kernels.errors import ConversionError, UnsupportedError
 
 _REASON = "it is a latent replacement already; undo that conversion first"
 
@@ -33,18 +33,32 @@ class LatentReplacement(ReplacementModule):
     The host's cache holds the latent as keys ``[B, 1, S, r]`` beside values of width 0: crop, reorder and static
     buffers work as ever. Keys are expanded and rotated at use. Rotation goes by slot: scores depend on differences of
     positions alone, so that padding on the left shifts nothing.
+
+    Attributes:
+        query_factor: What the host's block multiplies its queries by beside the factor on scores.
+        attention_dropout: Share of attention weights that the host's block drops in training, which is refused here.
+        output_dropout: Share of outputs that it drops.
     """
+
+    # Of one that an earlier version has pickled.
+    query_factor = 1.0
+    attention_dropout = 0.0
+    output_dropout = 0.0
 
     def __init__(self, module: nn.Module, projections: LatentProjections) -> None:
         super().__init__(module, family_of(module).name)
         p = projections
-        theirs = block_of(module).projections
-        old = as_linear(theirs.get("q_proj"), "q_proj")
+        block = block_of(module)
+        theirs = block.projections
+        old = theirs["q_proj"]
         self.num_heads = p.num_heads
         self.num_kv_heads = p.num_kv_heads
         self.head_dim = p.head_dim
         self.rotary = p.rotary
-        self.scaling = p.scale
+        self.scaling = block.scale
+        self.query_factor = p.scale / block.scale
+        self.attention_dropout = block.dropout
+        self.output_dropout = block.output_dropout
         with torch.device("meta"):
             self.q_proj = nn.Linear(p.q.shape[1], p.q.shape[0], bias=p.q_bias is not None)
             self.kv_down = nn.Linear(p.down.shape[1], p.down.shape[0], bias=p.down_bias is not None)
@@ -53,7 +67,7 @@ class LatentReplacement(ReplacementModule):
         set_weights(self.q_proj, p.q, p.q_bias, like=old)
         set_weights(self.kv_down, p.down, p.down_bias, like=old)
         set_weights(self.kv_up, p.up, None, like=old)
-        set_weights(self.o_proj, p.o, p.o_bias, like=as_linear(theirs.get("o_proj"), "o_proj"))
+        set_weights(self.o_proj, p.o, p.o_bias, like=theirs["o_proj"])
         attention_function.take_over(self, module, p.num_kv_heads)
 
     def block(self) -> Block:
@@ -66,7 +80,7 @@ class LatentReplacement(ReplacementModule):
             width=size_of(self, "q_proj", "in_features"),
             cached_values=lambda: self.kv_down.out_features,
             project=self._project,
-            output=self.o_proj,
+            output=self._output,
             projections={},
             weights=self._weights,
             rotary=lambda: self.rotary,
@@ -97,7 +111,11 @@ class LatentReplacement(ReplacementModule):
         # One that is empty was made inside the checkpointed part.
         if call.cache is not None and is_replay() and call.cache.get_seq_length(self.layer_idx):
             refuse_replay("past_key_values")
-        q = self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H, T, D]
+        if self.training and self.attention_dropout:
+            raise UnsupportedError(
+                f"dropout: expected 0, got {self.attention_dropout}; attention dropout is not offered"
+            )
+        q = self._queries(hidden_states)
         latent = self.kv_down(hidden_states).unsqueeze(1)  # [B, 1, T, r]
         first = attention_function.first_slot(attention_mask, call.cache, self.layer_idx)
         real = getattr(attention_mask, "real", None)
@@ -110,13 +128,13 @@ class LatentReplacement(ReplacementModule):
             slots = self._slots(first + 1)
             if slots is not None and slots.runs is not None:
                 out = attend_absorbed(q, latent[:, 0, : first + 1], self.kv_up.weight, self._heads, slots)
-                return self.o_proj(out.flatten(1).unsqueeze(1)), None
+                return self._output(out.flatten(1).unsqueeze(1)), None
         k, v = self._expand(latent.squeeze(1))  # [B, G, S, D] each
         # Rotation by slot, of queries and of all keys.
         q = self._rotate(q, first)
         k = self._rotate(k, 0)
         out, _ = attention_function.attend(self, q, k, v, attention_mask, scaling=self.scaling)
-        return self.o_proj(out.flatten(-2)), None
+        return self._output(out.flatten(-2)), None
 
     @property
     def _heads(self) -> LatentHeads:
@@ -130,8 +148,16 @@ class LatentReplacement(ReplacementModule):
         return pattern.layer.known_slots(held, self.q_proj.weight.device)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H, T, D]
-        return q, *self._expand(self.kv_down(x))
+        return self._queries(x), *self._expand(self.kv_down(x))
+
+    def _queries(self, x: Tensor) -> Tensor:
+        """Queries of ``x [B, T, C]``, not rotated: ``[B, H, T, D]``."""
+        q: Tensor = self.q_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        return q if self.query_factor == 1 else q * self.query_factor
+
+    def _output(self, y: Tensor) -> Tensor:
+        out: Tensor = self.o_proj(y)
+        return nn.functional.dropout(out, self.output_dropout, self.training) if self.output_dropout else out
 
     def _expand(self, latent: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of all heads from latents ``[B, S, r]``."""

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
-    GPT2Config,
+    BloomConfig,
+    FalconConfig,
     GPTBigCodeConfig,
-    GPTNeoXConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MambaConfig,
@@ -23,12 +23,13 @@ from transformers import (
 from attnzoo import surgery
 from attnzoo.cli import main
 from attnzoo.evaluation.compare import Comparer, VariantSpec
-from attnzoo.surgery.hosts.families.known import known_classes
+from attnzoo.surgery.hosts.families.known import REFUSED, known_classes
 from attnzoo.surgery.lookalikes import lookalikes
 from attnzoo_kernels.errors import ConfigError
 
 SMALL = {"vocab_size": 11, "n_embd": 16, "n_layer": 3, "n_head": 2, "n_positions": 16}
-NEOX = {"vocab_size": 11, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 16}
+BLOOM = {"vocab_size": 11, "hidden_size": 16, "n_layer": 3, "n_head": 2}
+FALCON = {"vocab_size": 11, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
 
 
 def hybrid() -> nn.Module:
@@ -38,17 +39,17 @@ def hybrid() -> nn.Module:
 
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], dict[tuple[str, str], int]]] = {
-    "gpt2": (
-        lambda: AutoModelForCausalLM.from_config(GPT2Config(**SMALL)),
-        {("GPT2Attention", "transformer.h.*.attn"): 3},
+    "bloom": (
+        lambda: AutoModelForCausalLM.from_config(BloomConfig(**BLOOM)),
+        {("BloomAttention", "transformer.h.*.self_attention"): 3},
     ),
     "bigcode": (
         lambda: AutoModelForCausalLM.from_config(GPTBigCodeConfig(**SMALL)),
         {("GPTBigCodeAttention", "transformer.h.*.attn"): 3},
     ),
-    "neox": (
-        lambda: AutoModelForCausalLM.from_config(GPTNeoXConfig(**NEOX)),
-        {("GPTNeoXAttention", "gpt_neox.layers.*.attention"): 3},
+    "falcon": (
+        lambda: AutoModelForCausalLM.from_config(FalconConfig(**FALCON)),
+        {("FalconAttention", "transformer.h.*.self_attention"): 3},
     ),
     "torch": (
         lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 8), 2, enable_nested_tensor=False),
@@ -86,12 +87,13 @@ def test_no_door_says_zero_or_points_in_a_circle(name: str) -> None:
         assert all(known in said for known in known_classes())
         for (kind, place), count in expected.items():
             assert f"{count} {kind} at {place}" in said
+            assert REFUSED.get(kind, "") in said
         if not expected:
             assert f"{type(model).__name__} has no module that says attention" in said
 
 
 def test_nothing_is_calibrated_where_there_is_no_site() -> None:
-    model = MODELS["gpt2"][0]()
+    model = MODELS["bloom"][0]()
     with pytest.raises(ConfigError, match="sites: expected at least one"):
         surgery.collect(model, surgery.find(model), [torch.zeros(1, 4, dtype=torch.int64)])
 
@@ -110,8 +112,8 @@ def test_known_blocks_are_no_lookalikes() -> None:
 def test_commands_end_with_what_was_found(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model: Any = AutoModelForCausalLM.from_config(GPT2Config(**SMALL))
-    folder = tmp_path / "gpt2"
+    model: Any = AutoModelForCausalLM.from_config(BloomConfig(**BLOOM))
+    folder = tmp_path / "bloom"
     model.save_pretrained(folder)
     name, *more = command.split()
     if name == "convert":
@@ -125,5 +127,5 @@ def test_commands_end_with_what_was_found(
     out, err = capsys.readouterr()
     assert end.value.code == 2
     assert out == ""
-    assert err.splitlines()[-1].startswith("attnzoo: model: expected attention blocks of a known family, found 3 GPT2")
+    assert err.splitlines()[-1].startswith("attnzoo: model: expected attention blocks of a known family, found 3 Bloom")
     assert not (tmp_path / "out").exists()

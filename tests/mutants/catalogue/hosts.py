@@ -70,7 +70,7 @@ MUTANTS = (
         tests=f"{TESTS}/test_convert.py -k 'cache or bytes'",
     ),
     changes(
-        "convert-heads-of-some", old="if settings is not None and len(counts) == 1 and all(change.keeps_class for change in changes):", new="if True:", wrong="a conversion of some layers changes the number of heads of all",
+        "convert-heads-of-some", old="if old_heads is not None and len(counts) == 1 and all(change.keeps_class for change in changes):", new="if True:", wrong="a conversion of some layers changes the number of heads of all",
         tests=f"{TESTS}/hosts/test_own_memory.py",
     ),
     Mutant(
@@ -90,7 +90,7 @@ MUTANTS = (
         "files-stranger-replaced", old="    if occupied and not (folder / RECIPE).is_file():", new="    if False:", wrong="overwrite replaces a folder that holds something else", tests=f"{TESTS}/test_files.py -k in_use",
     ),
     stored(
-        "written-ordinary-by-kind", old="heads == {model.config.num_key_value_heads}", new="True", wrong="a model of unequal heads passes for an ordinary checkpoint", tests=f"{TESTS}/test_written.py -k unequal",
+        "written-ordinary-by-kind", old="heads == {said}", new="True", wrong="a model of unequal heads passes for an ordinary checkpoint", tests=f"{TESTS}/test_written.py -k unequal",
     ),
     stored(
         "written-shared-memory", old="found[name] = own.clone() if place in seen else own", new="found[name] = own", wrong="two tensors in one memory cannot be written", tests=f"{TESTS}/test_written.py -k one_memory",

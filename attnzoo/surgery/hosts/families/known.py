@@ -8,13 +8,20 @@ from __future__ import annotations
 from torch import nn
 
 from attnzoo.surgery.hosts.block import Block, Family, ReplacementModule
-from attnzoo.surgery.hosts.families import encoders, llama
+from attnzoo.surgery.hosts.families import encoders, fused, llama, opt
 from attnzoo.surgery.hosts.projections import Projections
 from attnzoo.surgery.hosts.site import Site
 from attnzoo.surgery.hosts.weights import type_name
 from attnzoo_kernels.errors import ConversionError
 
-FAMILIES: tuple[Family, ...] = (llama.FAMILY, encoders.FAMILY)
+FAMILIES: tuple[Family, ...] = (llama.FAMILY, *fused.FAMILIES, opt.FAMILY, encoders.FAMILY)
+
+REFUSED = {
+    "BloomAttention": "it adds a bias for the distance of each pair to its scores (alibi)",
+    "FalconAttention": "it does not attend through the attention interface of transformers",
+    "MptAttention": "it adds a bias for the distance of each pair to its scores (alibi)",
+}
+"""Attention classes of which it is known why no family is built for them."""
 
 
 def is_block(module: nn.Module) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
-    GPT2Config,
+    BloomConfig,
     LlamaConfig,
     MistralConfig,
     PreTrainedConfig,
@@ -146,7 +146,7 @@ def test_a_host_with_a_window_in_its_configuration_is_refused() -> None:
 
 
 def test_a_host_of_another_family_has_no_sites() -> None:
-    config = GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=1, n_head=2, n_positions=64)
+    config = BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=1, n_head=2)
     assert surgery.find(AutoModelForCausalLM.from_config(config)) == ()
 
 

@@ -1,0 +1,164 @@
+"""A block with fewer KV heads than query heads, in hosts whose own classes have no setting for it.
+
+Letters: B batch, T query tokens, S slots, C model width, H query heads, G KV heads, D head width.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attnzoo.base.rope import RotaryConfig, apply_rotary
+from attnzoo.surgery.hosts import attention_function
+from attnzoo.surgery.hosts.block import ROLES, Block, ReplacementModule
+from attnzoo.surgery.hosts.calls import take_cache
+from attnzoo.surgery.hosts.families.reasons import reasons_for
+from attnzoo.surgery.hosts.projections import Projections, set_weights
+
+
+class GroupedAttention(ReplacementModule):
+    """Grouped-query attention as an ordinary block of a host.
+
+    It attends by whatever implementation the host is set to, and keeps G heads in the host's cache. Queries and keys
+    are rotated by the host's own tables.
+
+    Attributes:
+        scaling: The factor on scores, as the host's block has it.
+        query_factor: What the host's block multiplies its queries by beside that.
+        num_key_value_groups: H / G, which implementations of attention ask for.
+    """
+
+    needs_interface = False
+
+    def __init__(self, host: nn.Module, old: Block, family: str, projections: Projections) -> None:
+        super().__init__(host, family)
+        p = projections
+        self.head_dim = p.head_dim
+        self.num_key_value_groups = p.num_heads // p.num_kv_heads
+        self.scaling = old.scale
+        self.query_factor = p.scale / old.scale
+        self.rotary = p.rotary
+        self.planes = old.planes
+        self.rope_type = old.rope_type
+        self.attention_dropout = old.dropout
+        self.output_dropout = old.output_dropout
+        parts = {"q": p.q_bias, "k": p.k_bias, "v": p.v_bias, "o": p.o_bias}
+        for name, bias in parts.items():
+            weight: Tensor = getattr(p, name)
+            with torch.device("meta"):
+                linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+            set_weights(linear, weight, bias, like=old.projections[f"{name}_proj"])
+            self.add_module(f"{name}_proj", linear)
+        attention_function.take_over(self, host, p.num_kv_heads)
+
+    def block(self) -> Block:
+        """What a family says about its blocks, of this module."""
+        q, k, v, o = (self.get_submodule(role) for role in ROLES)
+        kv_heads = int(k.out_features) // self.head_dim  # type: ignore[arg-type]
+        return Block(
+            heads=kv_heads * self.num_key_value_groups,
+            kv_heads=kv_heads,
+            head_dim=self.head_dim,
+            value_dim=self.head_dim,
+            width=int(q.in_features),  # type: ignore[arg-type]
+            cached_values=partial(int, 2 * kv_heads * self.head_dim),
+            project=self._project,
+            output=self._output,
+            projections={"q_proj": q, "k_proj": k, "v_proj": v, "o_proj": o},
+            weights=self._weights,
+            rotary=self._rotation,
+            rope_type=self.rope_type,
+            scale=self.scaling,
+            causal=True,
+            window=None,
+            reply="pair",
+            reasons=reasons_for(self),
+            planes=self.planes,
+            dropout=self.attention_dropout,
+            output_dropout=self.output_dropout,
+        )
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Any = None,
+        cache: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Any]:
+        """As the host calls it: ``[B, T, C]`` to ``[B, T, C]`` and what its attention says of weights."""
+        # Importing the host's library is for callers who have one of its models.
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        cache = take_cache(kwargs, cache)
+        q, k, v = self._project(hidden_states)
+        if self.planes is not None and position_embeddings is not None:
+            # The host's tables have each plane twice.
+            planes = position_embeddings[0].shape[-1] // 2
+            cos, sin = (table[..., :planes] for table in position_embeddings)
+            q, k = (apply_rotary(x, cos, sin, self.planes == "neighbours") for x in (q, k))
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, attend_eagerly)
+        share = self.attention_dropout if self.training else 0.0
+        out, weights = attend(self, q, k, v, attention_mask, dropout=share, scaling=self.scaling, **kwargs)
+        return self._output(out.flatten(2)), weights
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = (self.get_submodule(role)(x).unflatten(-1, (-1, self.head_dim)) for role in ROLES[:3])
+        q = q * self.query_factor if self.query_factor != 1 else q
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    def _output(self, y: Tensor) -> Tensor:
+        out: Tensor = self.get_submodule("o_proj")(y)
+        return nn.functional.dropout(out, self.output_dropout, self.training)
+
+    def _rotation(self) -> RotaryConfig | None:
+        return self.rotary
+
+    def _weights(self) -> Projections:
+        block = self.block()
+        q, k, v, o = (block.projections[role] for role in ROLES)
+        return Projections(
+            q=q.weight,
+            k=k.weight,
+            v=v.weight,
+            o=o.weight,
+            q_bias=q.bias,
+            k_bias=k.bias,
+            v_bias=v.bias,
+            o_bias=o.bias,
+            num_heads=block.heads,
+            num_kv_heads=block.kv_heads,
+            head_dim=self.head_dim,
+            rotary=self.rotary,
+            scale=self.scaling * self.query_factor,
+        )
+
+
+def attend_eagerly(
+    module: GroupedAttention,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Attention written out, for hosts that are set to it: ``[B, T, H, D]``, and weights ``[B, H, T, S]``.
+
+    Scores and softmax are in fp32 at least.
+    """
+    wide = torch.promote_types(q.dtype, torch.float32)
+    k, v = (x.repeat_interleave(module.num_key_value_groups, dim=1) for x in (k, v))
+    scores = (q.to(wide) @ k.to(wide).mT) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(-1).to(v.dtype)
+    weights = nn.functional.dropout(weights, dropout, module.training)
+    return (weights @ v).transpose(1, 2), weights

@@ -1,0 +1,56 @@
+"""Of hosts whose projections are fused, transposed or scaled: the order of rows, the way back, and what is rotated."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from tests.mutants.record import Mutant
+
+FAMILIES = "attnzoo/surgery/hosts/families"
+TESTS = "tests/attnzoo/surgery/families/test_fused.py"
+fused = partial(Mutant, file=f"{FAMILIES}/fused.py")
+projections = partial(Mutant, file="attnzoo/surgery/hosts/projections.py")
+
+MUTANTS = (
+    fused(
+        "fused-values-for-keys", old="q, k, v = y.unflatten(-1, (self.heads, 3,", new="q, v, k = y.unflatten(-1, (self.heads, 3,",
+        wrong="keys and values of a head change places", tests=f"{TESTS} -k 'order_of_roles or by_role'",
+    ),
+    fused(
+        "fused-heads-by-roles", old="(self.heads, 3, self.head_dim)).unbind(-2)", new="(3, self.heads, self.head_dim)).unbind(-3)",
+        wrong="rows in the order of heads are taken for blocks of roles", tests=f"{TESTS} -k 'order_of_roles or by_role'",
+    ),
+    fused(
+        "fused-again-by-roles", old="torch.stack(parts, -2).flatten(-3)", new="torch.stack(parts, -3).flatten(-3)",
+        wrong="heads are put together again in the order of roles", tests=f"{TESTS} -k 'order_of_roles or to_the_bit'",
+    ),
+    fused(
+        "fused-heads-of-before", old="rows = replace(_rows(names, host), kv_heads=p.num_kv_heads)", new="rows = replace(_rows(names, host), order=\"roles\")",
+        wrong="one class is put together in the order of another", tests=f"{TESTS} -k to_the_bit",
+    ),
+    projections(
+        "conv1d-read-as-stored", old="return child.weight.T, child.bias", new="return child.weight, child.bias",
+        wrong="transposed weights are read as they are stored", tests=f"{TESTS} -k by_role",
+    ),
+    projections(
+        "conv1d-stored-as-read", old="stored = weight.T if is_conv1d(product) else weight", new="stored = weight",
+        wrong="transposed weights are stored as others are", tests=f"{TESTS} -k to_the_bit",
+    ),
+    Mutant(
+        "opt-scaled-twice", file=f"{FAMILIES}/opt.py", old="scale=1.0,", new="scale=float(host.scaling),",
+        wrong="queries that are scaled already are scaled again", tests=f"{TESTS} -k by_role",
+    ),
+    Mutant(
+        "grouped-without-factor", file=f"{FAMILIES}/grouped.py", old="self.query_factor = p.scale / old.scale", new="self.query_factor = 1.0",
+        wrong="merged heads forget that the host scales its queries", tests=f"{TESTS} -k 'without_loss and opt'",
+    ),
+    Mutant(
+        "unrotated-once-more", file="attnzoo/surgery/hosts/positions.py", old="cos / lengths, -sin / lengths", new="cos / lengths, sin / lengths",
+        wrong="what is turned back is turned on", tests=f"{TESTS} -k turned_back",
+    ),
+    Mutant(
+        "landmarks-number-slots", file="attnzoo/surgery/replacements/landmark_tokens.py",
+        old="if real is None or self.numbers == \"slots\":", new="if True:",
+        wrong="padding counts where a host numbers tokens alone", tests=f"{TESTS} -k by_its_mask",
+    ),
+)  # fmt: skip
