@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from attnzoo.reporting.versions import check_transformers
-from attnzoo.surgery.hosts.families.known import block_of
+from attnzoo.surgery.hosts.families.known import WITHOUT_TRANSFORMERS, block_of
 from attnzoo.surgery.hosts.site import Site
 from attnzoo.surgery.hosts.weights import type_name
 from attnzoo.surgery.kinds import kind_for
@@ -41,8 +41,12 @@ def convert(
     :data:`attnzoo.surgery.replacements.REPLACEMENTS` put a layer of theirs in the block's place, round the block's own
     projections; their options are their configuration's fields.
 
+    attnzoo's own layers, in anybody's model, become other layers of the zoo round the same projections: "mha", "s2",
+    "moh", "longheads", "landmark", "rcmha", "lowrank_gqa", or "policy", whose ``new_cache`` follows the policy. What
+    they read and remember is the new layer's alone.
+
     Args:
-        model: A model of the Llama family.
+        model: A model of a family that is known, see :func:`attnzoo.surgery.find`.
         variant: What to convert to.
         where: Which sites; all by default.
         calibration: Token ids int64 ``[B, T]`` or mappings for ``model(**batch)``, or statistics collected before.
@@ -56,18 +60,21 @@ def convert(
         ConfigError: If no site matches, or an option is unknown or does not fit. The model is unchanged.
         UnsupportedError: If a site cannot be converted so, or transformers is too old. The model is unchanged.
     """
-    check_transformers()
+    sites = _choose(model, where)
+    hosts = {site.host for site in sites}
+    if not hosts <= WITHOUT_TRANSFORMERS:
+        check_transformers()
     # Weights made in inference mode could never be trained.
     with torch.inference_mode(False):
         order = Order(
             model=model,
-            sites=_choose(model, where),
+            sites=sites,
             variant=variant,
             options=options,
             calibration=calibration,
             progress=progress,
         )
-        return convert_as(kind_for(variant, options), order)
+        return convert_as(kind_for(variant, options, hosts), order)
 
 
 def convert_as(kind: Kind, order: Order) -> ConversionReport:

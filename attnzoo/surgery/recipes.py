@@ -31,7 +31,8 @@ def apply_recipe(model: nn.Module, recipe: Recipe, beside: Mapping[str, Tensor] 
     Raises:
         ConversionError: If the recipe does not fit the model, which is left as it was.
     """
-    check_transformers()
+    if getattr(model, "config", None) is not None:
+        check_transformers()
     done: list[ConversionReport] = []
 
     def undo() -> None:

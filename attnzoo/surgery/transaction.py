@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from attnzoo.base.layer import AttentionLayer
 from attnzoo.surgery.hosts import attention_function
 from attnzoo.surgery.hosts.attention_function import ReadPattern
 from attnzoo.surgery.hosts.block import ReplacementModule
@@ -21,6 +22,9 @@ from attnzoo.surgery.replacements.spec import ModelChange
 from attnzoo.surgery.report import ConversionReport, SiteReport
 from attnzoo.surgery.sites import find, place, places_of
 from attnzoo_kernels.errors import ConversionError
+
+_OURS = (ReplacementModule, AttentionLayer)
+"""What is put into a block's place and is no block of the host's own class."""
 
 RECIPE_ATTRIBUTE = "attnzoo_recipe"
 """Where a converted model keeps the entries of its recipe."""
@@ -52,7 +56,7 @@ class Change:
     @property
     def keeps_class(self) -> bool:
         """Whether it gives the block other weights and leaves it one of the host's own."""
-        return self.module is not None and not isinstance(self.module, ReplacementModule)
+        return self.module is not None and not isinstance(self.module, _OURS)
 
 
 def make_changes(model: Any, changes: list[Change], variant: str, options: dict[str, Any]) -> ConversionReport:

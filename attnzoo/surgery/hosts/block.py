@@ -49,8 +49,8 @@ class Block:
             in their places later is called.
         output: ``[B, T, H * Dv]`` to ``[B, T, C]``, likewise; the identity where the output's projection is outside
             the module.
-        finish: What the module makes of its input ``[B, T, C]`` and that output, ``None`` where nothing: a residual
-            and a norm inside the module.
+        finish: What follows inside the module, such as a residual and a norm: of the module itself, or of who has its
+            other children, of its input ``[B, T, C]`` and of that output. ``None`` where nothing does.
         projections: The modules that project, by the names in ``ROLES``; empty where none stand for them. One that
             projects queries, keys and values together stands for each of them.
         split: What takes such a module's output ``[..., n]`` apart into queries ``[..., H * D]``, keys and values, each
@@ -94,7 +94,7 @@ class Block:
     planes: Literal["halves", "neighbours"] | None = "halves"
     products: bool = False
     dropout: float = 0.0
-    finish: Callable[[Tensor, Tensor], Tensor] | None = None
+    finish: Callable[[Any, Tensor, Tensor], Tensor] | None = None
     output_dropout: float = 0.0
     numbers: Literal["slots", "tokens"] = "slots"
 
@@ -128,7 +128,7 @@ class ReplacementModule(nn.Module):
 
     Attributes:
         family: The name of the family of the block whose place it takes.
-        config: The host's configuration.
+        config: The host's configuration, ``None`` where it has none.
         layer_idx: Its index in the host's cache.
         needs_interface: Whether it works by the registered functions alone; else it attends by whatever implementation
             the host is set to, as the host's own blocks do.
@@ -140,7 +140,10 @@ class ReplacementModule(nn.Module):
         super().__init__()
         block: Any = host
         self.family = family
-        self.config = block.config
+        self.config = getattr(block, "config", None)
+        if not hasattr(self.config, "_attn_implementation"):
+            # The host knows nothing of attention interfaces, and calls the module alone.
+            self.needs_interface = False
         # Classes that never have a cache have no place in one.
         self.layer_idx = int(getattr(block, "layer_idx", None) or 0)
         self.is_causal = getattr(block, "is_causal", True) is not False

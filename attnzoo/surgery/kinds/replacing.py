@@ -24,6 +24,9 @@ from attnzoo.surgery.sites import find
 from attnzoo.surgery.transaction import Change
 from attnzoo_kernels.errors import ConfigError, ConversionError
 
+_READ_BY_LAYERS = {"s2": ReplacementSpec(defaults=lambda site: {"sink_blocks": 1})}
+"""What is read by a layer where a host has no interface through which its blocks could be told what to read."""
+
 _SOME_SITE = Site("", "", 0, heads=8, kv_heads=8, head_dim=16, width=128)
 
 
@@ -78,7 +81,7 @@ class Replacing(Kind):
         """The replacement that an entry of a recipe describes."""
         config = get_config(entry["variant"]).from_dict({**entry["config"], "kind": entry["variant"]})
         found = _spec_of(config.kind)
-        spec.check_fit(site, config)
+        spec.check_fit(site, model.get_submodule(site.path), config)
         self.refuse(model, [site], weights_come=True)
         with spec.own_random_numbers(model):
             change = self._change(site, model.get_submodule(site.path), config, found)
@@ -110,7 +113,7 @@ class Replacing(Kind):
 
 
 def _spec_of(variant: str) -> ReplacementSpec:
-    return spec.spec_of(variant, REPLACEMENTS, (*READ_VARIANTS, LOW_RANK))
+    return spec.spec_of(variant, REPLACEMENTS | _READ_BY_LAYERS, (*READ_VARIANTS, LOW_RANK))
 
 
 def _model_change(model: nn.Module, config: AttentionConfig, found: ReplacementSpec) -> ModelChange | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -45,6 +45,7 @@ class Weights(Kind):
         self.refuse(order.model, order.sites)
         request = self._request(order)
         _refuse_shared(order, request)
+        request = _without_refit(order, request)
 
         def build(site: Site, projections: Projections) -> nn.Module:
             return with_weights(order.module(site), projections)
@@ -112,9 +113,11 @@ class Latents(Weights):
         """A latent of the width that an entry of a recipe says."""
         old = model.get_submodule(site.path)
         values = self.values(old)
-        width = _whole(entry, "latent_dim", [n + 1 for n in range(values)])
+        block = block_of(old)
+        most = block.kv_heads * (block.head_dim + block.value_dim)
+        width = _whole(entry, "latent_dim", [n + 1 for n in range(most)])
         module = LatentReplacement(old, latent_like(weights_of(old), width))
-        return Change(SiteReport(site, values, width), entry, module=module)
+        return Change(SiteReport(site, values, self.values(module)), entry, module=module)
 
 
 def _refuse_shared(order: Order, request: factor.Request) -> None:
@@ -124,6 +127,21 @@ def _refuse_shared(order: Order, request: factor.Request) -> None:
         if request.needs_calibration and len(places) > 1:
             reason = f"it is applied at {', '.join(places)}, and method {request.method!r} calibrates one place"
             raise UnsupportedError(f"{site.path}: cannot be converted: {reason}", (reason,))
+
+
+def _without_refit(order: Order, request: factor.Request) -> factor.Request:
+    """A request that fits blocks that are not causal: sites there are not corrected one after the other.
+
+    Raises:
+        UnsupportedError: If that was asked for.
+    """
+    ahead = [site for site in order.sites if not block_of(order.module(site)).causal]
+    if not ahead or not request.needs_calibration:
+        return request
+    if order.options.get("refit"):
+        reason = "it is not causal, and 'refit' follows the layers of a decoder"
+        raise UnsupportedError(f"{ahead[0].path}: cannot be converted: {reason}; use refit=False", (reason,))
+    return replace(request, refit=False)
 
 
 def _whole(entry: dict[str, Any], name: str, allowed: Sequence[int]) -> int:

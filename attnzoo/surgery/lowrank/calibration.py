@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy
 from attnzoo.surgery.hosts.block import Block
 from attnzoo.surgery.hosts.families.known import block_of
 from attnzoo.surgery.hosts.site import Site
+from attnzoo.surgery.lowrank import losses
 from attnzoo_kernels.errors import ConfigError
 
 Progress = Callable[[str, int, int], None]
@@ -107,7 +108,8 @@ def as_batches(calibration: Iterable[Any]) -> list[Batch]:
     """Batches of ids as keyword arguments for the model.
 
     Args:
-        calibration: int64 ids ``[B, T]`` or ``[T]``, or mappings of keyword arguments with ``input_ids``.
+        calibration: int64 ids ``[B, T]`` or ``[T]``, or mappings of keyword arguments with ``input_ids``, or with
+            ``pixel_values``.
 
     Raises:
         ConfigError: If there is no batch, or one is neither.
@@ -123,6 +125,9 @@ def as_batches(calibration: Iterable[Any]) -> list[Batch]:
             batch = {"input_ids": item}
         else:
             raise ConfigError(f"calibration: expected tensors of ids or mappings, got {type(item).__name__}")
+        if "pixel_values" in batch:
+            batches.append(batch)
+            continue
         ids = batch.get("input_ids")
         if ids is None or ids.is_floating_point() or ids.dim() not in (1, 2) or ids.numel() == 0:
             got = None if ids is None else f"{ids.dtype} {list(ids.shape)}"
@@ -148,8 +153,15 @@ def _checked(batch: Batch) -> Batch:
     return {name: value.clone() if value.is_inference() else value for name, value in batch.items()}
 
 
-def real_tokens(batch: Batch) -> Tensor:
-    """Which tokens are no padding, bool ``[B, T]``."""
+def real_tokens(batch: Batch, like: Tensor | None = None) -> Tensor:
+    """Which tokens are no padding, bool ``[B, T]``.
+
+    Args:
+        batch: The batch.
+        like: What a site sees ``[B, T, C]``, for batches that are not of ids: of their tokens all are real.
+    """
+    if "input_ids" not in batch and like is not None:
+        return torch.ones(like.shape[:2], dtype=torch.bool, device=like.device)
     ids = batch["input_ids"]
     mask = batch.get("attention_mask")
     return torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
@@ -234,14 +246,17 @@ def evaluating(model: nn.Module) -> Any:
 def _collect_batch(
     model: nn.Module, modules: dict[str, nn.Module], batch: Batch, found: dict[str, SiteStatistics], *, gradients: bool
 ) -> None:
-    real = real_tokens(batch)
-    inputs: dict[str, Tensor] = {}
+    causal = all(block_of(module).causal for module in modules.values())
+    inputs: dict[str, list[Tensor]] = {path: [] for path in modules}
     outputs: dict[str, list[Tensor]] = {path: [] for path in modules}
     with ExitStack() as hooks:
         for path, module in modules.items():
 
             def keep_input(_: nn.Module, args: tuple[Tensor, ...], path: str = path) -> None:
-                inputs[path] = args[0].detach()
+                if gradients and not args[0].requires_grad:
+                    # Weights are frozen: the graph begins here where no embedding has begun it.
+                    args[0].requires_grad_()
+                inputs[path].append(args[0].detach())
 
             def keep_output(_: nn.Module, args: Any, output: Tensor, path: str = path) -> None:
                 output.retain_grad()
@@ -252,17 +267,24 @@ def _collect_batch(
             if gradients:
                 for projection in dict.fromkeys((projections["k_proj"], projections["v_proj"])):
                     hooks.callback(projection.register_forward_hook(keep_output).remove)
-        if gradients:
+        if gradients and causal and hasattr(model, "get_input_embeddings"):
             # Weights are frozen: the graph begins at the embeddings, so that no weight gradient is computed.
-            embedding = model.get_input_embeddings()  # type: ignore[operator]
+            embedding = model.get_input_embeddings()
             hooks.callback(embedding.register_forward_hook(lambda m, a, y: y.requires_grad_()).remove)
         with torch.set_grad_enabled(gradients):
-            logits = model(**batch, use_cache=False).logits
-            if gradients:
-                summed_loss(logits, batch["input_ids"], real).backward()
+            out = losses.run(model, batch, causal=causal)
+            real = real_tokens(batch, next(iter(inputs.values()))[0])
+            if gradients and causal:
+                summed_loss(getattr(out, "logits", out), batch["input_ids"], real).backward()
+            elif gradients:
+                losses.in_random_directions(out, real).backward()
     for path, site in found.items():
-        grads = _at_keys_and_values(block_of(modules[path]), outputs[path])
-        _add(site, inputs[path], real, grads, constant=site.moment.shape[0] > inputs[path].shape[-1])
+        block = block_of(modules[path])
+        each = len(outputs[path]) // len(inputs[path])
+        # A block that a model applies several times has as many inputs.
+        for call, x in enumerate(inputs[path]):
+            grads = _at_keys_and_values(block, outputs[path][call * each : (call + 1) * each])
+            _add(site, x, real, grads, constant=site.moment.shape[0] > x.shape[-1])
 
 
 def summed_loss(logits: Tensor, ids: Tensor, real: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ Letters: B batch, T tokens, C model width, H query heads, G KV heads, D head wid
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
+from collections.abc import Collection
 from typing import Any
 
 from torch import Tensor, nn
@@ -35,6 +36,14 @@ def adopt(module: nn.Module, host: nn.Module) -> None:
             if hasattr(module, name) and held != _HELD[-1]:
                 raise ConversionError(f"{name}: expected a name that {type(module).__name__} does not use itself")
         ours.update(theirs)
+
+
+def keep_others(module: nn.Module, host: nn.Module, projections: Collection[nn.Module]) -> None:
+    """Gives a module the children of another that do not project, under the same names."""
+    known = {id(child) for child in projections}
+    for name, child in host.named_children():
+        if id(child) not in known:
+            module.add_module(name, child)
 
 
 def view_of(module: nn.Module, host: nn.Module) -> nn.Module:

@@ -5,6 +5,7 @@ Letters: B batch, T query tokens, S slots, C model width, H query heads, G KV he
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -17,10 +18,11 @@ from attnzoo.base.rope import apply_rotary
 from attnzoo.cache.replay import is_replay, refuse_replay
 from attnzoo.surgery.hosts import attention_function
 from attnzoo.surgery.hosts.block import Block, Need, ReplacementModule
-from attnzoo.surgery.hosts.calls import read_call
+from attnzoo.surgery.hosts.calls import as_reply, named_arguments, read_call
 from attnzoo.surgery.hosts.families.known import block_of, family_of
 from attnzoo.surgery.hosts.positions import check_consecutive
 from attnzoo.surgery.hosts.projections import LatentProjections, Projections, set_weights, size_of
+from attnzoo.surgery.replacements.host_projector import keep_others
 from attnzoo_kernels import Slots
 from attnzoo_kernels.errors import ConversionError, UnsupportedError
 
@@ -36,14 +38,14 @@ class LatentReplacement(ReplacementModule):
 
     Attributes:
         query_factor: What the host's block multiplies its queries by beside the factor on scores.
-        attention_dropout: Share of attention weights that the host's block drops in training, which is refused here.
-        output_dropout: Share of outputs that it drops.
+        drops: Share of attention weights that the host's block drops in training, which is refused here.
+        output_drops: Share of outputs that it drops.
     """
 
     # Of one that an earlier version has pickled.
     query_factor = 1.0
-    attention_dropout = 0.0
-    output_dropout = 0.0
+    drops = 0.0
+    output_drops = 0.0
 
     def __init__(self, module: nn.Module, projections: LatentProjections) -> None:
         super().__init__(module, family_of(module).name)
@@ -51,23 +53,32 @@ class LatentReplacement(ReplacementModule):
         block = block_of(module)
         theirs = block.projections
         old = theirs["q_proj"]
+        self.arguments = tuple(inspect.signature(type(module).forward).parameters)[1:]
+        self.reply = block.reply
+        self.is_causal = block.causal
+        self.finish = block.finish
+        self.drops = block.dropout
+        keep_others(self, module, theirs.values())
         self.num_heads = p.num_heads
         self.num_kv_heads = p.num_kv_heads
         self.head_dim = p.head_dim
         self.rotary = p.rotary
         self.scaling = block.scale
         self.query_factor = p.scale / block.scale
-        self.attention_dropout = block.dropout
-        self.output_dropout = block.output_dropout
+        self.output_drops = block.output_dropout
         with torch.device("meta"):
             self.q_proj = nn.Linear(p.q.shape[1], p.q.shape[0], bias=p.q_bias is not None)
             self.kv_down = nn.Linear(p.down.shape[1], p.down.shape[0], bias=p.down_bias is not None)
             self.kv_up = nn.Linear(p.up.shape[1], p.up.shape[0], bias=False)
-            self.o_proj = nn.Linear(p.o.shape[1], p.o.shape[0], bias=p.o_bias is not None)
+            self.o_proj: nn.Module = nn.Linear(p.o.shape[1], p.o.shape[0], bias=p.o_bias is not None)
         set_weights(self.q_proj, p.q, p.q_bias, like=old)
         set_weights(self.kv_down, p.down, p.down_bias, like=old)
         set_weights(self.kv_up, p.up, None, like=old)
-        set_weights(self.o_proj, p.o, p.o_bias, like=theirs["o_proj"])
+        if "o_proj" in theirs:
+            set_weights(self.o_proj, p.o, p.o_bias, like=theirs["o_proj"])
+        else:
+            # The output's projection stands outside the block.
+            self.o_proj = nn.Identity()
         attention_function.take_over(self, module, p.num_kv_heads)
 
     def block(self) -> Block:
@@ -78,7 +89,7 @@ class LatentReplacement(ReplacementModule):
             head_dim=self.head_dim,
             value_dim=self.head_dim,
             width=size_of(self, "q_proj", "in_features"),
-            cached_values=lambda: self.kv_down.out_features,
+            cached_values=lambda: self.kv_down.out_features if self.is_causal else 0,
             project=self._project,
             output=self._output,
             projections={},
@@ -86,35 +97,32 @@ class LatentReplacement(ReplacementModule):
             rotary=lambda: self.rotary,
             rope_type=None,
             scale=self.scaling,
-            causal=True,
+            causal=self.is_causal,
             window=None,
-            reply="pair",
+            reply=self.reply,
+            finish=self.finish,
             reasons=dict.fromkeys(Need, (_REASON,)),
         )
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        attention_mask: Any = None,
-        cache: Any = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, None]:
-        """As the host calls it: ``[B, T, C]`` to ``([B, T, C], None)``.
+    def forward(self, *given: Any, **named: Any) -> Any:
+        """As the host calls it: ``[B, T, C]`` to ``[B, T, C]``, in what the host's own block answers with.
 
         Raises:
             UnsupportedError: If positions are not those of the slots, an argument cannot be honoured, or a backward
                 makes a call with a cache once more.
         """
-        call = read_call(kwargs, cache)
-        attention_function.check_implementation(self.config)
+        arguments = named_arguments(self.arguments, given, named)
+        hidden_states: Tensor = arguments.pop(self.arguments[0])
+        arguments.pop("position_embeddings", None)
+        attention_mask = arguments.pop("attention_mask", None)
+        call = read_call(arguments, causal=self.is_causal)
+        if self.needs_interface:
+            attention_function.check_implementation(self.config)
+        if self.training and self.drops:
+            raise UnsupportedError(f"dropout: expected 0, got {self.drops}; attention dropout is not offered")
         # One that is empty was made inside the checkpointed part.
         if call.cache is not None and is_replay() and call.cache.get_seq_length(self.layer_idx):
             refuse_replay("past_key_values")
-        if self.training and self.attention_dropout:
-            raise UnsupportedError(
-                f"dropout: expected 0, got {self.attention_dropout}; attention dropout is not offered"
-            )
         q = self._queries(hidden_states)
         latent = self.kv_down(hidden_states).unsqueeze(1)  # [B, 1, T, r]
         first = attention_function.first_slot(attention_mask, call.cache, self.layer_idx)
@@ -124,17 +132,18 @@ class LatentReplacement(ReplacementModule):
         if call.cache is not None:
             attention_function.let_grow(call.cache, self.layer_idx)
             latent, _ = call.cache.update(latent, latent[..., :0], self.layer_idx)
-        if real is None and isinstance(first, int) and may_absorb(q, latent, self.kv_up):
+        if real is None and isinstance(first, int) and self.is_causal and may_absorb(q, latent, self.kv_up):
             slots = self._slots(first + 1)
             if slots is not None and slots.runs is not None:
                 out = attend_absorbed(q, latent[:, 0, : first + 1], self.kv_up.weight, self._heads, slots)
-                return self._output(out.flatten(1).unsqueeze(1)), None
+                return as_reply(self.reply, self._output(out.flatten(1).unsqueeze(1)), call.cache)
         k, v = self._expand(latent.squeeze(1))  # [B, G, S, D] each
         # Rotation by slot, of queries and of all keys.
         q = self._rotate(q, first)
         k = self._rotate(k, 0)
         out, _ = attention_function.attend(self, q, k, v, attention_mask, scaling=self.scaling)
-        return self._output(out.flatten(-2)), None
+        y = self._output(out.flatten(-2))
+        return as_reply(self.reply, y if self.finish is None else self.finish(self, hidden_states, y), call.cache)
 
     @property
     def _heads(self) -> LatentHeads:
@@ -157,7 +166,7 @@ class LatentReplacement(ReplacementModule):
 
     def _output(self, y: Tensor) -> Tensor:
         out: Tensor = self.o_proj(y)
-        return nn.functional.dropout(out, self.output_dropout, self.training) if self.output_dropout else out
+        return nn.functional.dropout(out, self.output_drops, self.training) if self.output_drops else out
 
     def _expand(self, latent: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of all heads from latents ``[B, S, r]``."""

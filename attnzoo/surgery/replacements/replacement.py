@@ -41,6 +41,8 @@ class Replacement(ReplacementModule):
         slots_per_token: Slots that the layer's cache has for each of the host's tokens.
         arguments: What the host's own block calls its arguments, in their order.
         reply: What the host unpacks.
+        drops: The share of attention weights that the host drops in training.
+        finish: What follows inside the block, see :class:`~attnzoo.surgery.hosts.block.Block`.
     """
 
     def __init__(
@@ -56,8 +58,9 @@ class Replacement(ReplacementModule):
         block = projector.block
         self.head_dim = block.head_dim
         self.scaling = block.scale
-        self.attention_dropout = block.dropout
+        self.drops = block.dropout
         self.reply = block.reply
+        self.finish = block.finish
         self.arguments = tuple(inspect.signature(type(host).forward).parameters)[1:]
         layer.project_by(projector)
         self.layer = layer
@@ -98,7 +101,9 @@ class Replacement(ReplacementModule):
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes that the layer's cache holds for each of the host's tokens, rounded up."""
+        """Bytes that the layer's cache holds for each of the host's tokens, rounded up; 0 where it has none."""
+        if not self.layer.config.causal:
+            return 0
         return math.ceil(self.layer.new_cache(1, 1, device="meta").bytes_per_token * self.slots_per_token)
 
     def forward(self, *given: Any, **named: Any) -> Any:
@@ -112,18 +117,18 @@ class Replacement(ReplacementModule):
         hidden_states: Tensor = arguments.pop(self.arguments[0])
         embeddings = arguments.pop("position_embeddings", None)
         attention_mask = arguments.pop("attention_mask", None)
-        call = read_call(arguments)
-        attention_function.check_implementation(self.config)
-        if self.training and self.attention_dropout:
-            raise UnsupportedError(
-                f"dropout: expected 0, got {self.attention_dropout}; attention dropout is not offered"
-            )
+        causal = self.layer.config.causal
+        call = read_call(arguments, causal=causal)
+        if self.needs_interface:
+            attention_function.check_implementation(self.config)
+        if self.training and self.drops:
+            raise UnsupportedError(f"dropout: expected 0, got {self.drops}; attention dropout is not offered")
         # The KV cache: the layer's own, in the host's.
         held = None if call.cache is None else self._held(call.cache)
         first = 0 if held is None else held.seen
         tokens = hidden_states.shape[1]
         # Padding and positions, as the host gives them.
-        geometry = attention_function.geometry_of(attention_mask, tokens, first + tokens)
+        geometry = attention_function.geometry_of(attention_mask, tokens, first + tokens, causal=causal)
         real = _real_slots(geometry, held, first, tokens)
         padding = None if real is None else ~real[:, first:]
         positions = self._positions(call.position_ids, embeddings, first, real)
@@ -132,11 +137,14 @@ class Replacement(ReplacementModule):
             # What the layer counts by itself needs no table of positions, and no plan in a decoding step.
             positions = None
         if held is None:
-            return as_reply(self.reply, self.layer(hidden_states, positions, padding))
+            return as_reply(self.reply, self._finished(hidden_states, self.layer(hidden_states, positions, padding)))
         memory = held.room(self.layer, hidden_states)
         out = self.layer(hidden_states, positions, padding, memory)
         held.note(tokens, real)
-        return as_reply(self.reply, out, call.cache)
+        return as_reply(self.reply, self._finished(hidden_states, out), call.cache)
+
+    def _finished(self, x: Tensor, out: Tensor) -> Tensor:
+        return out if self.finish is None else self.finish(self, x, out)
 
     def _weights(self) -> Projections:
         raise ConversionError(f"layer: expected a block of the host's, got one that {self.variant!r} computes")

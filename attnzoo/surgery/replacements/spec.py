@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import nn
 
+from attnzoo.base import registry
 from attnzoo.base.config import AttentionConfig
 from attnzoo.base.layer import AttentionLayer
 from attnzoo.factory import create, get_config
@@ -77,6 +78,7 @@ def site_config(
         ConfigError: If an option is unknown, refused, or does not fit.
     """
     config_class = get_config(variant)
+    refuse_causality(site, module, variant)
     known = [field.name for field in fields(config_class) if field.name not in OF_THE_SITE | spec.refused]
     for name in options:
         check_known(name, known, f"options for {variant!r}")
@@ -86,6 +88,7 @@ def site_config(
         num_heads=site.heads,
         num_kv_heads=site.kv_heads,
         head_dim=site.head_dim,
+        causal=block.causal,
         bias=getattr(block.projections.get("q_proj"), "bias", None) is not None,
         rotary=block.rotary(),
         scale=block.scale,
@@ -108,14 +111,25 @@ def build_replacement(module: nn.Module, config: AttentionConfig, spec: Replacem
     return replacement
 
 
-def check_fit(site: Site, config: AttentionConfig) -> None:
+def refuse_causality(site: Site, module: nn.Module, variant: str) -> None:
+    """Raises where a block reads what comes behind too, and a variant cannot.
+
+    Raises:
+        UnsupportedError: If so.
+    """
+    if not block_of(module).causal and registry.variants[variant].causal_promise != "bidirectional-capable":
+        reason = f"it is not causal, and {variant!r} chooses from the past of each token"
+        raise UnsupportedError(f"{site.path}: cannot be converted: {reason}", (reason,))
+
+
+def check_fit(site: Site, module: nn.Module, config: AttentionConfig) -> None:
     """Raises unless a recipe's configuration has the sizes of its site.
 
     Raises:
         ConversionError: If it has not.
     """
     sizes = (config.dim, config.num_heads, config.kv_heads, config.head_width)
-    if sizes != (site.width, site.heads, site.kv_heads, site.head_dim) or not config.causal:
+    if sizes != (site.width, site.heads, site.kv_heads, site.head_dim) or config.causal != block_of(module).causal:
         raise ConversionError(f"recipe: config: expected one that fits {site.path}, got {config}")
 
 

@@ -7,7 +7,7 @@ from functools import partial
 from tests.mutants.record import Mutant
 
 FOLDER, TESTS = "attnzoo/surgery", "tests/attnzoo/surgery/families/test_encoders.py"
-family = partial(Mutant, file=f"{FOLDER}/hosts/families/encoders.py", tests=TESTS)
+family = partial(Mutant, file=f"{FOLDER}/hosts/families/bidirectional/encoders.py", tests=TESTS)
 
 MUTANTS = (
     Mutant(
@@ -30,5 +30,30 @@ MUTANTS = (
     Mutant(
         "encoders-policy", file=f"{FOLDER}/kinds/policy.py", old="if not block_of(module).causal:", new="if False:",
         wrong="a policy is put where there is no cache", tests=f"{TESTS} -k refused_by_name",
+    ),
+    Mutant(
+        "encoders-heads-in-place", file=f"{FOLDER}/hosts/families/bidirectional/grouped_encoder.py",
+        old="return heads.index_select(2, self.place).flatten(2)", new="return heads.flatten(2)",
+        wrong="merged heads come out in another order than the host expects", tests=f"{TESTS} -k repeated",
+    ),
+    Mutant(
+        "encoders-one-application", file=f"{FOLDER}/lowrank/calibration.py",
+        old="for call, x in enumerate(inputs[path]):", new="for call, x in enumerate(inputs[path][:1]):",
+        wrong="statistics are of the first application of a shared block", tests=f"{TESTS} -k application",
+    ),
+    Mutant(
+        "own-policy-not-asked", file=f"{FOLDER}/replacements/own_layers.py",
+        old="policy=self.policy if policy is None else policy", new="policy=policy",
+        wrong="caches of a layer with a policy keep everything",
+        tests="tests/attnzoo/surgery/families/test_own_layers.py -k policy",
+    ),
+    Mutant(
+        "own-weights-lost", file=f"{FOLDER}/hosts/families/own.py", old="    if own:\n", new="    if False:\n",
+        wrong="a router is thrown away", tests="tests/attnzoo/surgery/families/test_own_layers.py -k refused",
+    ),
+    Mutant(
+        "timm-norm-of-keys", file=f"{FOLDER}/hosts/families/bidirectional/timm_like.py", old="            k = norm(k)\n",
+        new="            pass\n", wrong="keys are not normalised",
+        tests="tests/attnzoo/surgery/families/test_timm_like.py -k begin",
     ),
 )  # fmt: skip

@@ -112,7 +112,7 @@ MUTANTS = (
         "replaced-padding-of-now", old="padding = None if real is None else ~real[:, first:]", new="padding = None if real is None else ~real[:, :tokens]", wrong="later calls are padded as the first was",
     ),
     replacement(
-        "replaced-dropout", old="if self.training and self.attention_dropout:", new="if False:", wrong="attention dropout is dropped silently", tests=f"{TESTS}/replacements/test_replacements.py -k honour",
+        "replaced-dropout", old="if self.training and self.drops:", new="if False:", wrong="attention dropout is dropped silently", tests=f"{TESTS}/replacements/test_replacements.py -k honour",
     ),
     replacement(
         "replaced-padding-forgotten", file="attnzoo/surgery/hosts/positions.py", old='            raise ShapeError("attention_mask: expected the padding of earlier calls again, got none")', new="            pass", wrong="padding that is forgotten in a later call goes unnoticed",

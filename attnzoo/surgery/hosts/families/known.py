@@ -8,13 +8,21 @@ from __future__ import annotations
 from torch import nn
 
 from attnzoo.surgery.hosts.block import Block, Family, ReplacementModule
-from attnzoo.surgery.hosts.families import encoders, fused, llama, opt
+from attnzoo.surgery.hosts.families import fused, llama, opt, own
+from attnzoo.surgery.hosts.families.bidirectional import encoders, timm_like
 from attnzoo.surgery.hosts.projections import Projections
 from attnzoo.surgery.hosts.site import Site
 from attnzoo.surgery.hosts.weights import type_name
 from attnzoo_kernels.errors import ConversionError
 
-FAMILIES: tuple[Family, ...] = (llama.FAMILY, *fused.FAMILIES, opt.FAMILY, encoders.FAMILY)
+FAMILIES: tuple[Family, ...] = (
+    llama.FAMILY,
+    *fused.FAMILIES,
+    opt.FAMILY,
+    encoders.FAMILY,
+    own.FAMILY,
+    timm_like.FAMILY,
+)
 
 REFUSED = {
     "BloomAttention": "it adds a bias for the distance of each pair to its scores (alibi)",
@@ -22,6 +30,9 @@ REFUSED = {
     "MptAttention": "it adds a bias for the distance of each pair to its scores (alibi)",
 }
 """Attention classes of which it is known why no family is built for them."""
+
+WITHOUT_TRANSFORMERS = frozenset({own.HOST, timm_like.HOST})
+"""Families whose models need not be of transformers."""
 
 
 def is_block(module: nn.Module) -> bool:

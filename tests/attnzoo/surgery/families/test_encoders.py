@@ -11,6 +11,7 @@ from transformers import BertConfig, BertModel
 
 import attnzoo
 from attnzoo import surgery
+from attnzoo.surgery.hosts.families.known import block_of
 from attnzoo.surgery.lookalikes import lookalikes
 from tests.attnzoo.surgery.families.encoder_hosts import (
     HEADS,
@@ -22,9 +23,10 @@ from tests.attnzoo.surgery.families.encoder_hosts import (
     padding,
     said,
 )
-from tests.attnzoo.surgery.tiny import assert_close, assert_untouched, convert, snapshot
+from tests.attnzoo.surgery.tiny import assert_close, assert_untouched, convert, replace_mha, snapshot
 
 EXACT = 1e-10
+TEXT = [torch.randint(1, 61, (4, 30), generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
 WINDOW = {"window": 4, "sink": 2, "block_size": 4}
 SHARDS = {"block_size": 4, "local_blocks": 1, "vert_stride": 3, "num_dense_heads": 1}
 
@@ -105,6 +107,34 @@ def test_a_rule_reads_what_a_mask_of_four_dimensions_lets_the_host_read(
         assert not torch.allclose(expected, said(encoder(name), **given, attention_mask=mask)[real])
 
 
+@pytest.mark.parametrize("variant", ["mha", "moh", "rcmha"])
+@torch.no_grad()
+def test_replacements_begin_as_the_host(host: tuple[str, Any], variant: str) -> None:
+    name, model = host
+    given = inputs(name)
+    mask = {"attention_mask": padding()} if name in TEXTS else {}
+    real = padding().bool() if name in TEXTS else torch.ones(2, 17 if name == "vit" else 18, dtype=torch.bool)
+    before = snapshot(model)
+    expected = said(model, **given)
+    padded = said(model, **given, **mask)
+    report = replace_mha(model) if variant == "mha" else convert(model, variant)
+    assert surgery.cache_bytes(model) == 0
+    assert_close(said(model, **given), expected, EXACT)
+    assert_close(said(model, **given, **mask)[real], padded[real], EXACT)
+    report.undo()
+    assert_untouched(model, before)
+
+
+@torch.no_grad()
+def test_a_replacement_reads_on_both_sides_of_a_window() -> None:
+    for name in ("bert", "albert"):
+        model, given = encoder(name), inputs(name)
+        mask = torch.ones_like(padding())
+        expected = said(model, **given, attention_mask=_window(mask))
+        convert(model, "moh", **WINDOW)
+        assert_close(said(model, **given), expected, EXACT)
+
+
 def test_gradients_are_the_hosts() -> None:
     grads = []
     for convert_it in (False, True):
@@ -128,6 +158,13 @@ def test_what_encoders_cannot_be_is_refused_by_name() -> None:
             r"it is not causal, so that it has no cache",
         ),
         ("mha", {"window": 4, "sink": 1, "evict": True}, r"^evict: expected False.* a block that is not causal"),
+        ("longheads", {}, r"it is not causal, and 'longheads' chooses from the past"),
+        ("landmark", {}, r"it is not causal, and 'landmark' chooses from the past"),
+        (
+            "lowrank_gqa",
+            {"method": "commuting", "num_kv_heads": 1, "refit": True, "calibration": TEXT},
+            r"refit=False$",
+        ),
     ):
         with pytest.raises((attnzoo.UnsupportedError, attnzoo.ConfigError), match=message):
             surgery.convert(model, variant, **options)
@@ -144,3 +181,76 @@ def test_decoders_and_cross_attention_are_refused_by_name() -> None:
         with pytest.raises(attnzoo.UnsupportedError, match=rf"^{path}: cannot be converted: .*{reason}"):
             surgery.convert(model, "mha", where=lambda site, path=path: site.path == path)
         assert_untouched(model, before)
+
+
+def test_a_latent_as_wide_as_the_model_loses_nothing(host: tuple[str, Any]) -> None:
+    name, model = host
+    given = inputs(name)
+    before = snapshot(model)
+    with torch.no_grad():
+        expected = said(model, **given)
+    calibration = [given, given] if name in PICTURES else TEXT
+    # Keys and values of 24 inputs and a constant lie in 25 dimensions; pictures are too few to say which.
+    width = 48 if name in PICTURES else 25
+    report = convert(model, "lowrank_gqa", method="latent", latent_dim=width, calibration=calibration)
+    with torch.no_grad():
+        assert_close(said(model, **given), expected, 1e-9)
+    report.undo()
+    assert_untouched(model, before)
+
+
+def test_statistics_are_of_every_application_of_a_block() -> None:
+    model = encoder("albert")
+    site = surgery.find(model)[0]
+    found = surgery.collect(model, [site], TEXT)
+    known = found.sites[site.path]
+    seen = []
+    hook = model.get_submodule(site.path).key.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.no_grad():
+        for ids in TEXT:
+            model(ids)
+    hook.remove()
+    assert known.tokens == 3 * sum(ids.numel() for ids in TEXT)
+    rows = torch.cat([x.flatten(0, 1) for x in seen])
+    assert_close(known.moment[:24, :24], rows.T @ rows, EXACT)
+    assert known.fisher is not None
+    assert float(known.fisher.trace()) > 0
+
+
+@pytest.mark.parametrize("variant", ["s2", "moh"])
+def test_an_adapter_of_an_encoder_is_loaded(variant: str, tmp_path: Any) -> None:
+    model = encoder("bert")
+    convert(model, variant, **(SHARDS if variant == "s2" else {"window": 4, "sink": 1}))
+    with torch.no_grad():
+        expected = said(model, **inputs("bert"))
+        surgery.save(model, tmp_path / "adapter", adapter_only=True)
+        again, _ = surgery.load(tmp_path / "adapter", base=encoder("bert"))
+        assert torch.equal(said(again, **inputs("bert")), expected)
+
+
+@pytest.mark.parametrize("name", ["bert", "albert", "distilbert", "vit"])
+def test_repeated_heads_are_merged_without_loss_whatever_their_order(name: str) -> None:
+    model, given = encoder(name, **{"n_heads" if name == "distilbert" else "num_attention_heads": 4}), inputs(name)
+    for site in surgery.find(model):
+        block = block_of(model.get_submodule(site.path))
+        with torch.no_grad():
+            for role in ("k_proj", "v_proj"):
+                linear = block.projections[role]
+                for values in (linear.weight, linear.bias):
+                    heads = values.unflatten(0, (4, 6))
+                    # The third head is the first again, and the last the second.
+                    heads[2:] = heads[:2].clone()
+    before = snapshot(model)
+    with torch.no_grad():
+        expected = said(model, **given)
+    calibration = [given, given] if name in PICTURES else TEXT
+    report = convert(model, "lowrank_gqa", method="commuting", num_kv_heads=2, calibration=calibration)
+    assert {site.kv_heads for site in surgery.find(model)} == {2}
+    with torch.no_grad():
+        assert_close(said(model, **given), expected, 1e-8)
+        # The host's own implementations take it as one of their blocks.
+        model.set_attn_implementation("eager")
+        assert_close(said(model, **given), expected, 1e-6)
+        model.set_attn_implementation("sdpa")
+    report.undo()
+    assert_untouched(model, before)

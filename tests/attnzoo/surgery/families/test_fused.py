@@ -237,7 +237,7 @@ def test_what_gpt2_drops_in_training_is_dropped_or_refused() -> None:
     latent = block_in(model).train()
     with pytest.raises(attnzoo.UnsupportedError, match=r"dropout: expected 0, got 0\.1"):
         model(ids(1, 5))
-    latent.attention_dropout = 0.0
+    latent.drops = 0.0
     with torch.random.fork_rng():
         torch.manual_seed(0)
         dropped = latent.block().output(torch.ones(1, 50, 48))

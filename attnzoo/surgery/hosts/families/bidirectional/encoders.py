@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from attnzoo.base.evicting.policy import PolicyAttention
 from attnzoo.surgery.hosts import attention_function
 from attnzoo.surgery.hosts.block import ROLES, Block, Family, Need
+from attnzoo.surgery.hosts.families.bidirectional.grouped_encoder import GroupedEncoderAttention, no_rotation
 from attnzoo.surgery.hosts.projections import Projections, as_linear, size_of
 
 _HEAD_WIDTHS = ("attention_head_size", "head_dim")
@@ -94,7 +95,7 @@ def describe(module: nn.Module) -> Block:
         output=partial(_output, host, names.output),
         projections={role: getattr(module, name) for role, name in roles.items() if name is not None},
         weights=partial(_weights, module, names, head_dim),
-        rotary=_no_rotation,
+        rotary=no_rotation,
         rope_type=None,
         scale=float(host.scaling),
         causal=host.is_causal is not False,
@@ -103,7 +104,7 @@ def describe(module: nn.Module) -> Block:
         reasons=_reasons(module),
         planes=None,
         dropout=_dropout(host),
-        finish=None if names.norm is None else partial(_add_and_norm, host, names.norm),
+        finish=None if names.norm is None else partial(_add_and_norm, names.norm),
     )
 
 
@@ -127,13 +128,9 @@ def _output(host: Any, name: str | None, y: Tensor) -> Tensor:
     return out
 
 
-def _no_rotation() -> None:
-    """Positions are learned, and added to the model's input."""
-
-
-def _add_and_norm(host: Any, norm: str, x: Tensor, y: Tensor) -> Tensor:
+def _add_and_norm(norm: str, holder: Any, x: Tensor, y: Tensor) -> Tensor:
     """The norm of the module's input and its output, which is dropped out of in training."""
-    found: Tensor = getattr(host, norm)(x + host.output_dropout(y))
+    found: Tensor = getattr(holder, norm)(x + holder.output_dropout(y))
     return found
 
 
@@ -173,7 +170,7 @@ def _reasons(module: nn.Module) -> Mapping[Need, tuple[str, ...]]:
     elif getattr(module, "is_causal", False):
         own.append("it is the attention of a decoder (is_decoder), and blocks of this family are converted in encoders")
     reading = list(own)
-    replacing = [*own, "encoders are converted in what they read alone"]
+    replacing = list(own)
     pattern = attention_function.pattern_of(module)
     if pattern is not None:
         replacing.insert(0, "it follows a read pattern, which a replacement would not; undo that conversion first")
@@ -182,4 +179,10 @@ def _reasons(module: nn.Module) -> Mapping[Need, tuple[str, ...]]:
     return {Need.READING: tuple(reading), Need.WEIGHTS: tuple(replacing), Need.REPLACING: tuple(replacing)}
 
 
-FAMILY = Family(name="encoders", classes=tuple(_NAMES), block=describe, with_weights=None, recognise=recognise)
+def with_weights(module: nn.Module, projections: Projections) -> nn.Module:
+    """A block with other weights, of fewer KV heads maybe, which the host's classes cannot hold; the original stays."""
+    old = module.block() if isinstance(module, GroupedEncoderAttention) else describe(module)
+    return GroupedEncoderAttention(module, old, FAMILY.name, projections)
+
+
+FAMILY = Family(name="encoders", classes=tuple(_NAMES), block=describe, with_weights=with_weights, recognise=recognise)
