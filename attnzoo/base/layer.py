@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from attnzoo.base.config import AttentionConfig, build_config
+from attnzoo.base.decoding.compiled import options_of
 from attnzoo.base.decoding.rotation import shared_rotary_tables
 from attnzoo.base.decoding.step import DecodingModule
 from attnzoo.base.inputs import check_dtype, check_inputs, cross_step, is_all_padding, self_step
@@ -21,10 +22,10 @@ from attnzoo.base.recording import Recording
 from attnzoo.base.registry import register
 from attnzoo.base.rope import apply_rotary
 from attnzoo.base.shared_layouts import dense_layout
-from attnzoo.base.steps import AttentionInputs, AttentionOutput, Heads, Plan, Step, finalise
+from attnzoo.base.steps import AttentionInputs, AttentionOutput, Heads, Plan, Step, finalise, is_training
 from attnzoo.cache.kv_cache import KVCache
 from attnzoo.cache.lengths import Lengths
-from attnzoo_kernels import Extras, attend_slots, block_sparse_attention
+from attnzoo_kernels import Extras, block_sparse_attention
 from attnzoo_kernels.errors import ConfigError, UnsupportedError
 from attnzoo_kernels.runtime.plain import is_open
 
@@ -89,6 +90,7 @@ class AttentionLayer(DecodingModule):
         if not isinstance(config, self.config_class):
             raise ConfigError(f"config: expected a {self.config_class.__name__}, got {type(config).__name__}")
         self.config = config
+        self.row_options = options_of(config)
         self.impl = "auto"
         self.recordings: tuple[Recording, ...] = ()
         self.build_projections(device=device, dtype=dtype)
@@ -249,14 +251,14 @@ class AttentionLayer(DecodingModule):
         return step
 
     def _compiled_row(self, x: Tensor, cache: KVCache) -> Tensor:
-        """A compiled decoding step: the call's steps but for the plan, which says what :meth:`row_slots` does."""
         step = self.begin(x, None, None, cache, None)
-        inputs = self.remember(step, self.project(step))
-        slots = self.row_slots(inputs.k.shape[2], x.device)
-        if slots is None:
-            raise AssertionError("a class whose rows compile knows what they read")
-        out = attend_slots(inputs.q, inputs.k, inputs.v, slots, scale=self.row_scale)
+        out = self.compiled_row(step, self.project(step))
         return self.output_of(out.transpose(1, 2).flatten(-2))
+
+    def compiled_row(self, step: Step, heads: Heads) -> Tensor:
+        """The heads' outputs ``[B, H, 1, Dv]`` of a compiled decoding step, which makes no plan."""
+        inputs = self.remember(step, heads)
+        return self.read_runs(inputs.q, inputs.k, inputs.v)
 
     def _run(self, step: Step) -> AttentionOutput:
         heads = self.project(step)
@@ -390,7 +392,3 @@ def _hide(hidden: Tensor, dtype: torch.dtype) -> Tensor:
     """A bias ``[B, 1, S]`` that hides the slots where ``hidden [B, S]`` is true."""
     acc = torch.float64 if dtype == torch.float64 else torch.float32
     return torch.zeros(hidden.shape, dtype=acc, device=hidden.device).masked_fill(hidden, -torch.inf).unsqueeze(1)
-
-
-def is_training(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)

@@ -49,6 +49,12 @@ class Step:
     row_index: Tensor | None = None
     first: int | None = None
 
+    def row_buffers(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """What the cache has room for in keys and values, ``[B, G, n, D]``, once this call's are written."""
+        if self.cache is None:
+            raise AssertionError("buffers are those of a call with a cache")
+        return self.cache.row_buffer("k").to(dtype), self.cache.row_buffer("v").to(dtype)
+
 
 @dataclass(frozen=True, eq=False)
 class Heads:
@@ -200,3 +206,8 @@ def finalise(plan: Plan, inputs: AttentionInputs) -> Plan:
     if q_pos is not None or inputs.key_bias is not None:
         extras = replace(extras, q_pos=q_pos, key_bias=inputs.key_bias)
     return replace(plan, extras=extras, batch=inputs.q.shape[0], heads=inputs.q.shape[1])
+
+
+def is_training(*tensors: Tensor) -> bool:
+    """Whether gradients are wanted of one."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)

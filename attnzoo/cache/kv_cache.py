@@ -157,6 +157,11 @@ class KVCache(RowCache):
         return sum(x.numel() * x.element_size() for x in self.streams.values())
 
     @property
+    def offloads(self) -> bool:
+        """Whether some values are kept in CPU memory."""
+        return bool(self._offloaded)
+
+    @property
     def offloaded_nbytes(self) -> int:
         """Bytes of the buffers that are kept in CPU memory."""
         return sum(x.numel() * x.element_size() for name, x in self.streams.items() if name in self._offloaded)

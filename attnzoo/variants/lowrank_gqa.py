@@ -20,15 +20,20 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from attnzoo.base.config import AttentionConfig, check_int
+from attnzoo.base.decoding.compiled import HiddenRow, hidden_from_compilers
 from attnzoo.base.decoding.latent import LatentHeads, attend_absorbed
 from attnzoo.base.decoding.step import TokenRow
 from attnzoo.base.evicting.layer import PolicyLayer
-from attnzoo.base.layer import AttentionInputs, Heads, Step, is_training
+from attnzoo.base.layer import AttentionInputs, Heads, Step
+from attnzoo.base.projections import is_unwatched
 from attnzoo.base.rope import RotaryConfig as RotaryConfig
-from attnzoo.cache.kv_cache import Stream
-from attnzoo_kernels import Slots
+from attnzoo.base.rope import apply_rotary, rotary_tables
+from attnzoo.base.steps import is_training
+from attnzoo.cache.kv_cache import KVCache, Stream
+from attnzoo_kernels import Slots, attend_slots
 from attnzoo_kernels.errors import UnsupportedError
 
 
@@ -190,8 +195,48 @@ class LowRankGQAAttention(PolicyLayer, name="lowrank_gqa"):
         heads = LatentHeads(config.kv_heads, config.head_width, config.rotary, self.row_scale)
         return attend_absorbed(q, seen["latent"][:, 0, :held], self.kv_up.weight, heads, self.row_slots(held, q.device))
 
+    def may_compile_row(self, x: Tensor, cache: KVCache) -> bool:
+        """As every layer; a latent where keys and values are products of it with a weight, and no more."""
+        if self.config.latent_dim is None or not super().may_compile_row(x, cache):
+            return super().may_compile_row(x, cache)
+        up = self.kv_up
+        known = self.runs_own("expand", LowRankGQAAttention) and type(up) is nn.Linear and is_unwatched(up)
+        return known and up.bias is None and self.may_hide_row(cache)
+
+    def compiled_row(self, step: Step, heads: Heads) -> Tensor:
+        """As every layer; latents are absorbed."""
+        config = self.config
+        cache = step.cache
+        if config.latent_dim is None or cache is None:
+            return super().compiled_row(step, heads)
+        position = step.positions.to(torch.int32).expand(step.x.shape[0], -1)[:, None, :, None]  # [B, 1, 1, 1]
+        seen = cache.append({"latent": heads.k, "position": position}, step.lengths, differentiable=False)
+        tensors = (heads.q, seen["latent"], seen["position"], self.kv_up.weight)
+        return self.hidden_row("latent", tensors, seen["latent"].shape[2], self.row_scale)
+
     def streams(self) -> dict[str, Stream]:
         """The latent, and the position that its key will be rotated by."""
         if self.config.latent_dim is None:
             return super().streams()
         return {"latent": Stream(1, self.config.latent_dim), "position": Stream(1, 1, torch.int32)}
+
+
+@hidden_from_compilers("latent")
+def _attend_latents(row: HiddenRow) -> Tensor:
+    """Attention of a row ``[B, H, 1, D]`` to latents ``[B, 1, S, r]`` at positions ``[B, 1, S, 1]``; see ``kv_up``."""
+    q, latent, position, up = row.tensors
+    config = row.config
+    (scale,) = row.numbers
+    every = Slots(((0, row.held),))
+    places = position[:, 0, :, 0]  # [B, S]
+    if torch.equal(places, torch.arange(row.held, device=q.device).expand_as(places)):
+        heads = LatentHeads(config.kv_heads, config.head_width, config.rotary, scale)
+        return attend_absorbed(q, latent[:, 0], up, heads, every)
+    # Positions that were given to earlier calls are no slots: keys are expanded and rotated by them.
+    k, v = linear(latent[:, 0], up).unflatten(-1, (-1, config.head_width)).transpose(1, 2).chunk(2, dim=1)
+    rotary = config.rotary
+    if rotary is not None:
+        cos, sin = rotary_tables(rotary, config.head_width, places, torch.promote_types(q.dtype, torch.float32))
+        q = apply_rotary(q, cos[:, -1:], sin[:, -1:], rotary.interleaved)
+        k = apply_rotary(k, cos, sin, rotary.interleaved)
+    return attend_slots(q, k, v, every, scale=scale)

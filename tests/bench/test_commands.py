@@ -30,6 +30,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
         "moh",
         "longheads",
         "aot",
+        "compiled",
         "kernel_cache",
         "pages",
         "policies",

@@ -14,7 +14,7 @@ Letters: B batch, C model width, H query heads, G KV heads, D head width, Dv val
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
@@ -23,6 +23,7 @@ from torch.autograd import forward_ad
 from torch.nn.functional import linear
 
 from attnzoo.base.caching import CachingModule
+from attnzoo.base.decoding.compiled import compute_hidden
 from attnzoo.base.decoding.rotation import rotate_row, row_rotation
 from attnzoo.base.projections import are_products, is_distributed
 from attnzoo.base.recording import Recording
@@ -59,14 +60,20 @@ class DecodingModule(CachingModule):
 
     impl: str
     recordings: tuple[Recording, ...]
+    row_options: str | None = None
+    """The configuration as compiled steps hand it on; ``None`` where it cannot be told in plain values."""
     compiles_rows: ClassVar[bool] = False
-    """Whether :meth:`row_slots` can be traced, and gives runs: a compiled step reads them without a plan."""
+    """Whether a compiled step makes no plan: a class that says so has a ``compiled_row`` that fits its hooks. That of
+    every layer reads the runs of :meth:`row_slots`, which can be traced then."""
 
     _stands_for: ClassVar[tuple[tuple[str, Callable[..., Any]], ...] | None] = None
     """The steps that the class's hooks stand for, as they were when it was made; ``None`` where they stand for none."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if not HOOKS.isdisjoint(vars(cls)) and "compiles_rows" not in vars(cls):
+            # A compiled step that is inherited may say something else than new hooks.
+            cls.compiles_rows = False
         cls._stands_for = tuple((name, getattr(cls, name)) for name in STEPS) if _has_hooks(cls) else None
 
     @property
@@ -196,6 +203,22 @@ class DecodingModule(CachingModule):
         if self._stands_for is None or not self.compiles_rows or self.recordings or self.impl != "auto":
             return False
         return not torch.is_grad_enabled() and x.dtype in COMPUTED
+
+    def may_hide_row(self, cache: KVCache) -> bool:
+        """Whether a compiled step may call :meth:`hidden_row`."""
+        return self.row_options is not None and not cache.offloads and not torch.is_autocast_enabled("cpu")
+
+    def hidden_row(self, name: str, tensors: Sequence[Tensor], held: int, *numbers: float) -> Tensor:
+        """What a compiled step looks up ``[B, H, 1, Dv]``: :func:`attnzoo.base.decoding.compiled.compute_hidden`."""
+        options = self.row_options or ""
+        return compute_hidden(name, tensors, held, width=self.config.head_width, options=options, numbers=numbers)
+
+    def read_runs(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention ``[B, H, 1, Dv]`` of a row to what :meth:`row_slots` says; k and v hold what may be read."""
+        slots = self.row_slots(k.shape[2], q.device)
+        if slots is None:
+            raise AssertionError("a class whose rows compile knows what they read")
+        return attend_slots(q, k, v, slots, scale=self.row_scale)
 
     def _may_be_quick(self, x: Tensor) -> bool:
         """Whether nothing about a call on a CPU, or about this layer, asks for the call's steps."""

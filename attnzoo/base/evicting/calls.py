@@ -14,10 +14,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from attnzoo.base.layer import is_training
 from attnzoo.base.padding import add_front, drop_front, front_positions
 from attnzoo.base.shared_layouts import Cover, dense_layout, sink_window_layout
-from attnzoo.base.steps import HeldInputs, Way
+from attnzoo.base.steps import HeldInputs, Way, is_training
 from attnzoo.cache.evicting.cache import EvictingCache
 from attnzoo.cache.evicting.regions import FullRegion, Region, StreamingRegion, column_of
 from attnzoo.cache.lengths import Lengths

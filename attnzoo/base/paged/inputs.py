@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from attnzoo.base.layer import is_training
-from attnzoo.base.steps import HeldInputs
+from attnzoo.base.steps import HeldInputs, is_training
 from attnzoo.cache.lengths import Lengths
 from attnzoo.cache.pages.cache import PagedCache
 from attnzoo.cache.pages.pool import PagePool

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from attnzoo.base.decoding.compiled import HiddenRow, hidden_from_compilers
 from attnzoo.selection.decoding import Rotations, clear_best, gathered_tokens, rotated, rotations_back, tokens_of
 from attnzoo.variants.landmark.config import LandmarkConfig
 from attnzoo.variants.landmark.retrieval import BlockRotations, retrieve, rounding
+from attnzoo_kernels import Slots, attend_slots
 
 PRECISE = (torch.float32, torch.float64)
 """What a decoding step is computed in without the operation."""
@@ -56,22 +58,45 @@ class BlockRow:
         return self.k[:, :, self.size - 1 :: self.size][:, :, : self.own]
 
 
-def attend_row(
-    config: LandmarkConfig, heads: tuple[Tensor, Tensor, Tensor], held: int, *, scale: float, mix: float, moves: bool
-) -> Tensor:
+@dataclass(frozen=True, kw_only=True)
+class Reads:
+    """How a row reads.
+
+    Attributes:
+        scale: The factor on scores.
+        mix: The share of the landmark's score in a block's logit.
+        soft: Whether all blocks are read, however many there are.
+    """
+
+    scale: float
+    mix: float
+    soft: bool
+
+
+@hidden_from_compilers("landmark")
+def _attend_compiled(row: HiddenRow) -> Tensor:
+    q, k, v = row.tensors
+    scale, mix, soft = row.numbers
+    return attend_row(row.config, (q, k, v), row.held, Reads(scale=scale, mix=mix, soft=bool(soft)))
+
+
+def attend_row(config: LandmarkConfig, heads: tuple[Tensor, Tensor, Tensor], held: int, reads: Reads) -> Tensor:
     """Attention of a row to its block and to those that it chooses, ``[B, H, 1, Dv]``.
 
     Args:
         config: The layer's options.
         heads: Rotated q ``[B, H, 1, D]``, and k and v ``[B, G, n, D]`` of everything there is room for.
-        held: Tokens that may be read, more than a block.
-        scale: The factor on scores.
-        mix: The share of the landmark's score in a block's logit.
-        moves: Whether there are more blocks than a row reads, so that blocks are chosen and moved.
+        held: Tokens that may be read.
+        reads: How they are read.
     """
     q, k, v = heads
     size = config.block_size
+    if held <= size:
+        # No block is complete before the row's own, whose landmark counts for nothing.
+        return attend_slots(q, k, v, Slots(((0, min(held, size - 1)),)), scale=reads.scale)
     own = (held - 1) // size
+    # Among few blocks top-k takes all, and moves none.
+    moves = not reads.soft and own > config.top_k
     rotations = None
     width = 0
     if config.rotary is not None and moves:
@@ -79,7 +104,7 @@ def attend_row(
         # A power of two serves all lengths up to it.
         count = 1 << own.bit_length()
         rotations = rotations_back(config.rotary, config.head_width, config.stride, count, q.dtype, q.device)
-    row = BlockRow(q, k, v, held, size, scale, mix, rotations, width)
+    row = BlockRow(q, k, v, held, size, reads.scale, reads.mix, rotations, width)
     if not moves:
         out = attend_all_blocks(row)
         if bool(out.sum().isfinite()):

@@ -49,10 +49,10 @@ from attnzoo.cache.kv_cache import KVCache, Stream
 from attnzoo.cache.lengths import Lengths
 from attnzoo.selection.offloading import OffloadingLayer
 from attnzoo.variants.landmark.config import LandmarkConfig, Mode, check_mix, check_mode
-from attnzoo.variants.landmark.decoding import PRECISE, attend_row
+from attnzoo.variants.landmark.decoding import PRECISE, Reads, attend_row
 from attnzoo.variants.landmark.retrieval import BlockRotations, retrieve
 from attnzoo.variants.landmark.tokens import LandmarkGrid, check_landmarks
-from attnzoo_kernels import BlockLayout, Extras, Slots, attend_slots
+from attnzoo_kernels import BlockLayout, Extras
 from attnzoo_kernels.errors import UnsupportedError
 from attnzoo_kernels.runtime.plain import is_open
 
@@ -101,6 +101,7 @@ class LandmarkAttention(OffloadingLayer, name="landmark"):
     config_class = LandmarkConfig
     config: LandmarkConfig
     trainable_selection = True
+    compiles_rows = True
     dense_limit: ClassVar[dict[str, Any]] = {"block_size": 1 << 20}
 
     def __init__(self, config: LandmarkConfig | None = None, **options: Any) -> None:
@@ -308,16 +309,24 @@ class LandmarkAttention(OffloadingLayer, name="landmark"):
             return None
         check_mix(self.gate_mix)
         held = row.position + 1
-        size = config.block_size
-        counted = row if config.landmark_positions else row._replace(position=row.position - held // size)
+        counted = row if config.landmark_positions else row._replace(position=row.position - held // config.block_size)
         q, k, v = self.project_row(counted)
         seen = row.cache.write_row({"k": k, "v": v})
-        if held <= size:
-            # No block is complete before the row's own, whose landmark counts for nothing.
-            own = Slots(((0, min(held, size - 1)),))
-            return attend_slots(q, seen["k"], seen["v"], own, scale=self.row_scale)
-        heads = (q, seen["k"], seen["v"])
-        return attend_row(config, heads, held, scale=self.row_scale, mix=self.gate_mix, moves=not self._reads_all(held))
+        reads = Reads(scale=self.row_scale, mix=self.gate_mix, soft=self.effective_mode == "soft")
+        return attend_row(config, (q, seen["k"], seen["v"]), held, reads)
+
+    def may_compile_row(self, x: Tensor, cache: KVCache) -> bool:
+        """As every layer, where a step without a compiler makes no plan."""
+        precise = not self.config.official_quirks and x.dtype in PRECISE
+        return precise and super().may_compile_row(x, cache) and self.may_hide_row(cache)
+
+    def compiled_row(self, step: Step, heads: Heads) -> Tensor:
+        """As every layer; blocks are chosen, and read where the cache holds them."""
+        check_mix(self.gate_mix)
+        inputs = self.remember(step, heads)  # type: ignore[arg-type]
+        tensors = (inputs.q, *step.row_buffers(inputs.q.dtype))
+        reads = (self.row_scale, self.gate_mix, float(self.effective_mode == "soft"))
+        return self.hidden_row("landmark", tensors, inputs.k.shape[2], *reads)
 
     def rotate_row(self, row: TokenRow, x: Tensor) -> Tensor:
         """In halves, as :meth:`rotate` does."""

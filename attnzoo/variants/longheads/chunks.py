@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from attnzoo.base.shared_layouts import dense_layout, may_share
+from attnzoo.base.steps import Step
 from attnzoo.cache.lengths import Lengths
 from attnzoo.topk import top_blocks
 from attnzoo_kernels import BlockLayout, remembers
@@ -162,3 +163,13 @@ def take(x: Tensor, index: Tensor) -> Tensor:
     if index.shape[0] == 1:
         return x.index_select(2, index[0])
     return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+
+
+def is_step(step: Step, tokens: int) -> bool:
+    """Whether published code would take this call for a decoding step."""
+    return step.cache is not None and tokens == 1
+
+
+def slots_of_rows(step: Step, tokens: int, device: torch.device) -> Tensor:
+    """The slots of a call's rows in their sequences, int64 ``[B|1, T]``."""
+    return torch.arange(tokens, device=device).unsqueeze(0) + Lengths(step.offset).column()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from attnzoo.base.decoding.compiled import HiddenRow, hidden_from_compilers
 from attnzoo.selection.decoding import clear_best, gathered_tokens, rotated, rotations_in_slots, tokens_of
 from attnzoo.topk import top_blocks
 from attnzoo.variants.longheads.chunks import ChunkGrid
@@ -70,6 +71,38 @@ def chosen_chunks(grid: ChunkGrid, query: Tensor, keys: Tensor, own: int, groups
     chunks[..., -2] = own - 1
     chunks[..., -1] = own
     return chunks
+
+
+def chunks_read(grid: ChunkGrid, position: int) -> int:
+    """How many chunks the row at a position reads."""
+    return position // grid.size + 1 if position < grid.first else grid.slots
+
+
+@hidden_from_compilers("longheads")
+def _attend_compiled(row: HiddenRow) -> Tensor:
+    """A row of queries that are not rotated; behind the buffers, the keys of chunks, and queries up to the row's."""
+    q, k, v, keys, queries = row.tensors
+    config = row.config
+    grid = config.grid
+    (scale,) = row.numbers
+    position = row.held - 1
+    in_slots, _ = rotated_to_slots(config, q, q[:, :1], position % grid.size, chunks_read(grid, position))
+    if position < grid.first:
+        return attend_all(in_slots, (k, v), grid.size, row.held, scale)
+    asks = queries.narrow(2, queries.shape[2] - 1 - position % config.block_q, 1)
+    own = position // grid.size
+    chunks = chosen_chunks(grid, asks, keys, own, k.shape[1] if config.group_select else None)
+    return attend_to_chunks(grid, in_slots, (k, v), chunks, row.held, scale)
+
+
+def attend_to_chunks(
+    grid: ChunkGrid, q: Tensor, buffers: tuple[Tensor, Tensor], chunks: Tensor, held: int, scale: float
+) -> Tensor:
+    """As :func:`attend_chosen`, or as :func:`attend_most` where that is quicker."""
+    own = (held - 1) // grid.size
+    reads_most = own < min(2 * grid.slots, MOST_CHUNKS) and grid.slots * grid.size >= LEAST_READ
+    attend = attend_most if reads_most and scale > 0 else attend_chosen
+    return attend(q, buffers, chunks, grid.size, held, scale)
 
 
 def attend_chosen(

@@ -33,11 +33,12 @@ import torch
 from torch import Tensor
 
 from attnzoo.base.decoding.step import TokenRow
-from attnzoo.base.layer import LONG_CALL, AttentionInputs, Heads, Plan, Step, is_training
+from attnzoo.base.layer import LONG_CALL, AttentionInputs, Heads, Plan, Step
 from attnzoo.base.padding import attend_in_chunks, for_heads, in_chunks, leading_rows
 from attnzoo.base.rope import RotaryConfig as RotaryConfig
 from attnzoo.base.rope import apply_rotary, rotary_tables, rotation_tables, shared_rotation_tables
 from attnzoo.base.shared_layouts import may_share
+from attnzoo.base.steps import is_training
 from attnzoo.cache.kv_cache import KVCache, Stream
 from attnzoo.cache.lengths import Lengths
 from attnzoo.selection.offloading import OffloadingLayer
@@ -46,17 +47,18 @@ from attnzoo.variants.longheads.chunks import (
     Candidates,
     blocks_of,
     choose_chunks,
+    is_step,
     plain_layout,
+    slots_of_rows,
     take,
 )
 from attnzoo.variants.longheads.config import LongHeadsConfig
 from attnzoo.variants.longheads.decoding import (
-    LEAST_READ,
     MOST_CHUNKS,
     attend_all,
-    attend_chosen,
-    attend_most,
+    attend_to_chunks,
     chosen_chunks,
+    chunks_read,
     rotated_to_slots,
 )
 from attnzoo.variants.longheads.prefix import apart, begins_plain
@@ -92,6 +94,7 @@ class LongHeadsAttention(OffloadingLayer, name="longheads"):
     config_class = LongHeadsConfig
     config: LongHeadsConfig
     causal_promise = "strict"
+    compiles_rows = True
     # The tokens before the threshold are plain attention, and this one is never reached.
     dense_limit: ClassVar[dict[str, Any]] = {"attention_length": 1 << 20}
 
@@ -129,7 +132,7 @@ class LongHeadsAttention(OffloadingLayer, name="longheads"):
         if cache is None and not is_open(tokens) and tokens <= config.first:
             return ChunkInputs(**vars(super().remember(step, heads)))
         size = config.chunk_size
-        slot = _slots(step, tokens, heads.q.device)  # [B|1, T]
+        slot = slots_of_rows(step, tokens, heads.q.device)  # [B|1, T]
         q = self.rotate(step.positions - self._moved(step, slot), heads.q)[0]
         k = self.rotate(step.positions - (slot - slot % size), heads.k)[0]
         if cache is None:
@@ -178,8 +181,8 @@ class LongHeadsAttention(OffloadingLayer, name="longheads"):
     ) -> ChunkInputs:
         seen = self.attention_inputs(step, *heads)
         q_pos = seen.q_pos
-        if self.config.official_quirks and not _is_step(step, heads[0].shape[2]):
-            slot = _slots(step, heads[0].shape[2], heads[0].device).unsqueeze(1)
+        if self.config.official_quirks and not is_step(step, heads[0].shape[2]):
+            slot = slots_of_rows(step, heads[0].shape[2], heads[0].device).unsqueeze(1)
             q_pos = (slot if q_pos is None else q_pos) - (slot >= self.config.first).long()
             q_pos = q_pos.clamp(min=-1).to(torch.int32)
         candidates = Candidates(chunk_keys, queries.detach())
@@ -190,7 +193,7 @@ class LongHeadsAttention(OffloadingLayer, name="longheads"):
         config = self.config
         own = slot // config.chunk_size
         moved = own - (config.slots - 1)
-        if config.official_quirks and _is_step(step, slot.shape[1]):
+        if config.official_quirks and is_step(step, slot.shape[1]):
             # The step that completes a chunk has a slot less.
             moved = moved + (slot % config.chunk_size == config.chunk_size - 1).long()
         return torch.where(slot < config.first, 0, moved * config.chunk_size)
@@ -278,7 +281,7 @@ class LongHeadsAttention(OffloadingLayer, name="longheads"):
             tokens=tokens,
             groups=inputs.k.shape[1] if config.group_select else None,
             offset=offset,
-            published_step=config.official_quirks and _is_step(step, tokens),
+            published_step=config.official_quirks and is_step(step, tokens),
         )
         chunks, origin = choose_chunks(config.grid, asking, first)
         index, origin = blocks_of(config.grid, chunks, origin, slots)
@@ -298,12 +301,10 @@ class LongHeadsAttention(OffloadingLayer, name="longheads"):
         """A decoding step, unless it does as the published code does, or is in half precision."""
         config = self.config
         grid = config.grid
-        own, within = divmod(row.position, grid.size)
-        count = own + 1 if row.position < grid.first else grid.slots
-        # Everything in many chunks is left to the operation, which reads them by one product.
-        reads_many = row.position < grid.first and count > MOST_CHUNKS
-        if config.official_quirks or reads_many or row.x.dtype not in PRECISE:
+        if not self._may_leave_plan(row.x, row.position):
             return None
+        own, within = divmod(row.position, grid.size)
+        count = chunks_read(grid, row.position)
         q, k, v = self._project_row_unrotated(row)
         asks = self._asking_query(row, q) if row.position >= grid.first else None
         in_slots, rotated_k = rotated_to_slots(config, q, k, within, count)
@@ -323,9 +324,31 @@ class LongHeadsAttention(OffloadingLayer, name="longheads"):
         if asks is None:
             return attend_all(in_slots, buffers, grid.size, held, self.row_scale)
         chunks = chosen_chunks(grid, asks, keys, own, k.shape[1] if config.group_select else None)
-        reads_most = own < min(2 * grid.slots, MOST_CHUNKS) and grid.slots * grid.size >= LEAST_READ
-        attend = attend_most if reads_most and self.row_scale > 0 else attend_chosen
-        return attend(in_slots, buffers, chunks, grid.size, held, self.row_scale)
+        return attend_to_chunks(grid, in_slots, buffers, chunks, held, self.row_scale)
+
+    def _may_leave_plan(self, x: Tensor, position: int) -> bool:
+        """Whether the row at a position makes no plan: everything in many chunks is left to one product."""
+        grid = self.config.grid
+        least = MOST_CHUNKS * grid.size
+        # A compiled step asks for the position where the answer depends on it alone.
+        reads_many = least < grid.first and least <= position < grid.first
+        return not self.config.official_quirks and not reads_many and x.dtype in PRECISE
+
+    def may_compile_row(self, x: Tensor, cache: KVCache) -> bool:
+        """As every layer, where a step without a compiler makes no plan."""
+        if not super().may_compile_row(x, cache) or not self.may_hide_row(cache) or cache.length is None:
+            return False
+        return self._may_leave_plan(x, cache.length)
+
+    def compiled_row(self, step: Step, heads: Heads) -> Tensor:
+        """As every layer; chunks are chosen, and read where the cache holds them."""
+        inputs = self.remember(step, heads)
+        found = inputs.candidates
+        if found is None:
+            raise AssertionError("a call with a cache keeps what chunks are chosen by")
+        # That q is rotated to its place is of no use here, and left out by the compiler.
+        tensors = (heads.q, *step.row_buffers(heads.q.dtype), found.keys, found.queries)
+        return self.hidden_row("longheads", tensors, inputs.k.shape[2], self.row_scale)
 
     def _project_row_unrotated(self, row: TokenRow) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of a row ``[B, h, 1, D]``, in halves."""
@@ -375,13 +398,3 @@ class LongHeadsAttention(OffloadingLayer, name="longheads"):
             heads = groups if name == "key" else self._local_heads
             streams[name] = Stream(heads, width, ring=max(1, config.chunk_size - 1))
         return streams
-
-
-def _is_step(step: Step, tokens: int) -> bool:
-    """Whether published code would take this call for a decoding step."""
-    return step.cache is not None and tokens == 1
-
-
-def _slots(step: Step, tokens: int, device: torch.device) -> Tensor:
-    """The slots of a call's rows in their sequences, int64 ``[B|1, T]``."""
-    return torch.arange(tokens, device=device).unsqueeze(0) + Lengths(step.offset).column()

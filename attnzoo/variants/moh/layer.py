@@ -26,11 +26,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from attnzoo.base.decoding.compiled import HiddenRow, hidden_from_compilers
 from attnzoo.base.decoding.step import TokenRow, sink_window_slots
 from attnzoo.base.layer import AttentionInputs, AttentionLayer, Plan, Step, finalise
 from attnzoo.base.projections import is_plain, is_untouched
 from attnzoo.base.rope import RotaryConfig as RotaryConfig
 from attnzoo.base.shared_layouts import Cover, dense_layout, sink_window_layout
+from attnzoo.cache.kv_cache import KVCache
 from attnzoo.cache.lengths import Lengths
 from attnzoo.variants.moh import divided
 from attnzoo.variants.moh.config import MoHConfig
@@ -53,6 +55,7 @@ class MoHAttention(AttentionLayer, name="moh"):
     causal_promise = "bidirectional-capable"
     trainable_selection = True
     splits_heads = False
+    compiles_rows = True
     dense_limit: ClassVar[dict[str, Any]] = {"active_heads": "all"}
 
     router: nn.Linear | None
@@ -254,12 +257,32 @@ class MoHAttention(AttentionLayer, name="moh"):
         q, k = self.rotate_row(row, both).tensor_split((heads,), 1)
         seen = row.cache.write_row({"k": k, "v": v})
         call = divided.RowCall(q, seen["k"], seen["v"], slots, self.row_scale)
-        skips = config.compute == "routed" or (config.compute == "auto" and row.position >= LEAST_SLOTS)
-        if skips and config.counts.active < config.counts.routed:
+        if self._skips_heads(row.position):
             out = divided.attend_needed(call, routing.active[:, 0])
         else:
             out = attend_slots(*call[:4], scale=call.scale)
         return out * routing.gates.transpose(1, 2).unsqueeze(-1).to(out.dtype)
+
+    def _skips_heads(self, position: int) -> bool:
+        """Whether KV heads that no active head needs are left out by the row at a position."""
+        config = self.config
+        skips = config.compute == "routed" or (config.compute == "auto" and position >= LEAST_SLOTS)
+        return skips and config.counts.active < config.counts.routed
+
+    def may_compile_row(self, x: Tensor, cache: KVCache) -> bool:
+        """As every layer."""
+        return super().may_compile_row(x, cache) and self.may_hide_row(cache)
+
+    def compiled_row(self, step: Step, heads: MoHHeads) -> Tensor:  # type: ignore[override]
+        """As :meth:`attend_row`: which heads are needed is read."""
+        inputs = super().remember(step, heads)
+        held = inputs.k.shape[2]
+        if self._skips_heads(held - 1):
+            tensors = (inputs.q, inputs.k, inputs.v, heads.routing.active[:, 0])
+            out = self.hidden_row("moh", tensors, held, self.row_scale)
+        else:
+            out = self.read_runs(inputs.q, inputs.k, inputs.v)
+        return out * heads.routing.gates.transpose(1, 2).unsqueeze(-1).to(out.dtype)
 
     def operate(self, inputs: MoHInputs, plan: MoHPlan) -> Tensor:  # type: ignore[override]
         """As the base, in the form that was chosen for the call.
@@ -289,6 +312,14 @@ class MoHAttention(AttentionLayer, name="moh"):
             return super().combine(step, out, plan)
         weighted = out * form.rows.gather(plan.head_weight)
         return super().combine(step, form.rows.scatter(weighted), replace(plan, head_weight=None))
+
+
+@hidden_from_compilers("moh")
+def _attend_needed(row: HiddenRow) -> Tensor:
+    """Attention of a row whose needed heads are the last tensor, bool ``[B, H]``; the scale is the number."""
+    q, k, v, active = row.tensors
+    slots = sink_window_slots(row.held, row.config.window, row.config.sink, q.device)
+    return divided.attend_needed(divided.RowCall(q, k, v, slots, row.numbers[0]), active)
 
 
 def _real_or_none(step: Step, active: Tensor) -> Tensor | None:

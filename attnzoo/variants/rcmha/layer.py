@@ -27,10 +27,11 @@ import torch
 from torch import Tensor, nn
 
 from attnzoo.base.decoding.step import TokenRow
-from attnzoo.base.layer import DENSE_BLOCK, AttentionInputs, AttentionLayer, Heads, Plan, Step, is_training
+from attnzoo.base.layer import DENSE_BLOCK, AttentionInputs, AttentionLayer, Heads, Plan, Step
 from attnzoo.base.projections import is_unwatched
 from attnzoo.base.rope import RotaryConfig
 from attnzoo.base.shared_layouts import dense_layout
+from attnzoo.base.steps import is_training
 from attnzoo.cache.kv_cache import KVCache, Stream
 from attnzoo.cache.lengths import Lengths
 from attnzoo.variants.rcmha.config import CONVOLVED, RCMHAConfig
@@ -120,6 +121,7 @@ class RCMHAAttention(AttentionLayer, name="rcmha"):
     rel_table: nn.Parameter
     cache_class = PlacedCache
     splits_heads = False
+    compiles_rows = True
     causal_promise = "bidirectional-capable"
     dense_limit: ClassVar[dict[str, Any]] = {"conv_on": (), "rel": None, "rotary": RotaryConfig()}
 
@@ -325,6 +327,18 @@ class RCMHAAttention(AttentionLayer, name="rcmha"):
         bias = self._row_bias(made["q"], row.position + 1)
         slots = Slots(((0, row.position + 1),))
         return attend_slots(q, seen["k"], seen["v"], slots, scale=self.row_scale, bias=bias)
+
+    def may_compile_row(self, x: Tensor, cache: KVCache) -> bool:
+        """As every layer, where tokens' positions are their slots."""
+        placed = not isinstance(cache, PlacedCache) or cache.placed
+        return not placed and super().may_compile_row(x, cache) and self.may_hide_row(cache)
+
+    def compiled_row(self, step: Step, heads: Heads) -> Tensor:
+        """As every layer, with a bias of distances."""
+        inputs = self.remember(step, heads)  # type: ignore[arg-type]
+        held = inputs.k.shape[2]
+        bias = self._row_bias(heads.q, held)
+        return attend_slots(inputs.q, inputs.k, inputs.v, Slots(((0, held),)), scale=self.row_scale, bias=bias)
 
     def _row_bias(self, q: Tensor, held: int) -> Tensor | None:
         """The part of the scores that is about distances, ``[B, H, 1, S]``, of convolved queries ``[B, H, 1, D]``."""

@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from attnzoo.base.decoding.compiled import HiddenRow, compute_hidden, hidden_from_compilers
 from attnzoo.base.shared_layouts import Cover, dense_layout, may_share, sink_window_layout
 from attnzoo_kernels import Extras, block_sparse_attention_with_lse, merge_states, remembers
 from attnzoo_kernels.runtime.plain import is_open
@@ -114,10 +115,17 @@ def sinusoid_bias(gamma: Tensor, held: int) -> Tensor:
         gamma: ``[B, H, 1, Da]``.
         held: Tokens, the row's own the last; a token's position is its slot.
     """
+    if torch.compiler.is_compiling():
+        return compute_hidden("distances", (gamma,), held, width=held)
     # The row lies at position 0, where cosines are 1 and sines 0.
     a, c = gamma.chunk(2, -1)
     table = waves_behind(held, gamma.shape[-1], gamma)
     return torch.matmul(torch.cat((c, -a), -1).to(table.dtype), table.t()).to(gamma.dtype)
+
+
+@hidden_from_compilers("distances")
+def _sinusoid_bias(row: HiddenRow) -> Tensor:
+    return sinusoid_bias(row.tensors[0], row.held)
 
 
 def clipped_bias(tau: Tensor, held: int) -> Tensor:
@@ -127,11 +135,18 @@ def clipped_bias(tau: Tensor, held: int) -> Tensor:
         tau: Of distances 0 to R; all farther ones share the last.
         held: Tokens, the row's own the last.
     """
+    if torch.compiler.is_compiling():
+        return compute_hidden("clipped distances", (tau,), held, width=held)
     reach = tau.shape[-1] - 1
     near = tau[..., : min(held, reach + 1)].flip(-1)
     if held <= reach + 1:
         return near
     return torch.cat((tau[..., reach:].expand(*tau.shape[:3], held - reach - 1), near), -1)
+
+
+@hidden_from_compilers("clipped distances")
+def _clipped_bias(row: HiddenRow) -> Tensor:
+    return clipped_bias(row.tensors[0], row.held)
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.base.config import AttentionConfig, check_bool, check_int
+from attnzoo.base.decoding.compiled import HiddenRow, hidden_from_compilers
 from attnzoo.base.evicting.layer import EvictingLayer
 from attnzoo.base.layer import AttentionInputs, Heads, Plan, Step
 from attnzoo.base.projections import slice_index
@@ -34,7 +35,7 @@ from attnzoo.cache.kv_cache import KVCache
 from attnzoo.cache.lengths import Lengths
 from attnzoo.cache.retention import Retention
 from attnzoo.variants.s2.blocks_of_row import ending_at, slots_of_blocks
-from attnzoo_kernels import BlockLayout, Extras, Slots, remembers
+from attnzoo_kernels import BlockLayout, Extras, Slots, attend_slots, remembers
 from attnzoo_kernels.errors import ConfigError, UnsupportedError
 
 
@@ -134,6 +135,7 @@ class S2Attention(EvictingLayer, name="s2"):
     config_class = S2Config
     config: S2Config
     causal_promise = "bidirectional-capable"
+    compiles_rows = True
     dense_limit: ClassVar[dict[str, Any]] = {"vert_stride": 1}
     first_kv_head: int | None
 
@@ -168,9 +170,18 @@ class S2Attention(EvictingLayer, name="s2"):
 
     def row_slots(self, held: int, device: torch.device) -> Slots:
         """The blocks of each head, of which the row's own is filled up to the row."""
-        size = self.config.block_size
-        own = (held - 1) // size
-        return ending_at(_shared_slots(self.config, self._groups(self.config.kv_heads), own, device), held)
+        return _slots_of_row(self.config, self._groups(self.config.kv_heads), held, device)
+
+    def may_compile_row(self, x: Tensor, cache: KVCache) -> bool:
+        """As every layer."""
+        return super().may_compile_row(x, cache) and self.may_hide_row(cache)
+
+    def compiled_row(self, step: Step, heads: Heads) -> Tensor:
+        """As every layer; lists of blocks are looked up."""
+        inputs = self.remember(step, heads)
+        first, groups = self._groups(inputs.k.shape[1])
+        tensors = (inputs.q, inputs.k, inputs.v)
+        return self.hidden_row("s2", tensors, inputs.k.shape[2], float(first), float(groups), self.row_scale)
 
     def why_no_policy(self) -> str | None:
         """The shards are a rule of its own."""
@@ -219,6 +230,20 @@ def _kept(config: S2Config, groups: tuple[int, int], blocks: int) -> Tensor:
     shift = (0 if config.homogeneous else config.head_step) * head + config.head_offset
     kept = ((block + shift) % config.vert_stride == 0) | (block < config.sink_blocks)
     return kept | (head >= config.kv_heads - config.num_dense_heads)
+
+
+def _slots_of_row(config: S2Config, groups: tuple[int, int], held: int, device: torch.device) -> Slots:
+    """What the last of ``held`` tokens reads, by KV heads: the index of the first, and their number."""
+    return ending_at(_shared_slots(config, groups, (held - 1) // config.block_size, device), held)
+
+
+@hidden_from_compilers("s2")
+def _attend_row(row: HiddenRow) -> Tensor:
+    """Attention of a row to its blocks; beside q, k and v the first KV head, their number, and the scale."""
+    q, k, v = row.tensors
+    first, groups, scale = row.numbers
+    slots = _slots_of_row(row.config, (int(first), int(groups)), row.held, q.device)
+    return attend_slots(q, k, v, slots, scale=scale)
 
 
 @remembers(16)
