@@ -5,7 +5,7 @@ Letters: G KV heads.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -37,6 +37,17 @@ def rings_of(policy: Policy, heads: int) -> tuple[BlockRing | None, ...]:
     return tuple(None if full else ring for full in retention.full)
 
 
+FINE_PAGE = 16
+"""Rows of a page where its size matters to nothing but room: a head has room for one page more at least."""
+
+
+def page_rows_of(policy: Policy, rings: Sequence[BlockRing | None]) -> int:
+    """Rows of a page of the pool: the policy's where it reads pages or remembers by place, else ``FINE_PAGE`` at most."""
+    if policy.reads_pages or any(ring is not None for ring in rings):
+        return policy.page
+    return min(policy.page, FINE_PAGE)
+
+
 def full_heads_of(policy: Policy, heads: int) -> tuple[bool, ...]:
     """Which KV heads keep everything, whatever the policy chooses."""
     retention = policy.retention(heads)
@@ -44,11 +55,15 @@ def full_heads_of(policy: Policy, heads: int) -> tuple[bool, ...]:
 
 
 def empty_pages(
-    streams: Mapping[str, Stream], policy: Policy, device: torch.device | str | None, dtype: torch.dtype | None
+    streams: Mapping[str, Stream],
+    policy: Policy,
+    page: int,
+    *,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
 ) -> dict[str, Tensor]:
-    """No page, with the widths and dtypes of all tensors of a pool."""
+    """No page, with the widths and dtypes of all tensors of a pool whose pages have so many rows."""
     dtype = dtype or torch.get_default_dtype()
-    page = policy.page
     k = torch.empty(0, page, streams["k"].width, dtype=streams["k"].dtype or dtype, device=device)
     v = torch.empty(0, page, streams["v"].width, dtype=streams["v"].dtype or dtype, device=device)
     precise = torch.promote_types(torch.promote_types(k.dtype, v.dtype), torch.float32)

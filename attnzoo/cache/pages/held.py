@@ -15,7 +15,7 @@ from attnzoo.cache.held import HeldCache
 from attnzoo.cache.journal import Journal
 from attnzoo.cache.kv_cache import Stream
 from attnzoo.cache.pages.apply import Lost, apply, hidden, leaving
-from attnzoo.cache.pages.beginning import empty_pages, full_heads_of, rings_of
+from attnzoo.cache.pages.beginning import empty_pages, full_heads_of, page_rows_of, rings_of
 from attnzoo.cache.pages.extents import with_room
 from attnzoo.cache.pages.pool import PagePool
 from attnzoo.cache.pages.records import Moment, PagesRead, Progress, Staged, is_any, without
@@ -56,8 +56,9 @@ class HeldRows(HeldCache):
         self._rings = {}
         self.block_rings = rings_of(self.policy, heads)
         self._full = full_heads_of(self.policy, heads)
-        template = PagePool(empty_pages(streams, self.policy, device, dtype), (), batch=batch, page=self.policy.page)
-        self._hold(self._empty(template))
+        page = page_rows_of(self.policy, self.block_rings)
+        pages = empty_pages(streams, self.policy, page, device=device, dtype=dtype)
+        self._hold(self._empty(PagePool(pages, (), batch=batch, page=page)))
 
     def _empty(self, like: PagePool) -> PagePool:
         """A pool of no rows."""

@@ -106,7 +106,7 @@ class Policy:
         window: The last queries of "window_mass".
         group: How the query heads of a KV head are joined in "window_mass" and "mass": "max" or "mean".
         every: Tokens between two compactions while decoding; ``None`` compacts behind a prompt alone.
-        page: Rows in a page.
+        page: Rows in a page, where pages are read or rows are held by place; else those of the pool may have fewer.
         slack: Tokens that an eviction is deferred by, so that as many can be taken back.
         reuse: Decoding steps that one answer of :meth:`read` serves; a page that is begun meanwhile is read too.
     """
