@@ -263,6 +263,13 @@ def zeros_on_cpu(shape: tuple[int, ...], *, device: torch.device | str | None, d
     return torch.zeros(shape, device="cpu", dtype=dtype, pin_memory=near.type == "cuda")
 
 
+def fetched(x: Tensor, device: torch.device) -> Tensor:
+    """What was gathered in CPU memory, on a device."""
+    if x.device == device:
+        return x
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
 def row_bytes(x: Tensor) -> int:
     """Bytes of one token's values in a buffer ``[B, h, n, D]``."""
     return x.shape[1] * x.shape[3] * x.element_size()

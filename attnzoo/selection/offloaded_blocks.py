@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.base.steps import AttentionInputs, Plan
+from attnzoo.cache.streams import fetched
 from attnzoo_kernels import BlockLayout
 from attnzoo_kernels.errors import UnsupportedError
 from attnzoo_kernels.layouts.build import listed_indices
@@ -64,10 +65,7 @@ def _used(layout: BlockLayout, heads: int, groups: int) -> Tensor:
 def _gather(x: Tensor, slot: Tensor, device: torch.device) -> Tensor:
     """Rows ``slot [B, G, n]`` of ``x [B, G, S, D]``, gathered where x lies and brought to a device."""
     index = slot.to(x.device).unsqueeze(-1).expand(-1, -1, -1, x.shape[3])
-    found = x.gather(2, index)
-    if found.device == device:
-        return found
-    return found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found.to(device)
+    return fetched(x.gather(2, index), device)
 
 
 def _renumbered(layout: BlockLayout, upto: Tensor, most: int) -> BlockLayout:

@@ -11,6 +11,7 @@ from typing import Any, Self
 
 from torch import nn
 
+from attnzoo.base.config import check_flag
 from attnzoo.cache.policies.known import Policy
 from attnzoo.reporting.tables import Grid, lines
 from attnzoo.surgery.convert import convert, new_cache
@@ -33,6 +34,7 @@ class LayerHeld:
         held_bytes: Bytes of these keys and values.
         dense_bytes: The same if everything were held.
         pool_bytes: Bytes of the buffers, with room for more.
+        offloaded_bytes: Those of them that are kept in CPU memory.
     """
 
     layer: int
@@ -42,6 +44,7 @@ class LayerHeld:
     held_bytes: int
     dense_bytes: int
     pool_bytes: int
+    offloaded_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,9 @@ class PolicyReport:
         rows = [_cells(str(layer.layer), layer) for layer in self.layers]
         title = f"{self.policy}: {self.share:.1%} of a dense cache's bytes, {self.bytes_per_token:,.0f} per token"
         caption = f"{self.held_bytes:,} of {self.dense_bytes:,} bytes held, in buffers of {self.pool_bytes:,}"
+        offloaded = sum(layer.offloaded_bytes for layer in self.layers)
+        if offloaded:
+            caption += f", {offloaded:,} of these in CPU memory"
         heads = ("layer", "rows held", "dense", "bytes held", "dense", "buffers")
         return Grid(heads, rows, title=title, caption=caption, numbers=frozenset(range(6)))
 
@@ -135,14 +141,15 @@ class PolicyRun:
         if conversion is not None:
             conversion.undo()
 
-    def new_cache(self) -> Any:
-        """An empty cache that follows the policy, for ``generate`` or calls of the model.
+    def new_cache(self, *, offload: bool = False) -> Any:
+        """An empty cache that follows the policy, for ``generate`` or calls of the model; see :func:`cache`.
 
         Raises:
+            TypeError: If ``offload`` is no bool.
             UnsupportedError: Outside of the ``with`` statement.
         """
         self._check_entered()
-        return cache(self.model, self.policy)
+        return cache(self.model, self.policy, offload=offload)
 
     def compact(self, cache: Any) -> None:
         """Lets a cache go over what it holds now, where the policy chooses by what was seen.
@@ -188,21 +195,29 @@ def applied(model: nn.Module, policy: Policy) -> PolicyRun:
     return PolicyRun(model, policy)
 
 
-def cache(model: nn.Module, policy: Policy) -> Any:
+def cache(model: nn.Module, policy: Policy, *, offload: bool = False) -> Any:
     """An empty cache for a model that a policy is on, by :func:`applied` or :func:`attnzoo.surgery.convert`.
 
     It is a ``DynamicCache``, for ``generate(past_key_values=...)`` (``cache=...`` from transformers 5.24 on).
 
+    Args:
+        model: The model.
+        policy: The policy that is on it.
+        offload: Whether keys and values stay in CPU memory. What the policy chooses by lies on the device; a decoding
+            row fetches the pages that the policy reads, every other call all that is held.
+
     Raises:
+        TypeError: If ``offload`` is no bool.
         UnsupportedError: If another policy is on the model, or none.
     """
+    check_flag("offload", offload)
     made = new_cache(model)
     is_on = False
     for site in find(model):
         module: Any = model.get_submodule(site.path)
         pattern = pattern_of(module)
         if pattern is not None and follows(pattern.layer, policy.of_layer(site.layer)):
-            begin_layer(module, pattern.layer, made)
+            begin_layer(module, pattern.layer, made, offload=offload)
             is_on = True
     if not is_on:
         raise UnsupportedError(
@@ -225,4 +240,13 @@ def _held(number: int, layer: Any) -> LayerHeld:
     tokens = int(memory.lengths.sum())
     dense = tokens * memory.kv_heads
     dense_bytes = dense * memory.row_bytes
-    return LayerHeld(number, tokens, memory.held_rows, dense, memory.held_bytes, dense_bytes, memory.nbytes)
+    return LayerHeld(
+        layer=number,
+        tokens=tokens,
+        rows=memory.held_rows,
+        dense_rows=dense,
+        held_bytes=memory.held_bytes,
+        dense_bytes=dense_bytes,
+        pool_bytes=memory.nbytes,
+        offloaded_bytes=memory.offloaded_nbytes,
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -106,6 +107,7 @@ class PolicyLayer(AttentionLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         policy: Policy | None = None,
+        offload: bool = False,
     ) -> KVCache:
         """An empty cache for this layer.
 
@@ -116,28 +118,37 @@ class PolicyLayer(AttentionLayer):
             dtype: Of its values, to which a call's values are rounded; ``None`` means the weights', and rounds nothing.
             policy: What the KV heads of this layer remember, and so what rows read; ``None`` remembers everything. As
                 many tokens can be taken back as its ``slack`` says.
+            offload: Whether keys and values that a policy holds stay in CPU memory. What it chooses by lies on the
+                device; a decoding row fetches the pages that the policy reads, every other call all that is held.
 
         Raises:
             UnsupportedError: If the layer is not causal: earlier outputs would depend on later tokens. Or if it takes
                 no policy.
-            TypeError: If a number is no int, or ``policy`` is none.
+            TypeError: If a number is no int, ``offload`` no bool, or ``policy`` is none.
             ShapeError: If a number is out of range.
-            ConfigError: If values of the dtype cannot be attended to, or the policy does not fit the KV heads.
+            ConfigError: If values of the dtype cannot be attended to, the policy does not fit the KV heads, or
+                there is none that says what an offloaded cache holds.
         """
         self.check_policy(policy)
+        check_flag("offload", offload)
         if policy is None:
+            if offload:
+                raise ConfigError(
+                    "offload: expected False without a policy, since every call would fetch all, got True"
+                )
             return super().new_cache(batch, max_length, device=device, dtype=dtype)
         groups = self.streams()["k"].heads
         policy.check(1, groups)
         make: Callable[..., HeldCache]
-        if policy.is_static:
+        if policy.is_static and not offload:
             made = static_retention(policy, groups)
             make = partial(EvictingCache, retention=made, margin=policy.slack, rules=True)
         else:
             from attnzoo.cache.pages.cache import PagedCache
 
             make = partial(PagedCache, policy=policy)
-        return self._held_cache(make, batch, max_length, device, dtype)
+        streams = {name: replace(stream, offloaded=offload) for name, stream in self.streams().items()}
+        return self._held_cache(partial(make, streams), batch, max_length, device, dtype)
 
     def _held_cache(
         self,
@@ -150,7 +161,6 @@ class PolicyLayer(AttentionLayer):
         """A cache that holds less than everything, once a plain one could be made."""
         super().new_cache(batch, max_length, device="meta", dtype=dtype)
         return make(
-            self.streams(),
             batch=batch,
             max_length=max_length,
             device=self.compute_device if device is None else device,
@@ -201,6 +211,7 @@ class EvictingLayer(PolicyLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         policy: Policy | None = None,
+        offload: bool = False,
         evict: bool = False,
     ) -> KVCache:
         """An empty cache for this layer.
@@ -211,22 +222,27 @@ class EvictingLayer(PolicyLayer):
             device: Where it lies; ``None`` means with the weights.
             dtype: Of its values, to which a call's values are rounded; ``None`` means the weights', and rounds nothing.
             policy: See :meth:`PolicyLayer.new_cache`.
+            offload: Likewise; beside a policy alone.
             evict: Whether to hold no more than can still be read: near tokens, a sink, the blocks that a head keeps,
                 and everything for heads that read everything. Such a cache cannot be cropped.
 
         Raises:
             UnsupportedError: If the layer is not causal: earlier outputs would depend on later tokens. Or if it takes
                 no policy.
-            TypeError: If a number is no int, ``evict`` no bool, or ``policy`` none.
+            TypeError: If a number is no int, ``evict`` or ``offload`` no bool, or ``policy`` none.
             ShapeError: If a number is out of range.
             ConfigError: If values of the dtype cannot be attended to, or a policy does not fit.
         """
         check_flag("evict", evict)
         if not evict:
-            return super().new_cache(batch, max_length, device=device, dtype=dtype, policy=policy)
+            return super().new_cache(batch, max_length, device=device, dtype=dtype, policy=policy, offload=offload)
+        check_flag("offload", offload)
+        if offload:
+            raise ConfigError("offload: expected False beside evict=True, which holds little, got True")
         if policy is not None:
             raise ConfigError(f"evict: expected False beside a policy, which says what is held, got True and {policy}")
-        make = partial(EvictingCache, retention=self.retention(self.streams()["k"].heads))
+        streams = self.streams()
+        make = partial(EvictingCache, streams, retention=self.retention(streams["k"].heads))
         return self._held_cache(make, batch, max_length, device, dtype)
 
     def held_cache(self, streams: dict[str, Stream], *, margin: int, **sizes: Any) -> HeldCache:

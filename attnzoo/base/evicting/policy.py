@@ -66,8 +66,8 @@ class PolicyAttention(EvictingLayer):
         return static_retention(self.policy, heads)
 
     def held_cache(self, streams: dict[str, Stream], *, margin: int, **sizes: Any) -> HeldCache:
-        """A cache that follows the policy: in place where that is one of place, else in pages."""
-        if self.policy.is_static:
+        """A cache that follows the policy: in place if it is static and nothing is offloaded, else in pages."""
+        if self.policy.is_static and not streams["k"].offloaded:
             return super().held_cache(streams, margin=margin, **sizes)
         return PagedCache(streams, policy=self.policy, **sizes)
 

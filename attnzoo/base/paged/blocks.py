@@ -104,8 +104,8 @@ def _held(inputs: PagedInputs, extent: Extent) -> Columns:
     """The blocks that are held, in the order in which they lie."""
     pool = inputs.cache.pool
     rows = extent.live * pool.page
-    k = pool.view("k", extent).narrow(2, 0, rows).to(inputs.k.dtype)
-    v = pool.view("v", extent).narrow(2, 0, rows).to(inputs.v.dtype)
+    k = pool.view("k", extent).narrow(2, 0, rows).to(inputs.k)
+    v = pool.view("v", extent).narrow(2, 0, rows).to(inputs.v)
     # Blocks that are out of sight for the next token are seen by no row of the call.
     bias = pool.view("bias", extent).narrow(2, 0, rows).to(precise_of(inputs.q))
     return Columns(k, v, bias, pool.blocks(extent).to(pool.device))

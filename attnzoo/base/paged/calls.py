@@ -95,8 +95,8 @@ def _attend_rows(inputs: PagedInputs, extent: Extent, way: Way) -> tuple[Tensor,
     values = [v]
     bias = None
     if held:
-        keys.insert(0, pool.view("k", extent).narrow(2, 0, held).to(k.dtype))
-        values.insert(0, pool.view("v", extent).narrow(2, 0, held).to(v.dtype))
+        keys.insert(0, pool.view("k", extent).narrow(2, 0, held).to(k))
+        values.insert(0, pool.view("v", extent).narrow(2, 0, held).to(v))
         if pool.is_masked(extent):
             bias = pool.view("bias", extent).narrow(2, 0, held).to(precise_of(q))
     beside = cache.beside()

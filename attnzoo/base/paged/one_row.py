@@ -57,8 +57,8 @@ def _read(pool: PagePool, extent: Extent, dtype: torch.dtype) -> tuple[Tensor, T
     """An extent's keys and values ``[B, h, n, D]``, the row's own among them, and what tells them from nothing."""
     apart = extent.ring is not None or isinstance(extent.rows, Tensor)
     count = extent.live * pool.page if apart else extent.most + 1
-    k = pool.view("k", extent).narrow(2, 0, count)
-    v = pool.view("v", extent).narrow(2, 0, count)
+    k = pool.view("k", extent).narrow(2, 0, count).to(pool.device)
+    v = pool.view("v", extent).narrow(2, 0, count).to(pool.device)
     bias = None
     if pool.is_masked(extent):
         bias = pool.view("bias", extent).narrow(2, 0, count).unsqueeze(2).to(dtype)

@@ -17,6 +17,7 @@ from attnzoo.cache.lengths import Lengths
 from attnzoo.cache.pages.pool import PagePool
 from attnzoo.cache.pages.records import UNCHOSEN, PagesRead, is_any
 from attnzoo.cache.policies.protocol import PageBounds
+from attnzoo.cache.streams import fetched
 from attnzoo_kernels import Extras, block_sparse_attention
 
 
@@ -108,7 +109,11 @@ def attend_pages(inputs: PagedInputs, pages: Tensor, way: Way) -> Tensor:
     q = inputs.q
     number = pages.flatten()
     shape = (*pages.shape[:2], pages.shape[2] * pool.page)
-    held = {name: pool.tensors[name].index_select(0, number) for name in ("k", "v", "bias")}
+    held = {}
+    for name in ("k", "v", "bias"):
+        x = pool.tensors[name]
+        # What is offloaded is gathered where it lies, so that the chosen pages alone are moved.
+        held[name] = fetched(x.index_select(0, number.to(x.device)), pool.device)
     k = torch.cat((held["k"].view(*shape, -1).to(q.dtype), inputs.k), 2)
     v = torch.cat((held["v"].view(*shape, -1).to(inputs.v.dtype), inputs.v), 2)
     bias = pad(held["bias"].view(shape).to(precise_of(q)), (0, 1))

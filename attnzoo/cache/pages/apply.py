@@ -100,7 +100,7 @@ def apply(pool: PagePool, keep: Keep, stays: Tensor | None = None) -> tuple[Page
     for name, x in rows.items():
         value = picked(x, index)
         absent = ~there.view(*there.shape, *[1] * (x.dim() - 3))
-        kept[name] = value.masked_fill_(absent, NOTHING[name])
+        kept[name] = value.masked_fill_(absent.to(x.device), NOTHING[name])
     lost = None
     if keep.into is not None:
         lost = _merge(rows, kept, where, keep)
@@ -135,12 +135,13 @@ def _merge(rows: dict[str, Tensor], kept: dict[str, Tensor], where: Tensor, keep
     joined = number[:, :, :count] > 1
     sums = {}
     for name in ("k", "v"):
-        value = rows[name].to(mass.dtype) * mass.unsqueeze(-1)
+        value = rows[name].to(mass) * mass.unsqueeze(-1)
         total = value.new_zeros(batch, heads, count + 2, value.shape[3])
         sums[name] = total.scatter_add_(2, target.unsqueeze(-1).expand_as(value), value)
         mean = sums[name][:, :, :count] / mass_of[:, :, :count].unsqueeze(-1)
         # A row that nothing joins stays as it is, to the last bit.
-        kept[name].copy_(torch.where(joined.unsqueeze(-1), mean.to(kept[name].dtype), kept[name]))
+        plain = kept[name].to(mass.device)
+        kept[name].copy_(torch.where(joined.unsqueeze(-1), mean.to(plain.dtype), plain))
     if keep.weighs:
         kept["bias"].copy_(torch.where(joined, mass_of[:, :, :count].log(), kept["bias"]))
     if not bool((into == MERGED).any()):
@@ -204,8 +205,9 @@ def _add(lost: Lost, extent: Extent, rows: Mapping[str, Tensor], which: Tensor) 
     dtype = lost.mass.dtype
     for name, total in (("k", lost.k), ("v", lost.v)):
         # Rows that stay may hold anything.
-        value = rows[name].to(dtype).masked_fill(~which.unsqueeze(-1), 0)
-        total[:, heads] += value.sum(2)
+        x = rows[name]
+        value = x.to(dtype).masked_fill(~which.unsqueeze(-1).to(x.device), 0)
+        total[:, heads] += value.sum(2).to(total.device)
     lost.mass[:, heads] += which.sum(-1).to(dtype)
     if "moment" in rows:
         lost.moment[:, heads] += rows["moment"].to(dtype).masked_fill(~which, 0).sum(-1)

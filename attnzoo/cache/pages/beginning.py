@@ -13,6 +13,7 @@ from torch import Tensor
 from attnzoo.cache.kv_cache import Stream
 from attnzoo.cache.pages.extents import BlockRing
 from attnzoo.cache.policies.protocol import Policy
+from attnzoo.cache.streams import zeros_on_cpu
 from attnzoo_kernels.errors import ConfigError
 
 
@@ -42,7 +43,7 @@ FINE_PAGE = 16
 
 
 def page_rows_of(policy: Policy, rings: Sequence[BlockRing | None]) -> int:
-    """Rows of a page of the pool: the policy's where it reads pages or remembers by place, else ``FINE_PAGE`` at most."""
+    """Rows of a page of the pool: the policy's where pages are read or held by place, else ``FINE_PAGE`` at most."""
     if policy.reads_pages or any(ring is not None for ring in rings):
         return policy.page
     return min(policy.page, FINE_PAGE)
@@ -64,8 +65,7 @@ def empty_pages(
 ) -> dict[str, Tensor]:
     """No page, with the widths and dtypes of all tensors of a pool whose pages have so many rows."""
     dtype = dtype or torch.get_default_dtype()
-    k = torch.empty(0, page, streams["k"].width, dtype=streams["k"].dtype or dtype, device=device)
-    v = torch.empty(0, page, streams["v"].width, dtype=streams["v"].dtype or dtype, device=device)
+    k, v = (_no_rows(streams[name], page, device=device, dtype=dtype) for name in ("k", "v"))
     precise = torch.promote_types(torch.promote_types(k.dtype, v.dtype), torch.float32)
     number = torch.empty(0, page, dtype=precise, device=device)
     pages = {"k": k, "v": v, "bias": number, "position": number.to(torch.int32)}
@@ -74,6 +74,11 @@ def empty_pages(
     if policy.folds and policy.moment_of(k.new_zeros(1, streams["k"].heads, 1, streams["k"].width)) is not None:
         pages["moment"] = number.clone()
     if policy.reads_pages:
-        pages["least"] = k[:, 0].clone()
-        pages["most"] = k[:, 0].clone()
+        pages["least"] = torch.empty(0, k.shape[2], dtype=k.dtype, device=device)
+        pages["most"] = pages["least"].clone()
     return pages
+
+
+def _no_rows(stream: Stream, page: int, *, device: torch.device | str | None, dtype: torch.dtype | None) -> Tensor:
+    make = zeros_on_cpu if stream.offloaded else torch.zeros
+    return make((0, page, stream.width), device=device, dtype=stream.dtype or dtype)

@@ -89,7 +89,7 @@ class PagePool(PageStore):
     def _bound_one(self, extent: Extent, row: int) -> None:
         """Widens the bounds of pages by one row more of each head."""
         row = row if extent.ring is None else extent.ring.row_of(row)
-        k = self.view("k", extent).narrow(2, row, 1)
+        k = self.view("k", extent).narrow(2, row, 1).to(self.device)
         for name, wider in (("least", torch.minimum), ("most", torch.maximum)):
             bound = self.view(name, extent).narrow(2, row // self.page, 1)
             bound.copy_(wider(bound, k))
@@ -126,7 +126,7 @@ class PagePool(PageStore):
             for name in self.tensors:
                 if name not in PER_PAGE:
                     x = self.view(name, extent).narrow(2, least, rows - least)
-                    x.masked_fill_(behind.view(*behind.shape, *[1] * (x.dim() - 3)), NOTHING[name])
+                    x.masked_fill_(behind.view(*behind.shape, *[1] * (x.dim() - 3)).to(x.device), NOTHING[name])
             extent.live = extent.needs(extent.most, self.page)
             if "least" in self.tensors:
                 self._bound_pages(extent, (extent.each(self.batch) - 1).clamp(min=0))
@@ -173,11 +173,12 @@ class PagePool(PageStore):
         most = int((end - begin).max())
         block = begin.unsqueeze(-1) + torch.arange(most, device="cpu")
         page = extent.bases(self.batch).unsqueeze(-1) + ring.page_of(block)
-        page = page[block < end.unsqueeze(-1)].to(self.device)
+        page = page[block < end.unsqueeze(-1)]
         for name, x in self.tensors.items():
+            entries = page.to(x.device)
             if self.journal is not None:
-                self.journal.keep_entries(x, page)
-            x.index_fill_(0, page, NOTHING[name])
+                self.journal.keep_entries(x, entries)
+            x.index_fill_(0, entries, NOTHING[name])
 
     def _target(self, extent: Extent, count: int, lengths: int | Tensor) -> int | Tensor:
         """Where rows go: to the first one and those behind it, or to rows of the pool ``[B, h, T]``."""
@@ -204,9 +205,10 @@ class PagePool(PageStore):
             self.view(name, extent).narrow(2, where, value.shape[2]).copy_(value)
             return
         x = self.tensors[name].flatten(0, 1)
+        where = where.to(x.device)
         there = (where > 0).view(*where.shape, *[1] * (value.dim() - 3))
         # Rows without a token go to page 0, as nothing.
-        x[where] = torch.where(there, value.to(x.dtype), torch.tensor(NOTHING[name], dtype=x.dtype, device=x.device))
+        x[where] = torch.where(there, value.to(x), torch.tensor(NOTHING[name], dtype=x.dtype, device=x.device))
 
     def bound_all(self) -> None:
         """Works out the bounds of all pages in use."""
@@ -225,11 +227,13 @@ class PagePool(PageStore):
         page = first.unsqueeze(-1) + torch.arange(most, device="cpu")
         own = page if extent.ring is None else extent.ring.page_of(page)
         number = torch.where(page <= last.unsqueeze(-1), extent.bases(self.batch).unsqueeze(-1) + own, 0)
+        # Where the keys lie, so that bounds alone are moved.
+        keys = self.tensors["k"]
+        k = keys[number.to(keys.device)]
         number = number.to(self.device)
-        k = self.tensors["k"][number]
-        hidden = (self.tensors["position"][number] < 0).unsqueeze(-1)
-        self.tensors["least"][number] = k.masked_fill(hidden, torch.inf).amin(-2)
-        self.tensors["most"][number] = k.masked_fill(hidden, -torch.inf).amax(-2)
+        hidden = (self.tensors["position"][number] < 0).unsqueeze(-1).to(keys.device)
+        self.tensors["least"][number] = k.masked_fill(hidden, torch.inf).amin(-2).to(self.device)
+        self.tensors["most"][number] = k.masked_fill(hidden, -torch.inf).amax(-2).to(self.device)
 
 
 def _column(numbers: int | Tensor) -> int | Tensor:

@@ -59,6 +59,7 @@ def _rows_of(pool: PagePool, extent: Extent) -> tuple[dict[str, Tensor], Tensor]
 
 def picked(x: Tensor, index: Tensor) -> Tensor:
     """Rows ``[B, h, n]`` of ``x [B, h, R, ...]``, a copy ``[B, h, n, ...]``."""
+    index = index.to(x.device)
     return x.gather(2, index.view(*index.shape, *[1] * (x.dim() - 3)).expand(*index.shape, *x.shape[3:]))
 
 
@@ -111,7 +112,8 @@ def laid(rows: Mapping[str, Tensor], extents: Sequence[Extent], like: PagePool, 
                 page = extent.ring.page_of(position // pool.page)
                 base = extent.bases(batch).to(position.device).unsqueeze(-1)
                 where = torch.where(position < 0, 0, (base + page) * pool.page + position % pool.page)
-                pool.tensors[name].flatten(0, 1)[where] = value.to(pool.tensors[name].dtype)
+                held = pool.tensors[name].flatten(0, 1)
+                held[where.to(held.device)] = value.to(held)
     if "least" in pool.tensors:
         pool.bound_all()
     pool.hide()

@@ -71,7 +71,7 @@ def seen_of(
         beside: Keys ``[B, G, D]`` and biases ``[B, G]`` of compensation rows, where there are any.
     """
     rows, _ = gathered(pool)
-    k = rows["k"]
+    k = rows["k"].to(pool.device)
     position = rows["position"].long()
     bias = rows["bias"]
     signals = {}
@@ -85,7 +85,7 @@ def seen_of(
     if "window_mass" in policy.needs and last is not None:
         each = window_mass(last, k, position, bias, tokens=tokens, beside=beside)
         signals["window_mass"] = joined(each, policy.group)
-    return Seen(k, rows["v"], position, bias, tokens, signals)
+    return Seen(k, rows["v"].to(pool.device), position, bias, tokens, signals)
 
 
 def joined(mass: Tensor, group: str) -> Tensor:

@@ -76,8 +76,8 @@ def load_state(cache: HeldRows, config: Any, state: Mapping[str, Any]) -> None:
         like = cache.pool
         if "row.mass" in state and "mass" not in like.tensors:
             like = like.with_sidecar("mass", state["row.mass"].new_empty(0, like.page, state["row.mass"].shape[3]))
-        near = {name: x.to(cache.device) for name, x in rows.items()}
-        pool = laid(near, grouped(torch.stack(held, 1), cache.block_rings, like.page), like, cache.batch)
+        placed = {name: x.to(like.tensors[name].device) for name, x in rows.items()}
+        pool = laid(placed, grouped(torch.stack(held, 1), cache.block_rings, like.page), like, cache.batch)
         pool.weighed = state["weighed"]
         lost = [state[f"lost.{name}"].to(cache.device, copy=True) for name in LOST if f"lost.{name}" in state]
         queries = None

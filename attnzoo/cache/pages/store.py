@@ -32,12 +32,17 @@ NOTHING: Mapping[str, float] = {
 }
 """What lies where there is no row; in pages without one."""
 
+ROWS = ("k", "v")
+"""What may lie in CPU memory while all else lies on a device."""
+
 PER_PAGE = ("least", "most")
 """Sidecars with one value for a page."""
 
 
 class PageStore:
     """Pages in one piece of memory, and whose they are; what changes rows is in :mod:`attnzoo.cache.pages.pool`.
+
+    Keys and values may lie in CPU memory while all else lies on a device.
 
     Attributes:
         tensors: Keys "k" ``[P, w, D]``, values "v" ``[P, w, Dv]``, "bias" (fp64 beside fp64, else fp32) and "position"
@@ -76,7 +81,7 @@ class PageStore:
         for name, x in tensors.items():
             shape = (pages, *x.shape[1:])
             # Pages are cleared when they are begun.
-            made[name] = x.new_empty(shape) if name in ("k", "v") else x.new_full(shape, NOTHING[name])
+            made[name] = _empty_like(x, shape, tensors["bias"]) if name in ROWS else x.new_full(shape, NOTHING[name])
             made[name][0] = NOTHING[name]
         return cls(made, extents, batch=batch, page=page)
 
@@ -100,8 +105,8 @@ class PageStore:
 
     @property
     def device(self) -> torch.device:
-        """Where it lies."""
-        return self.tensors["k"].device
+        """Where it lies, but for keys and values that are kept in CPU memory."""
+        return self.tensors["bias"].device
 
     @property
     def nbytes(self) -> int:
@@ -220,7 +225,7 @@ class PageStore:
             for name in self.tensors:
                 rows = old.live * (1 if name in PER_PAGE else self.page)
                 part = self.view(name, old).narrow(2, 0, rows)
-                part = part if items is None else part.index_select(0, items)
+                part = part if items is None else part.index_select(0, items.to(part.device))
                 made.view(name, new).narrow(2, 0, rows).copy_(part)
         return made
 
@@ -270,5 +275,14 @@ class PageStore:
         return made
 
     def _with(self, tensors: Mapping[str, Tensor]) -> Self:
+        if self.device.type == "cuda":
+            # Copies of what is pinned are not.
+            far = {name: tensors[name] for name in ROWS if tensors[name].device.type == "cpu"}
+            tensors = {**tensors, **{name: x.pin_memory() for name, x in far.items()}}
         extents = [extent.copy() for extent in self.extents]
         return type(self)(tensors, extents, batch=self.batch, page=self.page, weighed=self.weighed)
+
+
+def _empty_like(x: Tensor, shape: Sequence[int], near: Tensor) -> Tensor:
+    """A tensor of another shape where one lies; pinned if that is CPU memory, and its device a GPU."""
+    return x.new_empty(shape, pin_memory=x.device.type == "cpu" and near.device.type == "cuda")

@@ -14,6 +14,7 @@ cache = partial(
 chosen = partial(Mutant, tests=f"{CALLS} -k 'chosen'")
 
 faults = partial(Mutant, file="attnzoo/cache/pages/pool.py", tests="tests/attnzoo/policies/test_faults.py")
+offloaded = partial(Mutant, tests="tests/attnzoo/policies/test_offloaded.py")
 choices = partial(Mutant, file="attnzoo/cache/pages/records.py", tests="tests/attnzoo/cache/pages/test_choices.py")
 
 MUTANTS = (
@@ -23,7 +24,7 @@ MUTANTS = (
         wrong="a ring's row is used again one block early", tests=f"{CALLS} -k storages",
     ),
     faults(
-        "pages-turned-without-a-note", old="                self.journal.keep_entries(x, page)", new="                pass",
+        "pages-turned-without-a-note", old="                self.journal.keep_entries(x, entries)", new="                pass",
         wrong="a row that fails at a page's border loses the oldest page of a ring", tests="tests/attnzoo/policies/test_faults.py -k 'slack and border'",
     ),
     faults(
@@ -38,6 +39,22 @@ MUTANTS = (
         "pages-lost-though-nothing-came", file="attnzoo/cache/pages/cache.py", within="PagedCache._return_to", old="        self.lost = moment.lost\n", new="",
         wrong="compensation rows stand for rows that are still held", tests="tests/attnzoo/policies/test_faults.py -k razor",
     ),
+    offloaded(
+        "pages-fetched-whole", file="attnzoo/base/paged/reading.py", old="x.index_select(0, number.to(x.device))", new="x.to(pool.device).index_select(0, number)",
+        wrong="a row that reads some pages fetches the whole pool", tests="tests/attnzoo/cache/pages/test_offloaded_pages.py -k fetches",
+    ),
+    offloaded(
+        "pages-not-offloaded-in-hosts", file="attnzoo/surgery/hosts/caches/evicting.py", old="offloaded=self.offloads", new="offloaded=False",
+        wrong="keys and values of a host stay on the device",
+    ),
+    offloaded(
+        "pages-static-policies-stay", file="attnzoo/base/evicting/layer.py", old="if policy.is_static and not offload:", new="if policy.is_static:",
+        wrong="what a policy holds by place is not offloaded",
+    ),
+    offloaded(
+        "pages-room-of-whole-pages", file="attnzoo/cache/pages/beginning.py", old="return min(policy.page, FINE_PAGE)", new="return policy.page",
+        wrong="each head has room for a page of 64 rows more", tests="tests/attnzoo/cache/pages/test_paged_cache.py -k little",
+    ),
     choices(
         "pages-choice-of-a-row-taken-back", old="uses = self.uses - cut", new="uses = self.uses",
         wrong="a choice serves rows though the one that made it is gone",
@@ -51,7 +68,7 @@ MUTANTS = (
         wrong="an item whose choosing row is gone reads on what it had chosen",
     ),
     pool(
-        "pages-begun-with-what-was-there", old="x.index_fill_(0, page, NOTHING[name])", new="pass",
+        "pages-begun-with-what-was-there", old="x.index_fill_(0, entries, NOTHING[name])", new="pass",
         wrong="rows of a block that has left are read behind those of the block that took its page",
     ),
     pool(

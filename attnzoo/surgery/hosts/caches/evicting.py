@@ -38,14 +38,16 @@ class EvictingCacheLayer(ReplacementCacheLayer):  # type: ignore[no-untyped-call
     Attributes:
         layer: The layer without weights whose rule is followed.
         margin: Tokens that may be taken back: a policy's slack, or ``MARGIN``.
+        offloads: Whether keys and values stay in CPU memory, beside a policy.
         rotation: Cosines and sines ``[B|1, T, Dr]`` of the call that comes, for a policy that scores what is unrotated.
         planes: Which values of a head they turn, as the host's block says it.
         is_awaited: Whether an attention function that knows this layer will have the keys that ``update`` is given.
     """
 
-    def __init__(self, layer: EvictingLayer) -> None:
+    def __init__(self, layer: EvictingLayer, *, offload: bool = False) -> None:
         super().__init__()
         self.layer = layer
+        self.offloads = offload
         self.margin = MARGIN if layer.margin is None else layer.margin
         self.is_croppable = self.margin > 0
         self.is_awaited = False
@@ -102,7 +104,7 @@ class EvictingCacheLayer(ReplacementCacheLayer):  # type: ignore[no-untyped-call
         memory = self.memory
         if not isinstance(memory, HeldCache):
             memory = self.layer.held_cache(
-                {"k": Stream(k.shape[1], k.shape[3]), "v": Stream(v.shape[1], v.shape[3])},
+                {name: Stream(x.shape[1], x.shape[3], offloaded=self.offloads) for name, x in (("k", k), ("v", v))},
                 margin=self.margin,
                 batch=k.shape[0],
                 max_length=needed + _LEAST_ROOM,
@@ -136,7 +138,7 @@ def evicting_layer(cache: Any, index: int, layer: EvictingLayer) -> EvictingCach
             raise UnsupportedError(
                 "past_key_values: expected a cache that this model has filled, got one whose block read something else"
             )
-        found = EvictingCacheLayer(layer)
+        found = EvictingCacheLayer(layer, offload=found.offloads)
         cache.layers[index] = found
     return found
 
@@ -174,7 +176,7 @@ def check_policy_layer(
         )
 
 
-def let_evict(cache: Any, index: int, layer: EvictingLayer) -> None:
+def let_evict(cache: Any, index: int, layer: EvictingLayer, *, offload: bool = False) -> None:
     """Makes an empty plain layer of a host's cache one that evicts; leaves every other."""
     layers = getattr(cache, "layers", None)
     if not isinstance(layers, list) or getattr(cache, "offloading", False):
@@ -184,4 +186,4 @@ def let_evict(cache: Any, index: int, layer: EvictingLayer) -> None:
         layers.append(make())
     found: Any = layers[index] if index < len(layers) else None
     if type(found) in (DynamicLayer, GrowingLayer) and not found.get_seq_length():
-        layers[index] = EvictingCacheLayer(layer)
+        layers[index] = EvictingCacheLayer(layer, offload=offload)

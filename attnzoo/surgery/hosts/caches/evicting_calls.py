@@ -89,12 +89,12 @@ def follows(layer: AttentionLayer, policy: Policy) -> TypeGuard[PolicyAttention]
     return isinstance(layer, PolicyAttention) and layer.policy.equals(policy)
 
 
-def begin_layer(module: nn.Module, layer: PolicyAttention, cache: Any) -> None:
-    """Makes an empty layer of a host's cache one that follows a block's policy."""
+def begin_layer(module: nn.Module, layer: PolicyAttention, cache: Any, *, offload: bool) -> None:
+    """Makes an empty layer of a host's cache one that follows a block's policy, maybe in CPU memory."""
     from attnzoo.surgery.hosts.caches import evicting
 
     index: Any = module.layer_idx
-    evicting.let_evict(cache, index, layer)
+    evicting.let_evict(cache, index, layer, offload=offload)
 
 
 def _wants_gradients(module: nn.Module, call: tuple[Any, dict[str, Any]]) -> bool:

@@ -16,7 +16,7 @@ from attnzoo.cache.pages.rows import gathered
 from attnzoo.cache.policies.ems import EMS
 from attnzoo.cache.policies.protocol import DROPPED, MERGED, Keep
 from attnzoo.cache.policies.reading import Pages
-from attnzoo.cache.policies.scored import H2O, SnapKV
+from attnzoo.cache.policies.scored import H2O, KNorm, SnapKV
 from attnzoo.cache.retention import Retention
 from attnzoo_kernels.errors import ConfigError, ShapeError, UnsupportedError
 from tests.attnzoo.base.paged.paged_calls import (
@@ -153,6 +153,20 @@ def test_memory_is_given_back_behind_a_prompt() -> None:
     run(cache, part(tensors, [[1]], [[256]]), [[1]])
     assert cache.held_rows == GROUPS * 21
     assert cache.pool.nbytes < before / 4
+
+
+@pytest.mark.parametrize("budget", [410, 102])
+def test_buffers_have_little_room_behind_a_prompt(budget: int) -> None:
+    """An eighth of what is held or 16 rows a head; and few queries beside those that are asked for."""
+    tensors = sequences(1, 1025, 5)
+    cache = empty_cache(KNorm(budget=budget), 1, max_length=2000)
+    run(cache, tensors, [[1024], [1]])
+    assert cache.held_rows == GROUPS * (budget + 1)
+    assert cache.nbytes < cache.held_bytes * 9 / 8 + GROUPS * 32 * cache.pool.held_bytes / cache.held_rows
+    asked = empty_cache(SnapKV(budget=budget, window=32), 1, max_length=2000)
+    run(asked, tensors, [[1024], [1]])
+    assert asked.last_queries is not None
+    assert asked.last_queries.values.shape[2] <= 32 + 17
 
 
 def test_trimming_gives_back_what_is_free() -> None:
