@@ -20,7 +20,7 @@ from attnzoo.cache.pages.cache import PagedCache
 from attnzoo.cache.policies.protocol import Policy
 from attnzoo.surgery.hosts.caches.cache_layer import ReplacementCacheLayer
 from attnzoo.surgery.hosts.caches.growing import GrowingLayer
-from attnzoo_kernels.errors import UnsupportedError
+from attnzoo_kernels.errors import ShapeError, UnsupportedError
 
 MARGIN = 64
 """Tokens that may be taken back, as assisted generation does with those that it rejects."""
@@ -99,7 +99,11 @@ class EvictingCacheLayer(ReplacementCacheLayer):  # type: ignore[no-untyped-call
         return False
 
     def room_for(self, k: Tensor, v: Tensor) -> HeldCache:
-        """The cache, with room for the tokens of a call, k ``[B, G, T, D]`` and v ``[B, G, T, Dv]``."""
+        """The cache, with room for the tokens of a call, k ``[B, G, T, D]`` and v ``[B, G, T, Dv]``.
+
+        Raises:
+            ShapeError: If it holds another number of items.
+        """
         needed = self.seen + k.shape[2]
         memory = self.memory
         if not isinstance(memory, HeldCache):
@@ -113,6 +117,8 @@ class EvictingCacheLayer(ReplacementCacheLayer):  # type: ignore[no-untyped-call
             )
             self.memory = memory
             self.is_initialized = True
+        elif memory.batch != k.shape[0]:
+            raise ShapeError(f"past_key_values: expected a call of the {memory.batch} items held, got {k.shape[0]}")
         elif needed > memory.max_length:
             memory.grow(needed + max(_LEAST_ROOM, needed // _SHARE_OF_ROOM))
         return memory
@@ -143,6 +149,22 @@ def evicting_layer(cache: Any, index: int, layer: EvictingLayer) -> EvictingCach
     return found
 
 
+def check_layers(cache: Any, blocks: int) -> None:
+    """Raises unless a cache has, or makes, a layer for each of a model's blocks, and no more.
+
+    Raises:
+        UnsupportedError: If it is another model's.
+    """
+    layers = getattr(cache, "layers", None)
+    if not isinstance(layers, list):
+        return
+    is_short = len(layers) < blocks and getattr(cache, "layer_class_to_replicate", None) is None
+    if is_short or len(layers) > blocks:
+        raise UnsupportedError(
+            f"past_key_values: expected a cache with a layer for each of {blocks} blocks, got one with {len(layers)}"
+        )
+
+
 def check_policy_layer(
     cache: Any, index: int, policy: Policy, module: nn.Module, found: EvictingCacheLayer | None
 ) -> None:
@@ -165,6 +187,8 @@ def check_policy_layer(
     layers = getattr(cache, "layers", None)
     layer = layers[index] if isinstance(layers, list) and index < len(layers) else None
     kind = type(layer).__name__ if layer is not None else type(cache).__name__
+    if getattr(cache, "offloading", False):
+        kind = "one that offloads"
     if getattr(cache, "offloading", False) or type(layer) not in (DynamicLayer, GrowingLayer, type(None)):
         raise UnsupportedError(
             f"past_key_values: expected a DynamicCache that stays in place, which can follow {policy}, got {kind}"

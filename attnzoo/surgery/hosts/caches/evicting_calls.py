@@ -68,6 +68,9 @@ def evicting_layer_for(module: nn.Module, pattern: Pattern, cache: Any, call: tu
     from attnzoo.surgery.hosts.caches import evicting
 
     index: Any = module.layer_idx
+    if policy is not None:
+        config: Any = module.config
+        evicting.check_layers(cache, config.num_hidden_layers)
     found = evicting.evicting_layer(cache, index, layer)
     keeps = _wants_gradients(module, call)
     if found is None and pattern.evict and not keeps and layer.evicts:
