@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -81,29 +81,18 @@ def show(variant: Annotated[str, typer.Argument(help="A variant's name.")], as_j
 
 @app.command()
 def inspect(model: Model, as_json: JsonFlag = False) -> None:
-    """Lists the attention blocks of a model."""
+    """Lists the attention blocks of a model, what each can be converted to, and why not to the rest."""
     from attnzoo import surgery
-    from attnzoo.surgery.lookalikes import lookalikes
 
     found, _ = load_model(model)
-    sites = surgery.find(found)
+    inspection = surgery.inspect(found)
     held = surgery.cache_bytes(found)
     if as_json:
-        typer.echo(json.dumps({"sites": [asdict(site) for site in sites], "kv_bytes_per_token": held}, indent=2))
+        typer.echo(json.dumps({**inspection.to_dict(), "kv_bytes_per_token": held}, indent=2))
         return
-    screen.table(
-        Grid(
-            ("path", "host", "heads", "KV heads", "head width", "width"),
-            [
-                (site.path, site.host, *(str(x) for x in (site.heads, site.kv_heads, site.head_dim, site.width)))
-                for site in sites
-            ],
-            title=f"{model}: {held:,} KV bytes per token",
-            numbers=frozenset({2, 3, 4, 5}),
-        )
-    )
-    for (name, place), count in lookalikes(found).items():
-        screen.text(f"not counted, and not convertible: {count} {name} at {place}")
+    screen.table(replace(inspection.grid(), title=f"{model}: {held:,} KV bytes per token"))
+    for note in inspection.notes():
+        screen.text(note)
 
 
 @app.command("heads")

@@ -32,6 +32,11 @@ def scored_sites(model: Any) -> list[Site]:
                 f"model: {site.path}: expected a block that reads everything, got one that was converted to read less; "
                 "undo that conversion first"
             )
+        if site.window is not None:
+            raise UnsupportedError(
+                f"model: {site.path}: expected a block that reads everything, but it has a sliding window of its own "
+                f"({site.window} tokens)"
+            )
         if reasons := block_of(module).reasons[Need.READING]:
             raise UnsupportedError(f"model: {site.path}: expected a block that reads everything, but {reasons[0]}")
         if (site.heads, site.kv_heads) != (sites[0].heads, sites[0].kv_heads):

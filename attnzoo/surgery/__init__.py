@@ -5,14 +5,15 @@ from __future__ import annotations
 from attnzoo.surgery.convert import cache_bytes, convert, new_cache
 from attnzoo.surgery.files import load, save
 from attnzoo.surgery.hosts.site import Site
+from attnzoo.surgery.inspection import Inspection, find, inspect
 from attnzoo.surgery.lowrank.calibration import Statistics, collect
 from attnzoo.surgery.lowrank.one_site import statistics_bytes
 from attnzoo.surgery.replacements.landmark_tokens import set_gate_mix
 from attnzoo.surgery.report import ConversionReport, SiteReport
-from attnzoo.surgery.sites import find
 
 __all__ = [
     "ConversionReport",
+    "Inspection",
     "Site",
     "SiteReport",
     "Statistics",
@@ -20,6 +21,7 @@ __all__ = [
     "collect",
     "convert",
     "find",
+    "inspect",
     "load",
     "new_cache",
     "save",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Mapping
 from typing import NoReturn
 
 from torch import nn
@@ -41,6 +42,13 @@ def lookalikes(model: nn.Module) -> dict[tuple[str, str], int]:
             pattern = ".".join("*" if part.isdecimal() else part for part in path.split("."))
             found[name, pattern] += 1
     return dict(found)
+
+
+def unknown(found: Mapping[tuple[str, str], int]) -> list[str]:
+    """In words what :func:`lookalikes` gives."""
+    return [
+        f"not known, and left alone: {count} {name} at {place}{_why(name)}" for (name, place), count in found.items()
+    ]
 
 
 def refuse_unknown(model: nn.Module) -> NoReturn:

@@ -10,24 +10,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from attnzoo.base.evicting.policy import PolicyAttention
-from attnzoo.base.layer import DENSE_BLOCK, AttentionInputs, AttentionLayer
-from attnzoo.base.padding import Alignment
+from attnzoo.base.layer import AttentionLayer
 from attnzoo.base.recording import RULE
-from attnzoo.base.shared_layouts import dense_layout
+from attnzoo.surgery.hosts.attending import attend_by, attend_densely
 from attnzoo.surgery.hosts.caches.evicting_calls import HELD, attend_held, evicting_layer_for
 from attnzoo.surgery.hosts.calls import AROUND, CACHE_NAMES, AttentionCall, read_call
 from attnzoo.surgery.hosts.geometry import Geometry as Geometry
 from attnzoo.surgery.hosts.geometry import geometry_of as geometry_of
-from attnzoo.surgery.hosts.one_row import attend_one_row
-from attnzoo.variants.mha import MHAAttention, MHAConfig
-from attnzoo_kernels import Extras, block_sparse_attention
+from attnzoo.surgery.hosts.geometry import rule_of
 from attnzoo_kernels.errors import ShapeError, UnsupportedError
 
 NAME = "attnzoo"
@@ -41,11 +38,13 @@ class ReadPattern:
         layer: A layer without weights whose plan is followed.
         evict: Whether caches hold no more than the rule can read, where they are made for the block.
         planes: Which values of a head the host turns against each other, as :class:`Block` says it.
+        keeps_all: Whether caches must keep every slot, because the rule counts from the first.
     """
 
     layer: AttentionLayer
     evict: bool = True
     planes: Literal["halves", "neighbours"] | None = "halves"
+    keeps_all: bool = False
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -144,16 +143,22 @@ def _prepare_block(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tupl
         if held is not None:
             return args, {**kwargs, HELD: held}
         index: Any = module.layer_idx
-        let_grow(cache, index)
+        let_grow(cache, index, keeps_all=pattern is not None and pattern.keeps_all)
     return None
 
 
-def let_grow(cache: Any, index: int) -> None:
-    """Makes an empty plain layer of a host's cache one that copies nothing when a token is added."""
+def let_grow(cache: Any, index: int, *, keeps_all: bool = False) -> None:
+    """Makes an empty plain layer of a host's cache one that copies nothing when a token is added.
+
+    Args:
+        cache: The host's cache.
+        index: Which of its layers.
+        keeps_all: Whether one that slides becomes such a layer too.
+    """
     # Importing the host's library is for callers who have one of its caches.
     from attnzoo.surgery.hosts.caches import growing
 
-    growing.let_grow(cache, index)
+    growing.let_grow(cache, index, keeps_all=keeps_all)
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,14 +211,12 @@ def describe_mask(
     """The mask function: no mask is made, only what the attention function needs to know.
 
     Raises:
-        UnsupportedError: If the host asks for another rule than causality and padding.
+        UnsupportedError: If the host asks for another rule than causality, a sliding window and padding.
     """
     if isinstance(attention_mask, Geometry):
         return attention_mask
-    rule = "causal_mask_function" if mask_function is None else getattr(mask_function, "__name__", "")
-    if rule not in ("causal_mask_function", "bidirectional_mask_function"):
-        raise UnsupportedError("attention_mask: expected causality and padding alone, got a further rule of the host's")
-    if kv_offset:
+    causal, window = rule_of(mask_function)
+    if kv_offset and window is None:
         raise UnsupportedError(f"kv_offset: expected a cache that keeps every slot, got one that begins at {kv_offset}")
     # The host advances its counter in place before attention runs.
     first = q_offset.clone() if isinstance(q_offset, Tensor) else q_offset
@@ -222,7 +225,7 @@ def describe_mask(
     real = attention_mask
     if real is not None and not torch.compiler.is_compiling() and bool(real.all()):
         real = None
-    return Geometry(first, real, causal=rule == "causal_mask_function")
+    return Geometry(first, real, causal=causal, window=window)
 
 
 def first_slot(geometry: Any, cache: Any, layer: int) -> int | Tensor:
@@ -253,11 +256,12 @@ def attend(
     if dropout:
         raise UnsupportedError(f"dropout: expected 0, got {dropout}; attention dropout is not offered")
     held = kwargs.pop(HELD, None)
+    window = kwargs.pop("sliding_window", None)
     causal = getattr(module, "is_causal", True) is not False
     if read_call(kwargs, causal=causal).cache is not None:
         raise UnsupportedError("cache: expected one that the block has read, got one that it hands on")
     query, key, value = _as_autocast_does(query, key, value)
-    geometry = geometry_of(attention_mask, query.shape[2], key.shape[2], causal=causal)
+    geometry = geometry_of(attention_mask, query.shape[2], key.shape[2], causal=causal, window=window)
     answer = partial(_answer, module, geometry, scaling, held)
     around = module.__dict__.get(AROUND)
     if around is None:
@@ -274,19 +278,14 @@ def _answer(
     """What a block's attention gives ``[B, H, T, D]``."""
     pattern = pattern_of(module)
     if pattern is None and geometry.real is None and torch.compiler.is_compiling():
-        return _attend_densely(q, k, v, geometry, scale)
+        return attend_densely(q, k, v, geometry, scale)
     if held is not None:
         if isinstance(geometry.first, Tensor) or geometry.first != held.seen:
             raise ShapeError(
                 f"attention_mask: expected one whose queries begin at slot {held.seen}, got {geometry.first}"
             )
         return attend_held(held, q, k, v, geometry.real)
-    layer = (
-        _dense_layer(q.shape[1], k.shape[1], q.shape[3], scale, geometry.causal) if pattern is None else pattern.layer
-    )
-    if geometry.real is not None:
-        return _attend_padded(layer, q, k, v, geometry)
-    return _attend_plain(layer, q, k, v, geometry.first)
+    return attend_by(None if pattern is None else pattern.layer, q, k, v, geometry, scale)
 
 
 def _as_autocast_does(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -299,71 +298,3 @@ def _as_autocast_does(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
-
-
-@lru_cache(maxsize=32)
-def _dense_layer(heads: int, groups: int, width: int, scale: float | None, causal: bool) -> AttentionLayer:
-    config = MHAConfig(
-        dim=heads * width,
-        num_heads=heads,
-        num_kv_heads=groups,
-        head_dim=width,
-        causal=causal,
-        rotary=None,
-        scale=scale,
-    )
-    with torch.device("meta"):
-        return MHAAttention(config)
-
-
-def _run(layer: AttentionLayer, inputs: AttentionInputs, offset: int | Tensor, lengths: int | Tensor | None) -> Tensor:
-    plan = layer.plan_for(inputs, offset=offset, lengths=lengths)
-    for recording in layer.recordings:
-        recording.add(layer, plan)
-    return layer.operate(inputs, plan)
-
-
-def _attend_densely(q: Tensor, k: Tensor, v: Tensor, geometry: Geometry, scale: float | None) -> Tensor:
-    """Plain attention in a program that is compiled, where no layer can be made."""
-    first = geometry.first
-    tokens = q.shape[2]
-    extras = Extras()
-    if isinstance(first, int):
-        k, v = (x[:, :, : first + tokens] for x in (k, v))
-    else:
-        extras = Extras(q_pos=(torch.arange(tokens, device=q.device) + first).to(torch.int32).view(1, 1, -1))
-    layout = dense_layout(DENSE_BLOCK, tokens, k.shape[2], q)
-    return block_sparse_attention(q, k, v, layout, causal=geometry.causal, scale=scale, extras=extras)
-
-
-def _attend_plain(layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, first: int | Tensor) -> Tensor:
-    tokens = q.shape[2]
-    if isinstance(first, int):
-        held = first + tokens
-        if held > k.shape[2]:
-            raise ShapeError(f"attention_mask: expected at most {k.shape[2]} slots, got queries up to slot {held - 1}")
-        out = attend_one_row(layer, q, k, v, held) if tokens == 1 and layer.config.causal else None
-        if out is not None:
-            return out
-        # A static cache is longer than what it holds.
-        return _run(layer, AttentionInputs(q, k[:, :, :held], v[:, :, :held]), first, None)
-    return _run(layer, AttentionInputs(q, k, v), first.view(1).expand(q.shape[0]), None)
-
-
-def _attend_padded(layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, geometry: Geometry) -> Tensor:
-    """Moves each item's real tokens to slots 0, 1, ... first: rules go by position, and padding has none."""
-    first = geometry.first
-    real = geometry.real
-    if real is None or not isinstance(first, int):
-        raise UnsupportedError("attention_mask: padding under compilation is not supported; compile without padding")
-    held = first + q.shape[2]
-    real = real[:, :held]
-    if real.shape[1] < held:
-        raise ShapeError(f"attention_mask: expected {held} slots, got {real.shape[1]}")
-    slots = Alignment.of(~real)
-    longest = int(slots.lengths.max())
-    k, v = (slots.aligned(x[:, :, :held], longest) for x in (k, v))
-    rows = Alignment.of(~real[:, first:])
-    before = real[:, :first].sum(1) if geometry.causal else 0
-    out = _run(layer, AttentionInputs(rows.aligned(q), k, v), before, rows.lengths)
-    return rows.put_back(out).masked_fill(~real[:, None, first:, None], 0.0)

@@ -132,17 +132,24 @@ class Kind(ABC):
             ConversionError: If something is missing.
         """
 
-    def refuse(self, model: nn.Module, sites: Sequence[Site], *, weights_come: bool = False) -> None:
+    def reasons(self, module: nn.Module, site: Site, variant: str) -> tuple[str, ...]:
+        """Why a block cannot be converted to a variant, whatever its weights are; empty where it can."""
+        return block_of(module).reasons[self.need]
+
+    def reasons_here(self, module: nn.Module, site: Site, variant: str) -> tuple[str, ...]:
+        """The same, with what is in the way of its weights."""
+        found = self.reasons(module, site, variant)
+        return found or (weights.reasons_against(block_of(module).projections) if self.changes_weights else ())
+
+    def refuse(self, model: nn.Module, sites: Sequence[Site], variant: str, *, weights_come: bool = False) -> None:
         """Raises unless blocks can be converted so; weights that a file brings afterwards need not be there.
 
         Raises:
             UnsupportedError: If one cannot.
         """
         for site in sites:
-            block = block_of(model.get_submodule(site.path))
-            reasons = block.reasons[self.need]
-            if self.changes_weights and not reasons and not weights_come:
-                reasons = weights.reasons_against(block.projections)
+            module = model.get_submodule(site.path)
+            reasons = (self.reasons if weights_come else self.reasons_here)(module, site, variant)
             if reasons:
                 raise UnsupportedError(f"{site.path}: cannot be converted: {'; '.join(reasons)}", reasons)
 

@@ -62,7 +62,7 @@ class OwnLayers(Kind):
     def prepare(self, order: Order) -> list[Change]:
         """Layers for sites."""
         known = self.options(order.variant)
-        self.refuse(order.model, order.sites)
+        self.refuse(order.model, order.sites, order.variant)
         order.refuse_calibration()
         for name in order.options:
             check_known(name, known, f"options for {order.variant!r}")
@@ -88,7 +88,7 @@ class OwnLayers(Kind):
 
     def rebuild(self, model: nn.Module, site: Site, entry: dict[str, Any], beside: Mapping[str, Tensor]) -> Change:
         """The layer that an entry of a recipe describes."""
-        self.refuse(model, [site], weights_come=True)
+        self.refuse(model, [site], str(entry.get("variant")), weights_come=True)
         config = _stored_config(site, model.get_submodule(site.path), entry)
         with spec.own_random_numbers(model):
             return self._change(site, model.get_submodule(site.path), config)
@@ -134,7 +134,7 @@ class OwnPolicy(OwnLayers):
         policy = order.options.get("policy")
         if not isinstance(policy, Policy):
             raise ConfigError(f"policy: expected one of attnzoo.policies, got {type(policy).__name__}")
-        self.refuse(order.model, order.sites)
+        self.refuse(order.model, order.sites, order.variant)
         for site in order.sites:
             if not block_of(order.module(site)).causal:
                 reason = "it is not causal, so that it has no cache whose memory a policy could rule"

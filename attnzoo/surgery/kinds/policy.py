@@ -15,13 +15,13 @@ from attnzoo.reporting.warn import warn_caller
 from attnzoo.surgery.hosts.attention_function import ReadPattern, pattern_of
 from attnzoo.surgery.hosts.block import Need
 from attnzoo.surgery.hosts.families.known import block_of
-from attnzoo.surgery.hosts.site import Site
+from attnzoo.surgery.hosts.site import GLOBAL, Site
 from attnzoo.surgery.hosts.weights import type_name
 from attnzoo.surgery.kinds.kind import REQUIRED, Kind, Order
 from attnzoo.surgery.report import SiteReport
 from attnzoo.surgery.sites import find
 from attnzoo.surgery.transaction import Change
-from attnzoo_kernels.errors import ConfigError, ConversionError, UnsupportedError
+from attnzoo_kernels.errors import ConfigError, ConversionError
 
 VARIANT = "policy"
 
@@ -41,6 +41,18 @@ class Remembering(Kind):
         """The policy, which has no default."""
         return {"policy": REQUIRED}
 
+    def reasons(self, module: nn.Module, site: Site, variant: str) -> tuple[str, ...]:
+        """As every reading; a policy stands beside no other rule, the block's own window among them."""
+        found = list(super().reasons(module, site, variant))
+        if not block_of(module).causal:
+            found.append("it is not causal, so that it has no cache whose memory a policy could rule")
+        if site.window is not None:
+            own = f"it has a sliding window of its own ({site.window} tokens)"
+            found.append(f"{own}, beside which no policy remembers; {GLOBAL}")
+        if pattern_of(module) is not None and not found:
+            found.append("it follows a read pattern, which a policy would not; undo that conversion first")
+        return tuple(found)
+
     def told(self, options: dict[str, Any]) -> dict[str, Any]:
         """The policy in words."""
         return {"policy": str(options["policy"])}
@@ -53,12 +65,9 @@ class Remembering(Kind):
         policy = order.options.get("policy")
         if not isinstance(policy, Policy):
             raise ConfigError(f"policy: expected one of attnzoo.policies, got {type(policy).__name__}")
-        self.refuse(order.model, order.sites)
-        for site in order.sites:
-            _refuse_without_cache(site, order.module(site))
+        self.refuse(order.model, order.sites, order.variant)
         layers = len(find(order.model))
         for site in order.sites:
-            _refuse_pattern(site, order.module(site))
             policy.check(layers, site.kv_heads)
         changes = [self._change(site, order.module(site), policy.of_layer(site.layer)) for site in order.sites]
         if any(_drops_the_sink(policy.of_layer(site.layer), site) for site in order.sites):
@@ -84,8 +93,7 @@ class Remembering(Kind):
     def rebuild(self, model: nn.Module, site: Site, entry: dict[str, Any], beside: Mapping[str, Tensor]) -> Change:
         """The pattern that an entry of a recipe describes, with the policy's weights beside it."""
         module = model.get_submodule(site.path)
-        _refuse_pattern(site, module)
-        _refuse_without_cache(site, module)
+        self.refuse(model, [site], VARIANT)
         settings = entry.get("policy")
         if not isinstance(settings, Mapping):
             raise ConversionError(f"recipe: policy: expected its settings at {site.path}, got {settings!r}")
@@ -112,28 +120,6 @@ class Remembering(Kind):
 def _policy_of(module: nn.Module) -> Policy | None:
     pattern = pattern_of(module)
     return pattern.layer.policy if pattern is not None and isinstance(pattern.layer, PolicyAttention) else None
-
-
-def _refuse_pattern(site: Site, module: nn.Module) -> None:
-    """Raises if a block reads by a rule that surgery has put there.
-
-    Raises:
-        UnsupportedError: If it does.
-    """
-    if pattern_of(module) is not None:
-        reason = "it follows a read pattern, which a policy would not; undo that conversion first"
-        raise UnsupportedError(f"{site.path}: cannot be converted: {reason}", (reason,))
-
-
-def _refuse_without_cache(site: Site, module: nn.Module) -> None:
-    """Raises if a block reads what comes behind too: it has no cache that a policy could say anything about.
-
-    Raises:
-        UnsupportedError: If it does.
-    """
-    if not block_of(module).causal:
-        reason = "it is not causal, so that it has no cache whose memory a policy could rule"
-        raise UnsupportedError(f"{site.path}: cannot be converted: {reason}", (reason,))
 
 
 def _drops_the_sink(policy: Policy, site: Site) -> bool:

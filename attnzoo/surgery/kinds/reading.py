@@ -18,7 +18,7 @@ from attnzoo.reporting.warn import warn_caller
 from attnzoo.surgery.hosts.attention_function import ReadPattern, pattern_of
 from attnzoo.surgery.hosts.block import Need
 from attnzoo.surgery.hosts.families.known import block_of
-from attnzoo.surgery.hosts.site import Site
+from attnzoo.surgery.hosts.site import Site, within_window
 from attnzoo.surgery.hosts.weights import type_name
 from attnzoo.surgery.kinds.kind import Kind, Order, default_of
 from attnzoo.surgery.replacements.spec import OF_THE_SITE
@@ -54,7 +54,7 @@ class Reading(Kind):
 
     def prepare(self, order: Order) -> list[Change]:
         """Patterns for sites that keep their weights."""
-        self.refuse(order.model, order.sites)
+        self.refuse(order.model, order.sites, order.variant)
         order.refuse_calibration()
         for name in order.options:
             check_known(name, self.options(order.variant), f"options for {order.variant!r}")
@@ -104,14 +104,25 @@ def read_pattern(module: nn.Module, site: Site, variant: str, options: dict[str,
         ConfigError: If there is nothing to evict where that is asked for.
     """
     own = {name: value for name, value in options.items() if name != "evict"}
+    if variant == "mha":
+        own |= within_window(site, own)
     layer = reading_layer(module, site, variant, own)
     evict = options.get("evict", True)
     check_bool("evict", evict)
+    # A rule that counts from the first slot needs all slots that lie before those within the block's own window.
+    keeps_all = site.window is not None and variant != "mha"
+    if keeps_all:
+        if "evict" in options and evict:
+            raise ConfigError(
+                f"evict: expected False for {variant!r} at {site.path}, which has a sliding window of its own "
+                f"({site.window} tokens), got True"
+            )
+        evict = False
     evicts = isinstance(layer, EvictingLayer) and layer.evicts
     if "evict" in options and evict and not (evicts and layer.config.causal):
         reads = f"{variant!r} that reads everything" if layer.config.causal else "a block that is not causal"
         raise ConfigError(f"evict: expected False, or a window or shards, got True for {reads}")
-    return ReadPattern(layer, evict)
+    return ReadPattern(layer, evict, keeps_all=keeps_all)
 
 
 def reading_layer(module: nn.Module, site: Site, variant: str, options: dict[str, Any]) -> AttentionLayer:

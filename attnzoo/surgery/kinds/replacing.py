@@ -12,7 +12,7 @@ from attnzoo.base.config import AttentionConfig
 from attnzoo.factory import get_config
 from attnzoo.surgery.hosts import weights
 from attnzoo.surgery.hosts.block import Need
-from attnzoo.surgery.hosts.site import Site
+from attnzoo.surgery.hosts.site import GLOBAL, Site
 from attnzoo.surgery.kinds.kind import Kind, Order, default_of
 from attnzoo.surgery.kinds.reading import READ_VARIANTS
 from attnzoo.surgery.kinds.weights import VARIANT as LOW_RANK
@@ -56,14 +56,14 @@ class Replacing(Kind):
             raise ConfigError(
                 f"where: expected all {len(everywhere)} sites, which {order.variant!r} needs, got {len(order.sites)}"
             )
-        self.refuse(order.model, order.sites)
+        self.refuse(order.model, order.sites, order.variant)
         if found.model_change is not None:
             weights.check_embedding(order.model)
         order.refuse_calibration()
         configs = [
             spec.site_config(site, order.module(site), order.variant, found, order.options) for site in order.sites
         ]
-        spec.warn_of(configs, found)
+        spec.warn_of([_beside_own(site, config) for site, config in zip(order.sites, configs, strict=True)], found)
         with spec.own_random_numbers(order.model):
             changes = [
                 self._change(site, order.module(site), config, found)
@@ -71,6 +71,14 @@ class Replacing(Kind):
             ]
         changes[0] = replace(changes[0], model_change=_model_change(order.model, configs[0], found))
         return changes
+
+    def reasons(self, module: nn.Module, site: Site, variant: str) -> tuple[str, ...]:
+        """As the block says it; a block's own window is kept by variants that have one."""
+        found = list(super().reasons(module, site, variant))
+        if site.window is not None and "window" not in {field.name for field in fields(get_config(variant))}:
+            own = f"it has a sliding window of its own ({site.window} tokens)"
+            found.append(f"{own}, and {variant!r} has none; {GLOBAL}")
+        return tuple(found)
 
     def _change(self, site: Site, module: nn.Module, config: AttentionConfig, found: ReplacementSpec) -> Change:
         new = spec.build_replacement(module, config, found)
@@ -82,7 +90,7 @@ class Replacing(Kind):
         config = get_config(entry["variant"]).from_dict({**entry["config"], "kind": entry["variant"]})
         found = _spec_of(config.kind)
         spec.check_fit(site, model.get_submodule(site.path), config)
-        self.refuse(model, [site], weights_come=True)
+        self.refuse(model, [site], config.kind, weights_come=True)
         with spec.own_random_numbers(model):
             change = self._change(site, model.get_submodule(site.path), config, found)
         return replace(change, model_change=_model_change(model, config, found))
@@ -110,6 +118,13 @@ class Replacing(Kind):
                 raise ConversionError(
                     f"recipe: expected replacements by {variant!r} in all {len(blocks)} blocks, got {count}"
                 )
+
+
+def _beside_own(site: Site, config: AttentionConfig) -> AttentionConfig:
+    """A configuration without the window that the block had before."""
+    same = site.window is not None and getattr(config, "window", None) == site.window
+    without: dict[str, Any] = {"window": None}
+    return replace(config, **without) if same else config
 
 
 def _spec_of(variant: str) -> ReplacementSpec:

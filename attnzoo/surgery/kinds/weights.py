@@ -42,7 +42,7 @@ class Weights(Kind):
 
     def prepare(self, order: Order) -> list[Change]:
         """New modules for sites that get other weights, solved from the calibration text where the method reads one."""
-        self.refuse(order.model, order.sites)
+        self.refuse(order.model, order.sites, order.variant)
         request = self._request(order)
         _refuse_shared(order, request)
         request = _without_refit(order, request)

@@ -46,6 +46,7 @@ class LatentReplacement(ReplacementModule):
     query_factor = 1.0
     drops = 0.0
     output_drops = 0.0
+    window: int | None = None
 
     def __init__(self, module: nn.Module, projections: LatentProjections) -> None:
         super().__init__(module, family_of(module).name)
@@ -66,6 +67,7 @@ class LatentReplacement(ReplacementModule):
         self.scaling = block.scale
         self.query_factor = p.scale / block.scale
         self.output_drops = block.output_dropout
+        self.window = block.window
         with torch.device("meta"):
             self.q_proj = nn.Linear(p.q.shape[1], p.q.shape[0], bias=p.q_bias is not None)
             self.kv_down = nn.Linear(p.down.shape[1], p.down.shape[0], bias=p.down_bias is not None)
@@ -98,7 +100,7 @@ class LatentReplacement(ReplacementModule):
             rope_type=None,
             scale=self.scaling,
             causal=self.is_causal,
-            window=None,
+            window=self.window,
             reply=self.reply,
             finish=self.finish,
             reasons=dict.fromkeys(Need, (_REASON,)),
@@ -132,15 +134,16 @@ class LatentReplacement(ReplacementModule):
         if call.cache is not None:
             attention_function.let_grow(call.cache, self.layer_idx)
             latent, _ = call.cache.update(latent, latent[..., :0], self.layer_idx)
-        if real is None and isinstance(first, int) and self.is_causal and may_absorb(q, latent, self.kv_up):
+        whole = getattr(attention_mask, "window", None) is None and real is None
+        if whole and isinstance(first, int) and self.is_causal and may_absorb(q, latent, self.kv_up):
             slots = self._slots(first + 1)
             if slots is not None and slots.runs is not None:
                 out = attend_absorbed(q, latent[:, 0, : first + 1], self.kv_up.weight, self._heads, slots)
                 return as_reply(self.reply, self._output(out.flatten(1).unsqueeze(1)), call.cache)
         k, v = self._expand(latent.squeeze(1))  # [B, G, S, D] each
-        # Rotation by slot, of queries and of all keys.
+        # Rotation by slot, of queries and of all keys; a sliding cache has the last ones.
         q = self._rotate(q, first)
-        k = self._rotate(k, 0)
+        k = self._rotate(k, _begin(first, q.shape[2], k.shape[2]))
         out, _ = attention_function.attend(self, q, k, v, attention_mask, scaling=self.scaling)
         y = self._output(out.flatten(-2))
         return as_reply(self.reply, y if self.finish is None else self.finish(self, hidden_states, y), call.cache)
@@ -188,3 +191,9 @@ class LatentReplacement(ReplacementModule):
             slots = (torch.arange(x.shape[2], device=x.device) + first).unsqueeze(0)
         cos, sin = shared_rotary_tables(self.rotary, self.head_dim, slots, x)
         return apply_rotary(x, cos, sin, self.rotary.interleaved)
+
+
+def _begin(first: int | Tensor, tokens: int, slots: int) -> int | Tensor:
+    """The slot of the first of the last ``slots`` keys, where a call's tokens begin at ``first``."""
+    gone = first + tokens - slots
+    return gone.clamp(min=0) if isinstance(gone, Tensor) else max(gone, 0)

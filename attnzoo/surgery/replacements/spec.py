@@ -18,7 +18,7 @@ from attnzoo.reporting.choices import check_known
 from attnzoo.reporting.warn import silent, warn_caller
 from attnzoo.surgery.hosts.block import warn_of_lengths
 from attnzoo.surgery.hosts.families.known import block_of
-from attnzoo.surgery.hosts.site import Site
+from attnzoo.surgery.hosts.site import Site, within_window
 from attnzoo.surgery.hosts.weights import FLOATING
 from attnzoo.surgery.replacements.replacement import Replacement
 from attnzoo_kernels.errors import ConversionError, UnsupportedError
@@ -83,6 +83,9 @@ def site_config(
     for name in options:
         check_known(name, known, f"options for {variant!r}")
     block = block_of(module)
+    chosen = {**spec.defaults(site), **options}
+    if site.window is not None:
+        chosen |= within_window(site, chosen)
     return config_class(
         dim=site.width,
         num_heads=site.heads,
@@ -92,7 +95,7 @@ def site_config(
         bias=getattr(block.projections.get("q_proj"), "bias", None) is not None,
         rotary=block.rotary(),
         scale=block.scale,
-        **{**spec.defaults(site), **options},
+        **chosen,
     )
 
 

@@ -14,6 +14,7 @@ files = partial(
 )
 changes = partial(Mutant, file=f"{FOLDER}/transaction.py", tests=f"{TESTS}/test_convert.py")
 stored = partial(Mutant, file=f"{FOLDER}/stored.py", tests=f"{TESTS}/test_written.py")
+CONFORMANCE = f"{TESTS}/families/test_conformance.py"
 interface = partial(
     Mutant, file=f"{FOLDER}/hosts/attention_function.py", tests=f"{TESTS}/hosts/test_generate.py -k 'window or mha'"
 )
@@ -96,14 +97,42 @@ MUTANTS = (
         "written-shared-memory", old="found[name] = own.clone() if place in seen else own", new="found[name] = own", wrong="two tensors in one memory cannot be written", tests=f"{TESTS}/test_written.py -k one_memory",
     ),
     interface(
-        "interface-padded-offset", old="before = real[:, :first].sum(1) if", new="before = real[:, :first].sum(1) * 0 if", wrong="padded items decode as if nothing came before",
+        "interface-padded-offset", file=f"{FOLDER}/hosts/attending.py", old="before = real[:, :first].sum(1) if", new="before = real[:, :first].sum(1) * 0 if", wrong="padded items decode as if nothing came before",
     ),
     interface(
-        "interface-static-cache", old="AttentionInputs(q, k[:, :, :held], v[:, :, :held])", new="AttentionInputs(q, k, v)", wrong="a static cache is read beyond what it holds", tests=f"{TESTS}/hosts/test_generate.py -k static",
+        "interface-static-cache", file=f"{FOLDER}/hosts/attending.py", old="AttentionInputs(q, k[:, :, :held], v[:, :, :held])", new="AttentionInputs(q, k, v)", wrong="a static cache is read beyond what it holds", tests=f"{TESTS}/hosts/test_generate.py -k static",
     ),
     interface(
-        "interface-mask-function", old='if rule not in ("causal_mask_function", "bidirectional_mask_function"):', new='if rule == "":', wrong="a further rule of the host's is dropped silently",
+        "interface-mask-function", file=f"{FOLDER}/hosts/geometry.py", old='if set(names) == {"causal_mask_function", "sliding_window_overlay"} and len(parts) == 2:', new='if "causal_mask_function" in names:\n        return True, None\n    if set(names) == {"causal_mask_function", "sliding_window_overlay"}:', wrong="a further rule of the host's is dropped silently",
         tests=f"{TESTS}/test_refusals.py -k 'packed or mask' {TESTS}/hosts/test_hosts.py -k 'packed or mask or window'",
+    ),
+    interface(
+        "own-window-lost-beside-shards", file=f"{FOLDER}/hosts/attending.py", old="plan = replace(plan, extras=replace(plan.extras, window=geometry.window))", new="pass",
+        wrong="shards of a block reach beyond its own window", tests=f"{CONFORMANCE} -k 'sliding_caches and Gemma'",
+    ),
+    interface(
+        "own-window-forgets-where-keys-begin", file=f"{FOLDER}/hosts/attending.py", old="return first - max(gone, 0)", new="return first",
+        wrong="queries behind a sliding cache read keys that are not there", tests=f"{CONFORMANCE} -k 'sliding_caches and Gemma'",
+    ),
+    interface(
+        "own-window-is-widened", file=f"{FOLDER}/hosts/site.py", old="min(window, own)", new="window",
+        wrong="a conversion to a longer window reads more than the block did", tests=f"{CONFORMANCE} -k within_the_blocks_own",
+    ),
+    interface(
+        "own-window-by-token-with-padding", file=f"{FOLDER}/hosts/attending.py", old="masked_fill(~real, -torch.inf)", new="masked_fill(real & ~real, -torch.inf)",
+        wrong="blocks with windows of their own read padding", tests=f"{CONFORMANCE} -k 'sliding_caches and Gemma and nothing'",
+    ),
+    interface(
+        "norms-of-all-heads-apart", file=f"{FOLDER}/hosts/families/llama.py", old="return weight is not None and weight.shape[-1] != host.head_dim", new="return False",
+        wrong="OLMo 2's norms take each head by itself", tests=f"{CONFORMANCE} -k 'refused_by_name and OLMo and moh'",
+    ),
+    interface(
+        "layers-without-rotation-are-rotated", file=f"{FOLDER}/hosts/families/llama.py", old='    if not getattr(host, "use_rope", True):\n        return None\n', new="",
+        wrong="SmolLM3's layers without rotation are rotated when replaced", tests=f"{CONFORMANCE} -k 'refused_by_name and SmolLM3 and moh'",
+    ),
+    interface(
+        "adapters-are-not-called", file=f"{FOLDER}/replacements/host_projector.py", old="        view.__dict__[held] = module.__dict__[held]", new="        view.__dict__[held] = dict(module.__dict__[held]) if isinstance(module.__dict__[held], dict) else module.__dict__[held]",
+        wrong="what is put in a projection's place later does not project", tests=f"{CONFORMANCE} -k 'later_projects and Qwen3-replaced'",
     ),
     interface(
         "interface-groups-of-rule", old="if layer.config.kv_heads == groups:", new="if True:", wrong="a pattern for other KV heads is kept as it is", tests=f"{TESTS}/test_convert.py -k compose {TESTS}/hosts/test_positions.py -k another_number",

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from attnzoo.base.layer import AttentionLayer
 from attnzoo.cache.kv_cache import KVCache
@@ -176,7 +176,7 @@ def replacement_layer(
     if isinstance(found, ReplacementCacheLayer):
         refuse_replay("past_key_values", found.born)
         return found
-    if type(found) not in (DynamicLayer, GrowingLayer):
+    if type(found) not in (DynamicLayer, DynamicSlidingWindowLayer, GrowingLayer):
         raise UnsupportedError(
             f"past_key_values: expected a DynamicCache with a layer for each block, got {type(found).__name__} in a "
             f"{type(cache).__name__} at layer {index}; a replacement's streams have no place there"

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from attnzoo.base.evicting.layer import EvictingLayer
 from attnzoo.base.evicting.policy import PolicyAttention
@@ -209,5 +209,5 @@ def let_evict(cache: Any, index: int, layer: EvictingLayer, *, offload: bool = F
     while make in (DynamicLayer, GrowingLayer) and len(layers) <= index:
         layers.append(make())
     found: Any = layers[index] if index < len(layers) else None
-    if type(found) in (DynamicLayer, GrowingLayer) and not found.get_seq_length():
+    if type(found) in (DynamicLayer, DynamicSlidingWindowLayer, GrowingLayer) and not found.get_seq_length():
         layers[index] = EvictingCacheLayer(layer, offload=offload)

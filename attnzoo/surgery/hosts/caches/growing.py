@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from attnzoo_kernels.runtime.plain import is_plain
 
@@ -173,8 +173,14 @@ def growing_cache(config: Any) -> DynamicCache:
     return cache
 
 
-def let_grow(cache: Any, index: int) -> None:
-    """Makes an empty plain layer of a host's cache one that grows without copying; leaves every other."""
+def let_grow(cache: Any, index: int, *, keeps_all: bool = False) -> None:
+    """Makes an empty plain layer of a host's cache one that grows without copying; leaves every other.
+
+    Args:
+        cache: The host's cache.
+        index: Which of its layers.
+        keeps_all: Whether one that slides becomes such a layer too, since what it would forget is counted from.
+    """
     if torch.compiler.is_compiling():
         return
     layers = getattr(cache, "layers", None)
@@ -183,6 +189,7 @@ def let_grow(cache: Any, index: int) -> None:
     make = getattr(cache, "layer_class_to_replicate", None)
     while make is DynamicLayer and len(layers) <= index:
         layers.append(GrowingLayer())
-    found = layers[index] if index < len(layers) else None
-    if type(found) is DynamicLayer and not found.get_seq_length():
+    found: Any = layers[index] if index < len(layers) else None
+    kinds = (DynamicLayer, DynamicSlidingWindowLayer) if keeps_all else (DynamicLayer,)
+    if type(found) in kinds and not found.get_seq_length():
         layers[index] = GrowingLayer()

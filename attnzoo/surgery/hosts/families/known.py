@@ -27,6 +27,7 @@ FAMILIES: tuple[Family, ...] = (
 REFUSED = {
     "BloomAttention": "it adds a bias for the distance of each pair to its scores (alibi)",
     "FalconAttention": "it does not attend through the attention interface of transformers",
+    "T5Attention": "it adds a learned bias for the distance of each pair to its scores",
     "MptAttention": "it adds a bias for the distance of each pair to its scores (alibi)",
 }
 """Attention classes of which it is known why no family is built for them."""
@@ -80,6 +81,7 @@ def site_of(path: str, layer: int, module: nn.Module) -> Site:
         kv_heads=block.kv_heads,
         head_dim=block.head_dim,
         width=block.width,
+        window=block.window,
     )
 
 

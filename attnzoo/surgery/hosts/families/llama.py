@@ -1,6 +1,9 @@
 """The Llama family of transformers: separate projections, half-layout rotation, the shared attention interface.
 
-Recognised by class name and attributes, so that nothing is imported before a model is there.
+Its classes differ in what normalises queries and keys (all heads together or each by itself), in how much of a head is
+rotated and in which layers, in the factor on scores, in windows of some layers or all, and in the name of the output's
+projection: all of it is read from a module's attributes. Recognised by class name, so that nothing is imported before a
+model is there.
 
 Letters: B batch, T query tokens, C model width, H query heads, G KV heads, D head width.
 """
@@ -21,7 +24,27 @@ from attnzoo.surgery.hosts import attention_function
 from attnzoo.surgery.hosts.block import ROLES, Block, Family, Need
 from attnzoo.surgery.hosts.projections import Projections, as_linear, set_weights, size_of
 
-CLASSES = ("LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention")
+CLASSES = (
+    "GemmaAttention",
+    "Gemma2Attention",
+    "Gemma3Attention",
+    "GptOssAttention",
+    "GraniteAttention",
+    "LlamaAttention",
+    "MistralAttention",
+    "MixtralAttention",
+    "Olmo2Attention",
+    "PhiAttention",
+    "Qwen2Attention",
+    "Qwen2MoeAttention",
+    "Qwen3Attention",
+    "Qwen3MoeAttention",
+    "SmolLM3Attention",
+    "StableLmAttention",
+)
+
+_NORMS = {"q_norm": 0, "k_norm": 1, "q_layernorm": 0, "k_layernorm": 1}
+"""What normalises after projection: queries, or keys."""
 
 
 def describe(module: nn.Module) -> Block:
@@ -33,6 +56,7 @@ def describe(module: nn.Module) -> Block:
     host: Any = module
     head_dim = int(host.head_dim)
     kv_heads = size_of(module, "k_proj", "out_features") // head_dim
+    rotates = bool(getattr(host, "use_rope", True))
     return Block(
         heads=size_of(module, "q_proj", "out_features") // head_dim,
         kv_heads=kv_heads,
@@ -42,36 +66,61 @@ def describe(module: nn.Module) -> Block:
         cached_values=partial(int, 2 * kv_heads * head_dim),
         project=partial(_project, host),
         output=partial(_output, host),
-        projections={role: getattr(module, role) for role in ROLES},
+        projections={role: getattr(module, name) for role, name in _names(module).items()},
         weights=partial(_weights, module),
         rotary=partial(_rotary, module),
-        rope_type=_rope_parameters(module).get("rope_type"),
+        rope_type=_rope_parameters(module).get("rope_type") if rotates else None,
+        planes="halves" if rotates else None,
         scale=float(host.scaling),
-        causal=True,
+        causal=getattr(host, "is_causal", True) is not False,
         window=_window(module),
         reply="pair",
         reasons=_reasons(module),
-        products=not any(hasattr(module, name) for name in ("q_norm", "k_norm")),
+        products=not _norms(module),
         dropout=float(getattr(module, "attention_dropout", 0.0)),
     )
 
 
+def _names(module: nn.Module) -> dict[str, str]:
+    """What a module calls its projections, by role."""
+    names = dict(zip(ROLES, ROLES, strict=True))
+    return names if hasattr(module, "o_proj") else {**names, "o_proj": "dense"}
+
+
+def _norms(module: nn.Module) -> list[str]:
+    """The names of what normalises queries and keys after projection."""
+    return [name for name in _NORMS if name in module._modules]
+
+
 def _project(host: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values of ``x [B, T, C]``, heads apart, normalised where the class does it, not rotated."""
-    q, k, v = (getattr(host, role)(x).unflatten(-1, (-1, host.head_dim)) for role in ROLES[:3])  # [B, T, h, D] each
-    q = host.q_norm(q) if hasattr(host, "q_norm") else q
-    k = host.k_norm(k) if hasattr(host, "k_norm") else k
-    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    made: list[Tensor] = [getattr(host, role)(x) for role in ROLES[:3]]
+    norms = _norms(host)
+    whole = [name for name in norms if _is_of_all_heads(host, name)]
+    for name in whole:
+        made[_NORMS[name]] = getattr(host, name)(made[_NORMS[name]])
+    heads = [x.unflatten(-1, (-1, host.head_dim)).transpose(1, 2) for x in made]  # [B, h, T, D] each
+    for name in norms:
+        if name not in whole:
+            heads[_NORMS[name]] = getattr(host, name)(heads[_NORMS[name]])
+    q, k, v = heads
+    return q, k, v
+
+
+def _is_of_all_heads(host: Any, name: str) -> bool:
+    """Whether a norm takes all heads of a token together; else each by itself."""
+    weight = getattr(getattr(host, name), "weight", None)
+    return weight is not None and weight.shape[-1] != host.head_dim
 
 
 def _output(host: Any, y: Tensor) -> Tensor:
-    out: Tensor = host.o_proj(y)
+    out: Tensor = (host.o_proj if "o_proj" in host._modules else host.dense)(y)
     return out
 
 
 def _weights(module: nn.Module) -> Projections:
     """The weights of a module, by reference."""
-    q, k, v, o = (as_linear(getattr(module, role), role) for role in ROLES)
+    q, k, v, o = (as_linear(getattr(module, name), name) for name in _names(module).values())
     host: Any = module
     head_dim = int(host.head_dim)
     return Projections(
@@ -94,26 +143,37 @@ def _weights(module: nn.Module) -> Projections:
 def _window(module: nn.Module) -> int | None:
     """The sliding window of a module's layer."""
     # Some classes keep it on the module, where it may be off for this layer, others in the configuration alone.
-    window = getattr(module, "sliding_window", getattr(getattr(module, "config", None), "sliding_window", None))
-    slides = getattr(module, "layer_type", "sliding_attention") == "sliding_attention"
+    config = getattr(module, "config", None)
+    types = getattr(config, "layer_types", None)
+    slides = types is None or types[module.layer_idx] == "sliding_attention"
+    window = getattr(module, "sliding_window", getattr(config, "sliding_window", None))
     return window if slides else None
 
 
 def _reasons(module: nn.Module) -> Mapping[Need, tuple[str, ...]]:
     """Why a module cannot be converted to what is read, to other weights, or be replaced."""
-    own: list[str] = []
-    if (window := _window(module)) is not None:
-        own.append(f"it has a sliding window of its own ({window} tokens)")
-    reading = list(own)
-    weights = list(own)
-    replacing = list(own)
+    host: Any = module
+    every: list[str] = []
+    if getattr(host, "attn_logit_softcapping", None) is not None:
+        every.append(
+            f"it caps its scores softly (attn_logit_softcapping={host.attn_logit_softcapping}), which needs an "
+            "operation that does"
+        )
+    if "sinks" in host._parameters:
+        every.append("its softmax has sinks that are learned, which needs an operation that has them")
+    if getattr(host, "is_causal", True) is False:
+        every.append("it reads later tokens too (use_bidirectional_attention)")
+    reading = list(every)
+    weights = list(every)
+    replacing = list(every)
     pattern = attention_function.pattern_of(module)
     if pattern is not None and isinstance(pattern.layer, PolicyAttention):
-        reading.insert(0, f"it follows {pattern.layer.policy}; undo that conversion first")
-    if hasattr(module, "k_norm"):
-        weights.append("it normalises keys after projection, which no other projection can stand for")
+        reading.append(f"it follows {pattern.layer.policy}; undo that conversion first")
     if pattern is not None:
-        replacing.insert(0, "it follows a read pattern, which a replacement would not; undo that conversion first")
+        replacing.append("it follows a read pattern, which a replacement would not; undo that conversion first")
+    for name in _norms(module):
+        if _NORMS[name]:
+            weights.append(f"its {name} normalises keys after projection, which no other projection can stand for")
     return {
         Need.READING: tuple(reading),
         Need.WEIGHTS: tuple(weights),
@@ -124,15 +184,16 @@ def _reasons(module: nn.Module) -> Mapping[Need, tuple[str, ...]]:
 def with_weights(module: nn.Module, projections: Projections) -> nn.Module:
     """A module of the same class with other weights; the original is untouched."""
     new: nn.Module = _without_weights(module, projections.num_kv_heads)
-    for role in ROLES:
+    names = _names(module)
+    for role, child in names.items():
         name = role.removesuffix("_proj")
         weight = getattr(projections, name)
         bias = getattr(projections, f"{name}_bias")
-        old = as_linear(getattr(module, role), role)
-        set_weights(as_linear(getattr(new, role), role), weight, bias, like=old)
-    for name, child in module.named_children():
-        if name not in ROLES:
-            new.add_module(name, child)
+        old = as_linear(getattr(module, child), child)
+        set_weights(as_linear(getattr(new, child), child), weight, bias, like=old)
+    for name, module_inside in module.named_children():
+        if name not in names.values():
+            new.add_module(name, module_inside)
     attention_function.take_over(new, module, projections.num_kv_heads)
     return new
 
@@ -148,14 +209,23 @@ def _without_weights(host: Any, num_kv_heads: int) -> Any:
 
 
 def _rope_parameters(module: nn.Module) -> dict[str, Any]:
-    """What the host's configuration says about rotation, copied."""
-    return dict(getattr(module.config, "rope_parameters", None) or {})
+    """What the host's configuration says about the rotation of a module's layer, copied."""
+    config: Any = module.config
+    parameters = dict(getattr(config, "rope_parameters", None) or {})
+    # One set for each kind of layer, where they differ.
+    own = parameters.get(getattr(module, "layer_type", None) or "")
+    return dict(own) if isinstance(own, Mapping) else parameters
 
 
-def _rotary(module: nn.Module) -> RotaryConfig:
+def _rotary(module: nn.Module) -> RotaryConfig | None:
     host: Any = module
+    if not getattr(host, "use_rope", True):
+        return None
     parameters = _rope_parameters(module)
-    if parameters.get("rope_type", "default") == "default":
+    rotated = getattr(host, "rotary_ndims", None)
+    if rotated is not None:
+        parameters["partial_rotary_factor"] = rotated / host.head_dim
+    elif parameters.get("rope_type", "default") == "default":
         # These hosts turn whole heads then, whatever it says.
         parameters.pop("partial_rotary_factor", None)
     return RotaryConfig.from_parameters(

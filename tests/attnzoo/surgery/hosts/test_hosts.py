@@ -136,13 +136,16 @@ def test_expanded_heads_merge_again_without_loss(name: str) -> None:
     assert_close(logits(model, tokens), expected, ROUNDED)
 
 
-def test_a_host_with_a_window_in_its_configuration_is_refused() -> None:
+def test_a_host_with_a_window_in_its_configuration_keeps_it() -> None:
     config = MistralConfig(**SIZES, sliding_window=8)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    before = snapshot(model)
-    with pytest.raises(attnzoo.UnsupportedError, match="sliding window"):
-        convert(model, "mha")
-    assert_untouched(model, before)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    tokens = ids(2, TOKENS)
+    assert [site.window for site in surgery.find(model)] == [8, 8]
+    expected = logits(model, tokens)
+    report = convert(model, "mha", window=20, sink=4)
+    assert_close(logits(model, tokens), expected, ROUNDED)
+    report.undo()
+    assert torch.equal(logits(model, tokens), expected)
 
 
 def test_a_host_of_another_family_has_no_sites() -> None:

@@ -266,13 +266,13 @@ def test_what_a_replacement_cannot_honour_is_refused_by_name() -> None:
 
 
 def test_places_where_no_replacement_fits_are_refused_and_left_alone() -> None:
-    for spoil, reason in (("sliding_window", "sliding window"), ("pattern", "read pattern")):
+    for spoil, reason in (("sinks", "sinks that are learned"), ("pattern", "read pattern")):
         model = tiny()
         block = model.model.layers[1].self_attn
         if spoil == "pattern":
             convert(model, "mha", window=9, sink=1, where=lambda site: site.layer == 1)
         else:
-            setattr(block, spoil, 8)
+            block.register_parameter(spoil, nn.Parameter(torch.zeros(6)))
         before = snapshot(model)
         with pytest.raises(attnzoo.UnsupportedError, match=reason):
             replace_mha(model)

@@ -1,0 +1,163 @@
+"""What a block's attention gives for a host's call: by a rule of ours, or plainly, within the host's own window.
+
+Letters: B batch, T query tokens, S slots whose keys are here, H query heads, G KV heads, D head width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from attnzoo.base.layer import DENSE_BLOCK, AttentionInputs, AttentionLayer
+from attnzoo.base.padding import Alignment
+from attnzoo.base.shared_layouts import dense_layout
+from attnzoo.surgery.hosts.geometry import Geometry
+from attnzoo.surgery.hosts.one_row import attend_one_row
+from attnzoo.variants.mha import MHAAttention, MHAConfig
+from attnzoo_kernels import Extras, block_sparse_attention
+from attnzoo_kernels.errors import ShapeError, UnsupportedError
+
+
+def attend_by(
+    layer: AttentionLayer | None, q: Tensor, k: Tensor, v: Tensor, geometry: Geometry, scale: float | None
+) -> Tensor:
+    """Attention ``[B, H, T, D]`` of the last T slots.
+
+    Args:
+        layer: Whose rule is followed; ``None`` reads everything that the host's mask shows.
+        q: Rotated queries ``[B, H, T, D]``.
+        k: Rotated keys ``[B, G, S, D]``, the last ones where a sliding cache has no others.
+        v: Their values.
+        geometry: Where they lie.
+        scale: The factor on scores, where there is no rule that has it.
+
+    Raises:
+        ShapeError: If keys are missing.
+        UnsupportedError: If there is padding in a program that is compiled.
+    """
+    by_slot = layer is None and geometry.window is not None
+    if layer is None:
+        layer = _dense_layer((q.shape[1], k.shape[1], q.shape[3]), scale, geometry.causal, geometry.window)
+    if geometry.real is None:
+        return _attend_plain(layer, q, k, v, geometry)
+    return (_attend_padded_by_slot if by_slot else _attend_padded)(layer, q, k, v, geometry)
+
+
+@lru_cache(maxsize=32)
+def _dense_layer(shape: tuple[int, int, int], scale: float | None, causal: bool, window: int | None) -> AttentionLayer:
+    """Plain attention of so many heads and KV heads of a width, within the host's window where there is one."""
+    heads, groups, width = shape
+    config = MHAConfig(
+        dim=heads * width,
+        num_heads=heads,
+        num_kv_heads=groups,
+        head_dim=width,
+        causal=causal,
+        rotary=None,
+        scale=scale,
+        window=window,
+    )
+    with torch.device("meta"):
+        return MHAAttention(config)
+
+
+def _run(
+    layer: AttentionLayer,
+    inputs: AttentionInputs,
+    geometry: Geometry,
+    offset: int | Tensor,
+    lengths: int | Tensor | None = None,
+) -> Tensor:
+    plan = layer.plan_for(inputs, offset=offset, lengths=lengths)
+    if geometry.window is not None and plan.extras.window is None:
+        # The host's own window stays in force beside what else is read.
+        plan = replace(plan, extras=replace(plan.extras, window=geometry.window))
+    for recording in layer.recordings:
+        recording.add(layer, plan)
+    return layer.operate(inputs, plan)
+
+
+def attend_densely(q: Tensor, k: Tensor, v: Tensor, geometry: Geometry, scale: float | None) -> Tensor:
+    """Plain attention in a program that is compiled, where no layer can be made."""
+    first = geometry.first
+    tokens = q.shape[2]
+    first = _among(k, first, tokens, geometry)
+    extras = Extras(window=geometry.window)
+    if isinstance(first, int):
+        k, v = (x[:, :, : first + tokens] for x in (k, v))
+    else:
+        extras = Extras(
+            window=geometry.window, q_pos=(torch.arange(tokens, device=q.device) + first).to(torch.int32).view(1, 1, -1)
+        )
+    layout = dense_layout(DENSE_BLOCK, tokens, k.shape[2], q)
+    return block_sparse_attention(q, k, v, layout, causal=geometry.causal, scale=scale, extras=extras)
+
+
+def _among(k: Tensor, first: int | Tensor, tokens: int, geometry: Geometry) -> int | Tensor:
+    """Where a call's first token lies among the keys ``k [B, G, S, D]``, of which a sliding cache has the last."""
+    gone = first + tokens - k.shape[2]
+    if isinstance(gone, Tensor):
+        return first if geometry.window is None else first - gone.clamp(min=0)
+    if gone > 0 and geometry.window is None:
+        raise ShapeError(f"attention_mask: expected at most {k.shape[2]} slots, got queries up to slot {gone}")
+    return first - max(gone, 0)
+
+
+def _attend_plain(layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, geometry: Geometry) -> Tensor:
+    tokens = q.shape[2]
+    first = _among(k, geometry.first, tokens, geometry)
+    if isinstance(first, int):
+        held = first + tokens
+        is_row = tokens == 1 and layer.config.causal
+        # Where a rule knows nothing of the host's window, the plan has to say it.
+        is_row = is_row and (geometry.window is None or getattr(layer.config, "window", None) is not None)
+        out = attend_one_row(layer, q, k, v, held) if is_row else None
+        if out is not None:
+            return out
+        # A static cache is longer than what it holds.
+        return _run(layer, AttentionInputs(q, k[:, :, :held], v[:, :, :held]), geometry, first)
+    return _run(layer, AttentionInputs(q, k, v), geometry, first.view(1).expand(q.shape[0]))
+
+
+def _attend_padded_by_slot(layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, geometry: Geometry) -> Tensor:
+    """Hides padding where it lies: the host's window counts slots, and padding has some."""
+    real, first = _real_among(q, k, geometry)
+    held = first + q.shape[2]
+    acc = torch.promote_types(q.dtype, torch.float32)
+    hidden = torch.zeros(real.shape, dtype=acc, device=q.device).masked_fill(~real, -torch.inf).unsqueeze(1)
+    inputs = AttentionInputs(q, k[:, :, :held], v[:, :, :held], key_bias=hidden)
+    return _run(layer, inputs, geometry, first).masked_fill(~real[:, None, first:, None], 0.0)
+
+
+def _real_among(q: Tensor, k: Tensor, geometry: Geometry) -> tuple[Tensor, int]:
+    """Which of the keys that are here hold tokens ``[B, S]``, and where the call begins among them.
+
+    Raises:
+        UnsupportedError: If that is not known under compilation.
+        ShapeError: If the mask is too short.
+    """
+    real = geometry.real
+    first = _among(k, geometry.first, q.shape[2], geometry)
+    if real is None or not isinstance(geometry.first, int) or not isinstance(first, int):
+        raise UnsupportedError("attention_mask: padding under compilation is not supported; compile without padding")
+    begin = geometry.first - first
+    held = geometry.first + q.shape[2]
+    if real.shape[1] < held:
+        raise ShapeError(f"attention_mask: expected {held} slots, got {real.shape[1]}")
+    return real[:, begin:held].bool(), first
+
+
+def _attend_padded(layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, geometry: Geometry) -> Tensor:
+    """Moves each item's real tokens to slots 0, 1, ... first: rules go by position, and padding has none."""
+    real, first = _real_among(q, k, geometry)
+    held = first + q.shape[2]
+    slots = Alignment.of(~real)
+    longest = int(slots.lengths.max())
+    k, v = (slots.aligned(x[:, :, :held], longest) for x in (k, v))
+    rows = Alignment.of(~real[:, first:])
+    before = real[:, :first].sum(1) if geometry.causal else 0
+    out = _run(layer, AttentionInputs(rows.aligned(q), k, v), geometry, before, rows.lengths)
+    return rows.put_back(out).masked_fill(~real[:, None, first:, None], 0.0)
