@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import nn
 
 from attnzoo.surgery.hosts.block import Block, Family, ReplacementModule
-from attnzoo.surgery.hosts.families import fused, llama, opt, own
+from attnzoo.surgery.hosts.families import fused, glm, llama, opt, own
 from attnzoo.surgery.hosts.families.bidirectional import encoders, timm_like
 from attnzoo.surgery.hosts.projections import Projections
 from attnzoo.surgery.hosts.site import Site
@@ -18,6 +18,7 @@ from attnzoo_kernels.errors import ConversionError
 FAMILIES: tuple[Family, ...] = (
     llama.FAMILY,
     *fused.FAMILIES,
+    glm.FAMILY,
     opt.FAMILY,
     encoders.FAMILY,
     own.FAMILY,

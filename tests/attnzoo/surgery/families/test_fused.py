@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 from transformers import (
     AutoModelForCausalLM,
+    Glm4Config,
+    GlmConfig,
     GPT2Config,
     GPTNeoXConfig,
     OPTConfig,
@@ -45,11 +47,20 @@ SIZES: dict[str, Any] = {
     "eos_token_id": None,
 }
 PARTIAL = {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5}
+GLM = {
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "intermediate_size": 64,
+    "attention_bias": True,
+    "rope_parameters": PARTIAL | {"rope_theta": 50.0},
+}
 
 HOSTS: dict[str, PreTrainedConfig] = {
     "phi3": Phi3Config(**SIZES, num_key_value_heads=2, intermediate_size=64, rope_parameters=PARTIAL),
     "gpt_neox": GPTNeoXConfig(**SIZES, intermediate_size=64, rope_parameters=PARTIAL),
     "gpt2": GPT2Config(**SIZES, scale_attn_by_inverse_layer_idx=True, attn_pdrop=0.0),
+    "glm": GlmConfig(**SIZES, **GLM),
+    "glm4": Glm4Config(**SIZES, **GLM),
     "opt": OPTConfig(**SIZES, ffn_dim=64, word_embed_proj_dim=48, dropout=0.0),
 }
 MULTI_HEAD = ["gpt_neox", "gpt2", "opt"]
@@ -120,6 +131,25 @@ def test_weights_taken_apart_and_put_together_are_the_same_to_the_bit(name: str)
     assert list(after) == list(before)
     assert all(torch.equal(after[key], x) and after[key].is_contiguous() for key, x in before.items())
     assert all(after[key].data_ptr() != x.data_ptr() for key, x in before.items())
+
+
+@pytest.mark.parametrize("kind", ["mha", "latent", "moh"])
+@pytest.mark.parametrize("name", HOSTS)
+def test_conversions_that_change_nothing_say_the_same_beside_padding(name: str, kind: str) -> None:
+    model = host(name)
+    tokens = ids(2, 20)
+    masks = torch.ones(2, 2, 20, dtype=torch.int64)
+    masks[0, 1, :7] = 0
+    masks[1, 1, 12:] = 0
+    expected = [logits(model, tokens, attention_mask=mask)[mask.bool()] for mask in masks]
+    (site,) = surgery.find(model)
+    if kind == "latent":
+        width = 2 * site.kv_heads * site.head_dim
+        convert(model, "lowrank_gqa", method="latent", latent_dim=width, calibration=calibration())
+    else:
+        convert(model, kind)
+    for mask, said in zip(masks, expected, strict=True):
+        assert_close(logits(model, tokens, attention_mask=mask)[mask.bool()], said, ROUNDED)
 
 
 def test_fewer_kv_heads_of_phi3_are_an_ordinary_checkpoint(tmp_path: Path) -> None:
@@ -207,10 +237,10 @@ def test_queries_and_keys_are_turned_back_as_the_host_has_turned_them(name: str)
         logits(model, ids(2, 9))
     handle.remove()
     (call,) = seen
-    planes = block_of(attention).planes
-    assert planes == ("halves" if name in ("phi3", "gpt_neox") else None)
+    planes = {"phi3": "halves", "gpt_neox": "halves", "glm": "neighbours", "glm4": "neighbours"}.get(name)
+    assert block_of(attention).planes == planes
     for x, expected in zip((call.q, call.k), call.unrotated, strict=True):
-        back = x if planes is None else unrotated(x, *rotation[0])
+        back = x if planes is None else unrotated(x, *rotation[0], interleaved=planes == "neighbours")
         assert_close(back, expected, 1e-5)
 
 
