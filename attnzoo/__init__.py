@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
-from types import ModuleType
+from typing import Any
 
 from attnzoo.base.config import AttentionConfig as AttentionConfig
 from attnzoo.base.layer import AttentionLayer as AttentionLayer
@@ -42,7 +42,9 @@ from attnzoo_kernels.errors import UnsupportedError as UnsupportedError
 __version__ = "0.1.0"
 
 
-def __getattr__(name: str) -> ModuleType:
+def __getattr__(name: str) -> Any:
     if name in ("policies", "surgery"):
         return import_module(f"attnzoo.{name}")
+    if name == "MultiheadAttention":
+        return import_module("attnzoo.torch_mha").MultiheadAttention
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -22,6 +22,8 @@ KERNELS = {"attnzoo_kernels._triton.forward", "attnzoo_kernels._triton.backward"
 POINTERS = KERNELS | {"attnzoo_kernels._triton.primitives"}
 # These build a layout from what a pattern is called after, each an option of its own.
 OPTIONS = {"attnzoo_kernels.layouts.layout.sink_window", "attnzoo_kernels.layouts.layout.strided"}
+# A constructor of torch's, argument by argument: callers give them by place.
+OPTIONS |= {"attnzoo.torch_mha.module.__init__"}
 
 LAYERS = ("attnzoo.base", "attnzoo.cache", "attnzoo.selection", "attnzoo.variants")
 LANGUAGE = (

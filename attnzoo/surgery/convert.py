@@ -45,6 +45,10 @@ def convert(
     "moh", "longheads", "landmark", "rcmha", "lowrank_gqa", or "policy", whose ``new_cache`` follows the policy. What
     they read and remember is the new layer's alone.
 
+    Of torch's own ``nn.MultiheadAttention``, wherever it stands, every conversion is to a
+    :class:`attnzoo.MultiheadAttention` round the same weights: "mha", "s2", "longheads", "moh" or "rcmha"; ``dropout``
+    is an option too, since only plain attention drops.
+
     Args:
         model: A model of a family that is known, see :func:`attnzoo.surgery.find`.
         variant: What to convert to.

@@ -22,8 +22,9 @@ def lookalikes(model: nn.Module) -> dict[tuple[str, str], int]:
     Of modules inside each other the outermost counts, and none inside a known block does, or round one.
 
     Example:
-        >>> lookalikes(nn.Sequential(nn.MultiheadAttention(8, 2), nn.MultiheadAttention(8, 2)))
-        {('MultiheadAttention', '*'): 2}
+        >>> class OwnAttention(nn.Linear): ...
+        >>> lookalikes(nn.Sequential(OwnAttention(8, 8), OwnAttention(8, 8)))
+        {('OwnAttention', '*'): 2}
     """
     found: Counter[tuple[str, str]] = Counter()
     outer = None

@@ -21,9 +21,10 @@ from attnzoo.surgery.hosts.weights import type_name, why_not_plain
 from attnzoo.surgery.replacements.spec import ModelChange
 from attnzoo.surgery.report import ConversionReport, SiteReport
 from attnzoo.surgery.sites import find, place, places_of
+from attnzoo.torch_mha.module import MultiheadAttention
 from attnzoo_kernels.errors import ConversionError
 
-_OURS = (ReplacementModule, AttentionLayer)
+_OURS = (ReplacementModule, AttentionLayer, MultiheadAttention)
 """What is put into a block's place and is no block of the host's own class."""
 
 RECIPE_ATTRIBUTE = "attnzoo_recipe"

@@ -10,16 +10,19 @@ from typing import Any
 
 from attnzoo.surgery.hosts.families.bidirectional.timm_like import HOST as TIMM
 from attnzoo.surgery.hosts.families.own import HOST as OWN
+from attnzoo.surgery.hosts.families.torch_mha import HOST as TORCH
 from attnzoo.surgery.kinds.kind import Kind
 from attnzoo.surgery.kinds.own_layers import OWN_KINDS, own_kind
 from attnzoo.surgery.kinds.policy import Remembering
 from attnzoo.surgery.kinds.reading import READ_VARIANTS, Reading
 from attnzoo.surgery.kinds.replacing import Replacing
+from attnzoo.surgery.kinds.torch_modules import TorchLayers, TorchReading
 from attnzoo.surgery.kinds.weights import Latents, Weights
 from attnzoo_kernels.errors import ConfigError
 
 REPLACING = Replacing()
-KINDS: tuple[Kind, ...] = (Reading(), Remembering(), Latents(), Weights(), *OWN_KINDS, REPLACING)
+TORCH_KINDS = (TorchLayers(), TorchReading())
+KINDS: tuple[Kind, ...] = (Reading(), Remembering(), Latents(), Weights(), *OWN_KINDS, *TORCH_KINDS, REPLACING)
 
 
 def kind_for(variant: str, options: dict[str, Any], hosts: Collection[str] = ()) -> Kind:
@@ -33,7 +36,7 @@ def kind_for(variant: str, options: dict[str, Any], hosts: Collection[str] = ())
     Raises:
         ConfigError: If blocks that are converted otherwise than others are to be converted at once with these.
     """
-    apart = next((host for host in (OWN, TIMM) if host in hosts), None)
+    apart = next((host for host in (OWN, TIMM, TORCH) if host in hosts), None)
     if apart is not None and len(hosts) > 1:
         others = ", ".join(sorted(set(hosts) - {apart}))
         raise ConfigError(
@@ -45,6 +48,8 @@ def kind_for(variant: str, options: dict[str, Any], hosts: Collection[str] = ())
     if apart == TIMM and variant in READ_VARIANTS:
         # There is no interface by which such a module could be told what to read.
         return REPLACING
+    if apart == TORCH:
+        return TORCH_KINDS[variant not in TORCH_KINDS[0].variants]
     return next(kind for kind in KINDS if kind.takes(variant, options))
 
 

@@ -32,9 +32,21 @@ BLOOM = {"vocab_size": 11, "hidden_size": 16, "n_layer": 3, "n_head": 2}
 FALCON = {"vocab_size": 11, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
 
 
+class AnybodysAttention(nn.MultiheadAttention):
+    """What somebody has derived from torch's may compute something else."""
+
+
+def of_a_subclass() -> nn.Module:
+    """An encoder of torch's with modules of a subclass."""
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 8), 2, enable_nested_tensor=False)
+    for layer in model.layers:
+        layer.self_attn = AnybodysAttention(8, 2)
+    return model
+
+
 def hybrid() -> nn.Module:
     """A decoder whose blocks are named, but not classed, as attention, beside one inside another."""
-    inner = nn.ModuleDict({"attn": nn.Linear(4, 4), "other": nn.MultiheadAttention(4, 2)})
+    inner = nn.ModuleDict({"attn": nn.Linear(4, 4), "other": AnybodysAttention(4, 2)})
     return nn.ModuleList([nn.ModuleDict({"attention": nn.ModuleDict({"attn": nn.Linear(4, 4)})}), inner])
 
 
@@ -52,12 +64,12 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[tuple[str, str], int]]] = 
         {("FalconAttention", "transformer.h.*.self_attention"): 3},
     ),
     "torch": (
-        lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 8), 2, enable_nested_tensor=False),
-        {("MultiheadAttention", "layers.*.self_attn"): 2},
+        of_a_subclass,
+        {("AnybodysAttention", "layers.*.self_attn"): 2},
     ),
     "hybrid": (
         hybrid,
-        {("ModuleDict", "*.attention"): 1, ("Linear", "*.attn"): 1, ("MultiheadAttention", "*.other"): 1},
+        {("ModuleDict", "*.attention"): 1, ("Linear", "*.attn"): 1, ("AnybodysAttention", "*.other"): 1},
     ),
     "mamba": (
         lambda: AutoModelForCausalLM.from_config(MambaConfig(vocab_size=11, hidden_size=8, num_hidden_layers=1)),

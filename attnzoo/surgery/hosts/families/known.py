@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import nn
 
 from attnzoo.surgery.hosts.block import Block, Family, ReplacementModule
-from attnzoo.surgery.hosts.families import fused, glm, llama, opt, own
+from attnzoo.surgery.hosts.families import fused, glm, llama, opt, own, torch_mha
 from attnzoo.surgery.hosts.families.bidirectional import encoders, timm_like
 from attnzoo.surgery.hosts.projections import Projections
 from attnzoo.surgery.hosts.site import Site
@@ -23,6 +23,7 @@ FAMILIES: tuple[Family, ...] = (
     encoders.FAMILY,
     own.FAMILY,
     timm_like.FAMILY,
+    torch_mha.FAMILY,
 )
 
 REFUSED = {
@@ -33,7 +34,7 @@ REFUSED = {
 }
 """Attention classes of which it is known why no family is built for them."""
 
-WITHOUT_TRANSFORMERS = frozenset({own.HOST, timm_like.HOST})
+WITHOUT_TRANSFORMERS = frozenset({own.HOST, timm_like.HOST, torch_mha.HOST})
 """Families whose models need not be of transformers."""
 
 
