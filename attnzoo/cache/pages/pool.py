@@ -15,6 +15,9 @@ from attnzoo.cache.evicting.regions import of_heads
 from attnzoo.cache.pages.extents import Extent, shared, with_room
 from attnzoo.cache.pages.store import NOTHING, PER_PAGE, PageStore
 
+LEAST_GROWTH = 32
+"""Rows that a head has room for at least when its room was used up: all that it holds is copied then."""
+
 
 class PagePool(PageStore):
     """A pool of pages whose heads hold more and more rows."""
@@ -26,10 +29,15 @@ class PagePool(PageStore):
             after = extent.rows + _column(lengths)
             most = after if isinstance(after, int) else int(after.max()) if after.numel() else 0
             needed = extent.needs(most, self.page)
-            pages.append(extent.pages if needed <= extent.pages else with_room(needed, extent.ring))
+            pages.append(extent.pages if needed <= extent.pages else self._grown(needed, extent))
         if all(count == extent.pages for count, extent in zip(pages, self.extents, strict=True)):
             return self
         return self.moved(pages)
+
+    def _grown(self, needed: int, extent: Extent) -> int:
+        """Pages for each head of an extent whose room is used up."""
+        grown = max(with_room(needed, extent.ring), needed + LEAST_GROWTH // self.page)
+        return grown if extent.ring is None else min(grown, extent.ring.pages)
 
     def put(self, values: Mapping[str, Tensor], lengths: int | Tensor, tokens: int | Tensor) -> None:
         """Writes a call's rows behind those held, without counting them; there must be room.
