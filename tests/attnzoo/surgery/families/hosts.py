@@ -141,10 +141,22 @@ SIZES: dict[str, Any] = {
 }
 
 
-def causal(kind: str, attention: str = "sdpa", **more: Any) -> Any:
-    """A tiny causal model of transformers by the name of its configuration without "Config"."""
+OF_LLAMAS = ("intermediate_size", "num_key_value_heads", "tie_word_embeddings")
+"""What other configurations call otherwise, or do not have."""
+
+
+def causal(kind: str, attention: str = "sdpa", *, leave: tuple[str, ...] = (), **more: Any) -> Any:
+    """A tiny causal model of transformers.
+
+    Args:
+        kind: The name of its configuration, without "Config".
+        attention: How it attends.
+        leave: Of ``SIZES``, what its configuration does not have.
+        **more: What else it has.
+    """
     with torch.random.fork_rng(devices=[]):
-        config = getattr(transformers, f"{kind}Config")(**{**SIZES, **more})
+        sizes = {name: size for name, size in SIZES.items() if name not in leave}
+        config = getattr(transformers, f"{kind}Config")(**{**sizes, **more})
         # Quicker ways to run experts know no fp64.
         experts = {"experts_implementation": "eager"} if "num_experts_per_tok" in more else {}
         model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention, **experts)
@@ -184,8 +196,13 @@ def mixtral() -> Any:
     return causal("Mixtral", sliding_window=None, num_local_experts=2, num_experts_per_tok=1)
 
 
-@host("Qwen2", "Qwen2Attention", WINDOWED)
+@host("Qwen2", "Qwen2Attention")
 def qwen2() -> Any:
+    return causal("Qwen2")
+
+
+@host("Qwen2 with windows", "Qwen2Attention", WINDOWED)
+def qwen2_with_windows() -> Any:
     # One layer of two slides.
     return causal("Qwen2", use_sliding_window=True, sliding_window=6, max_window_layers=1)
 
@@ -272,3 +289,26 @@ def gemma2() -> Any:
 @host("gpt-oss", "GptOssAttention", every("sinks that are learned"))
 def gpt_oss() -> Any:
     return causal("GptOss", "eager", head_dim=WIDTH, num_local_experts=2, num_experts_per_tok=1)
+
+
+PARTIAL = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+
+
+@host("Phi-3", "Phi3Attention")
+def phi3() -> Any:
+    return causal("Phi3", rope_parameters=PARTIAL)
+
+
+@host("GPT-NeoX", "GPTNeoXAttention")
+def gpt_neox() -> Any:
+    return causal("GPTNeoX", leave=("num_key_value_heads",), rope_parameters=PARTIAL)
+
+
+@host("GPT-2", "GPT2Attention")
+def gpt2() -> Any:
+    return causal("GPT2", leave=OF_LLAMAS, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0)
+
+
+@host("OPT", "OPTAttention")
+def opt() -> Any:
+    return causal("OPT", leave=OF_LLAMAS, ffn_dim=24, word_embed_proj_dim=HEADS * WIDTH, dropout=0.0)

@@ -198,7 +198,7 @@ def _is_layer(layer: int, site: surgery.Site) -> bool:
     return site.layer == layer
 
 
-HYBRID = ("Gemma 3", "Qwen2")
+HYBRID = ("Gemma 3", "Qwen2 with windows")
 
 
 @pytest.mark.parametrize("name", HYBRID)
@@ -216,7 +216,8 @@ def test_a_window_is_read_within_the_blocks_own(name: str, window: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["Gemma 3", *(pytest.param(x, marks=pytest.mark.slow) for x in ("Qwen2", "Mistral with a window"))]
+    "name",
+    ["Gemma 3", *(pytest.param(x, marks=pytest.mark.slow) for x in ("Qwen2 with windows", "Mistral with a window"))],
 )
 @pytest.mark.parametrize("cell", ["mha", "s2", "moh", "replaced", "nothing"])
 @pytest.mark.parametrize("padding", [pytest.param([0, 0], marks=pytest.mark.slow), [0, 5]], ids=["whole", "padded"])

@@ -1,0 +1,34 @@
+"""The table of hosts and conversions in docs/surgery.md: ``python -m tests.attnzoo.surgery.families.table`` writes it.
+
+It says what ``test_conformance.py`` holds every host to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from bench.pages import replaced
+from tests.attnzoo.surgery.families.hosts import CELLS, HOSTS, Host
+
+PAGE = Path(__file__).resolve().parents[4] / "docs" / "surgery.md"
+NAME = "hosts"
+
+
+def table(hosts: Mapping[str, Host] = HOSTS) -> list[str]:
+    """A row for each class of hosts, a column for each conversion, and why what is refused is."""
+    reasons = list(dict.fromkeys(why for host in hosts.values() for why in host.refused.values()))
+    lines = [f"| | {' | '.join(CELLS)} |", f"|---|{'---|' * len(CELLS)}"]
+    for name, host in hosts.items():
+        marks = [str(reasons.index(host.refused[cell]) + 1) if cell in host.refused else "yes" for cell in CELLS]
+        lines.append(f"| {name} | {' | '.join(marks)} |")
+    return [*lines, "", "Refused, by number:", "", *(f"{n}. {why}" for n, why in enumerate(reasons, 1))]
+
+
+def main() -> None:
+    """Writes the table anew."""
+    PAGE.write_text(replaced(PAGE.read_text(encoding="utf-8"), NAME, table()), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
