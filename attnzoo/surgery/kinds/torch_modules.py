@@ -67,7 +67,7 @@ class TorchModules(Kind):
             reason = _REFUSED[order.variant]
             raise UnsupportedError(f"variant: {order.variant!r} is not for torch's modules: {reason}", (reason,))
         get_config(order.variant)
-        self.refuse(order.model, order.sites)
+        self.refuse(order.model, order.sites, order.variant)
         order.refuse_calibration()
         for name in order.options:
             check_known(name, self.options(order.variant), f"options for {order.variant!r}")
@@ -108,7 +108,7 @@ class TorchModules(Kind):
 
     def rebuild(self, model: nn.Module, site: Site, entry: dict[str, Any], beside: Mapping[str, Tensor]) -> Change:
         """The module that an entry of a recipe describes."""
-        self.refuse(model, [site], weights_come=True)
+        self.refuse(model, [site], entry["variant"], weights_come=True)
         with spec.own_random_numbers(model):
             return self._change(model, site, entry["variant"], dict(entry["options"]))
 
