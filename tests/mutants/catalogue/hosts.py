@@ -103,12 +103,12 @@ MUTANTS = (
         "interface-static-cache", file=f"{FOLDER}/hosts/attending.py", old="AttentionInputs(q, k[:, :, :held], v[:, :, :held])", new="AttentionInputs(q, k, v)", wrong="a static cache is read beyond what it holds", tests=f"{TESTS}/hosts/test_generate.py -k static",
     ),
     interface(
-        "interface-mask-function", file=f"{FOLDER}/hosts/geometry.py", old='if set(names) == {"causal_mask_function", "sliding_window_overlay"} and len(parts) == 2:', new='if "causal_mask_function" in names:\n        return True, None\n    if set(names) == {"causal_mask_function", "sliding_window_overlay"}:', wrong="a further rule of the host's is dropped silently",
+        "interface-mask-function", file=f"{FOLDER}/hosts/geometry.py", old='    raise UnsupportedError(\n        "attention_mask: expected causality, a sliding', new='    return True, None\n    raise UnsupportedError(\n        "attention_mask: expected causality, a sliding', wrong="a further rule of the host's is dropped silently",
         tests=f"{TESTS}/test_refusals.py -k 'packed or mask' {TESTS}/hosts/test_hosts.py -k 'packed or mask or window'",
     ),
     interface(
         "own-window-lost-beside-shards", file=f"{FOLDER}/hosts/attending.py", old="plan = replace(plan, extras=replace(plan.extras, window=geometry.window))", new="pass",
-        wrong="shards of a block reach beyond its own window", tests=f"{CONFORMANCE} -k 'sliding_caches and Gemma'",
+        wrong="shards of a block reach beyond its own window", tests=f"{CONFORMANCE} -k shards_are_read_within",
     ),
     interface(
         "own-window-forgets-where-keys-begin", file=f"{FOLDER}/hosts/attending.py", old="return first - max(gone, 0)", new="return first",
@@ -120,7 +120,7 @@ MUTANTS = (
     ),
     interface(
         "own-window-by-token-with-padding", file=f"{FOLDER}/hosts/attending.py", old="masked_fill(~real, -torch.inf)", new="masked_fill(real & ~real, -torch.inf)",
-        wrong="blocks with windows of their own read padding", tests=f"{CONFORMANCE} -k 'sliding_caches and Gemma and nothing'",
+        wrong="blocks with windows of their own read padding", tests=f"{CONFORMANCE} -k 'sliding_caches and Gemma and replaced'",
     ),
     interface(
         "norms-of-all-heads-apart", file=f"{FOLDER}/hosts/families/llama.py", old="return weight is not None and weight.shape[-1] != host.head_dim", new="return False",

@@ -20,7 +20,7 @@ from attnzoo.surgery.hosts.calls import cache_name
 from attnzoo.surgery.replacements.replacement import Replacement
 from attnzoo.surgery.sites import find
 from tests.attnzoo.surgery.families.hosts import CELLS, HOSTS, VOCAB, WEIGHTS
-from tests.attnzoo.surgery.hosts.masks import padding_mask
+from tests.attnzoo.surgery.hosts.masks import for_host, groups_of, padding_mask, s2_mask
 from tests.attnzoo.surgery.tiny import assert_close, assert_untouched, calibration, ids, logits, replace_mha, snapshot
 
 EXACT = 1e-10
@@ -226,13 +226,16 @@ def test_sliding_caches_beside_what_is_converted_say_what_no_cache_does(
 ) -> None:
     model = made(name)
     layers = len(find(model))
+    tokens = ids(2, TOKENS)
+    mask = padding_mask(padding, TOKENS)
+    expected = logits(model, tokens, attention_mask=mask)
     for changed in range(layers if cell != "nothing" else 1):
         model = made(name)
         # One block is converted, the other is left alone and called through the same functions.
         convert(model, "mha" if cell == "nothing" else cell, where=partial(_is_layer, changed))
-        tokens = ids(2, TOKENS)
-        mask = padding_mask(padding, TOKENS)
         whole = logits(model, tokens, attention_mask=mask)
+        if cell != "s2":
+            assert_close(whole[mask.bool()], expected[mask.bool()], EXACT)
         cache = DynamicCache(config=model.config)
         key = cache_name(type(model).forward)
         said = []
@@ -241,6 +244,16 @@ def test_sliding_caches_beside_what_is_converted_say_what_no_cache_does(
             given = {key: cache, "attention_mask": mask[:, :last]}
             said.append(logits(model, tokens[:, first:last], **given))
         assert_close(torch.cat(said, 1)[mask.bool()], whole[mask.bool()], EXACT)
+
+
+def test_shards_are_read_within_the_blocks_own_window() -> None:
+    model = made("Mistral with a window")
+    shards = s2_mask(TOKENS, groups_of(4, 2), block=4, local=2, stride=2)
+    own = own_mask(6, TOKENS)[0, 0] == 0
+    assert bool((shards & ~own).any())
+    expected = logits(model, ids(2, TOKENS), attention_mask=for_host(shards & own, [0, 0], torch.float64))
+    convert(model, "s2")
+    assert_close(logits(model, ids(2, TOKENS)), expected, EXACT)
 
 
 def test_a_sink_that_the_own_window_leaves_behind_is_refused() -> None:
