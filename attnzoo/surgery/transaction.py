@@ -70,7 +70,7 @@ def make_changes(model: Any, changes: list[Change], variant: str, options: dict[
     ]
     old_recipe = model.__dict__.get(RECIPE_ATTRIBUTE, [])
     # Models that are not of transformers need have no configuration.
-    settings = getattr(model, "config", None)
+    settings: Any = getattr(model, "config", None)
     old_heads = getattr(settings, "num_key_value_heads", None)
     needs_interface = any(change.needs_interface for change in changes)
     switched = attention_function.switch(model, old_modules) if needs_interface else None

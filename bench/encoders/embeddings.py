@@ -41,7 +41,7 @@ class Pattern:
 
     name: str
     variant: str
-    options: dict[str, int]
+    options: dict[str, Any]
     visible: Callable[[int], Tensor]
 
 

@@ -140,7 +140,7 @@ class ReplacementModule(nn.Module):
         super().__init__()
         block: Any = host
         self.family = family
-        self.config = getattr(block, "config", None)
+        self.config: Any = getattr(block, "config", None)
         if not hasattr(self.config, "_attn_implementation"):
             # The host knows nothing of attention interfaces, and calls the module alone.
             self.needs_interface = False

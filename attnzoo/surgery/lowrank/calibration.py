@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -269,7 +269,7 @@ def _collect_batch(
                     hooks.callback(projection.register_forward_hook(keep_output).remove)
         if gradients and causal and hasattr(model, "get_input_embeddings"):
             # Weights are frozen: the graph begins at the embeddings, so that no weight gradient is computed.
-            embedding = model.get_input_embeddings()
+            embedding = cast(Any, model).get_input_embeddings()
             hooks.callback(embedding.register_forward_hook(lambda m, a, y: y.requires_grad_()).remove)
         with torch.set_grad_enabled(gradients):
             out = losses.run(model, batch, causal=causal)

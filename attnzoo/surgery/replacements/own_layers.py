@@ -40,7 +40,8 @@ def in_place_of(old: AttentionLayer, config: AttentionConfig) -> AttentionLayer:
     # What a variant deserves to have said about it in a model, surgery says.
     with silent():
         new = create(config, device=like.device, dtype=like.dtype)
-    return _round_projections(new, old)
+    _take_projections(new, old)
+    return new
 
 
 def remembering(old: AttentionLayer, policy: Policy) -> RememberingAttention:
@@ -48,7 +49,8 @@ def remembering(old: AttentionLayer, policy: Policy) -> RememberingAttention:
     config = AttentionConfig(**site_fields(old))
     with torch.device("meta"):
         new = RememberingAttention(config, policy)
-    return _round_projections(new, old)
+    _take_projections(new, old)
+    return new
 
 
 def site_fields(layer: AttentionLayer) -> dict[str, Any]:
@@ -83,21 +85,21 @@ def with_projections(
         parts["v_proj"] = (found.v, found.v_bias)
     for name, (weight, bias) in parts.items():
         set_weights(getattr(new, name), weight, bias, like=like)
-    return _as_it_was(new, old)
+    _take_mode(new, old)
+    return new
 
 
-def _round_projections(new: Any, old: AttentionLayer) -> Any:
+def _take_projections(new: AttentionLayer, old: AttentionLayer) -> None:
     for role in PROJECTIONS:
         setattr(new, role, getattr(old, role))
-    return _as_it_was(new, old)
+    _take_mode(new, old)
 
 
-def _as_it_was(new: AttentionLayer, old: AttentionLayer) -> AttentionLayer:
-    """A new layer with an old one's mode and choices, and none of its modules touched."""
+def _take_mode(new: AttentionLayer, old: AttentionLayer) -> None:
+    """Gives a new layer an old one's mode and choices, and touches none of the old one's modules."""
     new.impl = old.impl
     new.recordings = old.recordings
     theirs = {id(module) for module in old.modules()}
     ours: list[nn.Module] = [module for module in new.modules() if id(module) not in theirs]
     for module in ours:
         module.training = old.training
-    return new

@@ -13,6 +13,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from attnzoo.base.layer import AttentionLayer
+from attnzoo.base.rope import RotaryConfig
 from attnzoo.base.weights import PROJECTIONS
 from attnzoo.surgery.hosts.block import Block, Family, Need
 from attnzoo.surgery.hosts.projections import Projections, as_linear
@@ -57,7 +58,7 @@ def _project(layer: AttentionLayer, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return layer.heads_of(x)
 
 
-def _rotary(layer: AttentionLayer) -> object:
+def _rotary(layer: AttentionLayer) -> RotaryConfig | None:
     return layer.config.rotary
 
 

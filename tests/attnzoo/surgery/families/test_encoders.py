@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -171,15 +172,19 @@ def test_what_encoders_cannot_be_is_refused_by_name() -> None:
         assert_untouched(model, before)
 
 
+def _is_at(path: str, site: surgery.Site) -> bool:
+    return site.path == path
+
+
 def test_decoders_and_cross_attention_are_refused_by_name() -> None:
-    settings = {"vocab_size": 61, "hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 3}
+    settings: dict[str, Any] = {"vocab_size": 61, "hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 3}
     model = BertModel(BertConfig(**settings, intermediate_size=32, is_decoder=True, add_cross_attention=True))
     before = snapshot(model)
     paths = [site.path for site in surgery.find(model)]
     assert paths == ["encoder.layer.0.attention.self", "encoder.layer.0.crossattention.self"]
     for path, reason in zip(paths, (r"attention of a decoder \(is_decoder\)", "it is cross attention"), strict=True):
         with pytest.raises(attnzoo.UnsupportedError, match=rf"^{path}: cannot be converted: .*{reason}"):
-            surgery.convert(model, "mha", where=lambda site, path=path: site.path == path)
+            surgery.convert(model, "mha", where=partial(_is_at, path))
         assert_untouched(model, before)
 
 
@@ -230,7 +235,8 @@ def test_an_adapter_of_an_encoder_is_loaded(variant: str, tmp_path: Any) -> None
 
 @pytest.mark.parametrize("name", ["bert", "albert", "distilbert", "vit"])
 def test_repeated_heads_are_merged_without_loss_whatever_their_order(name: str) -> None:
-    model, given = encoder(name, **{"n_heads" if name == "distilbert" else "num_attention_heads": 4}), inputs(name)
+    more: dict[str, Any] = {"n_heads" if name == "distilbert" else "num_attention_heads": 4}
+    model, given = encoder(name, **more), inputs(name)
     for site in surgery.find(model):
         block = block_of(model.get_submodule(site.path))
         with torch.no_grad():

@@ -184,7 +184,7 @@ def _refused(make: Callable[[], nn.Module], variant: str, options: dict[str, Any
 
 
 def test_what_cannot_be_is_refused_by_name() -> None:
-    ahead = {"causal": False}
+    ahead: dict[str, Any] = {"causal": False}
     policy = {"policy": Streaming(sink=4, window=8, block=4)}
     _refused(lambda: toy("moh", active_heads=1), "s2", {}, r"^layers\.0: .*'moh', whose own weights \(router\.weight\)")
     _refused(lambda: toy(**ahead), "longheads", {}, r"^layers\.0: .* not causal, and 'longheads' chooses")

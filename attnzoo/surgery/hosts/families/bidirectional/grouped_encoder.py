@@ -173,8 +173,8 @@ class GroupedEncoderAttention(ReplacementModule):
         return q, k, v
 
     def _weights(self) -> Projections:
-        q, k, v, o = (self.get_submodule(role) for role in ROLES)
-        known: Any = o
+        parts: list[Any] = [self.get_submodule(role) for role in ROLES]
+        q, k, v, known = parts
         weights: dict[str, Any] = {}
         for name, linear in (("q", q), ("k", k), ("v", v)):
             weights |= {name: linear.weight, f"{name}_bias": linear.bias}
@@ -183,8 +183,8 @@ class GroupedEncoderAttention(ReplacementModule):
             **weights,
             o=known.weight if whole else known.matrix(),
             o_bias=known.bias if whole else None,
-            num_heads=q.out_features // self.head_dim,  # type: ignore[operator]
-            num_kv_heads=k.out_features // self.head_dim,  # type: ignore[operator]
+            num_heads=q.out_features // self.head_dim,
+            num_kv_heads=k.out_features // self.head_dim,
             head_dim=self.head_dim,
             rotary=None,
             scale=self.scaling,
