@@ -9,7 +9,7 @@ import hashlib
 import importlib.util
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -143,8 +143,12 @@ def type_of_adapter(host: str) -> str:
 
 
 def model_of(config: dict[str, Any], *, dtype: torch.dtype) -> Any:
-    """A model with the structure of a configuration and empty weights."""
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+    """A model with the structure of a configuration and empty weights, of the class that the configuration names.
+
+    Raises:
+        ConversionError: If no model can be built from it.
+    """
+    from transformers import CONFIG_MAPPING
 
     kind = config["model_type"]
     if kind not in CONFIG_MAPPING:
@@ -154,9 +158,23 @@ def model_of(config: dict[str, Any], *, dtype: torch.dtype) -> Any:
         settings = CONFIG_MAPPING[kind](**given)
         # Weights come from a file; what building draws is nobody's.
         with torch.random.fork_rng(devices=[]):
-            return AutoModelForCausalLM.from_config(settings, dtype=dtype)  # type: ignore[no-untyped-call]
+            return _class_of(settings)(settings, dtype=dtype)
     except (TypeError, ValueError, KeyError, RuntimeError, ZeroDivisionError) as error:
         raise ConversionError(f"config.json: cannot build the model: {error}") from error
+
+
+def _class_of(settings: Any) -> Callable[..., Any]:
+    """What builds a model of a configuration: its own class where transformers has it, else a causal language model."""
+    import transformers
+
+    names = getattr(settings, "architectures", None) or []
+    own: Any = getattr(transformers, str(names[0]), None) if len(names) == 1 else None
+    is_model = isinstance(own, type) and issubclass(own, transformers.PreTrainedModel)
+    if is_model and isinstance(settings, getattr(own, "config_class", None) or ()):
+        build: Callable[..., Any] = own._from_config
+        return build
+    causal: Callable[..., Any] = transformers.AutoModelForCausalLM.from_config
+    return causal
 
 
 def model_for(config: dict[str, Any], tensors: dict[str, Tensor], *, dtype: torch.dtype | None) -> Any:

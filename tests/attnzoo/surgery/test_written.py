@@ -225,19 +225,19 @@ def test_what_loading_would_refuse_is_not_written(what: str, tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_model_of_another_class_is_named_and_its_adapter_is_not_refused(tmp_path: Path) -> None:
+def test_a_model_of_another_class_is_loaded_by_its_own_class(tmp_path: Path) -> None:
     settings = tiny().config
     models = [LlamaForSequenceClassification(settings).eval() for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
     convert(models[0], "moh")
-    with pytest.raises(attnzoo.ConversionError, match=r"expected a LlamaForCausalLM.* got a LlamaForSequenceClass"):
-        surgery.save(models[0], tmp_path / "model")
     folder = surgery.save(models[0], tmp_path / "adapter", adapter_only=True)
     assert_same_state(surgery.load(folder, base=models[1])[0], models[0])
-    decoder = tiny().model
+    decoder = LlamaForCausalLM(settings).model.eval()
     convert(decoder, "moh")
-    with pytest.raises(attnzoo.ConversionError, match=r"^model: expected a LlamaForCausalLM.* got a LlamaModel"):
-        surgery.save(decoder, tmp_path / "decoder")
+    for name, model in (("classifier", models[0]), ("decoder", decoder)):
+        loaded, _ = surgery.load(surgery.save(model, tmp_path / name))
+        assert type(loaded) is type(model)
+        assert_same_state(loaded, model)
 
 
 def test_a_configuration_that_speaks_of_codes_is_not_written_with_plain_weights(tmp_path: Path) -> None:
