@@ -74,7 +74,7 @@ class Replacing(Kind):
 
     def reasons(self, module: nn.Module, site: Site, variant: str) -> tuple[str, ...]:
         """As the block says it; a block's own window is kept by variants that have one."""
-        found = list(super().reasons(module, site, variant))
+        found = [*super().reasons(module, site, variant), *spec.against_causality(module, variant)]
         if site.window is not None and "window" not in {field.name for field in fields(get_config(variant))}:
             own = f"it has a sliding window of its own ({site.window} tokens)"
             found.append(f"{own}, and {variant!r} has none; {GLOBAL}")

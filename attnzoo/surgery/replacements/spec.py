@@ -120,9 +120,16 @@ def refuse_causality(site: Site, module: nn.Module, variant: str) -> None:
     Raises:
         UnsupportedError: If so.
     """
-    if not block_of(module).causal and registry.variants[variant].causal_promise != "bidirectional-capable":
-        reason = f"it is not causal, and {variant!r} chooses from the past of each token"
-        raise UnsupportedError(f"{site.path}: cannot be converted: {reason}", (reason,))
+    reasons = against_causality(module, variant)
+    if reasons:
+        raise UnsupportedError(f"{site.path}: cannot be converted: {reasons[0]}", reasons)
+
+
+def against_causality(module: nn.Module, variant: str) -> tuple[str, ...]:
+    """Why a variant cannot take the place of a block that reads what comes behind too; empty where it can."""
+    if block_of(module).causal or registry.variants[variant].causal_promise == "bidirectional-capable":
+        return ()
+    return (f"it is not causal, and {variant!r} chooses from the past of each token",)
 
 
 def check_fit(site: Site, module: nn.Module, config: AttentionConfig) -> None:

@@ -260,3 +260,9 @@ def test_repeated_heads_are_merged_without_loss_whatever_their_order(name: str) 
         model.set_attn_implementation("sdpa")
     report.undo()
     assert_untouched(model, before)
+
+
+def test_inspection_says_what_encoders_cannot_be() -> None:
+    for reasons in surgery.inspect(encoder("albert")).reasons:
+        refused = {variant for variant, why in reasons.items() if why}
+        assert refused == {"policy", "longheads", "landmark"}
