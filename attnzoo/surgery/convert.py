@@ -64,7 +64,7 @@ def convert(
         ConfigError: If no site matches, or an option is unknown or does not fit. The model is unchanged.
         UnsupportedError: If a site cannot be converted so, or transformers is too old. The model is unchanged.
     """
-    sites = _choose(model, where)
+    sites = choose_sites(model, where)
     hosts = {site.host for site in sites}
     if not hosts <= WITHOUT_TRANSFORMERS:
         check_transformers()
@@ -88,7 +88,12 @@ def convert_as(kind: Kind, order: Order) -> ConversionReport:
     return make_changes(order.model, changes, order.variant, kind.told(options))
 
 
-def _choose(model: nn.Module, where: Callable[[Site], bool] | None) -> list[Site]:
+def choose_sites(model: nn.Module, where: Callable[[Site], bool] | None) -> list[Site]:
+    """The attention blocks of a model that a caller wants.
+
+    Raises:
+        ConfigError: If there are none.
+    """
     found = find(model)
     sites = [site for site in found if where is None or where(site)]
     if not found:

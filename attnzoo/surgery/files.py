@@ -56,8 +56,6 @@ def save(
             was not converted or has no configuration, or loading would not read it back. Nothing is written then.
         OSError: If the disk refuses. Nothing is left of it then.
     """
-    from safetensors.torch import save_file
-
     folder = Path(folder)
     recipe = recipe_of(model)
     if not recipe:
@@ -67,6 +65,24 @@ def save(
             f"model: expected a model of transformers, whose configuration says how to build it anew, got a "
             f"{weights.type_name(model)}; use adapter_only=True here, and load(folder, base=...)"
         )
+    check_target(folder, overwrite=overwrite)
+    write = _adapter_writer(model, recipe) if adapter_only else _whole_writer(model, recipe)
+    beside = stored.apart(beside_of(model, recipe))
+    with folders.writing(folder), folders.temporary_folder(folder) as temporary:
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        write(temporary)
+        write_beside(beside, temporary)
+        swap(temporary, folder)
+    return folder
+
+
+def check_target(folder: Path, *, overwrite: bool) -> None:
+    """Raises unless a converted model can be saved in a folder.
+
+    Raises:
+        ConversionError: If it exists and is not empty, or holds something else than a converted model.
+    """
     if folder.exists() and not folder.is_dir():
         raise ConversionError(f"{folder}: expected a folder, got a file")
     occupied = folder.exists() and any(folder.iterdir())
@@ -74,16 +90,6 @@ def save(
         raise ConversionError(f"{folder}: exists and is not empty; overwrite=True replaces it")
     if occupied and not (folder / RECIPE).is_file():
         raise ConversionError(f"{folder}: refused to replace a folder that holds no converted model ({RECIPE})")
-    write = _adapter_writer(model, recipe) if adapter_only else _whole_writer(model, recipe)
-    beside = stored.apart(beside_of(model, recipe))
-    with folders.writing(folder), folders.temporary_folder(folder) as temporary:
-        if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
-        write(temporary)
-        if beside:
-            save_file(beside, temporary / BESIDE, metadata={"format": "pt"})
-        _swap(temporary, folder)
-    return folder
 
 
 def _whole_writer(model: Any, recipe: Recipe) -> Callable[[Path], None]:
@@ -93,25 +99,38 @@ def _whole_writer(model: Any, recipe: Recipe) -> Callable[[Path], None]:
     settings = stored.settings_of(model)
     tensors = stored.whole_tensors(model, recipe, settings)
     ordinary = stored.is_ordinary(model, recipe)
-    about: dict[str, Any] = {"format": FORMAT, "recipe": recipe, "adapter": False}
-    shared = shared_blocks(model)
-    if shared:
-        about["shared"] = shared
-    source = Path(getattr(model, "name_or_path", "") or "nowhere")
 
     def write(folder: Path) -> None:
         file = folders.WHOLE if ordinary else folders.CONVERTED
         save_file(tensors, folder / file, metadata={"format": "pt"})
-        stored.write_config(settings, folder, ordinary=ordinary)
-        if getattr(model, "generation_config", None) is not None:
-            model.generation_config.to_json_file(folder / "generation_config.json")
-        has_tokenizer = any(folder.glob("tokenizer*"))
-        if (source / "config.json").is_file():
-            patterns = folders.OTHER_FILES if has_tokenizer else folders.OTHER_FILES + folders.TOKENIZER_FILES
-            folders.copy_beside(source, folder, patterns)
-        _write_about(about, folder)
+        write_around(model, recipe, settings, folder)
 
     return write
+
+
+def write_beside(tensors: dict[str, Tensor], folder: Path) -> None:
+    """Writes what a recipe needs beside its entries and the model's weights, if anything."""
+    from safetensors.torch import save_file
+
+    if tensors:
+        save_file(tensors, folder / BESIDE, metadata={"format": "pt"})
+
+
+def write_around(model: Any, recipe: Recipe, settings: Any, folder: Path) -> None:
+    """Writes what a self-contained folder holds beside weights: configuration, recipe, and what lay by the source."""
+    about: dict[str, Any] = {"format": FORMAT, "recipe": recipe, "adapter": False}
+    shared = shared_blocks(model)
+    if shared:
+        about["shared"] = shared
+    stored.write_config(settings, folder, ordinary=stored.is_ordinary(model, recipe))
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.to_json_file(folder / "generation_config.json")
+    has_tokenizer = any(folder.glob("tokenizer*"))
+    source = Path(getattr(model, "name_or_path", "") or "nowhere")
+    if (source / "config.json").is_file():
+        patterns = folders.OTHER_FILES if has_tokenizer else folders.OTHER_FILES + folders.TOKENIZER_FILES
+        folders.copy_beside(source, folder, patterns)
+    _write_about(about, folder)
 
 
 def _adapter_writer(model: Any, recipe: Recipe) -> Callable[[Path], None]:
@@ -137,7 +156,7 @@ def _write_about(about: dict[str, Any], folder: Path) -> None:
     (folder / RECIPE).write_text(json.dumps(about, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _swap(temporary: Path, folder: Path) -> None:
+def swap(temporary: Path, folder: Path) -> None:
     """Puts a finished folder in its place; what was there is removed only once that is done."""
     temporary.chmod(0o755)
     if not folder.exists():

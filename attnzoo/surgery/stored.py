@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,23 @@ def whole_tensors(model: Any, recipe: Recipe, settings: Any) -> dict[str, Tensor
     Raises:
         ConversionError: If loading would expect others.
     """
+    expected = model_to_load(model, recipe, settings)
+    own = model.state_dict(keep_vars=True)
+    wanted = expected.state_dict()
+    _check(own, wanted)
+    twice = {name: names[0] for names in checkpoint.shared_names(expected) for name in names[1:]}
+    for name, first in twice.items():
+        if own[name] is not own[first] and not torch.equal(own[name], own[first]):
+            raise ConversionError(f"model: {name}: expected the same tensor as {first}, which loading makes it")
+    return apart({name: x for name, x in own.items() if name not in twice})
+
+
+def model_to_load(model: Any, recipe: Recipe, settings: Any) -> Any:
+    """The model that loading will build, without memory.
+
+    Raises:
+        ConversionError: If it is another than this one.
+    """
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")
         config = json.loads(settings.to_json_string(use_diff=True))
@@ -86,14 +103,7 @@ def whole_tensors(model: Any, recipe: Recipe, settings: Any) -> dict[str, Tensor
             ) from error
     if type(expected).__name__ != _class_name(model):
         _refuse_class(model, expected)
-    own = model.state_dict(keep_vars=True)
-    wanted = expected.state_dict()
-    _check(own, wanted)
-    twice = {name: names[0] for names in checkpoint.shared_names(expected) for name in names[1:]}
-    for name, first in twice.items():
-        if own[name] is not own[first] and not torch.equal(own[name], own[first]):
-            raise ConversionError(f"model: {name}: expected the same tensor as {first}, which loading makes it")
-    return apart({name: x for name, x in own.items() if name not in twice})
+    return expected
 
 
 def _refuse_class(model: Any, expected: Any) -> None:
@@ -165,6 +175,26 @@ def _check(own: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
             raise ConversionError(f"model: {name}: expected a plain tensor to write, got one that is {reason}; {_HERE}")
         if x.shape != wanted[name].shape:
             raise ConversionError(f"model: {name}: expected {list(wanted[name].shape)}, got {list(x.shape)}")
+
+
+def check_shapes(written: Mapping[str, tuple[int, ...]], expected: nn.Module, *, but: set[str]) -> None:
+    """Raises unless tensors of these shapes are what loading will expect.
+
+    Args:
+        written: Shapes by name.
+        expected: The model that loading will build.
+        but: Its names that need not be written.
+
+    Raises:
+        ConversionError: If one is missing, too many or of another shape.
+    """
+    wanted = {name: tuple(x.shape) for name, x in expected.state_dict().items() if name not in but}
+    odd = sorted(name for name in written.keys() | wanted.keys() if written.get(name) != wanted.get(name))
+    if odd:
+        raise ConversionError(
+            f"model: {odd[0]!r}: loading will expect {wanted.get(odd[0])}, and what was to be written is "
+            f"{written.get(odd[0])}"
+        )
 
 
 _HERE = "load, gather or dequantise it first"

@@ -9,10 +9,10 @@ import hashlib
 import importlib.util
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ from attnzoo.surgery.hosts.folders import read_json as read_json
 from attnzoo.surgery.hosts.folders import refuse_pickle as refuse_pickle
 from attnzoo.surgery.hosts.weights import FLOATING
 from attnzoo_kernels.errors import ConversionError
+
+T = TypeVar("T")
 
 CONFIG_BYTES = 1 << 20
 INDEX_BYTES = folders.INDEX_BYTES
@@ -177,8 +179,20 @@ def _class_of(settings: Any) -> Callable[..., Any]:
     return causal
 
 
-def model_for(config: dict[str, Any], tensors: dict[str, Tensor], *, dtype: torch.dtype | None) -> Any:
+def model_for(
+    config: dict[str, Any],
+    tensors: Mapping[str, Tensor],
+    *,
+    dtype: torch.dtype | None,
+    build: Callable[..., Any] = model_of,
+) -> Any:
     """An empty model for tensors: of their dtype where none is given, and untied where they say so.
+
+    Args:
+        config: Its configuration.
+        tensors: By name.
+        dtype: Of the model.
+        build: Makes the model from a configuration and a dtype.
 
     Raises:
         ConversionError: If the configuration builds no model, or tensors that it shares differ and must be shared.
@@ -186,7 +200,7 @@ def model_for(config: dict[str, Any], tensors: dict[str, Tensor], *, dtype: torc
     if dtype is None:
         found = [x.dtype for x in tensors.values() if x.dtype in FLOATING]
         dtype = reduce(torch.promote_types, found, found[0] if found else torch.float32)
-    model = model_of(config, dtype=dtype)
+    model = build(config, dtype=dtype)
     pair = _differing_pair(model, tensors)
     if pair is None:
         return model
@@ -195,14 +209,14 @@ def model_for(config: dict[str, Any], tensors: dict[str, Tensor], *, dtype: torc
         f"weights: {pair[0]!r} and {pair[1]!r} differ, though the configuration ties them (tie_word_embeddings); both "
         "are kept as they are stored"
     )
-    model = model_of({**config, "tie_word_embeddings": False}, dtype=dtype)
+    model = build({**config, "tie_word_embeddings": False}, dtype=dtype)
     pair = _differing_pair(model, tensors)
     if pair is not None:
         raise ConversionError(f"weights: {pair[0]!r} and {pair[1]!r} differ, and the model shares them")
     return model
 
 
-def _differing_pair(model: Any, tensors: dict[str, Tensor]) -> tuple[str, str] | None:
+def _differing_pair(model: Any, tensors: Mapping[str, Tensor]) -> tuple[str, str] | None:
     """Two tensors that differ although the model has one in their place."""
     for names in shared_names(model):
         first, *others = [name for name in names if name in tensors] or [""]
@@ -282,8 +296,20 @@ def load_into(model: Any, tensors: dict[str, Tensor], *, keep_dtypes: bool = Fal
             be used no more.
     """
     own = model.state_dict(keep_vars=True)
-    tensors = _named_as(model, own, tensors)
-    given = set(tensors)
+    found = named_as_model(model, tensors)
+    give(own, found, keep_dtypes=keep_dtypes)
+    model.tie_weights()
+
+
+def named_as_model(model: Any, tensors: Mapping[str, T]) -> dict[str, T]:
+    """Tensors, or what stands for them, by the names that they have in a model.
+
+    Raises:
+        ConversionError: If one is missing or too many.
+    """
+    own = model.state_dict(keep_vars=True)
+    found = _named_as(model, own, tensors)
+    given = set(found)
     # One name of a tied tensor is enough, none is not.
     shared = {name: set(names) for names in shared_names(model) for name in names}
     missing = sorted(name for name in own if name not in given and not shared.get(name, set()) & given)
@@ -291,11 +317,10 @@ def load_into(model: Any, tensors: dict[str, Tensor], *, keep_dtypes: bool = Fal
     if missing or unexpected:
         word, names = ("missing", missing) if missing else ("unexpected", unexpected)
         raise ConversionError(f"weights: {word} {names[0]!r} and {len(names) - 1} more{_tie_hint(missing)}")
-    give(own, tensors, keep_dtypes=keep_dtypes)
-    model.tie_weights()
+    return found
 
 
-def _named_as(model: Any, own: Iterable[str], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _named_as(model: Any, own: Iterable[str], tensors: Mapping[str, T]) -> dict[str, T]:
     """Tensors by the model's own names, without those that its class ignores, as transformers reads them."""
     names = set(own)
     prefix = model.base_model_prefix
@@ -327,17 +352,26 @@ def give(own: dict[str, Tensor], tensors: dict[str, Tensor], *, keep_dtypes: boo
     Raises:
         ConversionError: If one is of another shape, or no plain floating weight; nothing is changed then.
     """
-    for name, x in tensors.items():
-        if x.shape != own[name].shape:
-            raise ConversionError(f"weights: {name}: expected {list(own[name].shape)}, got {list(x.shape)}")
-        if own[name].is_floating_point() and x.dtype not in FLOATING:
-            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATING)
-            raise ConversionError(f"weights: {name}: expected {names}, got {x.dtype}; quantised weights are not read")
+    check_fit(own, tensors)
     with torch.no_grad():
         for name, x in tensors.items():
             if keep_dtypes and own[name].is_floating_point() and own[name].dtype != x.dtype:
                 own[name].data = own[name].data.to(x.dtype)
             own[name].copy_(x)
+
+
+def check_fit(own: Mapping[str, Tensor], tensors: Mapping[str, Any]) -> None:
+    """Raises unless tensors, or what says their shapes and dtypes, can take the places of a model's own.
+
+    Raises:
+        ConversionError: If one is of another shape, or no plain floating weight.
+    """
+    for name, x in tensors.items():
+        if tuple(x.shape) != tuple(own[name].shape):
+            raise ConversionError(f"weights: {name}: expected {list(own[name].shape)}, got {list(x.shape)}")
+        if own[name].is_floating_point() and x.dtype not in FLOATING:
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATING)
+            raise ConversionError(f"weights: {name}: expected {names}, got {x.dtype}; quantised weights are not read")
 
 
 def file_hash(path: Path) -> str:

@@ -24,7 +24,8 @@ WHOLE = "model.safetensors"
 """What transformers reads alone where it is there, whatever lies beside it."""
 CONVERTED = "attnzoo.safetensors"
 """The weights of a converted model that is no ordinary checkpoint: a name that nobody else reads."""
-INDEX = "model.safetensors.index.json"
+INDEX = f"{WHOLE}.index.json"
+CONVERTED_INDEX = f"{CONVERTED}.index.json"
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -138,12 +139,13 @@ def tensor_files(folder: Path) -> list[Path]:
         ConversionError: If there is none, the index names a file outside the folder, or there are pickles instead.
     """
     # An index is checked even where a whole file is read in its stead: one that points outside is a warning sign.
-    parts = _indexed(folder) if os.path.lexists(folder / INDEX) else []
+    indices = [folder / name for name in (CONVERTED_INDEX, INDEX) if os.path.lexists(folder / name)]
+    parts = [_indexed(folder, index) for index in indices]
     for name in (CONVERTED, WHOLE):
         if (folder / name).is_file():
             return [plain_file(folder, name, ".safetensors")]
     files = sorted(file.name for file in folder.glob("*.safetensors"))
-    files = parts or [name for name in files if not _ASIDE.fullmatch(name)] or files
+    files = (parts[0] if parts else []) or [name for name in files if not _ASIDE.fullmatch(name)] or files
     if files:
         return [plain_file(folder, name, ".safetensors") for name in files]
     for file in sorted(folder.iterdir()):
@@ -152,8 +154,7 @@ def tensor_files(folder: Path) -> list[Path]:
     raise ConversionError(f"{folder}: expected safetensors files, got none{other_place(folder)}")
 
 
-def _indexed(folder: Path) -> list[str]:
-    index = folder / INDEX
+def _indexed(folder: Path, index: Path) -> list[str]:
     mapping = read_json(index, INDEX_BYTES).get("weight_map")
     if not isinstance(mapping, dict) or not all(isinstance(name, str) for name in mapping.values()):
         raise ConversionError(f"{index}: expected a weight_map of names to files")

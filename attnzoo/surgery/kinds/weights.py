@@ -42,10 +42,7 @@ class Weights(Kind):
 
     def prepare(self, order: Order) -> list[Change]:
         """New modules for sites that get other weights, solved from the calibration text where the method reads one."""
-        self.refuse(order.model, order.sites, order.variant)
-        request = self._request(order)
-        _refuse_shared(order, request)
-        request = _without_refit(order, request)
+        request = self.request(order)
 
         def build(site: Site, projections: Projections) -> nn.Module:
             return with_weights(order.module(site), projections)
@@ -59,18 +56,34 @@ class Weights(Kind):
             calibration=order.calibration,
             progress=order.progress,
         )
-        return [self._change(site, order.module(site), solutions[site.path]) for site in order.sites]
+        return [self.change(site, order.module(site), solutions[site.path]) for site in order.sites]
 
-    def _request(self, order: Order) -> factor.Request:
+    def request(self, order: Order, *, weights_come: bool = False) -> factor.Request:
+        """What is asked, once it is sure that it can be done.
+
+        Args:
+            order: Of a caller.
+            weights_come: Whether the model's weights are still in their files.
+
+        Raises:
+            ConfigError: If an option is unknown or does not fit.
+            UnsupportedError: If a site cannot be converted so.
+        """
+        self.refuse(order.model, order.sites, order.variant, weights_come=weights_come)
         for name in order.options:
             check_known(name, self.options(order.variant), f"options for {order.variant!r}")
         if "method" not in order.options:
             raise ConfigError(f"method: expected one of {', '.join(factor.METHODS)}, got none")
         if order.options["method"] == "mean":
             warn_caller("method 'mean' is a baseline that ruins most models; 'commuting' is the conversion")
-        return factor.Request(**order.options)
+        request = factor.Request(**order.options)
+        _refuse_shared(order, request)
+        for site in order.sites:
+            request.check(site)
+        return _without_refit(order, request)
 
-    def _change(self, site: Site, old: nn.Module, solution: factor.Solution) -> Change:
+    def change(self, site: Site, old: nn.Module, solution: factor.Solution) -> Change:
+        """The change that gives a block solved weights."""
         module, sizes = self._module(old, solution.projections)
         entry = {"path": site.path, "variant": VARIANT, "kind": self.word, **sizes}
         report = SiteReport(

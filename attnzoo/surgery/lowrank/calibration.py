@@ -5,7 +5,7 @@ Letters: B batch, T tokens, C model width, G KV heads, D head width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -47,6 +47,12 @@ class SiteStatistics:
     token_weight: list[Tensor] = field(default_factory=list)
     tokens: int = 0
     sequences: int = 0
+
+    @classmethod
+    def empty(cls, inputs: int) -> SiteStatistics:
+        """Sums over nothing, of so many inputs."""
+        zero = torch.zeros(inputs, inputs, dtype=torch.float64, device="cpu")
+        return cls(zero, zero.clone())
 
     def mean_moment(self) -> Tensor:
         """The second moment of a token's input."""
@@ -215,9 +221,7 @@ def _collect(
     modules = {site.path: model.get_submodule(site.path) for site in sites}
     found: dict[str, SiteStatistics] = {}
     for site in sites:
-        size = site.width + int(has_biases(modules[site.path]))
-        zero = torch.zeros(size, size, dtype=torch.float64, device="cpu")
-        found[site.path] = SiteStatistics(zero, zero.clone())
+        found[site.path] = SiteStatistics.empty(site.width + int(has_biases(modules[site.path])))
     with evaluating(model):
         for done, batch in enumerate(batches):
             _collect_batch(model, modules, batch, found, gradients=gradients)
@@ -243,12 +247,30 @@ def evaluating(model: nn.Module) -> Any:
             module.training = was
 
 
-def _collect_batch(
-    model: nn.Module, modules: dict[str, nn.Module], batch: Batch, found: dict[str, SiteStatistics], *, gradients: bool
-) -> None:
-    causal = all(block_of(module).causal for module in modules.values())
-    inputs: dict[str, list[Tensor]] = {path: [] for path in modules}
-    outputs: dict[str, list[Tensor]] = {path: [] for path in modules}
+@dataclass(eq=False)
+class SiteRun:
+    """What has passed through sites in one run: their inputs, and their keys and values, where gradients will be."""
+
+    modules: Mapping[str, nn.Module]
+    inputs: dict[str, list[Tensor]]
+    outputs: dict[str, list[Tensor]]
+
+    def add_to(self, found: Mapping[str, SiteStatistics], real: Tensor) -> None:
+        """Adds the run to the sums of its sites."""
+        for path, module in self.modules.items():
+            site = found[path]
+            block = block_of(module)
+            each = len(self.outputs[path]) // len(self.inputs[path])
+            # A block that a model applies several times has as many inputs.
+            for call, x in enumerate(self.inputs[path]):
+                grads = _at_keys_and_values(block, self.outputs[path][call * each : (call + 1) * each])
+                _add(site, x, real, grads, constant=site.moment.shape[0] > x.shape[-1])
+
+
+@contextmanager
+def watched_sites(modules: Mapping[str, nn.Module], *, gradients: bool) -> Iterator[SiteRun]:
+    """Keeps what passes through attention blocks, by path."""
+    seen = SiteRun(modules, {path: [] for path in modules}, {path: [] for path in modules})
     with ExitStack() as hooks:
         for path, module in modules.items():
 
@@ -256,35 +278,37 @@ def _collect_batch(
                 if gradients and not args[0].requires_grad:
                     # Weights are frozen: the graph begins here where no embedding has begun it.
                     args[0].requires_grad_()
-                inputs[path].append(args[0].detach())
+                seen.inputs[path].append(args[0].detach())
 
             def keep_output(_: nn.Module, args: Any, output: Tensor, path: str = path) -> None:
                 output.retain_grad()
-                outputs[path].append(output)
+                seen.outputs[path].append(output)
 
             projections = block_of(module).projections
             hooks.callback(projections["k_proj"].register_forward_pre_hook(keep_input).remove)
             if gradients:
                 for projection in dict.fromkeys((projections["k_proj"], projections["v_proj"])):
                     hooks.callback(projection.register_forward_hook(keep_output).remove)
+        yield seen
+
+
+def _collect_batch(
+    model: nn.Module, modules: dict[str, nn.Module], batch: Batch, found: dict[str, SiteStatistics], *, gradients: bool
+) -> None:
+    causal = all(block_of(module).causal for module in modules.values())
+    with watched_sites(modules, gradients=gradients) as seen, ExitStack() as hooks:
         if gradients and causal and hasattr(model, "get_input_embeddings"):
             # Weights are frozen: the graph begins at the embeddings, so that no weight gradient is computed.
             embedding = cast(Any, model).get_input_embeddings()
             hooks.callback(embedding.register_forward_hook(lambda m, a, y: y.requires_grad_()).remove)
         with torch.set_grad_enabled(gradients):
             out = losses.run(model, batch, causal=causal)
-            real = real_tokens(batch, next(iter(inputs.values()))[0])
+            real = real_tokens(batch, next(iter(seen.inputs.values()))[0])
             if gradients and causal:
                 summed_loss(getattr(out, "logits", out), batch["input_ids"], real).backward()
             elif gradients:
                 losses.in_random_directions(out, real).backward()
-    for path, site in found.items():
-        block = block_of(modules[path])
-        each = len(outputs[path]) // len(inputs[path])
-        # A block that a model applies several times has as many inputs.
-        for call, x in enumerate(inputs[path]):
-            grads = _at_keys_and_values(block, outputs[path][call * each : (call + 1) * each])
-            _add(site, x, real, grads, constant=site.moment.shape[0] > x.shape[-1])
+    seen.add_to(found, real)
 
 
 def summed_loss(logits: Tensor, ids: Tensor, real: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from attnzoo.reporting.choices import check_choice
 from attnzoo.surgery.hosts.projections import LatentProjections, Projections
 from attnzoo.surgery.hosts.site import Site
 from attnzoo.surgery.lowrank import merge_heads
-from attnzoo.surgery.lowrank.calibration import Progress, Statistics, as_batches, collect, has_biases
+from attnzoo.surgery.lowrank.calibration import Progress, SiteStatistics, Statistics, as_batches, collect, has_biases
 from attnzoo.surgery.lowrank.grouping import consecutive
 from attnzoo.surgery.lowrank.one_site import announce, collect_by_turns
 from attnzoo.surgery.lowrank.refit import refit_sites
@@ -86,6 +86,11 @@ class Request:
         """Whether the method reads a calibration text."""
         return self.method in CALIBRATED
 
+    @property
+    def refits(self) -> bool:
+        """Whether each site is corrected for those before it."""
+        return self.method == "commuting" and self.refit
+
     def check(self, site: Site) -> None:
         """Raises unless a site can be converted so.
 
@@ -140,16 +145,16 @@ def solve(
         request.check(site)
     weights = {site.path: read(model.get_submodule(site.path)) for site in sites}
     if not request.needs_calibration:
-        return {site.path: Solution(_without_calibration(weights[site.path], request)) for site in sites}
+        return {site.path: solve_site(weights[site.path], request) for site in sites}
     if calibration is None:
         raise ConfigError(f"calibration: expected token ids, which method {request.method!r} needs, got None")
     statistics = _statistics(model, sites, calibration, request, progress)
-    if request.method == "commuting" and request.refit and request.num_kv_heads is not None:
+    if request.refits and request.num_kv_heads is not None:
         found = refit_sites(model, sites, request.num_kv_heads, statistics, read=read, build=build, progress=progress)
         return {path: Solution(*result) for path, result in found.items()}
     solutions = {}
     for done, site in enumerate(sites):
-        solutions[site.path] = _with_calibration(weights[site.path], statistics, site, request)
+        solutions[site.path] = solve_site(weights[site.path], request, statistics.sites[site.path])
         if progress is not None:
             progress("solving", done + 1, len(sites))
     return solutions
@@ -175,20 +180,23 @@ def _statistics(
     return calibration if request.gradients else calibration.without_gradients()
 
 
-def _without_calibration(projections: Projections, request: Request) -> Projections:
+def solve_site(projections: Projections, request: Request, known: SiteStatistics | None = None) -> Solution:
+    """New weights for one site by itself.
+
+    Args:
+        projections: Its weights.
+        request: What to make of them; it is not asked whether it fits.
+        known: Statistics of the site, for methods that read a calibration text.
+    """
     count = request.num_kv_heads or projections.num_kv_heads
-    if request.method == "expand":
-        return merge_heads.expand_site(projections, count)
-    return merge_heads.mean_site(projections, consecutive(projections.num_kv_heads, count))
-
-
-def _with_calibration(projections: Projections, statistics: Statistics, site: Site, request: Request) -> Solution:
-    known = statistics.sites[site.path]
+    if known is None:
+        if request.method == "expand":
+            return Solution(merge_heads.expand_site(projections, count))
+        return Solution(merge_heads.mean_site(projections, consecutive(projections.num_kv_heads, count)))
     moment = known.loss_moment()
     fisher = known.mean_fisher()
     if request.method == "latent" and request.latent_dim is not None:
         return Solution(*merge_heads.latent_site(projections, moment, fisher, request.latent_dim))
-    count = request.num_kv_heads or projections.num_kv_heads
     if count == projections.num_kv_heads:
         return Solution(projections, 1.0)
     groups = merge_heads.choose_groups(projections, moment, fisher, count)

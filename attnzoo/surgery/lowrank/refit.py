@@ -40,7 +40,7 @@ INPUT_RIDGE = 0.02
 OUTPUT_RIDGE = 0.02
 
 
-class _Stop(Exception):  # noqa: N818  (no error: it ends a partial run)
+class EndOfRun(Exception):  # noqa: N818  (no error: it ends a partial run)
     """Ends the run of a layer once what is wanted of it has been seen."""
 
 
@@ -62,19 +62,33 @@ def refit_sites(
     Returns:
         By site path: the weights, the share of energy kept, and the relative error of the block's output.
     """
+    student, batch = student_of(sites, num_kv_heads, statistics, read=read, build=build, progress=progress)
+    with evaluating(model), torch.no_grad(), ExitStack() as hooks:
+        for path, layer in _decoder_layers(model, next(iter(student.paths))):
+            hooks.enter_context(student.follow(path, layer))
+        # The run ends behind the last site.
+        with suppress(EndOfRun):
+            model(**batch, use_cache=False)
+    return student.found
+
+
+def student_of(
+    sites: Sequence[Site],
+    num_kv_heads: int,
+    statistics: Statistics,
+    *,
+    read: Callable[[nn.Module], Projections],
+    build: Callable[[Site, Projections], nn.Module],
+    progress: Progress | None = None,
+) -> tuple[Student, Batch]:
+    """A student that has not begun, and the batch that its teacher is to read."""
     paths = {site.path.rpartition(".")[0]: site for site in sites}
     batch, weights = join_batches(statistics)
-    student = _Student(paths, num_kv_heads, statistics, weights, real_tokens(batch))
+    student = Student(paths, num_kv_heads, statistics, weights, real_tokens(batch))
     student.read = read
     student.build = build
     student.progress = progress
-    with evaluating(model), torch.no_grad(), ExitStack() as hooks:
-        for path, layer in _decoder_layers(model, next(iter(paths))):
-            hooks.enter_context(student.follow(path, layer))
-        # The run ends behind the last site.
-        with suppress(_Stop):
-            model(**batch, use_cache=False)
-    return student.found
+    return student, batch
 
 
 def join_batches(statistics: Statistics) -> tuple[Batch, Mapping[str, Tensor]]:
@@ -128,17 +142,17 @@ def _watch(module: nn.Module, *, stop: bool = False) -> Iterator[list[Tensor]]:
     def see_input(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         seen.append(args[0])
         if stop:
-            raise _Stop
+            raise EndOfRun
 
     handle = module.register_forward_pre_hook(see_input)
     try:
-        with suppress(_Stop):
+        with suppress(EndOfRun):
             yield seen
     finally:
         handle.remove()
 
 
-class _Student:
+class Student:
     """The converted model, which follows the teacher's run layer by layer."""
 
     read: Callable[[nn.Module], Projections]
@@ -161,6 +175,11 @@ class _Student:
         self.hidden: Tensor | None = None
         self.away = False
         self.found: dict[str, Result] = {}
+        self.solved = 0
+
+    def take(self, site: Site) -> Result:
+        """The result of a site, which is not kept here any more."""
+        return self.found.pop(site.path)
 
     @contextmanager
     def follow(self, path: str, layer: nn.Module) -> Iterator[None]:
@@ -190,8 +209,8 @@ class _Student:
             finally:
                 busy = False
                 seen.clear()
-            if len(self.found) == len(self.paths):
-                raise _Stop
+            if self.solved == len(self.paths):
+                raise EndOfRun
 
         with ExitStack() as hooks:
             if site is not None:
@@ -219,15 +238,16 @@ class _Student:
         wanted = (seen[1] + (before - hidden))[self.real]
         refit = _SiteRefit(self, site, layer, hidden, call)
         self.found[site.path] = result = refit.solve(seen[0][self.real], wanted)
+        self.solved += 1
         self.hidden = _run(refit.layer_with(result[0]), hidden, call)
         if self.progress is not None:
-            self.progress("refit", len(self.found), len(self.paths))
+            self.progress("refit", self.solved, len(self.paths))
 
 
 class _SiteRefit:
     """The refit of one site."""
 
-    def __init__(self, student: _Student, site: Site, layer: nn.Module, hidden: Tensor, call: _Call) -> None:
+    def __init__(self, student: Student, site: Site, layer: nn.Module, hidden: Tensor, call: _Call) -> None:
         self.student = student
         self.site = site
         self.layer = layer

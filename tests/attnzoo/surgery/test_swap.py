@@ -25,10 +25,10 @@ def test_a_folder_that_cannot_be_put_in_its_place_leaves_the_old_one(
 
     monkeypatch.setattr(Path, "rename", rename)
     with pytest.raises(OSError, match="No space"):
-        files._swap(new, old)
+        files.swap(new, old)
     assert (old / "weights").read_text() == "model"
     assert sorted(path.name for path in tmp_path.iterdir()) == [".new", "model"]
     monkeypatch.setattr(Path, "rename", real)
-    files._swap(new, old)
+    files.swap(new, old)
     assert (old / "weights").read_text() == ".new"
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
