@@ -10,9 +10,11 @@ from attnzoo.surgery.lowrank.calibration import Statistics, collect
 from attnzoo.surgery.lowrank.one_site import statistics_bytes
 from attnzoo.surgery.replacements.landmark_tokens import set_gate_mix
 from attnzoo.surgery.report import ConversionReport, SiteReport
+from attnzoo.surgery.streaming.convert import Dtypes, convert_folder
 
 __all__ = [
     "ConversionReport",
+    "Dtypes",
     "Inspection",
     "Site",
     "SiteReport",
@@ -20,6 +22,7 @@ __all__ = [
     "cache_bytes",
     "collect",
     "convert",
+    "convert_folder",
     "find",
     "inspect",
     "load",

@@ -31,6 +31,23 @@ from attnzoo.surgery.transaction import Change, make_changes
 from attnzoo_kernels.errors import ConfigError, ConversionError, UnsupportedError
 
 
+@dataclass(frozen=True, kw_only=True)
+class Dtypes:
+    """In which dtypes a checkpoint is converted.
+
+    Attributes:
+        weights: Of those that are written; ``None`` leaves each as it is stored.
+        run: Of weights and activations while a calibration text runs and weights are solved; ``None`` is that of the
+            weights. On CPUs that have no products in half precision, ``torch.float32`` is several times as quick.
+    """
+
+    weights: torch.dtype | None = None
+    run: torch.dtype | None = None
+
+
+AS_STORED = Dtypes()
+
+
 def convert_folder(
     source: str | Path,
     out: str | Path,
@@ -38,7 +55,7 @@ def convert_folder(
     *,
     where: Callable[[Site], bool] | None = None,
     calibration: Iterable[Any] | None = None,
-    dtype: torch.dtype | None = None,
+    dtypes: Dtypes = AS_STORED,
     overwrite: bool = False,
     progress: Progress | None = None,
     **options: Any,
@@ -56,7 +73,7 @@ def convert_folder(
         variant: "lowrank_gqa", or a variant that changes what is read or remembered.
         where: Which sites; all by default.
         calibration: Token ids int64 ``[B, T]`` or mappings for ``model(**batch)``.
-        dtype: Of the weights; ``None`` leaves each as it is stored.
+        dtypes: Of the weights that are written, and of the run of the text.
         overwrite: Whether to replace a folder that is not empty.
         progress: Told how far it is.
         **options: Of the variant, as :func:`attnzoo.surgery.convert` takes them.
@@ -80,7 +97,7 @@ def convert_folder(
         raise ConversionError(f"{source}: expected a plain checkpoint, got a converted one; convert it in memory")
     # Weights made in inference mode could never be trained.
     with torch.inference_mode(False):
-        skeleton = Skeleton(source, dtype=dtype)
+        skeleton = Skeleton(source, dtype=dtypes.weights, run_in=dtypes.run)
         kind = kind_for(variant, options)
         order = Order(
             model=skeleton.model,
@@ -200,14 +217,15 @@ class _Conversion:
             tensors |= new.state_dict(prefix=inside)
             # What stands in the model from now on says sizes, and holds no values.
             change = replace(change, module=new.to("meta"))
-        self.writer.write(self._number(path), tensors)
+        self.writer.write(self._number(path), self.skeleton.as_written(tensors))
         self.changes[site.path] = change
 
     def _write_plain(self, path: str) -> None:
         site = self.sites.get(path)
         request = self.plan.request
         if site is None or request is None:
-            self.writer.write(self._number(path), self.skeleton.read(self.skeleton.names_of(path)))
+            tensors = self.skeleton.read(self.skeleton.names_of(path))
+            self.writer.write(self._number(path), self.skeleton.as_written(tensors))
             return
         with self.skeleton.loaded(path) as layer:
             self._change(site, layer, solve_site(weights_of(self.order.module(site)), request))
@@ -221,6 +239,7 @@ class _Conversion:
         model = self.skeleton.model
         changes = [self.changes[site.path] for site in self.order.sites]
         report = make_changes(model, changes, self.order.variant, self.kind.told(self.order.options))
+        self.skeleton.forget_run()
         recipe = recipe_of(model)
         settings = stored.settings_of(model)
         expected = stored.model_to_load(model, recipe, settings)

@@ -45,28 +45,35 @@ class Skeleton:
 
     Args:
         folder: A plain checkpoint.
-        dtype: Of the weights; ``None`` leaves each as it is stored.
+        dtype: Of the weights that will be written; ``None`` leaves each as it is stored.
+        run_in: Of weights and activations while a text runs; ``None`` is that of the weights.
 
     Raises:
         ConversionError: If the checkpoint is missing, damaged or not to be trusted.
         UnsupportedError: If its attention blocks do not lie in the layers of one list.
     """
 
-    def __init__(self, folder: Path, *, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, folder: Path, *, dtype: torch.dtype | None = None, run_in: torch.dtype | None = None) -> None:
         self.folder = folder
         self.not_finite: list[str] = []
         self._in_tuples = False
         config = checkpoint.read_config(folder)
         shards = Shards(folder)
-        kind = shards.widest_dtype() if dtype is None else dtype
+        kind = run_in or dtype or shards.widest_dtype()
         self.model: Any = checkpoint.model_for(config, shards, dtype=kind, build=_without_weights)
         self.stored = checkpoint.named_as_model(self.model, shards.stored)
         own: dict[str, Tensor] = self.model.state_dict(keep_vars=True)
         checkpoint.check_fit(own, self.stored)
-        self.dtypes = {
-            name: x.dtype if dtype is None and own[name].is_floating_point() else own[name].dtype
-            for name, x in self.stored.items()
-        }
+        self.written: dict[str, torch.dtype] = {}
+        self.held: dict[str, torch.dtype] = {}
+        for name, x in self.stored.items():
+            floating = own[name].is_floating_point()
+            as_stored = x.dtype if isinstance(x.dtype, torch.dtype) and floating else own[name].dtype
+            self.written[name] = dtype if dtype is not None and floating else as_stored
+            self.held[name] = run_in if run_in is not None and floating else self.written[name]
+        for names in checkpoint.shared_names(self.model):
+            known = next(name for name in names if name in self.stored)
+            self.written |= {name: self.written[known] for name in names if name not in self.stored}
         checkpoint.finished(self.model, folder)
         self.layers = _layer_paths(self.model)
         self._refuse_shared()
@@ -84,7 +91,27 @@ class Skeleton:
         """Tensors from their files, in the dtypes that they will have."""
         found = Shards.read({name: self.stored[name] for name in names})
         self.not_finite += [n for n, x in found.items() if x.is_floating_point() and not bool(x.isfinite().all())]
-        return {name: x.to(self.dtypes[name]) for name, x in found.items()}
+        return {name: x.to(self.held[name]) for name, x in found.items()}
+
+    def as_written(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors in the dtypes in which they are written; names that the files do not have go by their neighbours'."""
+        found = {}
+        for name, x in tensors.items():
+            dtype = self.written.get(name)
+            if dtype is None:
+                # kv_down.weight lies beside q_proj.weight, in a block whose weights are of one dtype.
+                block = name.rsplit(".", 2)[0]
+                dtype = next(kind for known, kind in self.written.items() if known.startswith(f"{block}."))
+            found[name] = x.to(dtype) if x.is_floating_point() else x
+        return found
+
+    def forget_run(self) -> None:
+        """Gives all tensors of the model the dtypes in which they are written; no text runs any more."""
+        state: dict[str, Tensor] = self.model.state_dict(keep_vars=True)
+        first = {name: names[0] for names in checkpoint.shared_names(self.model) for name in names}
+        new: dict[str, Tensor] = {}
+        for name, x in self.as_written({name: x.detach() for name, x in state.items()}).items():
+            _put(self.model, name, new.setdefault(first.get(name, name), nn.Parameter(x, requires_grad=False)))
 
     def warn_of_values(self) -> None:
         """Warns if what was read holds NaN or infinity."""
@@ -162,7 +189,7 @@ class Skeleton:
 
     def _let_go(self, names: Sequence[str]) -> None:
         for name in names:
-            _put(self.model, name, torch.empty(self.stored[name].shape, dtype=self.dtypes[name], device="meta"))
+            _put(self.model, name, torch.empty(self.stored[name].shape, dtype=self.held[name], device="meta"))
 
     def _bring_outer(self) -> None:
         """Brings what belongs to no layer, tied tensors as one."""
@@ -234,4 +261,3 @@ def _put(model: nn.Module, name: str, x: Tensor) -> None:
         module._parameters[leaf] = x if isinstance(x, nn.Parameter) else nn.Parameter(x, requires_grad=False)
     else:
         module._buffers[leaf] = x.detach()
-
