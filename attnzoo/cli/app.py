@@ -23,7 +23,7 @@ from attnzoo.evaluation.decoding import STEPS
 from attnzoo.evaluation.model_scores import cut_windows
 from attnzoo.evaluation.two_phase.presets import POLICY_PRESETS
 from attnzoo.reporting.choices import check_choice
-from attnzoo.reporting.outputs import check_place, check_writable, write_together
+from attnzoo.reporting.outputs import check_writable, write_together
 from attnzoo.reporting.tables import Grid
 from attnzoo_kernels.errors import ConfigError
 
@@ -159,43 +159,40 @@ def convert(  # noqa: PLR0913  (a command line has one parameter for each option
     ] = "auto",
     device: Annotated[str, typer.Option(help="cpu, or cuda with or without a number.")] = "cpu",
     overwrite: Annotated[bool, typer.Option(help="Replace a folder that is not empty.")] = False,
+    by_layers: Annotated[
+        bool | None,
+        typer.Option("--by-layers/--whole", help="One layer in memory at a time, or the model; by default what fits."),
+    ] = None,
+    run_in: Annotated[
+        str, typer.Option(help="Of the calibration text's run by layers: float32, ..., or auto.")
+    ] = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take, and write nothing.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Converts a model and saves it, with the files that lie beside its weights."""
-    from attnzoo import surgery
-    from attnzoo.cli.layers import check_layers, read_layers
+    from attnzoo.cli.conversion.call import ConvertCall, convert_by_layers, convert_in_memory
 
     spec = VariantSpec.parse(to)
     if not spec.conversions:
         raise ConfigError("to: expected a variant, got 'dense', which changes nothing")
-    if out.exists() and any(out.iterdir() if out.is_dir() else [out]) and not overwrite:
-        raise ConfigError(f"out: {out} exists and is not empty; --overwrite replaces it")
-    if where is not None:
-        check_layers(where)
-    check_place(out)
-    found, tokenizer = load_model(model, dtype=dtype, device=device)
-    calibration = None
-    if spec.needs_calibration:
-        tokens = cut_windows(text_tokens(tokenizer, calibrate), length=length, offset=0, count=windows)
-        calibration = [row.unsqueeze(0).to(found.device) for row in tokens]
-    with Bar() as progress:
-        conversion = spec.conversions[0]
-        report = surgery.convert(
-            found,
-            conversion.variant,
-            where=None if where is None else read_layers(where, len(surgery.find(found))),
-            calibration=calibration,
-            progress=progress,
-            **conversion.options,
-        )
-    # The tokenizer's own files are carried along with the others, as they are.
-    surgery.save(found, out, overwrite=overwrite)
-    if as_json:
-        kind = str(found.dtype).removeprefix("torch.")
-        typer.echo(json.dumps({**report.to_dict(), "dtype": kind, "folder": str(out)}, indent=2, default=str))
-        return
-    screen.table(report.grid())
-    screen.text(f"saved to {out}")
+    call = ConvertCall(
+        model=model,
+        spec=spec,
+        out=out,
+        calibrate=calibrate,
+        length=length,
+        windows=windows,
+        where=where,
+        dtype=dtype,
+        run_in=run_in,
+        device=device,
+        overwrite=overwrite,
+    )
+    call.check()
+    if call.by_layers(asked=True if dry_run else by_layers):
+        convert_by_layers(call, dry_run=dry_run, as_json=as_json)
+    else:
+        convert_in_memory(call, as_json=as_json)
 
 
 @app.command()

@@ -32,9 +32,9 @@ def load_model(name: str, *, dtype: str = AS_STORED, device: str = "cpu") -> tup
         ConfigError: If the dtype or the device is none.
         ConversionError: If there is no such model, or it is not to be trusted.
     """
-    from attnzoo.evaluation.cost_setting import read_device, read_dtype
+    from attnzoo.evaluation.cost_setting import read_device
 
-    kind = None if dtype == AS_STORED else read_dtype(SHORT.get(dtype, dtype))
+    kind = dtype_of(dtype)
     place = read_device(device)
     # Nothing here may reach for a hub.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -51,6 +51,17 @@ def load_model(name: str, *, dtype: str = AS_STORED, device: str = "cpu") -> tup
     else:
         model, tokenizer = checkpoint.load_checkpoint(path, dtype=kind)
     return model.to(place), tokenizer
+
+
+def dtype_of(name: str) -> torch.dtype | None:
+    """A dtype by its name in torch or a short one; ``None`` for "auto".
+
+    Raises:
+        ConfigError: If it is none.
+    """
+    from attnzoo.evaluation.cost_setting import read_dtype
+
+    return None if name == AS_STORED else read_dtype(SHORT.get(name, name))
 
 
 def text_tokens(tokenizer: Any, name: str) -> Tensor:

@@ -10,12 +10,14 @@ from attnzoo.surgery.lowrank.calibration import Statistics, collect
 from attnzoo.surgery.lowrank.one_site import statistics_bytes
 from attnzoo.surgery.replacements.landmark_tokens import set_gate_mix
 from attnzoo.surgery.report import ConversionReport, SiteReport
-from attnzoo.surgery.streaming.convert import Dtypes, convert_folder
+from attnzoo.surgery.streaming.convert import Dtypes, convert_folder, what_it_takes
+from attnzoo.surgery.streaming.estimate import Needs
 
 __all__ = [
     "ConversionReport",
     "Dtypes",
     "Inspection",
+    "Needs",
     "Site",
     "SiteReport",
     "Statistics",
@@ -30,4 +32,5 @@ __all__ = [
     "save",
     "set_gate_mix",
     "statistics_bytes",
+    "what_it_takes",
 ]

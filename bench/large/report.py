@@ -22,7 +22,7 @@ def as_text(rows: Sequence[dict[str, Any]], where: dict[str, Any]) -> str:
 def read(out: Path, where: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The readings of OUT.json by name; none where it was measured otherwise, or is not there."""
     file = out.with_suffix(".json")
-    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"about": None}
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"about": None}
     return {row["name"]: row for row in found["rows"]} if found["about"] == where else {}
 
 

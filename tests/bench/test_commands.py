@@ -32,6 +32,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
         "aot",
         "compiled",
         "kernel_cache",
+        "large",
         "pages",
         "policies",
         "step",

@@ -24,6 +24,7 @@ from attnzoo.surgery.lowrank.factor import Request, Solution, solve_site
 from attnzoo.surgery.lowrank.refit import student_of
 from attnzoo.surgery.recipes import beside_of, recipe_of
 from attnzoo.surgery.report import ConversionReport
+from attnzoo.surgery.streaming.estimate import Needs, needs_of, timed
 from attnzoo.surgery.streaming.skeleton import Skeleton
 from attnzoo.surgery.streaming.sweeps import KeptStatistics, Text
 from attnzoo.surgery.streaming.writer import ShardWriter
@@ -87,32 +88,83 @@ def convert_folder(
         ConversionError: If the source is missing, damaged or not to be trusted, or ``out`` must not be replaced.
         OSError: If the disk refuses. Nothing is left then, as after any other error.
     """
-    check_transformers()
     out = Path(out)
-    source = Path(source)
     files.check_target(out, overwrite=overwrite)
+    # Weights made in inference mode could never be trained.
+    with torch.inference_mode(False):
+        conversion = _prepared(
+            Path(source),
+            variant,
+            options,
+            dtypes=dtypes,
+            where=where,
+            calibration=calibration,
+            progress=progress,
+        )
+        conversion.needs().check(out)
+        with folders.writing(out), folders.temporary_folder(out) as scratch, folders.temporary_folder(out) as folder:
+            report = conversion.run(ShardWriter(folder), scratch)
+            files.swap(folder, out)
+    conversion.skeleton.warn_of_values()
+    return report
+
+
+def what_it_takes(
+    source: str | Path,
+    variant: str,
+    *,
+    where: Callable[[Site], bool] | None = None,
+    calibration: Iterable[Any] | None = None,
+    dtypes: Dtypes = AS_STORED,
+    **options: Any,
+) -> Needs:
+    """What :func:`convert_folder` would take with these arguments; nothing is written.
+
+    One layer is read, the first batch runs through it, and one site is solved, for a rough time.
+
+    Raises:
+        ConfigError: As the conversion would.
+        UnsupportedError: As the conversion would.
+        ConversionError: As the conversion would.
+    """
+    with torch.inference_mode(False):
+        conversion = _prepared(
+            Path(source), variant, options, dtypes=dtypes, where=where, calibration=calibration, progress=None
+        )
+        needs = conversion.needs()
+        request = conversion.plan.request
+        if request is None or not conversion.plan.batches:
+            return needs
+        return timed(needs, conversion.skeleton, conversion.sites, request, conversion.plan.batches)
+
+
+def _prepared(
+    source: Path,
+    variant: str,
+    options: dict[str, Any],
+    *,
+    dtypes: Dtypes,
+    where: Callable[[Site], bool] | None,
+    calibration: Iterable[Any] | None,
+    progress: Progress | None,
+) -> _Conversion:
+    """A conversion of which it is sure that it can be done."""
+    check_transformers()
     if not source.exists():
         raise folders.not_here(source)
     if (source / files.RECIPE).is_file():
         raise ConversionError(f"{source}: expected a plain checkpoint, got a converted one; convert it in memory")
-    # Weights made in inference mode could never be trained.
-    with torch.inference_mode(False):
-        skeleton = Skeleton(source, dtype=dtypes.weights, run_in=dtypes.run)
-        kind = kind_for(variant, options)
-        order = Order(
-            model=skeleton.model,
-            sites=choose_sites(skeleton.model, where),
-            variant=variant,
-            options=kind.completed(variant, options),
-            calibration=calibration,
-            progress=progress,
-        )
-        plan = _plan(kind, order)
-        with folders.writing(out), folders.temporary_folder(out) as scratch, folders.temporary_folder(out) as folder:
-            report = _Conversion(skeleton, kind, order, plan, ShardWriter(folder)).run(scratch)
-            files.swap(folder, out)
-    skeleton.warn_of_values()
-    return report
+    skeleton = Skeleton(source, dtype=dtypes.weights, run_in=dtypes.run)
+    kind = kind_for(variant, options)
+    order = Order(
+        model=skeleton.model,
+        sites=choose_sites(skeleton.model, where),
+        variant=variant,
+        options=kind.completed(variant, options),
+        calibration=calibration,
+        progress=progress,
+    )
+    return _Conversion(skeleton, kind, order, _plan(kind, order))
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,12 +202,13 @@ def _plan(kind: Kind, order: Order) -> _Plan:
 class _Conversion:
     """A conversion on its way through the layers."""
 
-    def __init__(self, skeleton: Skeleton, kind: Kind, order: Order, plan: _Plan, writer: ShardWriter) -> None:
+    writer: ShardWriter
+
+    def __init__(self, skeleton: Skeleton, kind: Kind, order: Order, plan: _Plan) -> None:
         self.skeleton = skeleton
         self.kind = kind
         self.order = order
         self.plan = plan
-        self.writer = writer
         self.changes: dict[str, Change] = {change.report.site.path: change for change in plan.changes}
         self.sites = {self._layer_of(site): site for site in order.sites}
 
@@ -166,8 +219,13 @@ class _Conversion:
         if self.order.progress is not None:
             self.order.progress(what, done, total)
 
-    def run(self, scratch: Path) -> ConversionReport:
-        """Converts and writes all layers; the folder is complete then."""
+    def needs(self) -> Needs:
+        """What it takes, from sizes alone."""
+        return needs_of(self.skeleton, self.order.sites, self.plan.request, self.plan.batches)
+
+    def run(self, writer: ShardWriter, scratch: Path) -> ConversionReport:
+        """Converts and writes all layers; the writer's folder is complete then."""
+        self.writer = writer
         if self.plan.batches:
             self._calibrate(scratch)
         # Layers that no text has gone through for, straight from shard to shard.

@@ -241,7 +241,7 @@ def test_a_target_that_cannot_be_written_is_said_before_the_work(
     run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)
-    monkeypatch.setattr("attnzoo.cli.app.load_model", lambda *args, **kwargs: pytest.fail("loaded"))
+    monkeypatch.setattr("attnzoo.cli.conversion.call.load_model", lambda *args, **kwargs: pytest.fail("loaded"))
     code, _, err = run("convert", folder, "--to", WINDOW, "--out", tmp_path / "deep" / "out")
     assert code == 1
     assert "cannot be written" in err.strip().splitlines()[-1]

@@ -1,0 +1,1 @@
+"""The command that converts: in memory, or from folder to folder layer by layer."""
