@@ -211,7 +211,7 @@ MUTANTS = (
         wrong="the reported error is squared", tests=f"{TESTS}/lowrank/test_refit.py -k reported",
     ),
     refit(
-        "refit-student-not-moved", old="self.hidden = run_layer(refit.layer_with(result[0]), hidden, call)", new="self.hidden = after",
+        "refit-student-not-moved", old="self.hidden = _run(refit.layer_with(result[0]), hidden, call)", new="self.hidden = after",
         wrong="sites are solved for what the dense model gives", tests=f"{TESTS}/lowrank/test_refit.py -k 'give or reported'",
     ),
     report(
