@@ -14,7 +14,7 @@ from attnzoo.reporting.versions import check_transformers
 from attnzoo.surgery import files, stored
 from attnzoo.surgery.convert import choose_sites
 from attnzoo.surgery.hosts import checkpoint, folders
-from attnzoo.surgery.hosts.families.known import weights_of, with_weights
+from attnzoo.surgery.hosts.families.known import block_of, weights_of, with_weights
 from attnzoo.surgery.hosts.site import Site
 from attnzoo.surgery.kinds import kind_for
 from attnzoo.surgery.kinds.kind import Kind, Order
@@ -155,10 +155,11 @@ def _prepared(
     if (source / files.RECIPE).is_file():
         raise ConversionError(f"{source}: expected a plain checkpoint, got a converted one; convert it in memory")
     skeleton = Skeleton(source, dtype=dtypes.weights, run_in=dtypes.run)
-    kind = kind_for(variant, options)
+    sites = choose_sites(skeleton.model, where)
+    kind = kind_for(variant, options, {site.host for site in sites})
     order = Order(
         model=skeleton.model,
-        sites=choose_sites(skeleton.model, where),
+        sites=sites,
         variant=variant,
         options=kind.completed(variant, options),
         calibration=calibration,
@@ -191,6 +192,10 @@ def _plan(kind: Kind, order: Order) -> _Plan:
     request = kind.request(order, weights_come=True)
     if not request.needs_calibration:
         return _Plan([], request, [])
+    ahead = [site.path for site in order.sites if not block_of(order.module(site)).causal]
+    if ahead:
+        reason = f"{ahead[0]} is not causal, and a text runs layer by layer towards its next tokens"
+        raise UnsupportedError(f"model: cannot be converted layer by layer: {reason}", (reason,))
     if order.calibration is None or isinstance(order.calibration, Statistics):
         raise ConfigError(
             f"calibration: expected token ids, which method {request.method!r} needs, got "
