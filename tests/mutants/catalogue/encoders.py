@@ -38,7 +38,7 @@ MUTANTS = (
     ),
     Mutant(
         "encoders-one-application", file=f"{FOLDER}/lowrank/calibration.py",
-        old="for call, x in enumerate(inputs[path]):", new="for call, x in enumerate(inputs[path][:1]):",
+        old="for call, x in enumerate(self.inputs[path]):", new="for call, x in enumerate(self.inputs[path][:1]):",
         wrong="statistics are of the first application of a shared block", tests=f"{TESTS} -k application",
     ),
     Mutant(
