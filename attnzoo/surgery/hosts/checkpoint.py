@@ -21,7 +21,7 @@ from attnzoo.reporting.warn import warn_caller
 from attnzoo.surgery.hosts import folders
 from attnzoo.surgery.hosts.folders import read_json as read_json
 from attnzoo.surgery.hosts.folders import refuse_pickle as refuse_pickle
-from attnzoo.surgery.hosts.weights import FLOATING
+from attnzoo.surgery.hosts.weights import FLOATING, check_fit
 from attnzoo_kernels.errors import ConversionError
 
 T = TypeVar("T")
@@ -186,13 +186,7 @@ def model_for(
     dtype: torch.dtype | None,
     build: Callable[..., Any] = model_of,
 ) -> Any:
-    """An empty model for tensors: of their dtype where none is given, and untied where they say so.
-
-    Args:
-        config: Its configuration.
-        tensors: By name.
-        dtype: Of the model.
-        build: Makes the model from a configuration and a dtype.
+    """An empty model for tensors, as ``build`` makes it: of their dtype unless one is given, untied where they say so.
 
     Raises:
         ConversionError: If the configuration builds no model, or tensors that it shares differ and must be shared.
@@ -358,20 +352,6 @@ def give(own: dict[str, Tensor], tensors: dict[str, Tensor], *, keep_dtypes: boo
             if keep_dtypes and own[name].is_floating_point() and own[name].dtype != x.dtype:
                 own[name].data = own[name].data.to(x.dtype)
             own[name].copy_(x)
-
-
-def check_fit(own: Mapping[str, Tensor], tensors: Mapping[str, Any]) -> None:
-    """Raises unless tensors, or what says their shapes and dtypes, can take the places of a model's own.
-
-    Raises:
-        ConversionError: If one is of another shape, or no plain floating weight.
-    """
-    for name, x in tensors.items():
-        if tuple(x.shape) != tuple(own[name].shape):
-            raise ConversionError(f"weights: {name}: expected {list(own[name].shape)}, got {list(x.shape)}")
-        if own[name].is_floating_point() and x.dtype not in FLOATING:
-            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATING)
-            raise ConversionError(f"weights: {name}: expected {names}, got {x.dtype}; quantised weights are not read")
 
 
 def file_hash(path: Path) -> str:

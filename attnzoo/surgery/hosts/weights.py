@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnzoo_kernels.errors import UnsupportedError
+from attnzoo_kernels.errors import ConversionError, UnsupportedError
 
 CONV1D = "transformers.pytorch_utils.Conv1D"
 """A product whose weight is stored ``[in, out]``, as GPT-2 has it."""
@@ -114,3 +114,17 @@ def _advice(child: nn.Module, x: Any) -> str:
 def type_name(x: Any) -> str:
     """A type's name with its module's, so that two of one name are told apart."""
     return f"{type(x).__module__}.{type(x).__qualname__}"
+
+
+def check_fit(own: Mapping[str, Tensor], tensors: Mapping[str, Any]) -> None:
+    """Raises unless tensors, or what says their shapes and dtypes, can take the places of a model's own.
+
+    Raises:
+        ConversionError: If one is of another shape, or no plain floating weight.
+    """
+    for name, x in tensors.items():
+        if tuple(x.shape) != tuple(own[name].shape):
+            raise ConversionError(f"weights: {name}: expected {list(own[name].shape)}, got {list(x.shape)}")
+        if own[name].is_floating_point() and x.dtype not in FLOATING:
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATING)
+            raise ConversionError(f"weights: {name}: expected {names}, got {x.dtype}; quantised weights are not read")

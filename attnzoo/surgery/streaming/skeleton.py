@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from attnzoo.reporting.warn import warn_caller
 from attnzoo.surgery.hosts import checkpoint
 from attnzoo.surgery.hosts.site import Site
+from attnzoo.surgery.hosts.weights import check_fit
 from attnzoo.surgery.lowrank.calibration import Batch, real_tokens, summed_loss
 from attnzoo.surgery.lowrank.refit import EndOfRun
 from attnzoo.surgery.sites import find
@@ -63,7 +64,7 @@ class Skeleton:
         self.model: Any = checkpoint.model_for(config, shards, dtype=kind, build=_without_weights)
         self.stored = checkpoint.named_as_model(self.model, shards.stored)
         own: dict[str, Tensor] = self.model.state_dict(keep_vars=True)
-        checkpoint.check_fit(own, self.stored)
+        check_fit(own, self.stored)
         self.written: dict[str, torch.dtype] = {}
         self.held: dict[str, torch.dtype] = {}
         for name, x in self.stored.items():

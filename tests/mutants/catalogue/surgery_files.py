@@ -57,7 +57,7 @@ MUTANTS = (
         wrong="a tied tensor without any name in the file is not missed", tests=f"{TESTS}/hosts/test_folders.py -k enough",
     ),
     checkpoint(
-        "checkpoint-codes-cast", old="if own[name].is_floating_point() and x.dtype not in FLOATING:", new="if False:",
+        "checkpoint-codes-cast", file="attnzoo/surgery/hosts/weights.py", old="if own[name].is_floating_point() and x.dtype not in FLOATING:", new="if False:",
         wrong="codes of quantised weights are cast into weights", tests=f"{TESTS}/hosts/test_folders.py -k codes",
     ),
     checkpoint(
