@@ -124,7 +124,7 @@ def _opened(file: Path) -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(file, framework="pt") as opened:  # type: ignore[no-untyped-call]
+        with safe_open(file, framework="pt") as opened:
             yield opened
     except (SafetensorError, OSError, ValueError) as error:
         raise ConversionError(f"{file}: damaged: {error}") from error

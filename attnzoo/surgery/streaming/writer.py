@@ -42,7 +42,7 @@ class ShardWriter:
             ordinary: Whether the names are those that transformers reads, else such as nobody else does.
         """
         whole = Path(folders.WHOLE if ordinary else folders.CONVERTED)
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for place, number in enumerate(sorted(self.parts)):
             file, names = self.parts[number]
             name = f"{whole.stem}-{place + 1:05}-of-{len(self.parts):05}{whole.suffix}"
