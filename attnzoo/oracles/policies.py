@@ -25,7 +25,7 @@ What the formulas leave open, and how it is read here:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -157,8 +157,13 @@ def chosen_pages(queries: Tensor, rows: Sequence[HeldRow], rule: PageChoice) -> 
     return sorted([*forced, *rest[: max(0, rule.pages - len(forced))]])
 
 
-class _Head:
-    """One head as it lives: what it holds, and what it remembers of its calls."""
+class Head:
+    """One head as it lives: what it holds, and what it remembers of its calls.
+
+    Args:
+        policy: What is held and read.
+        scale: The factor on scores.
+    """
 
     def __init__(self, policy: Remembers, scale: float) -> None:
         self.policy = policy
@@ -171,6 +176,14 @@ class _Head:
         self.listed: list[int] = []
         self.known = 0
         self.uses = 0
+
+    def copy(self) -> Head:
+        """One that goes its own way from here."""
+        other = Head(self.policy, self.scale)
+        other.__dict__.update(self.__dict__)
+        other.held = [replace(row, received=row.received.clone()) for row in self.held]
+        other.queries = list(self.queries)
+        return other
 
     def choose(self) -> None:
         """Choose among the rows held."""
@@ -204,6 +217,40 @@ class _Head:
         self.uses += 1
         return [row for j, row in enumerate(self.held) if j // rule.page in self.listed]
 
+    def live(self, q: Tensor, k: Tensor, v: Tensor, call: Call, given: Tensor | None = None) -> Tensor:
+        """One call.
+
+        Args:
+            q: Rotated queries of its heads ``[g, n, D]``, of the call's ``n`` tokens.
+            k: Rotated keys ``[n, D]``.
+            v: Values ``[n, Dv]``.
+            call: Its sizes.
+            given: Scores that the rows come with ``[n]``.
+
+        Returns:
+            ``[g, n, Dv]``.
+        """
+        if self.is_due(call):
+            self.choose()
+        own: list[HeldRow] = []
+        columns = [q.new_zeros(q.shape[0], 0, v.shape[-1])]
+        for n in range(call.tokens):
+            t = self.tokens + n
+            past = self.read(q[:, n], call)
+            score = 0.0 if given is None else float(given[n])
+            own.append(HeldRow(t, k[n], v[n], q.new_zeros(q.shape[0]), score=score))
+            rows = past + own
+            if self.policy.near is not None:
+                rows = by_place(self.policy.near, rows, t)
+            # Every row that is held could be seen, whether it is read or not.
+            for row in self.held + own:
+                row.asked += 1
+            self.queries.append(Query(t, q[:, n]))
+            columns.append(_asked(q[:, n], rows, self.scale).unsqueeze(1))
+        self.tokens += call.tokens
+        self.finish(own, call)
+        return torch.cat(columns, 1)
+
     def finish(self, own: list[HeldRow], call: Call) -> None:
         """Hold the rows of a call that is over."""
         self.held = self.held + own
@@ -236,29 +283,15 @@ def life(
         given: Scores that rows come with ``[T]``.
     """
     factor = q.shape[-1] ** -0.5 if scale is None else scale
-    head = _Head(policy, factor)
-    columns: list[Tensor] = []
+    head = Head(policy, factor)
+    parts: list[Tensor] = []
     held: list[list[HeldRow]] = []
     for call in calls:
-        if head.is_due(call):
-            head.choose()
-        own: list[HeldRow] = []
-        for t in range(head.tokens, head.tokens + call.tokens):
-            past = head.read(q[:, t], call)
-            score = 0.0 if given is None else float(given[t])
-            own.append(HeldRow(t, k[t], v[t], q.new_zeros(q.shape[0]), score=score))
-            rows = past + own
-            if policy.near is not None:
-                rows = by_place(policy.near, rows, t)
-            # Every row that is held could be seen, whether it is read or not.
-            for row in head.held + own:
-                row.asked += 1
-            head.queries.append(Query(t, q[:, t]))
-            columns.append(_asked(q[:, t], rows, factor))
-        head.tokens += call.tokens
-        head.finish(own, call)
+        own = slice(head.tokens, head.tokens + call.tokens)
+        score = None if given is None else given[own]
+        parts.append(head.live(q[:, own], k[own], v[own], call, score))
         held.append(list(head.held))
-    out = torch.stack(columns, 1) if columns else q.new_zeros(q.shape[0], 0, v.shape[-1])
+    out = torch.cat(parts, 1) if parts else q.new_zeros(q.shape[0], 0, v.shape[-1])
     return Life(out, held)
 
 

@@ -41,19 +41,25 @@ FULL = torch.tensor([[True, False], [False, False]])
 """Which KV heads hold everything in the tests."""
 
 CONFIGS: dict[str, Any] = {
-    "llama": lambda: LlamaConfig(**SIZES),
-    "qwen2": lambda: Qwen2Config(**{name: value for name, value in SIZES.items() if name != "head_dim"}),
-    "qwen3": lambda: Qwen3Config(**SIZES),
-    "mistral": lambda: MistralConfig(**SIZES, sliding_window=None),
+    "llama": lambda **more: LlamaConfig(**SIZES | more),
+    "qwen2": lambda **more: Qwen2Config(**{name: x for name, x in (SIZES | more).items() if name != "head_dim"}),
+    "qwen3": lambda **more: Qwen3Config(**SIZES | more),
+    "mistral": lambda **more: MistralConfig(**SIZES | {"sliding_window": None} | more),
 }
 
 
-def host(name: str, seed: int = 0) -> Any:
-    """A tiny fp64 host with random weights, in which nothing is computed in fp32."""
+def host(name: str, seed: int = 0, **sizes: Any) -> Any:
+    """A tiny fp64 host with random weights, in which nothing is computed in fp32.
+
+    Args:
+        name: Its family.
+        seed: Of its weights.
+        **sizes: Settings other than ``SIZES``.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         make: Any = AutoModelForCausalLM
-        model = make.from_config(CONFIGS[name]())
+        model = make.from_config(CONFIGS[name](**sizes))
         with torch.no_grad():
             for key, parameter in model.named_parameters():
                 scale = 2 * parameter.shape[-1] ** -0.5 if parameter.dim() == 2 else 0.3

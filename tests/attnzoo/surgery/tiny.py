@@ -40,12 +40,13 @@ class ExactNorm(nn.Module):
 class ExactRotary(nn.Module):
     """The host's rotary tables from fp64 angles."""
 
-    def __init__(self, base: float) -> None:
+    def __init__(self, base: float, width: int = WIDTH) -> None:
         super().__init__()
         self.base = base
+        self.width = width
 
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        exponent = torch.arange(0, WIDTH, 2, dtype=torch.float64) / WIDTH
+        exponent = torch.arange(0, self.width, 2, dtype=torch.float64) / self.width
         angles = position_ids[..., None].double() * self.base**-exponent
         both = torch.cat([angles, angles], -1)
         return both.cos().to(x.dtype), both.sin().to(x.dtype)
@@ -89,13 +90,18 @@ def tiny(
     return model.to(dtype).eval()
 
 
+def width_of(config: Any) -> int:
+    """The width of a host's heads."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def make_exact(model: Any) -> None:
     eps = model.config.rms_norm_eps
     for layer in model.model.layers:
         for name in ("input_layernorm", "post_attention_layernorm"):
             setattr(layer, name, ExactNorm(getattr(layer, name).weight.detach(), eps))
     model.model.norm = ExactNorm(model.model.norm.weight.detach(), eps)
-    model.model.rotary_emb = ExactRotary(model.config.rope_parameters["rope_theta"])
+    model.model.rotary_emb = ExactRotary(model.config.rope_parameters["rope_theta"], width_of(model.config))
 
 
 def ids(batch: int, length: int, seed: int = 0) -> Tensor:
