@@ -6,7 +6,7 @@ Letters: B batch, T tokens, C model width, h heads of one kind, H query heads, G
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from attnzoo_kernels.errors import UnsupportedError
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
+@runtime_checkable
 class Projector(Protocol):
     """Projects for a layer in the place of modules of the layer's own, such as the modules of a model do."""
 

@@ -12,18 +12,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from attnzoo.base.config import AttentionConfig
 from attnzoo_kernels.errors import ConfigError
-
-if TYPE_CHECKING:
-    from typing import TypeVar
-
-    Function = TypeVar("Function", bound=Callable[["HiddenRow"], Tensor])
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +44,8 @@ class HiddenRow:
         """The layer's configuration."""
         return _config(self.options)
 
+
+Function = TypeVar("Function", bound=Callable[[HiddenRow], Tensor])
 
 _functions: dict[str, Callable[[HiddenRow], Tensor]] = {}
 

@@ -47,7 +47,7 @@ def in_random_directions(out: Any, real: Tensor) -> Tensor:
     if hidden is None:
         raise ConfigError(f"calibration: expected a model that gives logits or hidden states, got {type(out).__name__}")
     rows = _real_rows(hidden, real)
-    signs = torch.randint(0, 2, rows.shape, generator=generator).to(rows) * 2 - 1
+    signs = torch.randint(0, 2, rows.shape, generator=generator, device="cpu").to(rows) * 2 - 1
     return (rows * signs).sum()
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import attnzoo
+from attnzoo.base.evicting.layer import PolicyLayer
 from attnzoo.base.layer import AttentionLayer
 from attnzoo.cache.kv_cache import KVCache
 from tests.attnzoo.cases import Case
@@ -34,8 +35,12 @@ class CacheKind:
 
 
 def _kinds(name: str) -> list[CacheKind]:
-    own = inspect.signature(type(Case(name, "small").layer()).new_cache).parameters
-    common = inspect.signature(AttentionLayer.new_cache).parameters
+    layer = type(Case(name, "small").layer())
+    own = inspect.signature(layer.new_cache).parameters
+    common = {*inspect.signature(AttentionLayer.new_cache).parameters}
+    if issubclass(layer, PolicyLayer):
+        # Without a policy nothing is offloaded; with one see tests/attnzoo/cache/pages/test_offloaded_pages.py.
+        common.add("offload")
     return [CacheKind(name), *(CacheKind(name, switch) for switch in own if switch not in common)]
 
 

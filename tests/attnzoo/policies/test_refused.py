@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.attnzoo.policies.reference import of_all_layers, small_host
 from transformers import DynamicCache, StaticCache
 
 import attnzoo
@@ -18,6 +17,7 @@ from attnzoo.surgery.hosts.calls import cache_name
 from tests.attnzoo.cases import assert_same, tokens
 from tests.attnzoo.policies.lives import layer_of, rows_of
 from tests.attnzoo.policies.masked import FULL, host
+from tests.attnzoo.policies.reference import of_all_layers, small_host
 from tests.attnzoo.policies.settings import entry_of, names
 from tests.attnzoo.surgery.tiny import assert_untouched, ids, logits, snapshot
 

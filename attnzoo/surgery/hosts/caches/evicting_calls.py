@@ -5,7 +5,7 @@ Letters: B batch, T tokens of a call, H query heads, G KV heads, D width.
 
 from __future__ import annotations
 
-from typing import Any, Literal, Protocol, TypeGuard
+from typing import Any, Literal, Protocol, TypeGuard, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ HELD = "attnzoo_held"
 """The argument by which a block hands the evicting layer of its cache on to the attention function."""
 
 
+@runtime_checkable
 class Pattern(Protocol):
     """What is asked of a read pattern here: whose rule a block follows, and how its host rotates."""
 

@@ -6,7 +6,6 @@ Letters: B batch, T tokens, C model width, H query heads, G KV heads, D head wid
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import cast
 
@@ -96,13 +95,9 @@ def _reasons(layer: AttentionLayer) -> Mapping[Need, tuple[str, ...]]:
     return dict.fromkeys(Need, reasons)
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class OwnFamily(Family):
-    """Layers of the zoo that have projections of their own; those inside replacements have not."""
-
-    def matches(self, module: nn.Module) -> bool:
-        """Whether a module is one."""
-        return isinstance(module, AttentionLayer) and module.projector is None
+def _is_own(module: nn.Module) -> bool:
+    """Whether a module is a layer of the zoo with projections of its own; those inside replacements have none."""
+    return isinstance(module, AttentionLayer) and module.projector is None
 
 
-FAMILY = OwnFamily(name=HOST, classes=("attnzoo.AttentionLayer",), block=describe, with_weights=None)
+FAMILY = Family(name=HOST, classes=("attnzoo.AttentionLayer",), block=describe, with_weights=None, recognise=_is_own)

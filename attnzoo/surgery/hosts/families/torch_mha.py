@@ -8,7 +8,6 @@ Letters: B batch, T query tokens, C model width, H heads, D head width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn
 
@@ -129,13 +128,15 @@ def with_weights(module: nn.Module, projections: Projections) -> NoReturn:
     raise ConversionError(f"weights: {_WIDTHS}")
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class TorchFamily(Family):
-    """Modules of exactly torch's class, or of the one that takes their place."""
-
-    def matches(self, module: nn.Module) -> bool:
-        """Whether a module is one of the two."""
-        return type(module) in (nn.MultiheadAttention, MultiheadAttention)
+def _is_torchs(module: nn.Module) -> bool:
+    """Whether a module is of exactly torch's class, or of the one that takes its place."""
+    return type(module) in (nn.MultiheadAttention, MultiheadAttention)
 
 
-FAMILY = TorchFamily(name=HOST, classes=("MultiheadAttention",), block=describe, with_weights=with_weights)
+FAMILY = Family(
+    name=HOST,
+    classes=("MultiheadAttention",),
+    block=describe,
+    with_weights=with_weights,
+    recognise=_is_torchs,
+)

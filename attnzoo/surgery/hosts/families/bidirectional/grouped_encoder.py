@@ -49,7 +49,9 @@ class HeadOutput(nn.Module):
         blocks = (
             matrix.detach().T.unflatten(1, (heads, -1)).unflatten(0, (heads, -1))
         )  # [H, D, H, D], from here to there
-        order = blocks.square().sum((1, 3)).argmax(1) if not blocks.is_meta else torch.arange(heads)
+        # On no device weights say which head each is: the order that it is made in.
+        strongest = blocks.square().sum((1, 3)).argmax(1)
+        order = torch.arange(heads, device="cpu") if blocks.is_meta else strongest
         mine = torch.stack([blocks[head, :, there] for head, there in enumerate(order.tolist())])
         self.weight = nn.Parameter(mine.to(like).contiguous(), requires_grad=like.requires_grad)
         self.register_buffer("place", order.argsort().to(like.device))
