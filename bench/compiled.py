@@ -43,7 +43,7 @@ HEADS = ("layer", "compiled us", "not compiled us", "ratio", "ten lines' ratio",
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading:
+class CompiledReading:
     """What was found of a layer; microseconds of CPU time are medians, ratios medians of those of each round.
 
     Attributes:
@@ -153,7 +153,7 @@ class Peer:
 
 @silent()
 @torch.no_grad()
-def measure(name: str, setting: CostSetting, held: int, rounds: int, backend: str) -> Reading:
+def measure(name: str, setting: CostSetting, held: int, rounds: int, backend: str) -> CompiledReading:
     """A layer behind ``held`` tokens, checked and then timed."""
     torch.compiler.reset()
     variant, options = read_spec(name)
@@ -173,7 +173,7 @@ def measure(name: str, setting: CostSetting, held: int, rounds: int, backend: st
             )
             error = max(error, float(off))
     if not error <= LIMIT:
-        return Reading(name=name, error=error, graphs=counter.frame_count, wrong=f"off by {error:.1e}")
+        return CompiledReading(name=name, error=error, graphs=counter.frame_count, wrong=f"off by {error:.1e}")
     token = x[:, -1:]
     near = NearlyEmpty(layer)
     nearly = torch.compile(near, fullgraph=True, backend=backend)
@@ -191,7 +191,7 @@ def measure(name: str, setting: CostSetting, held: int, rounds: int, backend: st
         contestants["guards"] = lambda: manager.check(scope)
     found = in_turns(contestants, rounds)
     middle = {key: statistics.median(values) for key, values in found.items()}
-    return Reading(
+    return CompiledReading(
         name=name,
         error=error,
         graphs=counter.frame_count,
@@ -204,7 +204,7 @@ def measure(name: str, setting: CostSetting, held: int, rounds: int, backend: st
     )
 
 
-def cells(reading: Reading) -> tuple[str, ...]:
+def cells(reading: CompiledReading) -> tuple[str, ...]:
     """A row of the table."""
     if reading.wrong:
         return (reading.name, *["-"] * (len(HEADS) - 2), reading.wrong)
@@ -220,7 +220,7 @@ def title(where: dict[str, Any]) -> str:
     )
 
 
-def write(readings: list[Reading], where: dict[str, Any], out: Path) -> None:
+def write(readings: list[CompiledReading], where: dict[str, Any], out: Path) -> None:
     """Writes OUT.json and OUT.md."""
     rows = ["| " + " | ".join(line) + " |" for line in (HEADS, ["---"] * len(HEADS), *map(cells, readings))]
     data = {"about": where, "rows": [asdict(reading) for reading in readings]}
@@ -235,7 +235,7 @@ def write(readings: list[Reading], where: dict[str, Any], out: Path) -> None:
     )
 
 
-def run(names: list[str], held: int, rounds: int, backend: str) -> Iterator[Reading]:
+def run(names: list[str], held: int, rounds: int, backend: str) -> Iterator[CompiledReading]:
     """Each layer in turn."""
     # Room for what is checked, warmed up and timed, twice over.
     setting = CostSetting(tokens=held + 2 * (rounds + 2 * WARM) + 1)
@@ -255,7 +255,7 @@ def main(
     names = [name for name in NAMES if name in chosen]
     check_writable(out)
     where = {**about(), "held": held, "rounds": rounds, "dim": 512, "heads": 8, "backend": backend}
-    readings: list[Reading] = []
+    readings: list[CompiledReading] = []
     with threads(1), Bar() as progress:
         for number, name in enumerate(names):
             progress(name, number, len(names))

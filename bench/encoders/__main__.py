@@ -25,7 +25,7 @@ from bench.encoders.embeddings import measure
 from bench.encoders.mapping import Mapper
 
 
-class Part(StrEnum):
+class EncoderPart(StrEnum):
     """What is measured."""
 
     EMBEDDINGS = "embeddings"
@@ -35,22 +35,22 @@ class Part(StrEnum):
 def main(
     models: Annotated[Path | None, typer.Option(help=f"Where the packages are: {packages.HOW}.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write OUT.json and OUT.md.")] = None,
-    part: Annotated[list[Part] | None, typer.Option(help="What is measured; may be repeated.")] = None,
+    part: Annotated[list[EncoderPart] | None, typer.Option(help="What is measured; may be repeated.")] = None,
     texts: Annotated[int, typer.Option(help="Texts of each kind.")] = 200,
     reactions: Annotated[int, typer.Option(help="Reactions to calibrate on, and to test, at most.")] = 48,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
 ) -> None:
     """Measures encoders on one thread, in a few minutes; parts that are not asked for stay as OUT.json has them."""
     torch.set_num_threads(1)
-    parts = part or list(Part)
+    parts = part or list(EncoderPart)
     if out is not None:
         check_writable(out)
     embeddings, mapping = report.read(out) if out is not None else ([], [])
     where = {"dtype": "float32", "threads": 1, "texts": texts, "reactions": reactions, **about()}
     with Bar() as progress:
-        if Part.EMBEDDINGS in parts:
+        if EncoderPart.EMBEDDINGS in parts:
             embeddings = measure(*packages.minilm(models), texts, progress)
-        if Part.REACTIONS in parts:
+        if EncoderPart.REACTIONS in parts:
             mapping = Mapper(*packages.rxnmapper(models), reactions).measure(progress)
     if out is not None:
         report.write(out, where, embeddings, mapping)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import attnzoo
 from attnzoo.selection.decoding import clear_best, gathered_tokens, rotated, rotations_back, tokens_of
 from attnzoo.topk import top_blocks
-from attnzoo.variants.longheads import layer as longheads
+from attnzoo.variants.longheads import decoding as longheads
 from tests.strategies import Numbers
 
 VALUES = (0.0, 1.0, 2.0, 3.0, math.inf, -math.inf, math.nan)

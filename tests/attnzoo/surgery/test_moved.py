@@ -107,7 +107,7 @@ def test_an_adapter_that_undo_would_drop_is_refused_by_name_and_undone_when_it_i
     before, dense = snapshot(model), logits(model, tokens)
     report = convert_as(model, kind)
     block = model.get_submodule(surgery.find(model)[1].path)
-    inner = getattr(block, "layer", block)
+    inner = block if "q_proj" in dict(block.named_children()) else block.get_submodule("layer")
     plain = inner.q_proj
     inner.q_proj = Linear(plain)
     state = snapshot(model)

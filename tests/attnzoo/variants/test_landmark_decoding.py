@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from attnzoo.variants.landmark.config import LandmarkConfig
-from attnzoo.variants.landmark.decoding import attend_row
+from attnzoo.variants.landmark.decoding import Reads, attend_row
 from tests.strategies import Numbers
 
 SIZE = 4
@@ -47,7 +47,7 @@ def test_all_blocks_are_read_through_their_landmarks_whose_values_nobody_reads(
         v[:, :, SIZE - 1 :: SIZE] = math.nan
         k[:, :, held:] = math.nan
         v[:, :, held:] = math.inf
-    out = attend_row(CONFIG, (q, k, v), held, scale=0.7, mix=mix, moves=False)
+    out = attend_row(CONFIG, (q, k, v), held, Reads(scale=0.7, mix=mix, soft=True))
     for item in range(2):
         for head in range(4):
             group = head // 2
@@ -59,6 +59,6 @@ def test_all_blocks_are_read_through_their_landmarks_whose_values_nobody_reads(
 def test_large_scores_do_not_overflow(mix: float) -> None:
     n = Numbers.of(1)
     q, k, v = 100 * n.normal(1, 4, 1, 3), 100 * n.normal(1, 2, 20, 3), n.normal(1, 2, 20, 5)
-    out = attend_row(CONFIG, (q, k, v), 18, scale=1.0, mix=mix, moves=False)
+    out = attend_row(CONFIG, (q, k, v), 18, Reads(scale=1.0, mix=mix, soft=True))
     wanted = defined(q[0, 3, 0], k[0, 1, :18], v[0, 1, :18], 1.0, mix)
     torch.testing.assert_close(out[0, 3, 0], wanted, rtol=1e-9, atol=1e-9)

@@ -284,7 +284,7 @@ MUTANTS: dict[str, tuple[Any, str, str, str]] = {
     "the full block stays where it was": (
         StreamingRegion,
         "_move",
-        "    else:\n        left.copy_(filled)",
+        "    else:\n        _write_over(left, filled, journal)",
         "    else:\n        pass",
     ),
     "the ring comes round late": (StreamingRegion, "row_of", "% max(self.places, 1)", "% max(self.places + 1, 1)"),
