@@ -25,7 +25,7 @@ COLOURS = (
     "#b0413e",
     "#3d6b6b",
 )
-MARKERS = "osD^vPX<>*hd"
+MARKERS = "osD^vPX<>*hdp8"
 TITLES = {TEXT: "the text going on", RECALL: "spans word for word", KEY: "passkeys"}
 MARKS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 1.0)
 
