@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from attnzoo.base.layer import DENSE_BLOCK, AttentionInputs, AttentionLayer
 from attnzoo.base.padding import Alignment
@@ -161,3 +162,36 @@ def _attend_padded(layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, geome
     before = real[:, :first].sum(1) if geometry.causal else 0
     out = _run(layer, AttentionInputs(rows.aligned(q), k, v), geometry, before, rows.lengths)
     return rows.put_back(out).masked_fill(~real[:, None, first:, None], 0.0)
+
+
+def attend_as_host(config: Any) -> Any:
+    """The attention function that a host is set to; written out where it is set to "eager"."""
+    # Importing the host's library is for callers who have one of its models.
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    return ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, attend_eagerly)
+
+
+def attend_eagerly(
+    module: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Attention written out, as a host's function: ``[B, T, H, D]``, and weights ``[B, H, T, S]``.
+
+    Scores and softmax are in fp32 at least. The module says how many query heads share a KV head
+    (``num_key_value_groups``), and whether it trains.
+    """
+    wide = torch.promote_types(q.dtype, torch.float32)
+    k, v = (x.repeat_interleave(module.num_key_value_groups, dim=1) for x in (k, v))
+    scores = (q.to(wide) @ k.to(wide).mT) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = nn.functional.dropout(scores.softmax(-1).to(v.dtype), dropout, module.training)
+    return (weights @ v).transpose(1, 2), weights

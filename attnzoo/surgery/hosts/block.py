@@ -123,6 +123,10 @@ class Family:
         return type(module).__name__ in self.classes if self.recognise is None else self.recognise(module)
 
 
+def no_rotation() -> None:
+    """What :attr:`Block.rotary` is where positions are learned, and added to a model's input."""
+
+
 class ReplacementModule(nn.Module):
     """A module of attnzoo's that a host calls as its attention block. It describes itself as families do.
 

@@ -5,6 +5,7 @@ Letters: C model width, H query heads, G KV heads, D head width, Dv value width,
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
@@ -49,6 +50,26 @@ class Projections:
     head_dim: int
     rotary: RotaryConfig | None
     scale: float
+
+    @classmethod
+    def of_linears(cls, linears: Iterable[Any], *, head_dim: int, rotary: RotaryConfig | None, scale: float) -> Self:
+        """Those of four modules with plain weights, by reference: of queries, keys, values and outputs."""
+        q, k, v, o = linears
+        return cls(
+            q=q.weight,
+            k=k.weight,
+            v=v.weight,
+            o=o.weight,
+            q_bias=q.bias,
+            k_bias=k.bias,
+            v_bias=v.bias,
+            o_bias=o.bias,
+            num_heads=q.out_features // head_dim,
+            num_kv_heads=k.out_features // head_dim,
+            head_dim=head_dim,
+            rotary=rotary,
+            scale=scale,
+        )
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -162,6 +183,14 @@ def product_weights(child: Any, name: str) -> tuple[Tensor, Tensor | None]:
         return child.weight.T, child.bias
     linear = as_linear(child, name)
     return linear.weight, linear.bias
+
+
+def new_linear(weight: Tensor, bias: Tensor | None, like: Any) -> nn.Linear:
+    """A linear layer with weights of its own, as :func:`set_weights` gives them."""
+    with torch.device("meta"):
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    set_weights(linear, weight, bias, like=like)
+    return linear
 
 
 def set_weights(product: Any, weight: Tensor, bias: Tensor | None, like: Any) -> None:

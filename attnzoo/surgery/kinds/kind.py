@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass
+from dataclasses import MISSING, Field, dataclass, fields
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from attnzoo.factory import get_config
 from attnzoo.surgery.hosts import weights
 from attnzoo.surgery.hosts.block import Need
 from attnzoo.surgery.hosts.families.known import block_of
 from attnzoo.surgery.hosts.site import Site
 from attnzoo.surgery.lowrank.calibration import Progress, Statistics
+from attnzoo.surgery.replacements.spec import OF_THE_SITE
 from attnzoo.surgery.transaction import Change
 from attnzoo_kernels.errors import ConfigError, UnsupportedError
 
@@ -159,3 +161,8 @@ def default_of(field: Field[Any]) -> Any:
     if field.default_factory is not MISSING:
         return field.default_factory()
     return REQUIRED if field.default is MISSING else field.default
+
+
+def own_options(variant: str) -> dict[str, Any]:
+    """The options of a variant that no site decides, by name, with their defaults; ``REQUIRED`` where there is none."""
+    return {field.name: default_of(field) for field in fields(get_config(variant)) if field.name not in OF_THE_SITE}

@@ -7,7 +7,7 @@ place in every case. Variants without weights of their own leave all names of th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
@@ -23,15 +23,17 @@ from attnzoo.surgery.hosts.families.known import block_of, weights_of
 from attnzoo.surgery.hosts.projections import latent_like, with_kv_heads
 from attnzoo.surgery.hosts.site import Site
 from attnzoo.surgery.hosts.weights import type_name
-from attnzoo.surgery.kinds.kind import REQUIRED, Kind, Order, default_of
+from attnzoo.surgery.kinds.kind import REQUIRED, Kind, Order
+from attnzoo.surgery.kinds.policy import policy_of
 from attnzoo.surgery.kinds.reading import READ_DEFAULTS
+from attnzoo.surgery.kinds.replacing import options_in_place
 from attnzoo.surgery.kinds.weights import VARIANT as LOW_RANK
 from attnzoo.surgery.kinds.weights import Weights
 from attnzoo.surgery.replacements import REPLACEMENTS, own_layers, spec
 from attnzoo.surgery.report import SiteReport
 from attnzoo.surgery.sites import find
 from attnzoo.surgery.transaction import Change
-from attnzoo_kernels.errors import AttnzooError, ConfigError, ConversionError, UnsupportedError
+from attnzoo_kernels.errors import AttnzooError, ConversionError, UnsupportedError
 
 
 class OwnLayers(Kind):
@@ -51,13 +53,7 @@ class OwnLayers(Kind):
 
     def options(self, variant: str) -> dict[str, Any]:
         """The options of a variant, by name, with their defaults."""
-        own = {
-            field.name: default_of(field) for field in fields(get_config(variant)) if field.name not in spec.OF_THE_SITE
-        }
-        refused = REPLACEMENTS[variant].refused if variant in REPLACEMENTS else frozenset()
-        return {
-            name: default for name, default in (own | READ_DEFAULTS.get(variant, {})).items() if name not in refused
-        }
+        return options_in_place(variant)
 
     def prepare(self, order: Order) -> list[Change]:
         """Layers for sites."""
@@ -128,12 +124,7 @@ class OwnPolicy(OwnLayers):
 
     def prepare(self, order: Order) -> list[Change]:
         """Layers for sites, each with the policy of its place."""
-        order.refuse_calibration()
-        for name in order.options:
-            check_known(name, self.options(order.variant), f"options for {order.variant!r}")
-        policy = order.options.get("policy")
-        if not isinstance(policy, Policy):
-            raise ConfigError(f"policy: expected one of attnzoo.policies, got {type(policy).__name__}")
+        policy = policy_of(self, order)
         self.refuse(order.model, order.sites, order.variant)
         for site in order.sites:
             if not block_of(order.module(site)).causal:

@@ -26,6 +26,21 @@ from attnzoo_kernels.errors import ConfigError, ConversionError
 VARIANT = "policy"
 
 
+def policy_of(kind: Kind, order: Order) -> Policy:
+    """The policy of an order, which has no other option and no calibration.
+
+    Raises:
+        ConfigError: If it is no policy, or there is another option.
+    """
+    order.refuse_calibration()
+    for name in order.options:
+        check_known(name, kind.options(order.variant), f"options for {order.variant!r}")
+    policy = order.options.get("policy")
+    if not isinstance(policy, Policy):
+        raise ConfigError(f"policy: expected one of attnzoo.policies, got {type(policy).__name__}")
+    return policy
+
+
 class Remembering(Kind):
     """Blocks keep their weights; caches of the model remember what a policy says, and rows read what they remember."""
 
@@ -59,12 +74,7 @@ class Remembering(Kind):
 
     def prepare(self, order: Order) -> list[Change]:
         """Patterns for sites, each with the policy of its layer."""
-        order.refuse_calibration()
-        for name in order.options:
-            check_known(name, self.options(order.variant), f"options for {order.variant!r}")
-        policy = order.options.get("policy")
-        if not isinstance(policy, Policy):
-            raise ConfigError(f"policy: expected one of attnzoo.policies, got {type(policy).__name__}")
+        policy = policy_of(self, order)
         self.refuse(order.model, order.sites, order.variant)
         layers = len(find(order.model))
         for site in order.sites:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -20,8 +19,7 @@ from attnzoo.surgery.hosts.block import Need
 from attnzoo.surgery.hosts.families.known import block_of
 from attnzoo.surgery.hosts.site import Site, within_window
 from attnzoo.surgery.hosts.weights import type_name
-from attnzoo.surgery.kinds.kind import Kind, Order, default_of
-from attnzoo.surgery.replacements.spec import OF_THE_SITE
+from attnzoo.surgery.kinds.kind import Kind, Order, own_options
 from attnzoo.surgery.report import SiteReport
 from attnzoo.surgery.transaction import Change
 from attnzoo_kernels.errors import ConfigError, ConversionError
@@ -45,8 +43,7 @@ class Reading(Kind):
 
     def options(self, variant: str) -> dict[str, Any]:
         """The options of a variant, by name, with their defaults."""
-        own = {field.name: default_of(field) for field in fields(get_config(variant)) if field.name not in OF_THE_SITE}
-        return own | READ_DEFAULTS[variant] | {"evict": True}
+        return own_options(variant) | READ_DEFAULTS[variant] | {"evict": True}
 
     def completed(self, variant: str, options: dict[str, Any]) -> dict[str, Any]:
         """A caller's options with those that surgery starts from."""

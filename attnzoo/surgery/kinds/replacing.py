@@ -13,8 +13,8 @@ from attnzoo.factory import get_config
 from attnzoo.surgery.hosts import weights
 from attnzoo.surgery.hosts.block import Need
 from attnzoo.surgery.hosts.site import GLOBAL, Site
-from attnzoo.surgery.kinds.kind import Kind, Order, default_of
-from attnzoo.surgery.kinds.reading import READ_VARIANTS
+from attnzoo.surgery.kinds.kind import Kind, Order, own_options
+from attnzoo.surgery.kinds.reading import READ_DEFAULTS, READ_VARIANTS
 from attnzoo.surgery.kinds.weights import VARIANT as LOW_RANK
 from attnzoo.surgery.replacements import REPLACEMENTS, spec
 from attnzoo.surgery.replacements.replacement import Replacement
@@ -30,6 +30,13 @@ _READ_BY_LAYERS = {"s2": ReplacementSpec(defaults=lambda site: {"sink_blocks": 1
 _SOME_SITE = Site("", "", 0, heads=8, kv_heads=8, head_dim=16, width=128)
 
 
+def options_in_place(variant: str, **more: Any) -> dict[str, Any]:
+    """The options of a variant whose layer is all that a site has: its own, what surgery starts from, and more."""
+    refused = REPLACEMENTS[variant].refused if variant in REPLACEMENTS else frozenset()
+    taken = {**own_options(variant), **READ_DEFAULTS.get(variant, {}), **more}
+    return {name: default for name, default in taken.items() if name not in refused}
+
+
 class Replacing(Kind):
     """Layers of a variant in the places of blocks; see :mod:`attnzoo.surgery.replacements`."""
 
@@ -43,10 +50,8 @@ class Replacing(Kind):
 
     def options(self, variant: str) -> dict[str, Any]:
         """The options of a variant, by name, with their defaults."""
-        config_class = get_config(variant)
         found = _spec_of(variant)
-        own = {field.name: default_of(field) for field in fields(config_class) if field.name not in spec.OF_THE_SITE}
-        taken = own | found.defaults(_SOME_SITE)
+        taken = own_options(variant) | found.defaults(_SOME_SITE)
         return {name: default for name, default in taken.items() if name not in found.refused}
 
     def prepare(self, order: Order) -> list[Change]:

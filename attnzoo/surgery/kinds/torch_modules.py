@@ -7,7 +7,6 @@ variant has no weights of its own an adapter stores none.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -18,8 +17,9 @@ from attnzoo.reporting.warn import silent, warn_caller
 from attnzoo.surgery.hosts.block import Need
 from attnzoo.surgery.hosts.site import Site
 from attnzoo.surgery.hosts.weights import type_name
-from attnzoo.surgery.kinds.kind import Kind, Order, default_of
+from attnzoo.surgery.kinds.kind import Kind, Order
 from attnzoo.surgery.kinds.reading import READ_DEFAULTS
+from attnzoo.surgery.kinds.replacing import options_in_place
 from attnzoo.surgery.replacements import REPLACEMENTS, spec
 from attnzoo.surgery.report import SiteReport
 from attnzoo.surgery.transaction import Change
@@ -54,12 +54,7 @@ class TorchModules(Kind):
 
     def options(self, variant: str) -> dict[str, Any]:
         """The options of a variant, by name, with their defaults; ``None`` leaves what the module has."""
-        own = {
-            field.name: default_of(field) for field in fields(get_config(variant)) if field.name not in spec.OF_THE_SITE
-        }
-        refused = REPLACEMENTS[variant].refused if variant in REPLACEMENTS else frozenset()
-        taken = {**own, **READ_DEFAULTS.get(variant, {}), "dropout": None, "causal": None}
-        return {name: default for name, default in taken.items() if name not in refused}
+        return options_in_place(variant, dropout=None, causal=None)
 
     def prepare(self, order: Order) -> list[Change]:
         """Modules for sites."""

@@ -8,15 +8,15 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from attnzoo.base.rope import RotaryConfig, apply_rotary
 from attnzoo.surgery.hosts import attention_function
+from attnzoo.surgery.hosts.attending import attend_as_host
 from attnzoo.surgery.hosts.block import ROLES, Block, ReplacementModule
 from attnzoo.surgery.hosts.calls import take_cache
 from attnzoo.surgery.hosts.families.reasons import reasons_for
-from attnzoo.surgery.hosts.projections import Projections, set_weights
+from attnzoo.surgery.hosts.projections import Projections, new_linear
 
 
 class GroupedAttention(ReplacementModule):
@@ -48,10 +48,8 @@ class GroupedAttention(ReplacementModule):
         parts = {"q": p.q_bias, "k": p.k_bias, "v": p.v_bias, "o": p.o_bias}
         for name, bias in parts.items():
             weight: Tensor = getattr(p, name)
-            with torch.device("meta"):
-                linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
-            set_weights(linear, weight, bias, like=old.projections[f"{name}_proj"])
-            self.add_module(f"{name}_proj", linear)
+            role = f"{name}_proj"
+            self.add_module(role, new_linear(weight, bias, like=old.projections[role]))
         attention_function.take_over(self, host, p.num_kv_heads)
 
     def block(self) -> Block:
@@ -90,9 +88,6 @@ class GroupedAttention(ReplacementModule):
         **kwargs: Any,
     ) -> tuple[Tensor, Any]:
         """As the host calls it: ``[B, T, C]`` to ``[B, T, C]`` and what its attention says of weights."""
-        # Importing the host's library is for callers who have one of its models.
-        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
         cache = take_cache(kwargs, cache)
         q, k, v = self._project(hidden_states)
         if self.planes is not None and position_embeddings is not None:
@@ -102,8 +97,8 @@ class GroupedAttention(ReplacementModule):
             q, k = (apply_rotary(x, cos, sin, self.planes == "neighbours") for x in (q, k))
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, attend_eagerly)
         share = self.attention_dropout if self.training else 0.0
+        attend = attend_as_host(self.config)
         out, weights = attend(self, q, k, v, attention_mask, dropout=share, scaling=self.scaling, **kwargs)
         return self._output(out.flatten(2)), weights
 
@@ -120,45 +115,9 @@ class GroupedAttention(ReplacementModule):
         return self.rotary
 
     def _weights(self) -> Projections:
-        block = self.block()
-        q, k, v, o = (block.projections[role] for role in ROLES)
-        return Projections(
-            q=q.weight,
-            k=k.weight,
-            v=v.weight,
-            o=o.weight,
-            q_bias=q.bias,
-            k_bias=k.bias,
-            v_bias=v.bias,
-            o_bias=o.bias,
-            num_heads=block.heads,
-            num_kv_heads=block.kv_heads,
+        return Projections.of_linears(
+            (self.get_submodule(role) for role in ROLES),
             head_dim=self.head_dim,
             rotary=self.rotary,
             scale=self.scaling * self.query_factor,
         )
-
-
-def attend_eagerly(
-    module: GroupedAttention,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor]:
-    """Attention written out, for hosts that are set to it: ``[B, T, H, D]``, and weights ``[B, H, T, S]``.
-
-    Scores and softmax are in fp32 at least.
-    """
-    wide = torch.promote_types(q.dtype, torch.float32)
-    k, v = (x.repeat_interleave(module.num_key_value_groups, dim=1) for x in (k, v))
-    scores = (q.to(wide) @ k.to(wide).mT) * scaling
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    weights = scores.softmax(-1).to(v.dtype)
-    weights = nn.functional.dropout(weights, dropout, module.training)
-    return (weights @ v).transpose(1, 2), weights

@@ -10,19 +10,17 @@ Letters: B batch, T query tokens, C model width, H query heads, G KV heads, D he
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from attnzoo.base.evicting.policy import PolicyAttention
 from attnzoo.base.rope import RotaryConfig
-from attnzoo.surgery.hosts import attention_function
 from attnzoo.surgery.hosts.block import ROLES, Block, Family, Need
-from attnzoo.surgery.hosts.projections import Projections, as_linear, set_weights, size_of
+from attnzoo.surgery.hosts.families.reasons import reasons_for
+from attnzoo.surgery.hosts.families.same_class import with_separate
+from attnzoo.surgery.hosts.projections import Projections, as_linear, size_of
 
 CLASSES = (
     "GemmaAttention",
@@ -120,21 +118,10 @@ def _output(host: Any, y: Tensor) -> Tensor:
 
 def _weights(module: nn.Module) -> Projections:
     """The weights of a module, by reference."""
-    q, k, v, o = (as_linear(getattr(module, name), name) for name in _names(module).values())
     host: Any = module
-    head_dim = int(host.head_dim)
-    return Projections(
-        q=q.weight,
-        k=k.weight,
-        v=v.weight,
-        o=o.weight,
-        q_bias=q.bias,
-        k_bias=k.bias,
-        v_bias=v.bias,
-        o_bias=o.bias,
-        num_heads=q.out_features // head_dim,
-        num_kv_heads=k.out_features // head_dim,
-        head_dim=head_dim,
+    return Projections.of_linears(
+        (as_linear(getattr(module, name), name) for name in _names(module).values()),
+        head_dim=int(host.head_dim),
         rotary=_rotary(module),
         scale=float(host.scaling),
     )
@@ -163,49 +150,17 @@ def _reasons(module: nn.Module) -> Mapping[Need, tuple[str, ...]]:
         every.append("its softmax has sinks that are learned, which needs an operation that has them")
     if getattr(host, "is_causal", True) is False:
         every.append("it reads later tokens too (use_bidirectional_attention)")
-    reading = list(every)
-    weights = list(every)
-    replacing = list(every)
-    pattern = attention_function.pattern_of(module)
-    if pattern is not None and isinstance(pattern.layer, PolicyAttention):
-        reading.append(f"it follows {pattern.layer.policy}; undo that conversion first")
-    if pattern is not None:
-        replacing.append("it follows a read pattern, which a replacement would not; undo that conversion first")
-    for name in _norms(module):
-        if _NORMS[name]:
-            weights.append(f"its {name} normalises keys after projection, which no other projection can stand for")
-    return {
-        Need.READING: tuple(reading),
-        Need.WEIGHTS: tuple(weights),
-        Need.REPLACING: tuple(replacing),
-    }
+    weights = [
+        f"its {name} normalises keys after projection, which no other projection can stand for"
+        for name in _norms(module)
+        if _NORMS[name]
+    ]
+    return reasons_for(module, always=every, weights=weights)
 
 
 def with_weights(module: nn.Module, projections: Projections) -> nn.Module:
     """A module of the same class with other weights; the original is untouched."""
-    new: nn.Module = _without_weights(module, projections.num_kv_heads)
-    names = _names(module)
-    for role, child in names.items():
-        name = role.removesuffix("_proj")
-        weight = getattr(projections, name)
-        bias = getattr(projections, f"{name}_bias")
-        old = as_linear(getattr(module, child), child)
-        set_weights(as_linear(getattr(new, child), child), weight, bias, like=old)
-    for name, module_inside in module.named_children():
-        if name not in names.values():
-            new.add_module(name, module_inside)
-    attention_function.take_over(new, module, projections.num_kv_heads)
-    return new
-
-
-def _without_weights(host: Any, num_kv_heads: int) -> Any:
-    config = copy.copy(host.config)
-    config.num_key_value_heads = num_kv_heads
-    with torch.device("meta"):
-        new = type(host)(config, host.layer_idx)
-    # The model's own, so that a later change of its attention implementation reaches this block too.
-    new.config = host.config
-    return new
+    return with_separate(module, _names(module), projections)
 
 
 def _rope_parameters(module: nn.Module) -> dict[str, Any]:

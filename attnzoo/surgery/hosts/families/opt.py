@@ -12,11 +12,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from attnzoo.surgery.hosts.block import Block, Family
+from attnzoo.surgery.hosts.block import Block, Family, no_rotation
 from attnzoo.surgery.hosts.families.grouped import GroupedAttention
 from attnzoo.surgery.hosts.families.reasons import reasons_for
-from attnzoo.surgery.hosts.families.same_class import keep_rest, of_same_class
-from attnzoo.surgery.hosts.projections import Projections, product_weights, set_weights
+from attnzoo.surgery.hosts.families.same_class import with_separate
+from attnzoo.surgery.hosts.projections import Projections, product_weights
 
 NAMES = {"q_proj": "q_proj", "k_proj": "k_proj", "v_proj": "v_proj", "o_proj": "out_proj"}
 """What the class calls what projects, by role."""
@@ -41,7 +41,7 @@ def describe(module: nn.Module) -> Block:
         output=partial(_output, host),
         projections={role: getattr(module, name) for role, name in NAMES.items()},
         weights=partial(_weights, module),
-        rotary=_no_rotation,
+        rotary=no_rotation,
         rope_type=None,
         scale=1.0,
         causal=True,
@@ -52,10 +52,6 @@ def describe(module: nn.Module) -> Block:
         dropout=float(host.dropout),
         numbers="tokens",
     )
-
-
-def _no_rotation() -> None:
-    return None
 
 
 def _project(host: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -98,13 +94,7 @@ def with_weights(module: nn.Module, projections: Projections) -> nn.Module:
         return GroupedAttention(module, module.block(), FAMILY.name, p)
     if p.num_kv_heads != p.num_heads:
         return GroupedAttention(module, describe(module), FAMILY.name, p)
-    new = of_same_class(module, p.num_kv_heads)
-    for role, name in NAMES.items():
-        letter = role.removesuffix("_proj")
-        bias = getattr(p, f"{letter}_bias")
-        set_weights(getattr(new, name), getattr(p, letter), bias, like=getattr(module, name))
-    keep_rest(new, module, tuple(NAMES.values()), p.num_kv_heads)
-    return new
+    return with_separate(module, NAMES, p)
 
 
 FAMILY = Family(name="opt", classes=("OPTAttention",), block=describe, with_weights=with_weights)

@@ -68,18 +68,8 @@ def _scale(layer: AttentionLayer) -> float:
 
 def _weights(layer: AttentionLayer) -> Projections:
     """The weights of a layer, by reference."""
-    q, k, v, o = (as_linear(getattr(layer, role, None), role) for role in PROJECTIONS)
-    return Projections(
-        q=q.weight,
-        k=k.weight,
-        v=v.weight,
-        o=o.weight,
-        q_bias=q.bias,
-        k_bias=k.bias,
-        v_bias=v.bias,
-        o_bias=o.bias,
-        num_heads=layer.config.num_heads,
-        num_kv_heads=layer.config.kv_heads,
+    return Projections.of_linears(
+        (as_linear(getattr(layer, role, None), role) for role in PROJECTIONS),
         head_dim=layer.config.head_width,
         rotary=layer.config.rotary,
         scale=_scale(layer),

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from attnzoo.base.evicting.policy import PolicyAttention
 from attnzoo.surgery.hosts import attention_function
-from attnzoo.surgery.hosts.block import ROLES, Block, Family, Need
-from attnzoo.surgery.hosts.families.bidirectional.grouped_encoder import GroupedEncoderAttention, no_rotation
+from attnzoo.surgery.hosts.block import ROLES, Block, Family, Need, no_rotation
+from attnzoo.surgery.hosts.families.bidirectional.grouped_encoder import GroupedEncoderAttention
 from attnzoo.surgery.hosts.projections import Projections, as_linear, size_of
 
 _HEAD_WIDTHS = ("attention_head_size", "head_dim")

@@ -16,13 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from attnzoo.surgery.hosts import attention_function
-from attnzoo.surgery.hosts.block import ROLES, Block, Need, ReplacementModule
+from attnzoo.surgery.hosts.attending import attend_as_host
+from attnzoo.surgery.hosts.block import ROLES, Block, Need, ReplacementModule, no_rotation
 from attnzoo.surgery.hosts.calls import named_arguments, read_call
-from attnzoo.surgery.hosts.projections import Projections, set_weights
-
-
-def no_rotation() -> None:
-    """Positions are learned, and added to the model's input."""
+from attnzoo.surgery.hosts.projections import Projections, new_linear
 
 
 def reasons_of_pattern(module: nn.Module) -> Mapping[Need, tuple[str, ...]]:
@@ -110,10 +107,7 @@ class GroupedEncoderAttention(ReplacementModule):
             if role == "o_proj" and not isinstance(old.projections.get(role), nn.Linear):
                 self.add_module(role, HeadOutput(weight, p.num_heads, like.weight))
                 continue
-            with torch.device("meta"):
-                linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
-            set_weights(linear, weight, bias, like=like)
-            self.add_module(role, linear)
+            self.add_module(role, new_linear(weight, bias, like=like))
         attention_function.take_over(self, host, p.num_kv_heads)
 
     def block(self) -> Block:
@@ -164,10 +158,7 @@ class GroupedEncoderAttention(ReplacementModule):
         """What attends: the implementation that the host is set to, or attnzoo's where it knows of none."""
         if not hasattr(self.config, "_attn_implementation"):
             return attention_function.attend
-        # Importing the host's library is for callers who have one of its models.
-        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-        return ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, attend_eagerly)
+        return attend_as_host(self.config)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         parts = (self.get_submodule(role)(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for role in ROLES[:3])
@@ -191,26 +182,3 @@ class GroupedEncoderAttention(ReplacementModule):
             rotary=None,
             scale=self.scaling,
         )
-
-
-def attend_eagerly(
-    module: GroupedEncoderAttention,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    scaling: float,
-    dropout: float = 0.0,
-) -> tuple[Tensor, Tensor]:
-    """Attention written out, for hosts that are set to it: ``[B, T, H, D]``, and weights ``[B, H, T, T]``.
-
-    Scores and softmax are in fp32 at least.
-    """
-    wide = torch.promote_types(q.dtype, torch.float32)
-    k, v = (x.repeat_interleave(module.num_key_value_groups, dim=1) for x in (k, v))
-    scores = (q.to(wide) @ k.to(wide).mT) * scaling
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    weights = nn.functional.dropout(scores.softmax(-1).to(v.dtype), dropout, module.training)
-    return (weights @ v).transpose(1, 2), weights

@@ -18,8 +18,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from attnzoo.surgery.hosts.block import Block, Family, Need
-from attnzoo.surgery.hosts.families.bidirectional.grouped_encoder import GroupedEncoderAttention, no_rotation
+from attnzoo.surgery.hosts.block import Block, Family, Need, no_rotation
+from attnzoo.surgery.hosts.families.bidirectional.grouped_encoder import GroupedEncoderAttention
 from attnzoo.surgery.hosts.projections import Projections, as_linear
 
 HOST = "timm"
