@@ -115,9 +115,9 @@ def heads_command(  # noqa: PLR0913  (a command line has one parameter for each 
 ) -> None:
     """Scores a model's attention heads: which repeat, which copy, which retrieve. No data is needed."""
     from attnzoo.evaluation.passkeys import passkey_cases
-    from attnzoo.heads import picture as heads_picture
-    from attnzoo.heads.retrieval import RETRIEVAL
-    from attnzoo.heads.scoring import METHODS, score_heads
+    from attnzoo.heads.scores import picture as heads_picture
+    from attnzoo.heads.scores.retrieval_cases import RETRIEVAL
+    from attnzoo.heads.scores.scoring import METHODS, score_heads
 
     check_choice("score", score, METHODS)
     check_int("top", top, 1)

@@ -10,7 +10,7 @@ import torch
 
 from attnzoo.base.config import check_int
 from attnzoo.evaluation.two_phase.tasks import GRASS, INTRODUCTION, QUESTION, Encode, keys
-from attnzoo.heads.retrieval import RetrievalCase
+from attnzoo.heads.scores.retrieval_cases import RetrievalCase
 from attnzoo_kernels.errors import ConfigError
 
 BEFORE = "\nThe pass key is"

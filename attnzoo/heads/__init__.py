@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from attnzoo.heads.duo_gates import DuoGates, calibrate_duo
-from attnzoo.heads.head_scores import HeadScores, RankedHead
-from attnzoo.heads.locret import RetainingTraining, retaining_heads
-from attnzoo.heads.retrieval import RetrievalCase
-from attnzoo.heads.scoring import score_heads
-from attnzoo.heads.verbatim import verbatim_batches
+from attnzoo.heads import scores
+from attnzoo.heads.scores.head_scores import HeadScores, RankedHead
+from attnzoo.heads.scores.retrieval_cases import RetrievalCase
+from attnzoo.heads.scores.scoring import score_heads
+from attnzoo.heads.training.duo_gates import DuoGates, calibrate_duo
+from attnzoo.heads.training.locret import RetainingTraining, retaining_heads
+from attnzoo.heads.training.verbatim import verbatim_batches
 
 __all__ = [
     "DuoGates",
@@ -18,5 +19,6 @@ __all__ = [
     "calibrate_duo",
     "retaining_heads",
     "score_heads",
+    "scores",
     "verbatim_batches",
 ]

@@ -6,7 +6,7 @@ for each KV head, are
 .. math:: s_t = W_2\, \mathrm{SiLU}(W_1 [q_t; k_t; v_t]) .
 
 A score depends on its token alone, so that it never has to be computed again. How the heads are trained:
-:mod:`attnzoo.heads.locret`.
+:mod:`attnzoo.heads.training.locret`.
 
 Source: Huang et al. 2024, *Locret: Enhancing Eviction in Long-Context LLM Inference with Trained Retaining Heads*,
 section 3 and algorithm 1 (arXiv:2410.01805); code: huangyuxiang03/Locret.

@@ -13,7 +13,8 @@ import torch
 import attnzoo.cli.app
 from attnzoo.cli.models import encode
 from attnzoo.evaluation.passkeys import passkey_cases
-from attnzoo.heads import RetrievalCase, retrieval
+from attnzoo.heads import RetrievalCase
+from attnzoo.heads.scores import retrieval_cases
 from attnzoo_kernels.errors import ConfigError
 from tests.attnzoo.cli.cli_support import call, write_model
 
@@ -51,7 +52,7 @@ def test_heads_are_told_as_table_json_and_picture(run: Any, folder: Path, tmp_pa
 
 
 def test_retrieval_is_of_passkeys(run: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retrieval, "SOLVED", -1.0)
+    monkeypatch.setattr(retrieval_cases, "SOLVED", -1.0)
     code, out, err = run("heads", folder, "--score", "retrieval", "--length", 200, "--json")
     assert code == 0, err
     assert json.loads(out)["about"] == {"method": "retrieval", "cases": 5, "solved": 5}

@@ -130,7 +130,7 @@ def test_ctrl_c_is_a_line_and_its_exit_code(
 WRITING = {
     "convert": ("safetensors.torch.save_file", "transformers.configuration_utils.PreTrainedConfig.save_pretrained"),
     "compare": ("attnzoo.evaluation.compare_report.markdown", "attnzoo.evaluation.compare_report.picture"),
-    "heads": ("attnzoo.heads.picture.picture", "matplotlib.figure.Figure.savefig"),
+    "heads": ("attnzoo.heads.scores.picture.picture", "matplotlib.figure.Figure.savefig"),
     "bench": ("attnzoo.evaluation.costs_report.markdown", "attnzoo.evaluation.costs_report.picture"),
 }
 

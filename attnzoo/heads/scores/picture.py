@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from attnzoo.heads.head_scores import HeadScores
+from attnzoo.heads.scores.head_scores import HeadScores
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

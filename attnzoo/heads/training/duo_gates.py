@@ -12,7 +12,7 @@ Source: Xiao et al. 2024, *DuoAttention: Efficient Long-Context LLM Inference wi
 section 2.2 (arXiv:2410.10819); code: mit-han-lab/duo-attention, duo_attn/train.py, whose learning rate, schedule,
 penalty and first gates these are. Departures: gates are fp32 instead of bf16; the streams are two forwards, of which
 the first one needs no graph; streaming is by blocks, as the policy has it; texts repeat themselves, see
-:mod:`attnzoo.heads.verbatim`.
+:mod:`attnzoo.heads.training.verbatim`.
 
 Letters: B batch, T tokens, C model width, L layers, H query heads, G KV heads, M blocks.
 """
@@ -31,7 +31,7 @@ from torch import Tensor
 from attnzoo.base.config import check_int
 from attnzoo.cache.policies.duo import SETTINGS, Duo, top_heads, write_gates
 from attnzoo.cache.policies.streaming import Streaming
-from attnzoo.heads.scored_sites import scored_sites
+from attnzoo.heads.scores.scored_sites import scored_sites
 from attnzoo.surgery.capture import around_attention
 from attnzoo.surgery.hosts.calls import AttentionCall
 from attnzoo.surgery.hosts.site import Site

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 from attnzoo import surgery
-from attnzoo.heads import HeadScores, RetrievalCase, attention_rows, retrieval, score_heads
-from attnzoo.heads.repeated import repeated_tokens
-from attnzoo.heads.retrieval import _note, recall
-from attnzoo.heads.scored_sites import scored_sites
-from attnzoo.heads.scoring import METHODS, scores_on
+from attnzoo.heads import HeadScores, RetrievalCase, score_heads
+from attnzoo.heads.scores import attention_rows, retrieval_cases
+from attnzoo.heads.scores.repeated import repeated_tokens
+from attnzoo.heads.scores.retrieval_cases import _note, recall
+from attnzoo.heads.scores.scored_sites import scored_sites
+from attnzoo.heads.scores.scoring import METHODS, scores_on
 from attnzoo_kernels.errors import ConfigError, UnsupportedError
 from tests.attnzoo.heads.hosts import FAMILIES, host
-from tests.attnzoo.heads.plain_scores import eager_attention, plain_echo_and_induction, plain_retrieval
+from tests.attnzoo.heads.scores.plain_scores import eager_attention, plain_echo_and_induction, plain_retrieval
 from tests.attnzoo.surgery.tiny import assert_untouched, replace_mha, snapshot, tiny
 
 SMALL: dict[str, Any] = {"length": 7, "repeats": 3}
@@ -94,7 +95,7 @@ def test_random_tokens_repeat_differ_and_leave_global_numbers_alone() -> None:
 
 def test_retrieval_is_that_of_plain_loops_over_eager_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     # Random weights solve nothing.
-    monkeypatch.setattr(retrieval, "SOLVED", -1.0)
+    monkeypatch.setattr(retrieval_cases, "SOLVED", -1.0)
     model = host("llama")
     with torch.no_grad():
         # It says three words alone, of which the needle is made.

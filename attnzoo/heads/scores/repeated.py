@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnzoo.heads.attention_rows import attention_rows
+from attnzoo.heads.scores.attention_rows import attention_rows
 
 ECHO = "echo"
 INDUCTION = "induction"

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnzoo.heads.attention_rows import attention_rows
+from attnzoo.heads.scores.attention_rows import attention_rows
 from attnzoo.surgery import new_cache
 from attnzoo.surgery.capture import watched
 from attnzoo.surgery.hosts.calls import AttentionCall, cache_name

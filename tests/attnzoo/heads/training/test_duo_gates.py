@@ -13,9 +13,9 @@ from torch import Tensor
 from attnzoo.cache.policies.duo import Duo
 from attnzoo.cache.policies.streaming import Streaming
 from attnzoo.heads import DuoGates, calibrate_duo, score_heads, verbatim_batches
-from attnzoo.heads.duo_gates import Streams, rate_at
-from attnzoo.heads.retrieval import RetrievalCase
-from attnzoo.heads.scored_sites import scored_sites
+from attnzoo.heads.scores.retrieval_cases import RetrievalCase
+from attnzoo.heads.scores.scored_sites import scored_sites
+from attnzoo.heads.training.duo_gates import Streams, rate_at
 from attnzoo_kernels.errors import ConfigError
 from tests.attnzoo.heads.planted import BEGIN, BYTES, COPYING, planted
 from tests.attnzoo.surgery.tiny import assert_untouched, ids, snapshot, tiny

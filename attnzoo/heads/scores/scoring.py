@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from attnzoo.base.config import check_int
-from attnzoo.heads.head_scores import HeadScores
-from attnzoo.heads.repeated import ECHO, INDUCTION, repeated_scores, repeated_tokens
-from attnzoo.heads.retrieval import RETRIEVAL, CaseResult, RetrievalCase, mean_over_cases, run_case
-from attnzoo.heads.scored_sites import scored_sites
+from attnzoo.heads.scores.head_scores import HeadScores
+from attnzoo.heads.scores.repeated import ECHO, INDUCTION, repeated_scores, repeated_tokens
+from attnzoo.heads.scores.retrieval_cases import RETRIEVAL, CaseResult, RetrievalCase, mean_over_cases, run_case
+from attnzoo.heads.scores.scored_sites import scored_sites
 from attnzoo.reporting.choices import check_choice
 from attnzoo.surgery.capture import watched
 from attnzoo.surgery.hosts.calls import AttentionCall
@@ -51,8 +51,9 @@ def score_heads(
     """Scores every query head of a model.
 
     "razor", the default, is "induction" and "echo" in one forward over random tokens that are repeated; it needs no
-    data, see :mod:`attnzoo.heads.repeated`. "retrieval" needs prompts that the model can answer, see
-    :mod:`attnzoo.heads.retrieval`. Whether a head stands above .3 says something; the order far below says nothing.
+    data, see :mod:`attnzoo.heads.scores.repeated`. "retrieval" needs prompts that the model can answer, see
+    :mod:`attnzoo.heads.scores.retrieval_cases`. Whether a head stands above .3 says something; the order far below
+    says nothing.
 
     Args:
         model: A model of a known family, in any dtype, on any device. It is left as it was.

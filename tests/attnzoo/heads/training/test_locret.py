@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from attnzoo.heads.locret import (
+from attnzoo.heads.training.locret import (
     RetainingCase,
     RetainingTraining,
     answer_labels,

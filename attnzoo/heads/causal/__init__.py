@@ -1,0 +1,1 @@
+"""What heads do to a model's output: what is caught of them, taken away, or put in their place."""

@@ -1,0 +1,1 @@
+"""What is trained of heads while the model stays as it is."""
