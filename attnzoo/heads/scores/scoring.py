@@ -13,7 +13,15 @@ from torch import Tensor
 
 from attnzoo.base.config import check_int
 from attnzoo.heads.scores.head_scores import HeadScores
-from attnzoo.heads.scores.repeated import ECHO, INDUCTION, repeated_scores, repeated_tokens
+from attnzoo.heads.scores.repeated import (
+    DUPLICATE,
+    ECHO,
+    INDUCTION,
+    PREVIOUS,
+    reordered,
+    repeated_scores,
+    repeated_tokens,
+)
 from attnzoo.heads.scores.retrieval_cases import RETRIEVAL, CaseResult, RetrievalCase, mean_over_cases, run_case
 from attnzoo.heads.scores.scored_sites import scored_sites
 from attnzoo.reporting.choices import check_choice
@@ -32,6 +40,8 @@ METHODS: dict[str, tuple[str, ...]] = {
     RAZOR: (INDUCTION, ECHO),
     INDUCTION: (INDUCTION,),
     ECHO: (ECHO,),
+    PREVIOUS: (PREVIOUS,),
+    DUPLICATE: (DUPLICATE,),
     RETRIEVAL: (RETRIEVAL,),
 }
 """The kinds of scores that each method gives."""
@@ -50,10 +60,10 @@ def score_heads(
 ) -> HeadScores:
     """Scores every query head of a model.
 
-    "razor", the default, is "induction" and "echo" in one forward over random tokens that are repeated; it needs no
-    data, see :mod:`attnzoo.heads.scores.repeated`. "retrieval" needs prompts that the model can answer, see
-    :mod:`attnzoo.heads.scores.retrieval_cases`. Whether a head stands above .3 says something; the order far below
-    says nothing.
+    "razor", the default, is "induction" and "echo" in one forward over random tokens that are repeated; like "previous"
+    and "duplicate" it needs no data, see :mod:`attnzoo.heads.scores.repeated`. "retrieval" needs prompts that the model
+    can answer, see :mod:`attnzoo.heads.scores.retrieval_cases`. Whether a head stands above .3 says something; the
+    order far below says nothing.
 
     Args:
         model: A model of a known family, in any dtype, on any device. It is left as it was.
@@ -91,8 +101,11 @@ def score_heads(
         check_int(name, value, least)
     ids = repeated_tokens(model, length=length, repeats=repeats, batch=batch, seed=seed)
     about |= {"length": length, "repeats": repeats, "batch": batch, "seed": seed}
+    places: Tensor | None = None
+    if method == DUPLICATE:
+        ids, places = reordered(ids, length, seed=seed + 1)
     with torch.no_grad(), evaluating(model):
-        found = scores_on(model, sites, ids, length, METHODS[method], progress)
+        found = scores_on(model, sites, ids, length, METHODS[method], progress=progress, places=places)
     return HeadScores(found, sites[0].kv_heads, about)
 
 
@@ -102,16 +115,19 @@ def scores_on(
     ids: Tensor,
     length: int,
     kinds: Sequence[str],
+    *,
     progress: Progress | None = None,
+    places: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Echo and induction scores ``[L, H]`` by kind on sequences that repeat themselves every ``length`` tokens.
+    """Scores ``[L, H]`` by kind on sequences that repeat themselves every ``length`` tokens.
 
     One forward, in which each layer's rows are looked at as it is called; nothing of a layer is kept but its scores.
     """
     rows: dict[str, list[Tensor]] = {kind: [] for kind in kinds}
 
     def see(site: Site, call: AttentionCall) -> None:
-        for kind, found in repeated_scores(call.q, call.k, length, scale=call.scale, kinds=kinds).items():
+        seen = repeated_scores(call.q, call.k, length, scale=call.scale, kinds=kinds, places=places)
+        for kind, found in seen.items():
             rows[kind].append(found.cpu())
         if progress is not None:
             progress("heads", site.layer + 1, len(sites))

@@ -61,7 +61,10 @@ def test_retrieval_is_of_passkeys(run: Any, folder: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--score", "echos"), "score: expected one of razor, induction, echo, retrieval, got 'echos'; did you mean"),
+        (
+            ("--score", "echos"),
+            "score: expected one of razor, induction, echo, previous, duplicate, retrieval, got 'echos'; did you mean",
+        ),
         (("--top", 0), "top: expected an int"),
         (("--length", 1), "length: expected an int"),
         (("--length", 20, "--score", "retrieval"), "length: expected at least"),

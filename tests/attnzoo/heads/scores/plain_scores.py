@@ -34,6 +34,19 @@ def plain_echo_and_induction(weights: Tensor, length: int) -> dict[str, Tensor]:
     return {kind: total / (batch * length) for kind, total in found.items()}
 
 
+def plain_previous_and_duplicate(weights: Tensor, ids: Tensor, length: int) -> dict[str, Tensor]:
+    """Scores ``[H]`` of one layer's weights ``[B, H, T, T]`` on copies of ``length`` tokens ``ids [B, T]``."""
+    batch, heads, tokens, _ = weights.shape
+    found = {"previous": torch.zeros(heads, dtype=torch.float64), "duplicate": torch.zeros(heads, dtype=torch.float64)}
+    for b in range(batch):
+        for t in range(tokens - length, tokens):
+            found["previous"] += weights[b, :, t, t - 1].double()
+            for s in range(tokens - length):
+                if ids[b, s] == ids[b, t]:
+                    found["duplicate"] += weights[b, :, t, s].double()
+    return {kind: total / (batch * length) for kind, total in found.items()}
+
+
 def plain_retrieval(model: Any, prompt: Tensor, needle: tuple[int, int], count: int) -> tuple[list[int], Tensor]:
     """What a model says greedily behind a prompt ``[T]``, and the share of the needle that heads copy ``[L, H]``."""
     start, end = needle

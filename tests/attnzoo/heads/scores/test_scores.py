@@ -241,6 +241,7 @@ def test_scores_that_are_none_are_refused(scores: dict[str, Tensor], kv_heads: i
 
 
 def test_every_method_says_its_kinds() -> None:
-    assert {kind for kinds in METHODS.values() for kind in kinds} == {"echo", "induction", "retrieval"}
+    kinds = {kind for kinds in METHODS.values() for kind in kinds}
+    assert kinds == {"echo", "induction", "previous", "duplicate", "retrieval"}
     with pytest.raises(ConfigError, match="kind: expected one of"):
         HeadScores({"echo": torch.zeros(1, 2)}, 1)["induction"]
