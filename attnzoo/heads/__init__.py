@@ -1,24 +1,35 @@
-"""Which attention heads of a model do what: scores of heads, with data and without."""
+"""What single heads of a model do: scores of them, looking at them, and edits of them."""
 
 from __future__ import annotations
 
 from attnzoo.heads import scores
+from attnzoo.heads.causal.capture import capture
 from attnzoo.heads.scores.head_scores import HeadScores, RankedHead
 from attnzoo.heads.scores.retrieval_cases import RetrievalCase
 from attnzoo.heads.scores.scoring import score_heads
 from attnzoo.heads.training.duo_gates import DuoGates, calibrate_duo
 from attnzoo.heads.training.locret import RetainingTraining, retaining_heads
 from attnzoo.heads.training.verbatim import verbatim_batches
+from attnzoo.surgery.edits.edit import HeadEdit
+from attnzoo.surgery.edits.edited import edited
+from attnzoo.surgery.edits.key_bias import KeyBias
+from attnzoo.surgery.edits.places import HeadSite, sites
 
 __all__ = [
     "DuoGates",
+    "HeadEdit",
     "HeadScores",
+    "HeadSite",
+    "KeyBias",
     "RankedHead",
     "RetainingTraining",
     "RetrievalCase",
     "calibrate_duo",
+    "capture",
+    "edited",
     "retaining_heads",
     "score_heads",
     "scores",
+    "sites",
     "verbatim_batches",
 ]

@@ -268,7 +268,9 @@ def attend(
         out = answer(query, key, value)
     else:
         scale = query.shape[3] ** -0.5 if scaling is None else scaling
-        out = around(AttentionCall(query, key, value, geometry=geometry, scale=scale, answer=answer))
+        out = around(
+            AttentionCall(query, key, value, geometry=geometry, scale=scale, answer=answer, held=held is not None)
+        )
     return out.transpose(1, 2).contiguous(), None
 
 

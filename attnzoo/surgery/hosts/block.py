@@ -71,6 +71,9 @@ class Block:
         output_dropout: Share of outputs that the block itself drops in training.
         numbers: What the host numbers where its caller gives no positions: slots, padding among them, or each item's
             tokens alone.
+        output_path: The path, from the block, of the module that is called with the outputs of all heads
+            ``[B, T, H * Dv]``, each head's behind the other's; ``None`` where no module is.
+        output_outside: Whether that is a path from the block's parent, since the module stands outside the block.
     """
 
     heads: int
@@ -97,6 +100,8 @@ class Block:
     finish: Callable[[Any, Tensor, Tensor], Tensor] | None = None
     output_dropout: float = 0.0
     numbers: Literal["slots", "tokens"] = "slots"
+    output_path: str | None = "o_proj"
+    output_outside: bool = False
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -41,6 +41,7 @@ class AttentionCall:
         answer: What the block's own attention gives ``[B, H, T, Dv]`` for such q, k and v.
         unrotated: The same tokens' q and k before rotation ``[B, H, T, D]`` and ``[B, G, T, D]``, where that was asked
             for.
+        held: Whether the block reads what a cache that evicts has kept, besides ``k`` and ``v``.
     """
 
     q: Tensor
@@ -50,6 +51,7 @@ class AttentionCall:
     scale: float
     answer: Callable[[Tensor, Tensor, Tensor], Tensor]
     unrotated: tuple[Tensor, Tensor] | None = None
+    held: bool = False
 
     def answered(self) -> Tensor:
         """What the block's own attention gives ``[B, H, T, Dv]``."""

@@ -47,6 +47,8 @@ class LatentReplacement(ReplacementModule):
     drops = 0.0
     output_drops = 0.0
     window: int | None = None
+    output_path: str | None = "o_proj"
+    output_outside = False
 
     def __init__(self, module: nn.Module, projections: LatentProjections) -> None:
         super().__init__(module, family_of(module).name)
@@ -68,6 +70,8 @@ class LatentReplacement(ReplacementModule):
         self.query_factor = p.scale / block.scale
         self.output_drops = block.output_dropout
         self.window = block.window
+        self.output_outside = block.output_outside
+        self.output_path = block.output_path if block.output_outside else "o_proj"
         with torch.device("meta"):
             self.q_proj = nn.Linear(p.q.shape[1], p.q.shape[0], bias=p.q_bias is not None)
             self.kv_down = nn.Linear(p.down.shape[1], p.down.shape[0], bias=p.down_bias is not None)
@@ -104,6 +108,8 @@ class LatentReplacement(ReplacementModule):
             reply=self.reply,
             finish=self.finish,
             reasons=dict.fromkeys(Need, (_REASON,)),
+            output_path=self.output_path,
+            output_outside=self.output_outside,
         )
 
     def forward(self, *given: Any, **named: Any) -> Any:

@@ -158,6 +158,7 @@ def describe(names: Names, module: nn.Module) -> Block:
         split=rows.split,
         planes=names.rotation.planes,
         dropout=_share(getattr(host, names.dropout)),
+        output_path=names.output,
         output_dropout=0.0 if names.output_dropout is None else _share(getattr(host, names.output_dropout)),
     )
 

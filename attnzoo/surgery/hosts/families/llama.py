@@ -76,6 +76,7 @@ def describe(module: nn.Module) -> Block:
         reasons=_reasons(module),
         products=not _norms(module),
         dropout=float(getattr(module, "attention_dropout", 0.0)),
+        output_path=_names(module)["o_proj"],
     )
 
 

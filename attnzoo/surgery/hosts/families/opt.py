@@ -51,6 +51,7 @@ def describe(module: nn.Module) -> Block:
         planes=None,
         dropout=float(host.dropout),
         numbers="tokens",
+        output_path=NAMES["o_proj"],
     )
 
 

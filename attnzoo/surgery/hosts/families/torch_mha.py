@@ -51,6 +51,8 @@ def describe(module: nn.Module) -> Block:
         reply="pair",
         reasons={Need.READING: (_NO_INTERFACE,), Need.WEIGHTS: (_WIDTHS,), Need.REPLACING: _reasons(host)},
         dropout=float(host.dropout),
+        # torch's own module hands its output projection's weights to a function.
+        output_path="out_proj" if isinstance(host, MultiheadAttention) else None,
     )
 
 

@@ -26,6 +26,9 @@ from attnzoo.surgery.hosts.block import ROLES, Block, Family, Need, no_rotation
 from attnzoo.surgery.hosts.families.bidirectional.grouped_encoder import GroupedEncoderAttention
 from attnzoo.surgery.hosts.projections import Projections, as_linear, size_of
 
+_OUTSIDE_PATH = "output.dense"
+"""Where the output's projection stands outside of the module: its path from what holds both."""
+
 _HEAD_WIDTHS = ("attention_head_size", "head_dim")
 """What classes call the width of a head."""
 
@@ -105,6 +108,8 @@ def describe(module: nn.Module) -> Block:
         planes=None,
         dropout=_dropout(host),
         finish=None if names.norm is None else partial(_add_and_norm, names.norm),
+        output_path=names.output or _OUTSIDE_PATH,
+        output_outside=names.output is None,
     )
 
 

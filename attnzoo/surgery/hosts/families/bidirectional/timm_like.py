@@ -67,6 +67,7 @@ def describe(module: nn.Module) -> Block:
         reasons=_reasons(host),
         planes=None,
         dropout=float(getattr(getattr(host, "attn_drop", None), "p", 0.0)),
+        output_path="proj" if _is_nothing(getattr(host, "norm", None)) else "norm",
     )
 
 
