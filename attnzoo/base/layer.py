@@ -15,17 +15,28 @@ from attnzoo.base.config import AttentionConfig, build_config
 from attnzoo.base.decoding.compiled import options_of
 from attnzoo.base.decoding.rotation import shared_rotary_tables
 from attnzoo.base.decoding.step import DecodingModule
+from attnzoo.base.editing.operation import attend, check_honoured
+from attnzoo.base.editing.reads import edits_of_call
 from attnzoo.base.inputs import check_dtype, check_inputs, cross_step, is_all_padding, self_step
-from attnzoo.base.padding import Filled, add_front, drop_front, take_rows
+from attnzoo.base.padding import Filled, drop_front, take_rows
 from attnzoo.base.projections import takes_its_own_dtype
 from attnzoo.base.recording import Recording
 from attnzoo.base.registry import register
 from attnzoo.base.rope import apply_rotary
 from attnzoo.base.shared_layouts import dense_layout
-from attnzoo.base.steps import AttentionInputs, AttentionOutput, Heads, Plan, Step, finalise, is_training
+from attnzoo.base.steps import (
+    AttentionInputs,
+    AttentionOutput,
+    Heads,
+    Plan,
+    Step,
+    finalise,
+    is_training,
+    operation_of,
+)
 from attnzoo.cache.kv_cache import KVCache
 from attnzoo.cache.lengths import Lengths
-from attnzoo_kernels import Extras, block_sparse_attention
+from attnzoo_kernels import Extras
 from attnzoo_kernels.errors import ConfigError, UnsupportedError
 from attnzoo_kernels.runtime.plain import is_open
 
@@ -263,8 +274,12 @@ class AttentionLayer(DecodingModule):
     def _run(self, step: Step) -> AttentionOutput:
         heads = self.project(step)
         inputs = self.remember(step, heads)
+        if self.read_editors:
+            inputs = replace(inputs, edits=edits_of_call(self.read_editors, step.call_rows(self.config.num_heads)))
         plan = self.plan_call(step, heads, inputs)
-        return AttentionOutput(self.combine(step, self.operate(inputs, plan), plan), plan)
+        out = self.operate(inputs, plan)
+        check_honoured(inputs.edits, self.config.kind)
+        return AttentionOutput(self.combine(step, out, plan), plan)
 
     def check_context(self, cache: KVCache | None, positions: Tensor | None) -> None:
         """Raises unless this variant can read another sequence.
@@ -361,19 +376,8 @@ class AttentionLayer(DecodingModule):
 
     def operate(self, inputs: AttentionInputs, plan: Plan) -> Tensor:
         """The operation: ``[B, H, T, Dv]``."""
-        rows = plan.layout.seq_q
-        tokens = inputs.q.shape[2]
-        out = block_sparse_attention(
-            add_front(inputs.q, plan.front, rows),
-            inputs.k,
-            inputs.v,
-            plan.layout,
-            causal=plan.causal,
-            scale=self.config.scale,
-            extras=plan.extras,
-            impl=self.impl,
-        )
-        return drop_front(out, plan.front, tokens)
+        out = attend(operation_of(inputs, plan, self.config.scale, self.impl), inputs.edits)
+        return drop_front(out, plan.front, inputs.q.shape[2])
 
     def combine(self, step: Step, out: Tensor, plan: Plan) -> Tensor:
         """Joins the heads, and puts the tokens back where the caller had them."""

@@ -12,12 +12,15 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from attnzoo.base.padding import front_positions
+from attnzoo.base.editing.operation import OperationCall
+from attnzoo.base.editing.reads import CallEdits, CallRows
+from attnzoo.base.padding import add_front, front_positions
 from attnzoo.cache.evicting.regions import of_heads
 from attnzoo.cache.held import HeldCache
 from attnzoo.cache.kv_cache import KVCache
 from attnzoo.cache.lengths import Lengths
 from attnzoo_kernels import BlockLayout, Extras, visible_pairs
+from attnzoo_kernels.errors import UnsupportedError
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -49,6 +52,23 @@ class Step:
     row_index: Tensor | None = None
     first: int | None = None
 
+    def call_rows(self, heads: int) -> CallRows:
+        """Which tokens the rows are, as the caller has them, of a layer with so many query heads.
+
+        Raises:
+            UnsupportedError: If keys are of another sequence.
+        """
+        if self.context is not None:
+            reason = "keys are of another sequence, whose tokens edits do not count"
+            raise UnsupportedError(f"context: reads cannot be edited: {reason}", (reason,))
+        token = torch.arange(self.x.shape[1], device=self.x.device).unsqueeze(0)
+        if self.row_index is not None:
+            token = self.row_index
+        token = token + Lengths(self.offset).column()
+        if self.padding is not None:
+            token = token.masked_fill(self.padding, -1)
+        return CallRows(token, self.x.shape[0], heads)
+
     def row_buffers(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """What the cache has room for in keys and values, ``[B, G, n, D]``, once this call's are written."""
         if self.cache is None:
@@ -77,6 +97,7 @@ class AttentionInputs:
             are the last T slots.
         key_bias: Added to the scaled scores, ``[B|1, G|H|1, S]``; -inf hides a slot.
         offloaded: Whether k and v lie in CPU memory, from where the blocks that a plan lists are fetched.
+        edits: What is edited of what heads read, or ``None``.
     """
 
     q: Tensor
@@ -85,6 +106,7 @@ class AttentionInputs:
     q_pos: Tensor | None = None
     key_bias: Tensor | None = None
     offloaded: bool = False
+    edits: CallEdits | None = None
 
     @property
     def slots(self) -> int:
@@ -206,6 +228,20 @@ def finalise(plan: Plan, inputs: AttentionInputs) -> Plan:
     if q_pos is not None or inputs.key_bias is not None:
         extras = replace(extras, q_pos=q_pos, key_bias=inputs.key_bias)
     return replace(plan, extras=extras, batch=inputs.q.shape[0], heads=inputs.q.shape[1])
+
+
+def operation_of(inputs: AttentionInputs, plan: Plan, scale: float | None, impl: str) -> OperationCall:
+    """The operation of a call: a plan over its inputs, whose rows begin with the plan's absent ones."""
+    return OperationCall(
+        q=add_front(inputs.q, plan.front, plan.layout.seq_q),
+        k=inputs.k,
+        v=inputs.v,
+        layout=plan.layout,
+        extras=plan.extras,
+        scale=scale,
+        impl=impl,
+        causal=plan.causal,
+    )
 
 
 def is_training(*tensors: Tensor) -> bool:

@@ -115,9 +115,10 @@ class _Inputs:
 def _ask(around: Around, site: Site, inputs: _Inputs, before: Any, call: AttentionCall) -> Tensor:
     call = replace(call, unrotated=inputs.unrotated())
     if before is not None:
+        own = call.answer
 
-        def answer(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall = call) -> Tensor:
-            found: Tensor = before(replace(call, q=q, k=k, v=v))
+        def answer(asked: AttentionCall) -> Tensor:
+            found: Tensor = before(replace(asked, answer=own))
             return found
 
         call = replace(call, answer=answer)

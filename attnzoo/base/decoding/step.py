@@ -25,6 +25,7 @@ from torch.nn.functional import linear
 from attnzoo.base.caching import CachingModule
 from attnzoo.base.decoding.compiled import compute_hidden
 from attnzoo.base.decoding.rotation import rotate_row, row_rotation
+from attnzoo.base.editing.reads import ReadEditor
 from attnzoo.base.projections import are_products, is_distributed
 from attnzoo.base.recording import Recording
 from attnzoo.base.weights import PROJECTIONS
@@ -60,6 +61,8 @@ class DecodingModule(CachingModule):
 
     impl: str
     recordings: tuple[Recording, ...]
+    read_editors: tuple[ReadEditor, ...] = ()
+    """Who edits what heads read, the outermost first."""
     row_options: str | None = None
     """The configuration as compiled steps hand it on; ``None`` where it cannot be told in plain values."""
     compiles_rows: ClassVar[bool] = False
@@ -104,7 +107,7 @@ class DecodingModule(CachingModule):
             held: Tokens of each item, the row's own the last.
             device: Where lists of slots lie.
         """
-        if is_watched() or self.impl != "auto" or self.recordings or not self._has_steps_stood_for():
+        if is_watched() or self._is_asked_for_steps():
             return None
         return self.row_slots(held, device)
 
@@ -202,6 +205,8 @@ class DecodingModule(CachingModule):
             return False
         if self._stands_for is None or not self.compiles_rows or self.recordings or self.impl != "auto":
             return False
+        if self.read_editors:
+            return False
         return not torch.is_grad_enabled() and x.dtype in COMPUTED
 
     def may_hide_row(self, cache: KVCache) -> bool:
@@ -224,7 +229,7 @@ class DecodingModule(CachingModule):
         """Whether nothing about a call on a CPU, or about this layer, asks for the call's steps."""
         if x.dim() != 3 or x.shape[1] != 1 or x.shape[2] != self.config.dim or x.dtype not in COMPUTED:
             return False
-        if self.recordings or self.impl != "auto" or not self._has_steps_stood_for():
+        if self._is_asked_for_steps():
             return False
         if torch.is_autocast_enabled("cpu") or is_watched():
             return False
@@ -235,6 +240,11 @@ class DecodingModule(CachingModule):
             parts = (self.projector.module(name) for name in PROJECTIONS)
             return not any(part is not None and is_distributed(part) for part in parts)
         return are_products(self.row_projections(), x)
+
+    def _is_asked_for_steps(self) -> bool:
+        """Whether somebody wants a record, an edit or an implementation by name, or has replaced a step."""
+        is_wanted = bool(self.recordings or self.read_editors) or self.impl != "auto"
+        return is_wanted or not self._has_steps_stood_for()
 
     def _has_steps_stood_for(self) -> bool:
         """Whether the steps are still those of the class, replaced neither on it nor on this layer."""

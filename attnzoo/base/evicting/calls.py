@@ -14,13 +14,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from attnzoo.base.editing.operation import HeldKeys, OperationCall, attend
 from attnzoo.base.padding import add_front, drop_front, front_positions
 from attnzoo.base.shared_layouts import Cover, dense_layout, sink_window_layout
 from attnzoo.base.steps import HeldInputs, Way, is_training
 from attnzoo.cache.evicting.cache import EvictingCache
 from attnzoo.cache.evicting.regions import FullRegion, Region, StreamingRegion, column_of
 from attnzoo.cache.lengths import Lengths
-from attnzoo_kernels import BlockLayout, Extras, block_sparse_attention
+from attnzoo_kernels import BlockLayout, Extras
 from attnzoo_kernels.runtime.plain import is_readable
 
 LAYOUT_BLOCK = 64
@@ -55,7 +56,8 @@ def attend_evicting(inputs: EvictingInputs, scale: float | None, impl: str) -> T
     cache = inputs.cache
     way = Way(q.shape[3] ** -0.5 if scale is None else scale, impl)
     is_whole = not Lengths(inputs.lengths).differ
-    if impl == "auto" and is_whole and may_read_in_place(cache, q, inputs.k, inputs.v):
+    is_plain_row = impl == "auto" and is_whole and inputs.edits is None
+    if is_plain_row and may_read_in_place(cache, q, inputs.k, inputs.v):
         return cache.attend_row(q, inputs.k, inputs.v, way.scale)
     parts = []
     for region in cache.regions:
@@ -102,7 +104,8 @@ def _attend_sequence(inputs: EvictingInputs, region: FullRegion, way: Way) -> Te
     q, k, v = _joined(inputs, region, token)
     extras = Extras() if _is_shared(inputs) else Extras(q_pos=inputs.row_slots(offset))
     layout = dense_layout(LAYOUT_BLOCK, tokens, slots, q)
-    return block_sparse_attention(q, k, v, layout, scale=way.scale, extras=extras, impl=way.impl)
+    operation = OperationCall(q=q, k=k, v=v, layout=layout, extras=extras, scale=way.scale, impl=way.impl)
+    return attend(operation, inputs.edits, HeldKeys(region.heads))
 
 
 def _attend_window(inputs: EvictingInputs, region: StreamingRegion, way: Way) -> Tensor:
@@ -123,7 +126,8 @@ def _attend_window(inputs: EvictingInputs, region: StreamingRegion, way: Way) ->
         extras = Extras(window=region.local, sink=sink, q_pos=inputs.row_slots(first.value))
     cover = Cover(region.local, sink, True, first.value)
     layout = sink_window_layout(LAYOUT_BLOCK, tokens, slots, cover, q)
-    return block_sparse_attention(q, k, v, layout, scale=way.scale, extras=extras, impl=way.impl)
+    operation = OperationCall(q=q, k=k, v=v, layout=layout, extras=extras, scale=way.scale, impl=way.impl)
+    return attend(operation, inputs.edits, HeldKeys(region.heads, token))
 
 
 def _attend_blocks(inputs: EvictingInputs, region: StreamingRegion, way: Way) -> Tensor:
@@ -148,16 +152,16 @@ def _attend_blocks(inputs: EvictingInputs, region: StreamingRegion, way: Way) ->
     kept = region.kept.holds(block, phase.unsqueeze(-1) if isinstance(phase, Tensor) else phase)
     keep = (block >= 0) & (block <= own) & (kept | (own - block < region.local))
     q_pos = inputs.row_slots(offset % size + (columns.kept + columns.near) * size)
-    out = block_sparse_attention(
-        add_front(q, front, rows),
-        k,
-        v,
-        BlockLayout.from_mask(keep, block_q, size, rows, k.shape[2]),
-        scale=way.scale,
+    operation = OperationCall(
+        q=add_front(q, front, rows),
+        k=k,
+        v=v,
+        layout=BlockLayout.from_mask(keep, block_q, size, rows, k.shape[2]),
         extras=Extras(q_pos=front_positions(q_pos, front, rows)),
+        scale=way.scale,
         impl=way.impl,
     )
-    return drop_front(out, front, tokens)
+    return drop_front(attend(operation, inputs.edits, HeldKeys(region.heads, token)), front, tokens)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from attnzoo.base.editing.operation import HeldKeys, OperationCall, attend
 from attnzoo.base.padding import add_front, drop_front, front_positions
 from attnzoo.base.paged.inputs import PagedInputs, precise_of
 from attnzoo.base.steps import Way
@@ -22,7 +23,7 @@ from attnzoo.cache.evicting.regions import of_heads
 from attnzoo.cache.lengths import Lengths
 from attnzoo.cache.pages.apply import Lost
 from attnzoo.cache.pages.extents import BlockRing, Extent
-from attnzoo_kernels import BlockLayout, Extras, block_sparse_attention
+from attnzoo_kernels import BlockLayout, Extras
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,16 +84,27 @@ def attend_blocks(inputs: PagedInputs, extent: Extent, way: Way) -> Tensor:
     seen = torch.cat([x.expand(batch, heads, -1, -1) for x in keep], 3)
     before = k.shape[2] - own.k.shape[2]
     q_pos = inputs.row_slots(offset % size + before)
-    out = block_sparse_attention(
-        add_front(q, front, rows),
-        k,
-        v,
-        BlockLayout.from_mask(seen, block_q, size, rows, k.shape[2]),
-        scale=way.scale,
+    operation = OperationCall(
+        q=add_front(q, front, rows),
+        k=k,
+        v=v,
+        layout=BlockLayout.from_mask(seen, block_q, size, rows, k.shape[2]),
         extras=Extras(q_pos=front_positions(q_pos, front, rows), key_bias=bias),
+        scale=way.scale,
         impl=way.impl,
     )
-    return drop_front(out, front, tokens)
+    token = None if inputs.edits is None else _tokens(inputs, extent, own, before)
+    return drop_front(attend(operation, inputs.edits, HeldKeys(extent.heads, token)), front, tokens)
+
+
+def _tokens(inputs: PagedInputs, extent: Extent, own: Columns, before: int) -> Tensor:
+    """The tokens of keys that are laid out so, int64 ``[B, h, n]``; -1 for what is none, as are rows before these."""
+    pool = inputs.cache.pool
+    position = pool.view("position", extent).narrow(2, 0, extent.live * pool.page).long()
+    row = torch.arange(pool.page, device=position.device)
+    token = (own.block.unsqueeze(-1) * pool.page + row).flatten(2)
+    front = pad(position, (before - position.shape[2], 0), value=-1)
+    return torch.cat((front, token.expand(*position.shape[:2], -1)), 2)
 
 
 def _reads(ring: BlockRing, block: Tensor, query: Tensor) -> Tensor:

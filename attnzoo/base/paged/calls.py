@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from attnzoo.base.editing.operation import HeldKeys, OperationCall, attend, edited
 from attnzoo.base.paged.blocks import attend_blocks
-from attnzoo.base.paged.inputs import PagedInputs, in_order, may_place, precise_of
+from attnzoo.base.paged.inputs import PagedInputs, check_edits, in_order, may_place, precise_of
 from attnzoo.base.paged.one_row import attend_row
 from attnzoo.base.paged.reading import attend_pages, pages_to_read
 from attnzoo.base.paged.signals import received
@@ -25,7 +26,7 @@ from attnzoo.cache.kv_cache import KVCache
 from attnzoo.cache.lengths import Lengths
 from attnzoo.cache.pages.cache import PagedCache
 from attnzoo.cache.pages.extents import Extent
-from attnzoo_kernels import Extras, block_sparse_attention, block_sparse_attention_with_lse
+from attnzoo_kernels import Extras
 
 LAYOUT_BLOCK = 64
 """Tokens in a block of layouts where everything that is held is read."""
@@ -63,6 +64,8 @@ def attend_paged(inputs: AttentionInputs, scale: float | None, impl: str) -> Ten
     if 0 in q.shape:
         return q.new_zeros(*q.shape[:3], inputs.v.shape[3])
     way = Way(q.shape[3] ** -0.5 if scale is None else scale, impl)
+    check_edits(inputs)
+    # What rows are kept by is attention as it would be without edits.
     cache.note(q, way.scale)
     pages = pages_to_read(inputs) if q.shape[2] == 1 else None
     if pages is not None:
@@ -117,11 +120,23 @@ def _attend_rows(inputs: PagedInputs, extent: Extent, way: Way) -> tuple[Tensor,
     q_pos = inputs.row_slots(front + held) if Lengths(inputs.lengths).differ else None
     layout = dense_layout(LAYOUT_BLOCK, tokens, k.shape[2], q)
     extras = Extras(q_pos=q_pos, key_bias=bias)
+    operation = OperationCall(q=q, k=k, v=v, layout=layout, extras=extras, scale=way.scale, impl=way.impl)
+    tokens_held = HeldKeys(extent.heads, None if inputs.edits is None else _tokens(inputs, extent, front))
     if not cache.counts_mass:
-        return block_sparse_attention(q, k, v, layout, scale=way.scale, extras=extras, impl=way.impl), None
-    out, lse = block_sparse_attention_with_lse(q, k, v, layout, scale=way.scale, extras=extras, impl=way.impl)
+        return attend(operation, inputs.edits, tokens_held), None
+    out, lse = operation.run_with_lse()
     with torch.no_grad():
         mass = received(q, k, lse, bias, scale=way.scale)
         if cache.policy.group == "mean":
             mass = mass.mean(-1, keepdim=True)
+    if inputs.edits is not None:
+        out = edited(out, operation, inputs.edits, tokens_held)
     return out, mass[:, :, front:]
+
+
+def _tokens(inputs: PagedInputs, extent: Extent, front: int) -> Tensor:
+    """The tokens of an extent's rows and of the call's own, int64 ``[B, h, n]``; -1 for what is none."""
+    pool = inputs.cache.pool
+    position = pool.view("position", extent).narrow(2, 0, extent.most).long()
+    own = torch.arange(inputs.k.shape[2], device=position.device) + Lengths(inputs.cache.offset).column(3)
+    return torch.cat((pad(position, (front, 0), value=-1), own.expand(*position.shape[:2], -1)), 2)

@@ -15,6 +15,7 @@ from attnzoo.base.steps import HeldInputs, is_training
 from attnzoo.cache.lengths import Lengths
 from attnzoo.cache.pages.cache import PagedCache
 from attnzoo.cache.pages.pool import PagePool
+from attnzoo_kernels.errors import UnsupportedError
 from attnzoo_kernels.runtime.plain import is_plain
 
 
@@ -40,6 +41,18 @@ def in_order(pool: PagePool, parts: Sequence[Tensor], groups: int) -> Tensor:
     return sorted_out
 
 
+def check_edits(inputs: PagedInputs) -> None:
+    """Raises where keys are weighed by their tokens, and some rows stand for several.
+
+    Raises:
+        UnsupportedError: If so.
+    """
+    policy = inputs.cache.policy
+    if inputs.edits is not None and policy.joins_rows and inputs.edits.weighs_keys:
+        reason = f"rows that {policy} joins stand for several tokens, which cannot be weighed apart"
+        raise UnsupportedError(f"key_bias, post: reads cannot be edited: {reason}", (reason,))
+
+
 def precise_of(q: Tensor) -> torch.dtype:
     """The dtype of biases beside some queries."""
     return torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -49,6 +62,8 @@ def may_place(inputs: PagedInputs, impl: str) -> bool:
     """Whether a call is one row that may be written where it is read: every item has a token, and nobody watches."""
     q = inputs.q
     if q.shape[2] != 1 or impl != "auto" or Lengths(inputs.lengths).differ or not is_plain(q):
+        return False
+    if inputs.edits is not None:
         return False
     if is_training(q, inputs.k, inputs.v) or torch.is_autocast_enabled(q.device.type):
         return False

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from attnzoo.base.editing.operation import HeldKeys, OperationCall, attend
 from attnzoo.base.paged.inputs import PagedInputs, may_place, precise_of
 from attnzoo.base.shared_layouts import dense_layout
 from attnzoo.base.steps import Way
@@ -18,7 +19,7 @@ from attnzoo.cache.pages.pool import PagePool
 from attnzoo.cache.pages.records import UNCHOSEN, PagesRead, is_any
 from attnzoo.cache.policies.protocol import PageBounds
 from attnzoo.cache.streams import fetched
-from attnzoo_kernels import Extras, block_sparse_attention
+from attnzoo_kernels import Extras
 
 
 def pages_to_read(inputs: PagedInputs) -> Tensor | None:
@@ -138,4 +139,12 @@ def attend_pages(inputs: PagedInputs, pages: Tensor, way: Way) -> Tensor:
     q_pos = inputs.row_slots(slots - 1) if Lengths(inputs.lengths).differ else None
     layout = dense_layout(64, 1, slots, q)
     extras = Extras(q_pos=q_pos, key_bias=bias)
-    return block_sparse_attention(q, k, v, layout, scale=way.scale, extras=extras, impl=way.impl)
+    operation = OperationCall(q=q, k=k, v=v, layout=layout, extras=extras, scale=way.scale, impl=way.impl)
+    if inputs.edits is None:
+        return operation.run()
+    # Tokens of rows that were chosen, of none before them where a row stands for what is lost, and of the own one.
+    position = pool.tensors["position"].index_select(0, number.to(pool.device)).view(shape).long()
+    own = Lengths(inputs.cache.offset).column(3)
+    token = torch.cat((position, (own + position.new_zeros(1, 1, 1)).expand(*shape[:2], 1)), 2)
+    token = pad(token, (slots - token.shape[2], 0), value=-1)
+    return attend(operation, inputs.edits, HeldKeys(None, token))

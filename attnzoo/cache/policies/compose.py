@@ -88,6 +88,11 @@ class Compose(Policy, name="compose"):
         """Whether what heads lose, by place or by score, joins a compensation row."""
         return self.static is not None and self.static.folds
 
+    @property
+    def joins_rows(self) -> bool:
+        """Whether ``score`` merges rows, or some join a compensation row."""
+        return self.folds or (self.score is not None and self.score.joins_rows)
+
     def moment_of(self, k: Tensor) -> Tensor | None:
         """What ``static`` says of keys that join compensation rows."""
         return None if self.static is None else self.static.moment_of(k)

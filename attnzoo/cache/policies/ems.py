@@ -69,6 +69,11 @@ class EMS(Budgeted, name="ems"):
         check_pool(self.pool)
         check_window(self.window)
 
+    @property
+    def joins_rows(self) -> bool:
+        """Whether keys may be so similar."""
+        return self.similarity <= 1
+
     def score(self, seen: Seen) -> Tensor:
         """The larger of the attention of all queries and of the last ones, each over its largest."""
         of_all = seen.signals["mass"].masked_fill(~seen.held, 0)

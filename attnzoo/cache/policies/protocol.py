@@ -167,6 +167,11 @@ class Policy:
         """
         return False
 
+    @property
+    def joins_rows(self) -> bool:
+        """Whether rows may come to stand for several tokens: :meth:`keep` merges, or :attr:`folds`."""
+        return self.folds
+
     def moment_of(self, k: Tensor) -> Tensor | None:
         """What is averaged beside the keys that join compensation rows; ``None`` where that is nothing.
 

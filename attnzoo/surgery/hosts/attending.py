@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attnzoo.base.editing.operation import check_honoured
+from attnzoo.base.editing.reads import ReadEdit, edits_among
 from attnzoo.base.layer import DENSE_BLOCK, AttentionInputs, AttentionLayer
 from attnzoo.base.padding import Alignment
 from attnzoo.base.shared_layouts import dense_layout
@@ -23,7 +25,13 @@ from attnzoo_kernels.errors import ShapeError, UnsupportedError
 
 
 def attend_by(
-    layer: AttentionLayer | None, q: Tensor, k: Tensor, v: Tensor, geometry: Geometry, scale: float | None
+    layer: AttentionLayer | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    geometry: Geometry,
+    scale: float | None,
+    edits: tuple[ReadEdit, ...] = (),
 ) -> Tensor:
     """Attention ``[B, H, T, D]`` of the last T slots.
 
@@ -34,6 +42,7 @@ def attend_by(
         v: Their values.
         geometry: Where they lie.
         scale: The factor on scores, where there is no rule that has it.
+        edits: What is edited of what heads read.
 
     Raises:
         ShapeError: If keys are missing.
@@ -42,9 +51,28 @@ def attend_by(
     by_slot = layer is None and geometry.window is not None
     if layer is None:
         layer = _dense_layer((q.shape[1], k.shape[1], q.shape[3]), scale, geometry.causal, geometry.window)
+    inputs = AttentionInputs(q, k, v)
+    if edits:
+        inputs = replace(inputs, edits=edits_among(edits, q, _tokens_of_slots(inputs, geometry, by_slot=by_slot)))
     if geometry.real is None:
-        return _attend_plain(layer, q, k, v, geometry)
-    return (_attend_padded_by_slot if by_slot else _attend_padded)(layer, q, k, v, geometry)
+        return _attend_plain(layer, inputs, geometry)
+    return (_attend_padded_by_slot if by_slot else _attend_padded)(layer, inputs, geometry)
+
+
+def _tokens_of_slots(inputs: AttentionInputs, geometry: Geometry, *, by_slot: bool) -> Tensor | None:
+    """Which token lies in each slot that is read, int64 ``[B|1, S]``; ``None`` where slot s holds token s."""
+    first = _among(inputs.k, geometry.first, inputs.q.shape[2], geometry)
+    if isinstance(first, Tensor) or isinstance(geometry.first, Tensor):
+        raise UnsupportedError("edits: expected no compiler where reads are edited, got one")
+    held = first + inputs.q.shape[2]
+    begin = geometry.first - first
+    if geometry.real is None:
+        return torch.arange(begin, begin + held, device=inputs.k.device).unsqueeze(0) if begin else None
+    real = geometry.real[:, : begin + held].bool()
+    if by_slot:
+        return (real.cumsum(1) - 1).masked_fill(~real, -1)[:, begin:]
+    # Tokens come first, without padding; a sliding cache has lost some before.
+    return torch.arange(held, device=real.device) + real[:, :begin].sum(1, keepdim=True) if begin else None
 
 
 @lru_cache(maxsize=32)
@@ -78,7 +106,9 @@ def _run(
         plan = replace(plan, extras=replace(plan.extras, window=geometry.window))
     for recording in layer.recordings:
         recording.add(layer, plan)
-    return layer.operate(inputs, plan)
+    out = layer.operate(inputs, plan)
+    check_honoured(inputs.edits, layer.config.kind)
+    return out
 
 
 def attend_densely(q: Tensor, k: Tensor, v: Tensor, geometry: Geometry, scale: float | None) -> Tensor:
@@ -107,7 +137,10 @@ def _among(k: Tensor, first: int | Tensor, tokens: int, geometry: Geometry) -> i
     return first - max(gone, 0)
 
 
-def _attend_plain(layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, geometry: Geometry) -> Tensor:
+def _attend_plain(layer: AttentionLayer, inputs: AttentionInputs, geometry: Geometry) -> Tensor:
+    q = inputs.q
+    k = inputs.k
+    v = inputs.v
     tokens = q.shape[2]
     first = _among(k, geometry.first, tokens, geometry)
     if isinstance(first, int):
@@ -115,21 +148,24 @@ def _attend_plain(layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, geomet
         is_row = tokens == 1 and layer.config.causal
         # Where a rule knows nothing of the host's window, the plan has to say it.
         is_row = is_row and (geometry.window is None or getattr(layer.config, "window", None) is not None)
-        out = attend_one_row(layer, q, k, v, held) if is_row else None
+        out = attend_one_row(layer, q, k, v, held) if is_row and inputs.edits is None else None
         if out is not None:
             return out
         # A static cache is longer than what it holds.
-        return _run(layer, AttentionInputs(q, k[:, :, :held], v[:, :, :held]), geometry, first)
-    return _run(layer, AttentionInputs(q, k, v), geometry, first.view(1).expand(q.shape[0]))
+        return _run(layer, replace(inputs, k=k[:, :, :held], v=v[:, :, :held]), geometry, first)
+    return _run(layer, inputs, geometry, first.view(1).expand(q.shape[0]))
 
 
-def _attend_padded_by_slot(layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, geometry: Geometry) -> Tensor:
+def _attend_padded_by_slot(layer: AttentionLayer, inputs: AttentionInputs, geometry: Geometry) -> Tensor:
     """Hides padding where it lies: the host's window counts slots, and padding has some."""
+    q = inputs.q
+    k = inputs.k
+    v = inputs.v
     real, first = _real_among(q, k, geometry)
     held = first + q.shape[2]
     acc = torch.promote_types(q.dtype, torch.float32)
     hidden = torch.zeros(real.shape, dtype=acc, device=q.device).masked_fill(~real, -torch.inf).unsqueeze(1)
-    inputs = AttentionInputs(q, k[:, :, :held], v[:, :, :held], key_bias=hidden)
+    inputs = replace(inputs, k=k[:, :, :held], v=v[:, :, :held], key_bias=hidden)
     return _run(layer, inputs, geometry, first).masked_fill(~real[:, None, first:, None], 0.0)
 
 
@@ -151,8 +187,11 @@ def _real_among(q: Tensor, k: Tensor, geometry: Geometry) -> tuple[Tensor, int]:
     return real[:, begin:held].bool(), first
 
 
-def _attend_padded(layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, geometry: Geometry) -> Tensor:
+def _attend_padded(layer: AttentionLayer, inputs: AttentionInputs, geometry: Geometry) -> Tensor:
     """Moves each item's real tokens to slots 0, 1, ... first: rules go by position, and padding has none."""
+    q = inputs.q
+    k = inputs.k
+    v = inputs.v
     real, first = _real_among(q, k, geometry)
     held = first + q.shape[2]
     slots = Alignment.of(~real)
@@ -160,7 +199,7 @@ def _attend_padded(layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, geome
     k, v = (slots.aligned(x[:, :, :held], longest) for x in (k, v))
     rows = Alignment.of(~real[:, first:])
     before = real[:, :first].sum(1) if geometry.causal else 0
-    out = _run(layer, AttentionInputs(rows.aligned(q), k, v), geometry, before, rows.lengths)
+    out = _run(layer, replace(inputs, q=rows.aligned(q), k=k, v=v), geometry, before, rows.lengths)
     return rows.put_back(out).masked_fill(~real[:, None, first:, None], 0.0)
 
 

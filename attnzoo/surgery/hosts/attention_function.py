@@ -16,8 +16,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from attnzoo.base.editing.reads import edits_among
 from attnzoo.base.evicting.policy import PolicyAttention
-from attnzoo.base.layer import AttentionLayer
+from attnzoo.base.layer import AttentionInputs, AttentionLayer
 from attnzoo.base.recording import RULE
 from attnzoo.surgery.hosts.attending import attend_by, attend_densely
 from attnzoo.surgery.hosts.caches.evicting_calls import HELD, attend_held, evicting_layer_for
@@ -262,23 +263,21 @@ def attend(
         raise UnsupportedError("cache: expected one that the block has read, got one that it hands on")
     query, key, value = _as_autocast_does(query, key, value)
     geometry = geometry_of(attention_mask, query.shape[2], key.shape[2], causal=causal, window=window)
-    answer = partial(_answer, module, geometry, scaling, held)
+    answer = partial(_answer, module, scaling, held)
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    call = AttentionCall(query, key, value, geometry=geometry, scale=scale, answer=answer, held=held is not None)
     around = module.__dict__.get(AROUND)
-    if around is None:
-        out = answer(query, key, value)
-    else:
-        scale = query.shape[3] ** -0.5 if scaling is None else scaling
-        out = around(
-            AttentionCall(query, key, value, geometry=geometry, scale=scale, answer=answer, held=held is not None)
-        )
+    out = answer(call) if around is None else around(call)
     return out.transpose(1, 2).contiguous(), None
 
 
-def _answer(
-    module: nn.Module, geometry: Geometry, scale: float | None, held: Any, q: Tensor, k: Tensor, v: Tensor
-) -> Tensor:
+def _answer(module: nn.Module, scale: float | None, held: Any, call: AttentionCall) -> Tensor:
     """What a block's attention gives ``[B, H, T, D]``."""
     pattern = pattern_of(module)
+    geometry = call.geometry
+    q = call.q
+    k = call.k
+    v = call.v
     if pattern is None and geometry.real is None and torch.compiler.is_compiling():
         return attend_densely(q, k, v, geometry, scale)
     if held is not None:
@@ -286,8 +285,8 @@ def _answer(
             raise ShapeError(
                 f"attention_mask: expected one whose queries begin at slot {held.seen}, got {geometry.first}"
             )
-        return attend_held(held, q, k, v, geometry.real)
-    return attend_by(None if pattern is None else pattern.layer, q, k, v, geometry, scale)
+        return attend_held(held, AttentionInputs(q, k, v, edits=edits_among(call.edits, q)), geometry.real)
+    return attend_by(None if pattern is None else pattern.layer, q, k, v, geometry, scale, call.edits)
 
 
 def _as_autocast_does(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from attnzoo.base.editing.reads import ReadEdit
 from attnzoo_kernels.errors import UnsupportedError
 
 CACHE_NAMES = ("past_key_values", "cache", "layer_past")
@@ -38,10 +39,11 @@ class AttentionCall:
         v: Their values ``[B, G, S, Dv]``.
         geometry: Where they lie: ``first``, the slot of the first query, and ``real``, which slots hold tokens.
         scale: The factor on scores.
-        answer: What the block's own attention gives ``[B, H, T, Dv]`` for such q, k and v.
+        answer: What the block's own attention gives ``[B, H, T, Dv]`` for such a call: for its q, k, v and edits.
         unrotated: The same tokens' q and k before rotation ``[B, H, T, D]`` and ``[B, G, T, D]``, where that was asked
             for.
         held: Whether the block reads what a cache that evicts has kept, besides ``k`` and ``v``.
+        edits: What is edited of what heads read, in order; who was asked before has put it there.
     """
 
     q: Tensor
@@ -49,13 +51,14 @@ class AttentionCall:
     v: Tensor
     geometry: Any
     scale: float
-    answer: Callable[[Tensor, Tensor, Tensor], Tensor]
+    answer: Callable[[AttentionCall], Tensor]
     unrotated: tuple[Tensor, Tensor] | None = None
     held: bool = False
+    edits: tuple[ReadEdit, ...] = ()
 
     def answered(self) -> Tensor:
         """What the block's own attention gives ``[B, H, T, Dv]``."""
-        return self.answer(self.q, self.k, self.v)
+        return self.answer(self)
 
 
 @dataclass(frozen=True, eq=False)

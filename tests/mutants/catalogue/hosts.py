@@ -100,7 +100,7 @@ MUTANTS = (
         "interface-padded-offset", file=f"{FOLDER}/hosts/attending.py", old="before = real[:, :first].sum(1) if", new="before = real[:, :first].sum(1) * 0 if", wrong="padded items decode as if nothing came before",
     ),
     interface(
-        "interface-static-cache", file=f"{FOLDER}/hosts/attending.py", old="AttentionInputs(q, k[:, :, :held], v[:, :, :held])", new="AttentionInputs(q, k, v)", wrong="a static cache is read beyond what it holds", tests=f"{TESTS}/hosts/test_generate.py -k static",
+        "interface-static-cache", file=f"{FOLDER}/hosts/attending.py", old="replace(inputs, k=k[:, :, :held], v=v[:, :, :held]), geometry, first)", new="inputs, geometry, first)", wrong="a static cache is read beyond what it holds", tests=f"{TESTS}/hosts/test_generate.py -k static",
     ),
     interface(
         "interface-mask-function", file=f"{FOLDER}/hosts/geometry.py", old='    raise UnsupportedError(\n        "attention_mask: expected causality, a sliding', new='    return True, None\n    raise UnsupportedError(\n        "attention_mask: expected causality, a sliding', wrong="a further rule of the host's is dropped silently",

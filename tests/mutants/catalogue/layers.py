@@ -118,7 +118,7 @@ MUTANTS = (
         wrong="a compiled step that may train has no plan", tests=f"{TESTS}/laws/test_compiled_lengths.py -k without_a_plan",
     ),
     quick(
-        "quick-unrecorded", old='if self.recordings or self.impl != "auto" or', new='if self.impl != "auto" or',
+        "quick-unrecorded", old="is_wanted = bool(self.recordings or self.read_editors)", new="is_wanted = bool(self.read_editors)",
         wrong="decoding steps are missing from a record",
     ),
     quick(

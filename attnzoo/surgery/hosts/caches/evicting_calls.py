@@ -5,11 +5,13 @@ Letters: B batch, T tokens of a call, H query heads, G KV heads, D width.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal, Protocol, TypeGuard, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from attnzoo.base.editing.operation import check_honoured
 from attnzoo.base.evicting.calls import may_read_in_place
 from attnzoo.base.evicting.layer import EvictingLayer
 from attnzoo.base.evicting.policy import PolicyAttention
@@ -108,14 +110,12 @@ def _wants_gradients(module: nn.Module, call: tuple[Any, dict[str, Any]]) -> boo
     return any(isinstance(x, Tensor) and x.requires_grad for x in given)
 
 
-def attend_held(held: Any, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None) -> Tensor:
+def attend_held(held: Any, inputs: AttentionInputs, real: Tensor | None) -> Tensor:
     """Attention over what an evicting layer holds and over a call's own tokens, which it then holds.
 
     Args:
         held: The layer of the host's cache.
-        q: Rotated queries ``[B, H, T, D]``.
-        k: Rotated keys ``[B, G, T, D]``.
-        v: Values ``[B, G, T, D]``.
+        inputs: The call's rotated queries ``[B, H, T, D]`` and keys ``[B, G, T, D]``, its values, and its edits.
         real: Which slots hold tokens, those of earlier calls before this one's, bool ``[B, S]``; ``None`` if all do.
 
     Returns:
@@ -124,19 +124,21 @@ def attend_held(held: Any, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None)
     Raises:
         ShapeError: If the padding of earlier calls does not come again.
     """
-    tokens = q.shape[2]
+    tokens = inputs.q.shape[2]
     real = real_slots(real, held.real, held.seen, tokens)
     own = None if real is None else real[:, held.seen :]
-    score = _score(held, q, k, v)
+    score = _score(held, inputs.q, inputs.k, inputs.v)
     if own is None or bool(own.all()):
-        out = _attend(held, AttentionInputs(q, k, v), tokens, score)
+        out = _attend(held, inputs, tokens, score)
     else:
         # Padding has no place in what is held: each item's tokens come first.
         rows = Alignment.of(~own)
-        inputs = AttentionInputs(rows.aligned(q), rows.aligned(k), rows.aligned(v))
+        q, k, v = (rows.aligned(x) for x in (inputs.q, inputs.k, inputs.v))
+        inputs = replace(inputs, q=q, k=k, v=v)
         score = None if score is None else rows.aligned(score.unsqueeze(-1)).squeeze(-1)
         out = _attend(held, inputs, rows.lengths, score)
         out = rows.put_back(out).masked_fill(~own[:, None, :, None], 0.0)
+    check_honoured(inputs.edits, "what is held")
     held.note(tokens, real)
     return out
 
@@ -146,7 +148,7 @@ def _attend(held: Any, inputs: AttentionInputs, lengths: int | Tensor, score: Te
     layer: EvictingLayer = held.layer
     memory: HeldCache = held.room_for(inputs.k, inputs.v)
     q = inputs.q
-    is_plain_call = memory.bound and layer.impl == "auto" and not layer.recordings
+    is_plain_call = memory.bound and layer.impl == "auto" and not layer.recordings and inputs.edits is None
     if is_plain_call and isinstance(memory, EvictingCache) and may_read_in_place(memory, q, inputs.k, inputs.v):
         scale = layer.config.scale
         return memory.decode_row(q, inputs.k, inputs.v, q.shape[3] ** -0.5 if scale is None else scale)
