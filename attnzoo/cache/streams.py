@@ -5,6 +5,10 @@ Letters: B batch, T tokens of a call, R tokens that a ring holds, N groups, h he
 
 from __future__ import annotations
 
+import math
+import mmap
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -261,6 +265,24 @@ def zeros_on_cpu(shape: tuple[int, ...], *, device: torch.device | str | None, d
     if near.type == "meta":
         return torch.zeros(shape, device=near, dtype=dtype)
     return torch.zeros(shape, device="cpu", dtype=dtype, pin_memory=near.type == "cuda")
+
+
+LARGE = 2**17
+"""Bytes from which room in CPU memory is a mapping of its own."""
+
+
+def room_on_cpu(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A tensor in CPU memory that holds anything; a large one goes back to the system when nobody holds it.
+
+    Allocators keep what lies between other things, and rows that are let go of would stay with the process: behind a
+    long prompt all layers' pools lie among temporaries.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if size < LARGE:
+        return torch.empty(tuple(shape), dtype=dtype, device="cpu")
+    # Private: a process that is forked writes to its own.
+    private = {} if sys.platform == "win32" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
+    return torch.frombuffer(mmap.mmap(-1, size, **private), dtype=dtype).view(tuple(shape))
 
 
 def fetched(x: Tensor, device: torch.device) -> Tensor:

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from attnzoo.cache.journal import Journal
 from attnzoo.cache.pages.extents import Extent, placed, shared, with_room
+from attnzoo.cache.streams import room_on_cpu
+from attnzoo_kernels.runtime.plain import is_plain
 
 NOTHING: Mapping[str, float] = {
     "k": 0,
@@ -285,4 +287,6 @@ class PageStore:
 
 def _empty_like(x: Tensor, shape: Sequence[int], near: Tensor) -> Tensor:
     """A tensor of another shape where one lies; pinned if that is CPU memory, and its device a GPU."""
+    if x.device.type == "cpu" and near.device.type == "cpu" and is_plain(x):
+        return room_on_cpu(shape, x.dtype)
     return x.new_empty(shape, pin_memory=x.device.type == "cpu" and near.device.type == "cuda")

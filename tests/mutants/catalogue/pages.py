@@ -80,7 +80,23 @@ MUTANTS = (
         wrong="a decoding row counts merged rows once, and reads rows that hold nothing",
     ),
     chosen(
-        "pages-shares-not-divided", file="attnzoo/base/paged/signals.py", old="share = (score - end).exp_()", new="share = score.exp_()",
+        "pages-shares-not-divided", file="attnzoo/base/paged/signals.py", old="share.sub_(end).exp_()", new="share.exp_()",
         wrong="attention is counted without what all rows get together",
+    ),
+    chosen(
+        "pages-next-row-counted", file="attnzoo/base/paged/signals.py", old=".triu_(1)", new=".triu_(2)",
+        wrong="a row receives attention from the query before it",
+    ),
+    Mutant(
+        "pages-shares-all-at-once", file="attnzoo/base/paged/signals.py", old="last = min(tokens, first + max(1, SHARES // (pairs * each * slots)))", new="last = tokens",
+        wrong="a prompt takes a matrix of tokens by tokens", tests="tests/attnzoo/policies/test_memory_held.py -k matrix",
+    ),
+    Mutant(
+        "pages-room-of-the-allocator", file="attnzoo/cache/streams.py", old="if size < LARGE:", new="if size >= 0:",
+        wrong="rows that are let go of stay with the process", tests="tests/attnzoo/policies/test_memory_held.py -k mapping",
+    ),
+    Mutant(
+        "pages-kept-behind-a-choice", file="attnzoo/cache/pages/held.py", old="                if self.policy.slack:\n", new="                if True:\n",
+        wrong="a cache holds on to what it let go of", tests="tests/attnzoo/policies/test_memory_held.py -k 'left and h2o'",
     ),
 )  # fmt: skip
