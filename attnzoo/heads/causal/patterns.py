@@ -46,7 +46,7 @@ def pattern_and_lse(site: Site, call: AttentionCall, rows: Tensor | None) -> tup
         count = min(width, slots - start)
         columns[start : start + count, :count] = torch.eye(count, dtype=wide, device=k.device)
         v = columns.expand(*k.shape[:2], -1, -1)  # [B, G, S, D]
-        parts.append(_rows(call.answer(q, k, v)[..., :count].transpose(1, 2), rows))
+        parts.append(_rows(replace(call, v=v).answered()[..., :count].transpose(1, 2), rows))
     pattern = torch.cat(parts, -1)  # [B, R, H, S]
     # The strongest key of each row: the logarithm of its weight is its score less that of the sum.
     weight, slot = pattern.max(-1)  # [B, R, H]

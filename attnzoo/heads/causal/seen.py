@@ -78,6 +78,9 @@ class SeenHeads(Mapping[str, SeenLayers]):
             raise ConfigError(f"what: expected one of {', '.join(self._found)}, got {name!r}")
         return self._found[name]
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._found
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._found)
 

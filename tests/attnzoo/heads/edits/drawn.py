@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from attnzoo.surgery.edits.key_bias import SinkScaling
 from hypothesis import strategies as st
 from torch import Tensor
 
 from attnzoo.heads import HeadEdit, KeyBias
+from attnzoo.surgery.edits.key_bias import SinkScaling
 
 LAYERS = 2
 HEADS = 4
