@@ -12,11 +12,13 @@ from attnzoo.heads.training.locret import RetainingTraining, retaining_heads
 from attnzoo.heads.training.verbatim import verbatim_batches
 from attnzoo.surgery.edits.edit import HeadEdit
 from attnzoo.surgery.edits.edited import edited
+from attnzoo.surgery.edits.fold import FoldReport, fold
 from attnzoo.surgery.edits.key_bias import KeyBias
 from attnzoo.surgery.edits.places import HeadSite, sites
 
 __all__ = [
     "DuoGates",
+    "FoldReport",
     "HeadEdit",
     "HeadScores",
     "HeadSite",
@@ -27,6 +29,7 @@ __all__ = [
     "calibrate_duo",
     "capture",
     "edited",
+    "fold",
     "retaining_heads",
     "score_heads",
     "scores",

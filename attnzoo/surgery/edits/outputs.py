@@ -123,7 +123,8 @@ def input_of(site: HeadSite, args: tuple[Any, ...], kwargs: dict[str, Any]) -> T
 
 def heads_of(site: HeadSite, joined: Tensor) -> Tensor:
     """Joined outputs ``[..., H * D]`` by head, ``[..., H, D]``."""
-    return joined.unflatten(-1, (site.heads, site.head_dim))
+    z: Tensor = joined.unflatten(-1, (site.heads, site.head_dim))
+    return z
 
 
 def with_input(joined: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -109,14 +109,21 @@ def check_sites(model: nn.Module, given: Sequence[HeadSite] | None) -> tuple[Hea
 
     Raises:
         ConfigError: If they are none, or not of this model.
+        UnsupportedError: If two layers have one projection, whose calls would be taken for each other's.
     """
-    if given is None:
-        return sites(model)
-    names = {path for path, _ in model.named_modules()}
-    for site in given:
+    names = {path for path, _ in model.named_modules(remove_duplicate=False)}
+    for site in given or ():
         if not isinstance(site, HeadSite) or site.o_proj not in names:
             raise ConfigError(f"sites: expected what heads.sites(model) gives for this model, got {site!r}")
-    return tuple(given)
+    found = sites(model) if given is None else tuple(given)
+    first: dict[int, HeadSite] = {}
+    for site in found:
+        other = first.setdefault(id(model.get_submodule(site.o_proj)), site)
+        if other is not site:
+            raise UnsupportedError(
+                f"model: expected an output's projection for each layer, got one for {other.o_proj} and {site.o_proj}"
+            )
+    return found
 
 
 def _count(name: str, given: int | None, said: Any) -> int:
