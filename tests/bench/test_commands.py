@@ -36,6 +36,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
         "pages",
         "policies",
         "step",
+        "trained",
         "tune",
     ],
 )
@@ -45,7 +46,7 @@ def test_a_benchmark_says_what_it_takes(name: str, run: Run) -> None:
     assert "--out" in done.stdout or "--measure" in done.stdout
 
 
-@pytest.mark.parametrize("name", ["cpu", "moh", "longheads", "policies", "step"])
+@pytest.mark.parametrize("name", ["cpu", "moh", "longheads", "policies", "step", "trained"])
 def test_an_unknown_part_is_refused_before_anything_is_measured(name: str, tmp_path: Path, run: Run) -> None:
     done = run(f"bench.{name}", "--out", str(tmp_path / "never"), "--only", "nothing of that name")
     assert done.returncode == 2

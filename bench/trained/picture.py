@@ -1,0 +1,105 @@
+"""Conversions beside their controls, a panel for each model, and what further training makes of fewer KV heads."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bench.trained.results import CONTROL, CONVERSION, ORIGINAL, TrainedResults, TrainedRow
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+COLOURS = {"mean": "#d55e00", "mean, groups chosen": "#e69f00", "commuting": "#0072b2", "latent": "#009e73"}
+MARKS = (0.9, 1, 1.1, 1.2, 1.5, 2, 3, 5, 8, 12, 20)
+"""Ratios that are marked."""
+
+
+def picture(results: TrainedResults, path: Path) -> None:
+    """Draws results, as a PNG or whatever the suffix says."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    hosts = [name for name, rows in results.rows.items() if any(row.role == CONVERSION for row in rows)]
+    splits = _splits(results)
+    above = len(hosts) or 1
+    figure = pyplot.figure(figsize=(4.2 * max(above, 2), 8.2 if hosts and splits else 4.4), layout="constrained")
+    parts = figure.subfigures(2 if hosts and splits else 1, 1, squeeze=False)[:, 0]
+    if hosts:
+        panels = parts[0].subplots(1, len(hosts), sharex=True, squeeze=False)[0]
+        for axes, host in zip(panels, hosts, strict=True):
+            _pairs(axes, host, results.rows[host])
+        panels[0].legend(frameon=False, loc="lower right", fontsize=8)
+    if splits:
+        panels = parts[-1].subplots(1, len(splits), sharey=True, squeeze=False)[0]
+        for axes, split in zip(panels, splits, strict=True):
+            _curves(axes, split, results)
+        panels[0].set_ylabel("perplexity of a byte (log scale)", fontsize=9)
+    figure.savefig(path, dpi=140)
+    pyplot.close(figure)
+
+
+def _pairs(axes: Axes, host: str, rows: Sequence[TrainedRow]) -> None:
+    """A dot for each conversion and a cross for its control, over the original."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    (base,) = [row.nll for row in rows if row.role == ORIGINAL]
+    names = []
+    for at, row in enumerate(rows):
+        if row.role != CONVERSION or row.nll is None or base is None:
+            continue
+        y = len(names)
+        names.append(row.name + ("" if row.layers == "all" else " (global)"))
+        axes.plot(math.exp(row.nll - base), y, "o", color="#0072b2", label="converted" if not y else None)
+        control = rows[at + 1] if at + 1 < len(rows) else None
+        if control is not None and control.role == CONTROL and control.nll is not None:
+            x = math.exp(control.nll - base)
+            axes.plot(x, y, "x", color="#d55e00", label="its control" if not y else None)
+    axes.axvline(1.0, color="#444444", linewidth=1)
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(FixedLocator(MARKS))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set_xlabel("perplexity over the original's (log scale)", fontsize=9)
+    axes.set_title(host, fontsize=10, loc="left")
+    axes.grid(axis="x", color="#e4e4e4", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _splits(results: TrainedResults) -> list[str]:
+    """How many heads become how many, in words."""
+    names = [row.name for rows in results.healed.values() for row in rows if row.name != ORIGINAL]
+    return list(dict.fromkeys(name.partition(":")[0] for name in names))
+
+
+def _curves(axes: Axes, split: str, results: TrainedResults) -> None:
+    """Perplexity over further steps, a line for each way, the mean over seeds, and the original's."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    rows = [row for found in results.healed.values() for row in found]
+    for name in dict.fromkeys(row.name for row in rows):
+        of, _, way = name.partition(": ")
+        if name != ORIGINAL and of != split:
+            continue
+        own = [row.nll for row in rows if row.name == name]
+        steps = sorted(own[0])
+        means = [math.exp(statistics.fmean(nll[step] for nll in own)) for step in steps]
+        colour = COLOURS.get(way, COLOURS["latent"] if way.startswith("latent") else "#444444")
+        style = "--" if name == ORIGINAL else "-"
+        axes.plot(steps, means, style, marker="o", markersize=4, color=colour, label=way or "unconverted")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set_xlabel("steps of further training", fontsize=9)
+    axes.set_title(f"KV heads: {split}", fontsize=10, loc="left")
+    axes.grid(axis="y", color="#e4e4e4", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
