@@ -2,6 +2,18 @@
 
 from __future__ import annotations
 
+from attnzoo.heads.scores.compositions import Composition, composition
 from attnzoo.heads.scores.named import duplicate, echo, induction, previous, retrieval
+from attnzoo.heads.scores.token_maps import copying, successor
 
-__all__ = ["duplicate", "echo", "induction", "previous", "retrieval"]
+__all__ = [
+    "Composition",
+    "composition",
+    "copying",
+    "duplicate",
+    "echo",
+    "induction",
+    "previous",
+    "retrieval",
+    "successor",
+]
