@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from attnzoo.heads import scores
+from attnzoo.heads.causal.ablation import ablation_scores
+from attnzoo.heads.causal.attribution import attribution
 from attnzoo.heads.causal.capture import capture
+from attnzoo.heads.causal.divergence import divergence
+from attnzoo.heads.causal.patching import patch, path
 from attnzoo.heads.scores.head_scores import HeadScores, RankedHead
 from attnzoo.heads.scores.retrieval_cases import RetrievalCase
 from attnzoo.heads.scores.scoring import score_heads
@@ -26,10 +30,15 @@ __all__ = [
     "RankedHead",
     "RetainingTraining",
     "RetrievalCase",
+    "ablation_scores",
+    "attribution",
     "calibrate_duo",
     "capture",
+    "divergence",
     "edited",
     "fold",
+    "patch",
+    "path",
     "retaining_heads",
     "score_heads",
     "scores",

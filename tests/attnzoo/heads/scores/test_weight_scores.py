@@ -140,7 +140,7 @@ def test_what_has_no_such_weights_is_refused_by_name(model: Any) -> None:
     with pytest.raises(UnsupportedError, match="whose q_norm no product of weights stands for"):
         heads.scores.composition(qwen, (0, 0), (1, 0))
     assert heads.scores.composition(qwen, (0, 0), (1, 0), "v").mean.shape == (1, 1)
-    with pytest.raises(UnsupportedError, match="expected a decoder with an unembedding, got .*LlamaModel"):
+    with pytest.raises(UnsupportedError, match=r"expected a decoder with an unembedding, got .*LlamaModel"):
         heads.scores.copying(model.model)
     packed = tiny()
     packed.model.layers[1].self_attn.v_proj = nn.Sequential(packed.model.layers[1].self_attn.v_proj)

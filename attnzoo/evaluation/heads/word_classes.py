@@ -11,13 +11,13 @@ from collections.abc import Mapping
 from attnzoo.evaluation.two_phase.tasks import Encode
 from attnzoo_kernels.errors import ConfigError
 
-WORDS: Mapping[str, tuple[str, ...]] = {
-    "digits": tuple("0123456789"),
-    "numbers": tuple("one two three four five six seven eight nine ten eleven twelve".split()),
-    "ordinals": tuple("first second third fourth fifth sixth seventh eighth ninth tenth".split()),
-    "weekdays": tuple("Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()),
-    "months": tuple("January February March April May June July August September October November December".split()),
-    "letters": tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ"),
+WORDS: Mapping[str, str] = {
+    "digits": "0 1 2 3 4 5 6 7 8 9",
+    "numbers": "one two three four five six seven eight nine ten eleven twelve",
+    "ordinals": "first second third fourth fifth sixth seventh eighth ninth tenth",
+    "weekdays": "Monday Tuesday Wednesday Thursday Friday Saturday Sunday",
+    "months": "January February March April May June July August September October November December",
+    "letters": "A B C D E F G H I J K L M N O P Q R S T U V W X Y Z",
 }
 """By class, in order."""
 
@@ -36,7 +36,8 @@ def word_classes(encode: Encode) -> tuple[dict[str, list[int]], dict[str, str]]:
     """
     found: dict[str, list[int]] = {}
     skipped: dict[str, str] = {}
-    for name, words in WORDS.items():
+    for name, text in WORDS.items():
+        words = text.split()
         tokens = [[encode(f"{space}{word}").tolist() for word in words] for space in (" ", "")]
         single = next((row for row in tokens if all(len(one) == 1 for one in row)), None)
         if single is None:
