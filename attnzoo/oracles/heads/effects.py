@@ -14,6 +14,7 @@ A metric takes logits ``[T, V]`` and gives one number. Letters are those of ``de
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -99,12 +100,11 @@ def path(
 
 def gradients(ids: Sequence[int], decoder: Decoder, metric: Metric) -> Tensor:
     """Of the metric by what each head puts out, where all others answer, ``[L, H, T, D]``."""
-    values = []
-    for node, z in z_of(run(ids, decoder), nodes(decoder)).items():
-        leaf = z.detach().clone().requires_grad_()
-        (grad,) = torch.autograd.grad(metric(run(ids, decoder, put={node: leaf}).logits), leaf)
-        values.append(grad)
-    return by_node(decoder, values)
+    embedding = "model.embed_tokens.weight"
+    watched = decoder.weights[embedding].detach().clone().requires_grad_()
+    found = run(ids, replace(decoder, weights={**decoder.weights, embedding: watched}))
+    slopes = torch.autograd.grad(metric(found.logits), found.z)
+    return torch.stack([slope.transpose(0, 1) for slope in slopes])
 
 
 def attribution(clean: Sequence[int], corrupt: Sequence[int], decoder: Decoder, slope: Tensor) -> Tensor:

@@ -38,8 +38,8 @@ def _tensor(draw: st.DrawFn, count: int, width: int) -> Tensor:
 
 
 @st.composite
-def output_edits(draw: st.DrawFn, width: int, batch: int, length: int) -> HeadEdit:
-    """An edit of outputs for calls of ``[batch, length]`` tokens."""
+def output_edits(draw: st.DrawFn, width: int, batch: int, length: int, everywhere: bool = False) -> HeadEdit:
+    """An edit of outputs for calls of ``[batch, length]`` tokens, or one that is the same in every row of any."""
     kv = draw(st.booleans())
     head = draw(chosen_heads(KV_HEADS if kv else HEADS))
     count = (
@@ -51,7 +51,7 @@ def output_edits(draw: st.DrawFn, width: int, batch: int, length: int) -> HeadEd
     )
     more: dict[str, Any] = {"ablate": draw(st.sampled_from((None, "zero", "mean", "resample")))}
     if more["ablate"] in ("mean", "resample"):
-        whole = draw(st.booleans())
+        whole = not everywhere and draw(st.booleans())
         more["value"] = normal(batch, length, count, width) if whole else _tensor(draw, count, width)
     kinds = st.sampled_from(("none", "number", "tensor"))
     scale = draw(kinds)
@@ -59,7 +59,7 @@ def output_edits(draw: st.DrawFn, width: int, batch: int, length: int) -> HeadEd
         more["scale"] = draw(st.sampled_from((0.0, 0.5, -2.0))) if scale == "number" else _tensor(draw, count, width)
     if draw(kinds) == "tensor":
         more["offset"] = _tensor(draw, count, width)
-    where: Any = draw(st.sampled_from(("all", "prefill", "decode", "last", "mask")))
+    where: Any = draw(st.sampled_from(("all",) if everywhere else ("all", "prefill", "decode", "last", "mask")))
     if where == "mask":
         items = draw(st.sampled_from((1, batch)))
         where = normal(items, length, seed=draw(st.integers(0, 99))) > 0

@@ -11,9 +11,9 @@ from torch import Tensor
 from attnzoo import heads, surgery
 from attnzoo.heads import HeadEdit
 from attnzoo.oracles.heads import edits as oracle
-from tests.attnzoo.heads.edits.drawn import normal
-from tests.attnzoo.heads.edits.models import CALLED, shared
-from tests.attnzoo.heads.edits.truth import assert_items, decoder_of, near, of_item, slots_of
+from tests.attnzoo.heads.edits.laws.drawn import normal
+from tests.attnzoo.heads.edits.laws.models import CALLED, shared
+from tests.attnzoo.heads.edits.laws.truth import assert_items, decoder_of, near, of_item, slots_of
 from tests.attnzoo.surgery.tiny import WIDTH, ids, logits, tiny
 
 WHAT = ("z", "q", "k", "v", "lse", "pattern")

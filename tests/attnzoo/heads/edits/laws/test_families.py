@@ -11,9 +11,9 @@ from torch import Tensor
 
 from attnzoo import heads
 from attnzoo.heads import HeadEdit, HeadSite
-from tests.attnzoo.heads.edits.drawn import normal
-from tests.attnzoo.heads.edits.models import CALLED, say, shared
-from tests.attnzoo.heads.edits.truth import near
+from tests.attnzoo.heads.edits.laws.drawn import normal
+from tests.attnzoo.heads.edits.laws.models import CALLED, say, shared
+from tests.attnzoo.heads.edits.laws.truth import near
 
 
 def hooks(model: Any) -> int:

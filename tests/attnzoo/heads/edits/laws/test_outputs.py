@@ -13,8 +13,8 @@ from torch import Tensor
 from attnzoo import heads, surgery
 from attnzoo.heads import HeadEdit
 from attnzoo.oracles.heads import effects
-from tests.attnzoo.heads.edits.drawn import normal, output_edits
-from tests.attnzoo.heads.edits.truth import assert_items, decoder_of, near, of_item, oracle_logits
+from tests.attnzoo.heads.edits.laws.drawn import normal, output_edits
+from tests.attnzoo.heads.edits.laws.truth import assert_items, decoder_of, near, of_item, oracle_logits
 from tests.attnzoo.surgery.tiny import WIDTH, assert_untouched, ids, logits, replace_mha, snapshot, tiny
 
 LENGTH = 6
