@@ -14,6 +14,7 @@ from attnzoo.surgery import sites
 from attnzoo.surgery.hosts.families.known import known_classes
 from attnzoo.surgery.hosts.site import Site
 from attnzoo.surgery.kinds import kind_for
+from attnzoo.surgery.kinds.head_edits import VARIANT as HEADS
 from attnzoo.surgery.kinds.policy import VARIANT as POLICY
 from attnzoo.surgery.kinds.reading import READ_VARIANTS
 from attnzoo.surgery.kinds.weights import VARIANT as LOW_RANK
@@ -22,7 +23,13 @@ from attnzoo.surgery.replacements import REPLACEMENTS
 from attnzoo.surgery.report import WIDTH
 from attnzoo_kernels.errors import UnsupportedError
 
-VARIANTS = (*READ_VARIANTS, POLICY, LOW_RANK, *(name for name in REPLACEMENTS if name not in READ_VARIANTS))
+VARIANTS = (
+    *READ_VARIANTS,
+    POLICY,
+    LOW_RANK,
+    *(name for name in REPLACEMENTS if name not in READ_VARIANTS),
+    HEADS,
+)
 """All that a block can be converted to."""
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from attnzoo.base.layer import AttentionLayer
 from attnzoo.surgery.hosts import attention_function
 from attnzoo.surgery.hosts.attention_function import ReadPattern
-from attnzoo.surgery.hosts.block import ReplacementModule
+from attnzoo.surgery.hosts.block import HEAD_EDITS, ReplacementModule
 from attnzoo.surgery.hosts.families.known import block_of
 from attnzoo.surgery.hosts.weights import type_name, why_not_plain
 from attnzoo.surgery.replacements.spec import ModelChange
@@ -76,6 +76,8 @@ def make_changes(model: Any, changes: list[Change], variant: str, options: dict[
     switched = attention_function.switch(model, old_modules) if needs_interface else None
     for change, block in zip(changes, replaced, strict=True):
         place(model, block.paths, block.new)
+        if HEAD_EDITS in block.old.__dict__:
+            block.new.__dict__[HEAD_EDITS] = block.old.__dict__[HEAD_EDITS]
         if change.pattern is not None:
             attention_function.set_pattern(block.new, change.pattern)
         if change.model_change is not None:

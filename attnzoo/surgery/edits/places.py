@@ -82,11 +82,11 @@ def place_of(model: nn.Module, site: Site) -> HeadSite:
     Raises:
         UnsupportedError: If to no module.
     """
-    block = block_of(model.get_submodule(site.path))
-    if block.output_path is None:
-        reason = "it hands the outputs of its heads to a function, and calls no module with them"
-        advice = "convert it first: surgery.convert(model, 'mha')"
-        raise UnsupportedError(f"{site.path}: heads cannot be edited: {reason}; {advice}", (reason,))
+    module = model.get_submodule(site.path)
+    block = block_of(module)
+    reason = why_no_place(module)
+    if block.output_path is None or reason is not None:
+        raise UnsupportedError(f"{site.path}: heads cannot be edited: {reason}", (str(reason),))
     outer = site.path.rpartition(".")[0] if block.output_outside else site.path
     path = f"{outer}.{block.output_path}" if outer else block.output_path
     try:
@@ -101,6 +101,16 @@ def place_of(model: nn.Module, site: Site) -> HeadSite:
         kv_heads=block.kv_heads,
         head_dim=block.value_dim,
         site=site,
+    )
+
+
+def why_no_place(module: nn.Module) -> str | None:
+    """Why the outputs of a block's heads cannot be reached; ``None`` if they can."""
+    if block_of(module).output_path is not None:
+        return None
+    return (
+        "it hands the outputs of its heads to a function, and calls no module with them; convert it first: "
+        "surgery.convert(model, 'mha')"
     )
 
 

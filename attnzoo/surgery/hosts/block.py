@@ -22,6 +22,10 @@ ROLES = ("q_proj", "k_proj", "v_proj", "o_proj")
 """What projects, by the names that attnzoo's layers give it."""
 
 
+HEAD_EDITS = "attnzoo_head_edits"
+"""The attribute of a block that holds the edits of its heads that stand; what takes a block's place takes it over."""
+
+
 class Need(Enum):
     """What a conversion needs of a block: that its reads can be directed, its weights changed, or it be replaced."""
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from attnzoo.factory import get_config
+from attnzoo.surgery.edits.standing import why_edits_go
 from attnzoo.surgery.hosts import weights
 from attnzoo.surgery.hosts.block import Need
 from attnzoo.surgery.hosts.families.known import block_of
@@ -140,8 +141,14 @@ class Kind(ABC):
 
     def reasons_here(self, module: nn.Module, site: Site, variant: str) -> tuple[str, ...]:
         """The same, with what is in the way of its weights."""
-        found = self.reasons(module, site, variant)
+        found = self._all_reasons(module, site, variant)
         return found or (weights.reasons_against(block_of(module).projections) if self.changes_weights else ())
+
+    def _all_reasons(self, module: nn.Module, site: Site, variant: str) -> tuple[str, ...]:
+        """Those of :meth:`reasons`, and that edits of heads would be lost."""
+        found = self.reasons(module, site, variant)
+        lost = why_edits_go(module, self.need)
+        return found if lost is None else (lost, *found)
 
     def refuse(self, model: nn.Module, sites: Sequence[Site], variant: str, *, weights_come: bool = False) -> None:
         """Raises unless blocks can be converted so; weights that a file brings afterwards need not be there.
@@ -151,7 +158,7 @@ class Kind(ABC):
         """
         for site in sites:
             module = model.get_submodule(site.path)
-            reasons = (self.reasons if weights_come else self.reasons_here)(module, site, variant)
+            reasons = (self._all_reasons if weights_come else self.reasons_here)(module, site, variant)
             if reasons:
                 raise UnsupportedError(f"{site.path}: cannot be converted: {'; '.join(reasons)}", reasons)
 
