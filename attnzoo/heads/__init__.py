@@ -11,6 +11,7 @@ from attnzoo.heads.causal.patching import patch, path
 from attnzoo.heads.scores.head_scores import HeadScores, RankedHead
 from attnzoo.heads.scores.retrieval_cases import RetrievalCase
 from attnzoo.heads.scores.scoring import score_heads
+from attnzoo.heads.training import lofit
 from attnzoo.heads.training.duo_gates import DuoGates, calibrate_duo
 from attnzoo.heads.training.locret import RetainingTraining, retaining_heads
 from attnzoo.heads.training.verbatim import verbatim_batches
@@ -37,6 +38,7 @@ __all__ = [
     "divergence",
     "edited",
     "fold",
+    "lofit",
     "patch",
     "path",
     "retaining_heads",
