@@ -79,6 +79,10 @@ class DecodingModule(CachingModule):
             cls.compiles_rows = False
         cls._stands_for = tuple((name, getattr(cls, name)) for name in STEPS) if _has_hooks(cls) else None
 
+    def why_no_read_edits(self) -> str | None:
+        """Why nobody can edit what heads read; ``None`` where that can be done."""
+        return None
+
     @property
     def tokens_per_landmark(self) -> int | None:
         """Of how many tokens the last takes no position; ``None`` where each token takes one."""

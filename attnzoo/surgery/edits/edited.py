@@ -13,7 +13,7 @@ from attnzoo.surgery.edits.edit import HeadEdit, checked_edits
 from attnzoo.surgery.edits.outputs import OutputHook
 from attnzoo.surgery.edits.places import HeadSite, check_sites
 from attnzoo.surgery.edits.programs import refuse_compiled
-from attnzoo_kernels.errors import UnsupportedError
+from attnzoo.surgery.edits.reading import put_reads
 
 Placed = tuple[HeadEdit, HeadSite]
 
@@ -29,6 +29,10 @@ def edited(
     Edits of outputs work under any implementation of attention, in training and in ``generate``. Their tensors are used
     on the device of what they meet; what they compute is in the widest dtype of both, and rounded once to the model's.
 
+    Edits of what heads read (``key_bias``, ``post``, ``ablate="uniform"``) have the model attend through attnzoo's
+    function meanwhile, and attnzoo's own layers plan every step; the edited heads alone are computed again. They hold
+    under windows, shards and policies, which go on to keep rows by attention as it would be without edits.
+
     Args:
         model: A model of a known family, converted or not; or any, with ``sites``.
         edits: What is done.
@@ -37,7 +41,8 @@ def edited(
     Raises:
         ConfigError: If no block is known, there is no such layer or head, or a number is not finite.
         ShapeError: If a tensor does not fit.
-        UnsupportedError: If a block hands the outputs of its heads to no module, or the model is compiled.
+        UnsupportedError: If a block hands the outputs of its heads to no module, or the model is compiled, or what a
+            head reads cannot be edited (gates of blocks, learned distances, modules of torch).
     """
     places = check_sites(model, sites)
     found = checked_edits(edits, places)
@@ -50,17 +55,18 @@ def edited(
 
 def put_edits(model: nn.Module, found: Sequence[Placed]) -> list[Remove]:
     """Puts edits on a model, which are known to fit; calling all that is returned, the last first, takes them off."""
-    return put_output_hooks(model, found)
+    with ExitStack() as made:
+        for put in (put_reads, put_output_hooks):
+            for remove in put(model, found):
+                made.callback(remove)
+        return [made.pop_all().close]
 
 
 def put_output_hooks(model: nn.Module, found: Sequence[Placed]) -> list[Remove]:
     """Puts a hook on the outputs of each layer whose heads' outputs are edited; calling all returned takes them off."""
-    reading = [edit for edit, _ in found if edit.reads]
-    if reading:
-        raise UnsupportedError("edits: expected edits of outputs, got one that changes what heads read")
     by_layer: dict[int, list[Placed]] = {}
     for edit, site in found:
-        if edit.writes:
+        if edit.writes or edit.ablate == "uniform":
             by_layer.setdefault(site.layer, []).append((edit, site))
     last = [placed[0][1] for placed in by_layer.values() if any(_is_last(edit) for edit, _ in placed)]
     calls, removals = watch_calls(model, last)
@@ -68,7 +74,9 @@ def put_output_hooks(model: nn.Module, found: Sequence[Placed]) -> list[Remove]:
         site = placed[0][1]
         hook = OutputHook(site, [edit for edit, _ in placed], calls.get(layer))
         module = model.get_submodule(site.o_proj)
-        removals.append(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        removals += hook.replace_outer(module)
+        if any(edit.writes for edit, _ in placed):
+            removals.append(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
     return removals
 
 

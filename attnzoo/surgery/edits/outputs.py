@@ -5,8 +5,8 @@ Letters: B batch, T query tokens, H query heads, D width of a head's output, n h
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import reduce
+from collections.abc import Callable, Sequence
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -22,9 +22,12 @@ from attnzoo_kernels.errors import ShapeError, UnsupportedError
 class OutputHook:
     """What a layer's edits make of the outputs of its heads, before they are projected; a forward pre-hook.
 
+    A plain mean of values ("uniform") is what attention gives already: what is done to a head's output before it comes
+    to nothing, in this hook and in those of contexts round it.
+
     Args:
         site: The layer.
-        edits: Those that change outputs, in their order.
+        edits: Those that change outputs, or put a plain mean there, in their order.
         calls: Who knows which rows are tokens; needed for edits of the last one.
     """
 
@@ -33,6 +36,18 @@ class OutputHook:
         self.edits = list(edits)
         self._calls = calls
         self._heads = [torch.tensor(edit.query_heads(site), device="cpu") for edit in self.edits]
+        self._means = [(self, number) for number, edit in enumerate(self.edits) if edit.ablate == "uniform"]
+        self._inner: list[tuple[OutputHook, int]] = []
+
+    def replace_outer(self, module: nn.Module) -> list[Callable[[], None]]:
+        """Lets hooks that a module has already leave alone what is a plain mean here; what is returned undoes it."""
+        removals: list[Callable[[], None]] = []
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, OutputHook) and self._means:
+                before = hook._inner
+                hook._inner = before + self._means
+                removals.append(partial(setattr, hook, "_inner", before))
+        return removals
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -40,19 +55,33 @@ class OutputHook:
         """Edits the module's input ``[..., H * D]``."""
         joined = input_of(self.site, args, kwargs)
         z = heads_of(self.site, joined)
-        for edit, heads in zip(self.edits, self._heads, strict=True):
-            z = self._edited(edit, heads.to(z.device), z)
+        for number in range(len(self.edits)):
+            z = self._edited(number, z)
         return with_input(z.flatten(-2), args, kwargs)
 
-    def _edited(self, edit: HeadEdit, heads: Tensor, z: Tensor) -> Tensor:
+    def _edited(self, number: int, z: Tensor) -> Tensor:
+        edit = self.edits[number]
         rows = self._rows(edit, z)
         if rows is False:
             return z
+        heads = self._heads[number].to(z.device)
         old = z.index_select(-2, heads)
         new = self._changed(edit, old)
         if isinstance(rows, Tensor):
             new = torch.where(rows[..., None, None], new, old)
+        later = [(hook, n) for hook, n in self._means if n > number] + self._inner
+        for hook, n in later:
+            new = hook._where_mean(n, heads, (new, old), z)
         return z.index_copy(z.dim() - 2, heads, new)
+
+    def _where_mean(self, number: int, heads: Tensor, outputs: tuple[Tensor, Tensor], z: Tensor) -> Tensor:
+        """Of new and old outputs ``[..., n, D]`` of some heads the old ones, where an edit has put a plain mean."""
+        new, old = outputs
+        rows = self._rows(self.edits[number], z)
+        if rows is False:
+            return new
+        mean = torch.isin(heads, self._heads[number].to(heads.device)).unsqueeze(-1)  # [n, 1]
+        return torch.where(mean & rows[..., None, None] if isinstance(rows, Tensor) else mean, old, new)
 
     def _rows(self, edit: HeadEdit, z: Tensor) -> Tensor | bool:
         """The rows that are edited, bool ``[B|1, T]``; True for all, False for none."""

@@ -35,6 +35,24 @@ def as_tokens(name: str, given: Any) -> Tensor:
     return _as_indices(name, given)
 
 
+def real_first(x: Tensor, attention_mask: Tensor) -> Tensor:
+    """What slots ``[B|1, S]`` have, for each item's tokens in their order, ``[B, S]``; padding comes behind.
+
+    Args:
+        x: A mask, or numbers.
+        attention_mask: Where there are tokens, ``[B, S]``, as models are called with it.
+
+    Raises:
+        ShapeError: If they do not fit.
+    """
+    if attention_mask.dim() != 2 or x.shape[1:] != attention_mask.shape[1:] or len(x) not in (1, len(attention_mask)):
+        raise ShapeError(f"attention_mask: expected one for {list(x.shape)}, got {list(attention_mask.shape)}")
+    real = attention_mask.to(x.device).bool()
+    order = (~real).to(torch.uint8).argsort(dim=1, stable=True)
+    moved = x.expand(len(real), -1).gather(1, order)
+    return moved & real.gather(1, order) if x.dtype == torch.bool else moved
+
+
 def _as_indices(name: str, given: Any) -> Tensor:
     if isinstance(given, bool | str | bytes) or not isinstance(given, int | Sequence | Tensor):
         raise ConfigError(f"{name}: expected indices of tokens or a bool mask, got {type(given).__name__}")

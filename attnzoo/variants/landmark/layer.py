@@ -302,6 +302,10 @@ class LandmarkAttention(OffloadingLayer, name="landmark"):
         layout = BlockLayout.from_indices(index, 1, size, q.shape[2], slots, origin)
         return Plan(layout, extras, True, info={"blocks": found.blocks})
 
+    def why_no_read_edits(self) -> str | None:
+        """Gates."""
+        return "its gates weigh blocks of keys before keys are weighed"
+
     def attend_row(self, row: TokenRow) -> Tensor | None:
         """A decoding step, unless it does as the published code does, or is in half precision."""
         config = self.config

@@ -304,6 +304,10 @@ class RCMHAAttention(AttentionLayer, name="rcmha"):
         )
         return attend_clipped(call, plan.tau.to(inputs.q.dtype), causal=plan.causal, block=DENSE_BLOCK)
 
+    def why_no_read_edits(self) -> str | None:
+        """Distances that are learned join two parts of the operation."""
+        return "its learned distances join parts of the operation" if self.config.rel == "learned" else None
+
     def attend_row(self, row: TokenRow) -> Tensor | None:
         """As the base, with the convolutions of the row behind what the rings hold, and a bias of distances."""
         cache = row.cache
