@@ -6,6 +6,7 @@ from attnzoo.heads import scores
 from attnzoo.heads.causal.ablation import ablation_scores
 from attnzoo.heads.causal.attribution import attribution
 from attnzoo.heads.causal.capture import capture
+from attnzoo.heads.causal.contributions import contributions
 from attnzoo.heads.causal.divergence import divergence
 from attnzoo.heads.causal.patching import patch, path
 from attnzoo.heads.scores.head_scores import HeadScores, RankedHead
@@ -35,6 +36,7 @@ __all__ = [
     "attribution",
     "calibrate_duo",
     "capture",
+    "contributions",
     "divergence",
     "edited",
     "fold",

@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attnzoo.surgery.hosts.families.known import block_of
+from attnzoo.surgery.hosts.projections import Projections
 from attnzoo.surgery.hosts.weights import type_name
 from attnzoo.surgery.lookalikes import refuse_unknown
 from attnzoo.surgery.sites import find, shared_blocks
-from attnzoo_kernels.errors import UnsupportedError
+from attnzoo_kernels.errors import ConversionError, UnsupportedError
 
 INPUT_NORMS = ("input_layernorm", "ln_1", "self_attn_layer_norm")
 """What decoder layers call the norm before attention."""
@@ -159,6 +161,31 @@ def decoder_parts(model: Any) -> DecoderParts:
     return DecoderParts(layers, norm, NormWeights.of(norm, model.get_submodule(norm), width), words)
 
 
+def weights_at(model: Any, block: str) -> Projections:
+    """The plain weights of an attention block.
+
+    Raises:
+        UnsupportedError: If it has others.
+    """
+    try:
+        return block_of(model.get_submodule(block)).weights()
+    except ConversionError as error:
+        raise UnsupportedError(f"model: {block}: expected plain weights, but {error}") from error
+
+
+def last_norm(model: nn.Module, block: str) -> str | None:
+    """The name of the norm behind a model's layers, where there is one.
+
+    Args:
+        model: The model.
+        block: The name of one of its attention blocks.
+    """
+    try:
+        return _last_norm(model, block.rpartition(".")[0])
+    except UnsupportedError:
+        return None
+
+
 def _layer(model: nn.Module, block: str) -> DecoderLayer:
     path = block.rpartition(".")[0]
     module: Any = model.get_submodule(path)
@@ -187,6 +214,8 @@ def _last_norm(model: nn.Module, layer: str) -> str:
         UnsupportedError: If there is none, or several.
     """
     container = layer.rpartition(".")[0]
+    if not container:
+        raise UnsupportedError(f"model: expected layers in a list of the model's, got {layer or 'the model itself'}")
     owner, _, own = container.rpartition(".")
     names = list(model.get_submodule(owner)._modules)
     behind = names[names.index(own) + 1 :]

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from attnzoo.cache.replay import is_replay
 from attnzoo.heads.causal.patterns import pattern_and_lse
-from attnzoo.heads.causal.seen import SeenHeads
+from attnzoo.heads.causal.seen import SeenHeads, SeenLayers
+from attnzoo.heads.decoder import last_norm
 from attnzoo.reporting.choices import check_choice
 from attnzoo.surgery.capture import watched
 from attnzoo.surgery.edits.calls import Calls, last_rows, watch_calls
@@ -83,6 +84,10 @@ def capture(
                 hook = _SeeOutputs(look, place)
                 module: nn.Module = model.get_submodule(place.o_proj)
                 restored.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            norm = last_norm(model, places[-1].path)
+            if norm is not None:
+                see_stream = _SeeStream(look, places[-1].layer)
+                restored.callback(model.get_submodule(norm).register_forward_pre_hook(see_stream).remove)
         if set(names) - {"z"}:
             chosen = [_attending(place) for place in places]
             unrotated = any(name.endswith("unrotated") for name in names)
@@ -101,10 +106,11 @@ class _Look:
 
     def keep(self, name: str, layer: int, x: Tensor, rows: Tensor | None) -> None:
         """Some rows of ``x [B, T, ...]``, or all of them."""
-        if rows is not None:
-            index = rows.view(*rows.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:])
-            x = x.gather(1, index)
-        self.seen[name].add(layer, x if self._to is None else x.to(self._to))
+        self.add(self.seen[name], layer, _rows_of(x, rows))
+
+    def add(self, found: SeenLayers, layer: int, x: Tensor) -> None:
+        """Keeps it where it shall be."""
+        found.add(layer, x if self._to is None else x.to(self._to))
 
     def rows_of(self, layer: int, like: Tensor) -> Tensor | None:
         """The rows of a call that are asked for, int64 ``[B, R]``; ``None`` for all of ``like [B, T, ...]``."""
@@ -164,6 +170,29 @@ class _SeeOutputs:
         self._look.keep("z", self._place.layer, z, self._look.rows_of(self._place.layer, z))
         # Gradients of what is seen need it to lie on the way to the output.
         return with_input(z.flatten(-2), args, kwargs) if z.requires_grad else None
+
+
+class _SeeStream:
+    """Looks at what the norm behind the layers is called with; a forward pre-hook."""
+
+    def __init__(self, look: _Look, layer: int) -> None:
+        self._look = look
+        self._layer = layer
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if is_replay() or not args:
+            return
+        x: Tensor = args[0]
+        rows = self._look.rows_of(self._layer, x)
+        self._look.add(self._look.seen.stream, self._layer + 1, _rows_of(x, rows))
+
+
+def _rows_of(x: Tensor, rows: Tensor | None) -> Tensor:
+    """Some rows of ``x [B, T, ...]``, or all of them."""
+    if rows is None:
+        return x
+    index = rows.view(*rows.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:])
+    return x.gather(1, index)
 
 
 def _checked_names(what: Any) -> tuple[str, ...]:

@@ -68,10 +68,15 @@ class SeenHeads(Mapping[str, SeenLayers]):
 
     Args:
         names: What is looked at.
+
+    Attributes:
+        stream: What the norm behind the layers is called with, ``[B, R, C]`` as ``stream[L]`` of L layers, where "z" is
+            looked at and that norm can be told: :func:`attnzoo.heads.contributions` needs its scale.
     """
 
     def __init__(self, names: tuple[str, ...]) -> None:
         self._found = {name: SeenLayers(name) for name in names}
+        self.stream = SeenLayers("stream")
 
     def __getitem__(self, name: str) -> SeenLayers:
         if name not in self._found:
@@ -91,3 +96,4 @@ class SeenHeads(Mapping[str, SeenLayers]):
         """Forgets what was seen so far."""
         for name in self._found:
             self._found[name] = SeenLayers(name)
+        self.stream = SeenLayers("stream")

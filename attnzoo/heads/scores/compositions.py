@@ -24,8 +24,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.base.rope import apply_rotary, rotation_tables
-from attnzoo.heads.decoder import DecoderParts, decoder_parts
-from attnzoo.heads.scores.token_maps import weights_at
+from attnzoo.heads.decoder import DecoderParts, decoder_parts, weights_at
 from attnzoo.reporting.choices import check_choice
 from attnzoo.surgery.hosts.families.known import block_of
 from attnzoo_kernels.errors import ConfigError, UnsupportedError

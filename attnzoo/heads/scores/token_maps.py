@@ -24,14 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from attnzoo.base.config import check_int
-from attnzoo.heads.decoder import DecoderParts, decoder_parts
+from attnzoo.heads.decoder import DecoderParts, decoder_parts, weights_at
 from attnzoo.heads.scores.head_scores import HeadScores
 from attnzoo.heads.scores.repeated import repeated_tokens
 from attnzoo.heads.scores.scoring import Progress
-from attnzoo.surgery.hosts.families.known import block_of
 from attnzoo.surgery.hosts.projections import Projections
 from attnzoo.surgery.lowrank.calibration import evaluating
-from attnzoo_kernels.errors import ConfigError, ConversionError, UnsupportedError
+from attnzoo_kernels.errors import ConfigError, UnsupportedError
 
 COPYING = "copying"
 SUCCESSOR = "successor"
@@ -116,18 +115,6 @@ def _scored(
                 progress("heads", number + 1, len(weights))
     asked = sum(end - start - step for start, end in starts)
     return HeadScores({kind: torch.stack(found).cpu()}, first.num_kv_heads, {**about, "asked": asked})
-
-
-def weights_at(model: Any, block: str) -> Projections:
-    """The plain weights of an attention block.
-
-    Raises:
-        UnsupportedError: If it has others.
-    """
-    try:
-        return block_of(model.get_submodule(block)).weights()
-    except ConversionError as error:
-        raise UnsupportedError(f"model: {block}: expected plain weights, but {error}") from error
 
 
 @dataclass(frozen=True, eq=False)
