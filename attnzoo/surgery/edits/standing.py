@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -24,10 +24,16 @@ class StandingEdits:
     Attributes:
         number: Of that conversion, among those of the block.
         edits: What is done, in order.
+        removals: What takes them off, once they stand; as long as the block lives, so do contexts behind them.
     """
 
     number: int
     edits: tuple[HeadEdit, ...]
+    removals: list[Remove] = field(default_factory=list, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of a model has the hooks, and no way back.
+        return {"number": self.number, "edits": self.edits, "removals": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -70,22 +76,21 @@ class EditsChange:
         self._model = model
         self._place = place
         self._standing = standing
-        self._removals: list[Remove] = []
 
     def make(self) -> None:
         """Puts the hooks there that a context would."""
         block = self._model.get_submodule(self._place.path)
         placed = [(edit, self._place) for edit in self._standing.edits]
-        self._removals = put_edits(self._model, placed)
+        self._standing.removals.extend(put_edits(self._model, placed))
         if any(edit.reads for edit, _ in placed) and _is_called(self._place, block):
-            self._removals.append(block.register_forward_pre_hook(_check_implementation).remove)
+            self._standing.removals.append(block.register_forward_pre_hook(_check_implementation).remove)
         self._hold(block, [*standing_edits(block), self._standing])
 
     def undo(self) -> None:
         """Takes them off."""
         block = self._model.get_submodule(self._place.path)
-        for remove in reversed(self._removals):
-            remove()
+        while self._standing.removals:
+            self._standing.removals.pop()()
         self._hold(block, [each for each in standing_edits(block) if each is not self._standing])
 
     def _hold(self, block: nn.Module, standing: Sequence[StandingEdits]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from attnzoo import heads, surgery
-from attnzoo.heads import HeadEdit
+from attnzoo.heads import HeadEdit, KeyBias
 from attnzoo_kernels.errors import ConfigError, ConversionError, UnsupportedError
 from tests.attnzoo.surgery.tiny import assert_close, assert_untouched, convert, ids, logits, snapshot, tiny
 
@@ -67,6 +68,34 @@ def test_edits_are_saved_and_loaded_beside_other_conversions(adapter_only: bool,
     assert float((plain - expected).abs().max()) > 0.1
     kinds = [entry["kind"] for entry in json.loads((folder / "attnzoo_config.json").read_text())["recipe"]]
     assert kinds.count("heads") == 3
+
+
+def test_edits_of_what_heads_read_stand_and_are_loaded(tmp_path: Path) -> None:
+    edits = [
+        HeadEdit(0, [0, 5], key_bias=KeyBias.knock_out([5, 6], [0, 2])),
+        HeadEdit(1, 1, kv=True, key_bias=KeyBias.emphasise([1, 3], torch.tensor([1.0, -0.5]))),
+        HeadEdit(1, 0, ablate="uniform", where="last", scale=2.0),
+    ]
+    model = tiny(**HOST)
+    before = snapshot(model)
+    plain = logits(model, ids(2, 8))
+    with heads.edited(model, edits):
+        expected = logits(model, ids(2, 8))
+    assert_untouched(model, before)
+    surgery.convert(model, "heads", edits=edits)
+    gc.collect()
+    assert torch.equal(logits(model, ids(2, 8)), expected)
+    assert torch.equal(logits(copy.deepcopy(model), ids(2, 8)), expected)
+    assert float((expected - plain).abs().max()) > 0.1
+    folder = surgery.save(model, tmp_path / "model")
+    loaded, _ = surgery.load(folder)
+    gc.collect()
+    assert torch.equal(logits(loaded, ids(2, 8)), expected)
+    with pytest.raises(UnsupportedError, match="edits of what its heads read"):
+        convert(model, "moh")
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(UnsupportedError, match="attn_implementation: expected 'attnzoo'"):
+        logits(model, ids(2, 8))
 
 
 def test_trained_tensors_are_saved_as_they_are_now(tmp_path: Path) -> None:
