@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from attnzoo.heads import scores
+from attnzoo.heads import act, scores
 from attnzoo.heads.causal.ablation import ablation_scores
 from attnzoo.heads.causal.attribution import attribution
 from attnzoo.heads.causal.capture import capture
@@ -19,7 +19,7 @@ from attnzoo.heads.training.verbatim import verbatim_batches
 from attnzoo.surgery.edits.edit import HeadEdit
 from attnzoo.surgery.edits.edited import edited
 from attnzoo.surgery.edits.fold import FoldReport, fold
-from attnzoo.surgery.edits.key_bias import KeyBias
+from attnzoo.surgery.edits.key_bias import KeyBias, SinkScaling
 from attnzoo.surgery.edits.places import HeadSite, sites
 
 __all__ = [
@@ -32,7 +32,9 @@ __all__ = [
     "RankedHead",
     "RetainingTraining",
     "RetrievalCase",
+    "SinkScaling",
     "ablation_scores",
+    "act",
     "attribution",
     "calibrate_duo",
     "capture",

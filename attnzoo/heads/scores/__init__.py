@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from attnzoo.heads.scores.compositions import Composition, composition
+from attnzoo.heads.scores.far_mass import far_mass
 from attnzoo.heads.scores.named import duplicate, echo, induction, previous, retrieval
 from attnzoo.heads.scores.token_maps import copying, successor
 
@@ -12,6 +13,7 @@ __all__ = [
     "copying",
     "duplicate",
     "echo",
+    "far_mass",
     "induction",
     "previous",
     "retrieval",
