@@ -24,7 +24,8 @@ from attnzoo.surgery.hosts.projections import latent_like, with_kv_heads
 from attnzoo.surgery.hosts.site import Site
 from attnzoo.surgery.hosts.weights import type_name
 from attnzoo.surgery.kinds.kind import REQUIRED, Kind, Order
-from attnzoo.surgery.kinds.policy import policy_of
+from attnzoo.surgery.kinds.policy import NO_CACHE, policy_of
+from attnzoo.surgery.kinds.policy import VARIANT as POLICY
 from attnzoo.surgery.kinds.reading import READ_DEFAULTS
 from attnzoo.surgery.kinds.replacing import options_in_place
 from attnzoo.surgery.kinds.weights import VARIANT as LOW_RANK
@@ -54,6 +55,11 @@ class OwnLayers(Kind):
     def options(self, variant: str) -> dict[str, Any]:
         """The options of a variant, by name, with their defaults."""
         return options_in_place(variant)
+
+    def reasons(self, module: nn.Module, site: Site, variant: str) -> tuple[str, ...]:
+        """As the layer says it, and whether the variant can read ahead where it must."""
+        against = () if variant == POLICY else spec.against_causality(module, variant)
+        return (*super().reasons(module, site, variant), *against)
 
     def prepare(self, order: Order) -> list[Change]:
         """Layers for sites."""
@@ -118,6 +124,11 @@ class OwnPolicy(OwnLayers):
         """The policy, which has no default."""
         return {"policy": REQUIRED}
 
+    def reasons(self, module: nn.Module, site: Site, variant: str) -> tuple[str, ...]:
+        """As the layer says it; there must be a cache."""
+        found = super().reasons(module, site, variant)
+        return found if block_of(module).causal else (*found, NO_CACHE)
+
     def told(self, options: dict[str, Any]) -> dict[str, Any]:
         """The policy in words."""
         return {"policy": str(options["policy"])}
@@ -127,9 +138,6 @@ class OwnPolicy(OwnLayers):
         policy = policy_of(self, order)
         self.refuse(order.model, order.sites, order.variant)
         for site in order.sites:
-            if not block_of(order.module(site)).causal:
-                reason = "it is not causal, so that it has no cache whose memory a policy could rule"
-                raise UnsupportedError(f"{site.path}: cannot be converted: {reason}", (reason,))
             policy.check(len(find(order.model)), site.kv_heads)
         return [self._follow(site, order.module(site), policy.of_layer(site.layer)) for site in order.sites]
 

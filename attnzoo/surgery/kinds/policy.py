@@ -25,6 +25,8 @@ from attnzoo_kernels.errors import ConfigError, ConversionError
 
 VARIANT = "policy"
 
+NO_CACHE = "it is not causal, so that it has no cache, which a policy needs to rule its memory"
+
 
 def policy_of(kind: Kind, order: Order) -> Policy:
     """The policy of an order, which has no other option and no calibration.
@@ -60,10 +62,10 @@ class Remembering(Kind):
         """As every reading; a policy stands beside no other rule, the block's own window among them."""
         found = list(super().reasons(module, site, variant))
         if not block_of(module).causal:
-            found.append("it is not causal, so that it has no cache whose memory a policy could rule")
+            found.append(NO_CACHE)
         if site.window is not None:
             own = f"it has a sliding window of its own ({site.window} tokens)"
-            found.append(f"{own}, beside which no policy remembers; {GLOBAL}")
+            found.append(f"{own}, which needs a policy that holds what lies within it; {GLOBAL}")
         if pattern_of(module) is not None and not found:
             found.append("it follows a read pattern, which a policy would not; undo that conversion first")
         return tuple(found)

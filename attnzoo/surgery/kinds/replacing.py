@@ -82,7 +82,7 @@ class Replacing(Kind):
         found = [*super().reasons(module, site, variant), *spec.against_causality(module, variant)]
         if site.window is not None and "window" not in {field.name for field in fields(get_config(variant))}:
             own = f"it has a sliding window of its own ({site.window} tokens)"
-            found.append(f"{own}, and {variant!r} has none; {GLOBAL}")
+            found.append(f"{own}, which needs a variant that has one; {GLOBAL}")
         return tuple(found)
 
     def _change(self, site: Site, module: nn.Module, config: AttentionConfig, found: ReplacementSpec) -> Change:

@@ -31,9 +31,12 @@ _WEIGHTLESS = ("mha", "s2", "longheads")
 """Variants without weights of their own."""
 
 _REFUSED = {
-    "landmark": "it inserts tokens at the input of a model, which torch's modules have not",
-    "lowrank_gqa": "torch's module has one key head for each query head, and no other projections",
-    "policy": "torch's module has no cache",
+    "landmark": "it inserts tokens at the input of a model, and needs a decoder of transformers",
+    "lowrank_gqa": (
+        "torch's module has one key head for each query head, and no other projections: fewer, or a latent, needs a "
+        "layer of attnzoo's own in its place"
+    ),
+    "policy": "torch's module has no cache, which a policy needs",
 }
 """Variants that modules cannot be converted to, and why."""
 
@@ -56,12 +59,15 @@ class TorchModules(Kind):
         """The options of a variant, by name, with their defaults; ``None`` leaves what the module has."""
         return options_in_place(variant, dropout=None, causal=None)
 
+    def reasons(self, module: nn.Module, site: Site, variant: str) -> tuple[str, ...]:
+        """As the module says it; some variants are not for torch's modules."""
+        refused = (_REFUSED[variant],) if variant in _REFUSED else ()
+        return (*refused, *super().reasons(module, site, variant))
+
     def prepare(self, order: Order) -> list[Change]:
         """Modules for sites."""
-        if order.variant in _REFUSED:
-            reason = _REFUSED[order.variant]
-            raise UnsupportedError(f"variant: {order.variant!r} is not for torch's modules: {reason}", (reason,))
-        get_config(order.variant)
+        if order.variant not in _REFUSED:
+            get_config(order.variant)
         self.refuse(order.model, order.sites, order.variant)
         order.refuse_calibration()
         for name in order.options:

@@ -129,7 +129,7 @@ def against_causality(module: nn.Module, variant: str) -> tuple[str, ...]:
     """Why a variant cannot take the place of a block that reads what comes behind too; empty where it can."""
     if block_of(module).causal or registry.variants[variant].causal_promise == "bidirectional-capable":
         return ()
-    return (f"it is not causal, and {variant!r} chooses from the past of each token",)
+    return (f"it is not causal, and {variant!r} chooses from the past of each token, which needs a causal block",)
 
 
 def check_fit(site: Site, module: nn.Module, config: AttentionConfig) -> None:

@@ -13,6 +13,7 @@ from attnzoo import surgery
 from attnzoo.surgery.convert import convert_as
 from attnzoo.surgery.kinds import REPLACING
 from attnzoo.surgery.kinds.kind import Order
+from attnzoo.surgery.sites import find
 
 VOCAB = 61
 WIDTH = 16
@@ -163,11 +164,11 @@ def snapshot(model: Any) -> dict[str, Any]:
         "modules": {name: (id(module), type(module)) for name, module in model.named_modules()},
         "parameters": {name: (id(p), p.requires_grad) for name, p in model.named_parameters()},
         "state": {name: x.clone() for name, x in model.state_dict().items()},
-        "config": model.config.to_dict(),
-        "attention": model.config._attn_implementation,
+        "config": model.config.to_dict() if hasattr(model, "config") else None,
+        "attention": getattr(getattr(model, "config", None), "_attn_implementation", None),
         "training": {name: module.training for name, module in model.named_modules()},
         "hooks": sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()),
-        "attributes": {name: sorted(module.__dict__) for name, module in model.named_modules() if "attn" in name},
+        "attributes": {site.path: sorted(model.get_submodule(site.path).__dict__) for site in find(model)},
     }
 
 

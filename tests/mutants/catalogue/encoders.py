@@ -7,6 +7,7 @@ from functools import partial
 from tests.mutants.record import Mutant
 
 FOLDER, TESTS = "attnzoo/surgery", "tests/attnzoo/surgery/families/test_encoders.py"
+CONFORMANCE = "tests/attnzoo/surgery/families/test_conformance.py"
 family = partial(Mutant, file=f"{FOLDER}/hosts/families/bidirectional/encoders.py", tests=TESTS)
 
 MUTANTS = (
@@ -16,7 +17,8 @@ MUTANTS = (
     ),
     Mutant(
         "encoders-padding-behind", file="attnzoo/base/layer.py", old=", key_bias=made.key_bias)", new=")",
-        wrong="tokens read the padding behind the last of them", tests=f"{TESTS} -k padding",
+        wrong="tokens read the padding behind the last of them",
+        tests=f"{CONFORMANCE} -k 'padding and left and BERT and mha'",
     ),
     Mutant(
         "encoders-mask-of-another-kind", file=f"{FOLDER}/hosts/geometry.py",
@@ -29,7 +31,7 @@ MUTANTS = (
     ),
     Mutant(
         "encoders-policy", file=f"{FOLDER}/kinds/policy.py", old="if not block_of(module).causal:", new="if False:",
-        wrong="a policy is put where there is no cache", tests=f"{TESTS} -k refused_by_name",
+        wrong="a policy is put where there is no cache", tests=f"{CONFORMANCE} -k 'refused_by_name and policy and BERT'",
     ),
     Mutant(
         "encoders-heads-in-place", file=f"{FOLDER}/hosts/families/bidirectional/grouped_encoder.py",

@@ -15,6 +15,7 @@ files = partial(
 changes = partial(Mutant, file=f"{FOLDER}/transaction.py", tests=f"{TESTS}/test_convert.py")
 stored = partial(Mutant, file=f"{FOLDER}/stored.py", tests=f"{TESTS}/test_written.py")
 CONFORMANCE = f"{TESTS}/families/test_conformance.py"
+OWN_WINDOWS = f"{TESTS}/families/test_own_windows.py"
 interface = partial(
     Mutant, file=f"{FOLDER}/hosts/attention_function.py", tests=f"{TESTS}/hosts/test_generate.py -k 'window or mha'"
 )
@@ -108,19 +109,19 @@ MUTANTS = (
     ),
     interface(
         "own-window-lost-beside-shards", file=f"{FOLDER}/hosts/attending.py", old="plan = replace(plan, extras=replace(plan.extras, window=geometry.window))", new="pass",
-        wrong="shards of a block reach beyond its own window", tests=f"{CONFORMANCE} -k shards_are_read_within",
+        wrong="shards of a block reach beyond its own window", tests=f"{OWN_WINDOWS} -k shards_are_read_within",
     ),
     interface(
         "own-window-forgets-where-keys-begin", file=f"{FOLDER}/hosts/attending.py", old="return first - max(gone, 0)", new="return first",
-        wrong="queries behind a sliding cache read keys that are not there", tests=f"{CONFORMANCE} -k 'sliding_caches and Gemma'",
+        wrong="queries behind a sliding cache read keys that are not there", tests=f"{OWN_WINDOWS} -k 'sliding_caches and Gemma'",
     ),
     interface(
         "own-window-is-widened", file=f"{FOLDER}/hosts/site.py", old="min(window, own)", new="window",
-        wrong="a conversion to a longer window reads more than the block did", tests=f"{CONFORMANCE} -k within_the_blocks_own",
+        wrong="a conversion to a longer window reads more than the block did", tests=f"{OWN_WINDOWS} -k within_the_blocks_own",
     ),
     interface(
         "own-window-by-token-with-padding", file=f"{FOLDER}/hosts/attending.py", old="masked_fill(~real, -torch.inf)", new="masked_fill(real & ~real, -torch.inf)",
-        wrong="blocks with windows of their own read padding", tests=f"{CONFORMANCE} -k 'sliding_caches and Gemma and replaced'",
+        wrong="blocks with windows of their own read padding", tests=f"{OWN_WINDOWS} -k 'sliding_caches and Gemma and replaced'",
     ),
     interface(
         "norms-of-all-heads-apart", file=f"{FOLDER}/hosts/families/llama.py", old="return weight is not None and weight.shape[-1] != host.head_dim", new="return False",

@@ -179,13 +179,9 @@ def _share(dropout: Any) -> float:
 
 
 def _reasons(host: Any) -> list[str]:
-    found = []
     if getattr(host.config, "add_cross_attention", False):
-        found.append("its model has cross-attention, which reads what another model says")
-    window = getattr(host.config, "sliding_window", None)
-    if window is not None:
-        found.append(f"it has a sliding window of its own ({window} tokens)")
-    return found
+        return ["its model has cross-attention, which reads what another model says"]
+    return []
 
 
 def _project(names: Names, host: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -27,10 +27,10 @@ FAMILIES: tuple[Family, ...] = (
 )
 
 REFUSED = {
-    "BloomAttention": "it adds a bias for the distance of each pair to its scores (alibi)",
-    "FalconAttention": "it does not attend through the attention interface of transformers",
-    "T5Attention": "it adds a learned bias for the distance of each pair to its scores",
-    "MptAttention": "it adds a bias for the distance of each pair to its scores (alibi)",
+    "BloomAttention": "it adds a bias for each distance to its scores (alibi), which needs an operation that does",
+    "FalconAttention": "it does not attend through the attention interface of transformers, which conversions need",
+    "T5Attention": "it adds a learned bias for each distance to its scores, which needs an operation that does",
+    "MptAttention": "it adds a bias for each distance to its scores (alibi), which needs an operation that does",
 }
 """Attention classes of which it is known why no family is built for them."""
 

@@ -152,7 +152,7 @@ def _reasons(module: nn.Module) -> Mapping[Need, tuple[str, ...]]:
     if getattr(host, "is_causal", True) is False:
         every.append("it reads later tokens too (use_bidirectional_attention)")
     weights = [
-        f"its {name} normalises keys after projection, which no other projection can stand for"
+        f"its {name} normalises keys after projection, which needs merged heads with a norm of their own"
         for name in _norms(module)
         if _NORMS[name]
     ]

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.attnzoo.surgery.families.encoder_hosts import PICTURES, TEXTS, encoder, inputs, said
 from torch import Tensor, nn
 
 import attnzoo
@@ -14,7 +15,6 @@ from attnzoo import heads, surgery
 from attnzoo.heads import HeadEdit
 from attnzoo_kernels.errors import ConfigError, UnsupportedError
 from tests.attnzoo.surgery.conversions import REPLACED, convert_as
-from tests.attnzoo.surgery.families.encoder_hosts import PICTURES, TEXTS, encoder, inputs, said
 from tests.attnzoo.surgery.families.hosts import HOSTS
 from tests.attnzoo.surgery.tiny import assert_close, ids, logits, tiny
 

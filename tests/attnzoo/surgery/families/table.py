@@ -17,12 +17,17 @@ NAME = "hosts"
 
 def table(hosts: Mapping[str, Host] = HOSTS) -> list[str]:
     """A row for each class of hosts, a column for each conversion, and why what is refused is."""
-    reasons = list(dict.fromkeys(why for host in hosts.values() for why in host.refused.values()))
+    refused = {name: {**host.refused, **_said_by_calls(host)} for name, host in hosts.items()}
+    reasons = list(dict.fromkeys(why for cells in refused.values() for why in cells.values()))
     lines = [f"| | {' | '.join(CELLS)} |", f"|---|{'---|' * len(CELLS)}"]
-    for name, host in hosts.items():
-        marks = [str(reasons.index(host.refused[cell]) + 1) if cell in host.refused else "yes" for cell in CELLS]
+    for name, why in refused.items():
+        marks = [str(reasons.index(why[cell]) + 1) if cell in why else "yes" for cell in CELLS]
         lines.append(f"| {name} | {' | '.join(marks)} |")
     return [*lines, "", "Refused, by number:", "", *(f"{n}. {why}" for n, why in enumerate(reasons, 1))]
+
+
+def _said_by_calls(host: Host) -> dict[str, str]:
+    return {cell: f"{why} (the first call says so)" for cell, why in host.at_call.items()}
 
 
 def main() -> None:

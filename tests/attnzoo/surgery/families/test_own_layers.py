@@ -8,45 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import attnzoo
 from attnzoo import surgery
 from attnzoo.policies import Streaming
 from attnzoo.surgery.lookalikes import lookalikes
+from tests.attnzoo.surgery.families.hosts.host import VOCAB
+from tests.attnzoo.surgery.families.hosts.modules import toy
 from tests.attnzoo.surgery.families.test_timm_like import vit
 from tests.attnzoo.surgery.tiny import assert_close, convert
 
 EXACT = 1e-10
-VOCAB = 31
-
-
-class Toy(nn.Module):
-    """Somebody's model: an embedding, two layers of the zoo with residuals, and a head."""
-
-    def __init__(self, variant: str = "mha", **options: Any) -> None:
-        super().__init__()
-        sizes: dict[str, Any] = {"dim": 32, "num_heads": 4, "num_kv_heads": 2, "bias": True, **options}
-        self.embed = nn.Embedding(VOCAB, 32)
-        self.layers = nn.ModuleList(attnzoo.create(variant, **sizes) for _ in range(2))
-        self.head = nn.Linear(32, VOCAB)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.embed(ids)
-        for layer in self.layers:
-            x = x + layer(x)
-        y: Tensor = self.head(x)
-        return y
-
-
-def toy(variant: str = "mha", **options: Any) -> Toy:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = Toy(variant, rotary=attnzoo.variants.mha.RotaryConfig(), **options)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.normal_(std=2 * parameter.shape[-1] ** -0.5 if parameter.dim() == 2 else 0.1)
-    return model.double().eval()
 
 
 IDS = torch.randint(0, VOCAB, (2, 40), generator=torch.Generator().manual_seed(3))

@@ -6,39 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch import nn
 
 import attnzoo
 from attnzoo import surgery
+from tests.attnzoo.surgery.families.hosts.modules import TimmAttention
 from tests.attnzoo.surgery.tiny import assert_close, convert
 
 EXACT = 1e-10
 
 
-class Attention(nn.Module):
-    """What timm's looks like from outside."""
-
-    def __init__(self, norms: bool, bias: bool) -> None:
-        super().__init__()
-        self.num_heads, self.head_dim, self.scale, self.fused_attn = 3, 8, 8**-0.5, True
-        self.qkv = nn.Linear(24, 72, bias=bias)
-        self.q_norm = nn.LayerNorm(8) if norms else nn.Identity()
-        self.k_norm = nn.LayerNorm(8) if norms else nn.Identity()
-        self.attn_drop = nn.Dropout(0.0)
-        self.norm = nn.LayerNorm(24) if norms else nn.Identity()
-        self.proj = nn.Linear(24, 24)
-        self.proj_drop = nn.Dropout(0.0)
-
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-        batch, tokens, width = x.shape
-        q, k, v = self.qkv(x).reshape(batch, tokens, 3, 3, 8).permute(2, 0, 3, 1, 4)
-        out = scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v, attn_mask=attn_mask)
-        y: Tensor = self.proj_drop(self.proj(self.norm(out.transpose(1, 2).reshape(batch, tokens, width))))
-        return y
-
-
-class DistanceAttention(Attention):
+class DistanceAttention(TimmAttention):
     """The same with weights of its own."""
 
     def __init__(self) -> None:
@@ -49,7 +27,7 @@ class DistanceAttention(Attention):
 def vit(norms: bool = False, bias: bool = True) -> nn.Sequential:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = nn.Sequential(Attention(norms, bias), nn.GELU(), Attention(norms, bias)).double().eval()
+        model = nn.Sequential(TimmAttention(norms, bias), nn.GELU(), TimmAttention(norms, bias)).double().eval()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.normal_(std=2 * parameter.shape[-1] ** -0.5 if parameter.dim() == 2 else 0.2)

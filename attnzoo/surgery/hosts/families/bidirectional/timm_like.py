@@ -123,7 +123,7 @@ def _weights(host: Any) -> Projections:
 def _reasons(host: Any) -> Mapping[Need, tuple[str, ...]]:
     """Why other weights cannot be given to a module."""
     norms = [name for name in ("q_norm", "k_norm", "norm") if not _is_nothing(getattr(host, name, None))]
-    weights = tuple(f"it has a {name}, for which no other projection can stand" for name in norms)
+    weights = tuple(f"it has a {name}, which needs merged heads with a norm of their own" for name in norms)
     return {Need.READING: (), Need.WEIGHTS: weights, Need.REPLACING: ()}
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 import transformers
+from tests.attnzoo.surgery.families.encoder_hosts import PICTURES, TEXTS, encoder, inputs, said
 from torch import Tensor
 
-from tests.attnzoo.surgery.families.encoder_hosts import PICTURES, TEXTS, encoder, inputs, said
 from tests.attnzoo.surgery.families.hosts import HOSTS, SIZES, WIDTH, randomise
 from tests.attnzoo.surgery.families.test_own_layers import IDS, toy
 from tests.attnzoo.surgery.families.test_timm_like import X, vit

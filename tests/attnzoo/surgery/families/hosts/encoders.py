@@ -1,15 +1,12 @@
-"""Tiny encoders of transformers with random weights, and the calls that are made of them.
-
-Letters: B batch, T tokens.
-"""
+"""Tiny encoders of transformers: of texts, and of pictures of 16 patches."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import (
     AlbertConfig,
     AlbertForMaskedLM,
@@ -25,7 +22,10 @@ from transformers import (
     ViTModel,
 )
 
-VOCAB = 61
+from tests.attnzoo.surgery.families.hosts.host import VOCAB, Host, Hosts
+from tests.attnzoo.surgery.families.hosts.modules import AHEAD
+
+HOSTS = Hosts()
 HEADS = 3
 WIDTH = 24
 
@@ -66,6 +66,17 @@ SITES = {"albert": 1}
 """Attention modules of a model, where they are not two."""
 
 
+_TITLES = {
+    "bert": ("BERT", "BertSelfAttention"),
+    "roberta": ("RoBERTa", "RobertaSelfAttention"),
+    "albert": ("ALBERT", "AlbertAttention"),
+    "distilbert": ("DistilBERT", "DistilBertSelfAttention"),
+    "vit": ("ViT", "ViT(Self)?Attention"),
+    "deit": ("DeiT", "DeiT(Self)?Attention"),
+}
+"""By name, what users call a class, and its attention class."""
+
+
 def encoder(name: str, *, dtype: torch.dtype = torch.float64, **more: Any) -> Any:
     """A host by its name, in evaluation mode."""
     model_class, config_class, settings = _CLASSES[name]
@@ -83,24 +94,8 @@ def encoder(name: str, *, dtype: torch.dtype = torch.float64, **more: Any) -> An
     return model.to(dtype).eval()
 
 
-def inputs(name: str, *, length: int = 20) -> dict[str, Tensor]:
-    """Arguments of a call: ids ``[2, T]``, or pictures of 16 patches."""
-    generator = torch.Generator().manual_seed(1)
-    if name in PICTURES:
-        return {"pixel_values": torch.randn(2, 1, 12, 12, generator=generator, dtype=torch.float64)}
-    return {"input_ids": torch.randint(1, VOCAB, (2, length), generator=generator)}
-
-
-def padding(length: int = 20) -> Tensor:
-    """A mask ``[2, T]`` as hosts take it, of an item with padding on the left and one on the right."""
-    mask = torch.ones(2, length, dtype=torch.int64)
-    mask[0, :5] = 0
-    mask[1, 13:] = 0
-    return mask
-
-
-def said(model: Any, **arguments: Tensor) -> Tensor:
-    """What a model says of each token: logits, or hidden states."""
-    out = model(**arguments)
-    found: Tensor = out.logits if hasattr(out, "logits") else out.last_hidden_state
-    return found
+CLASSES: dict[str, Host] = {}
+for _name, (_title, _attention) in _TITLES.items():
+    _more = {"generates": False, "pictures": _name in PICTURES, "sides": () if _name in PICTURES else ("left", "right")}
+    HOSTS.add(_title, _attention, AHEAD, **_more)(partial(encoder, _name))
+    CLASSES[_name] = HOSTS[_title]
