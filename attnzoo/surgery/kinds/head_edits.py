@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from attnzoo.reporting.choices import check_known
 from attnzoo.surgery.edits.edit import HeadEdit, as_edits, checked_edits
 from attnzoo.surgery.edits.edited import edited
+from attnzoo.surgery.edits.lasting.plain import from_plain, to_plain
+from attnzoo.surgery.edits.lasting.standing import EditsChange, StandingEdits, standing_edits
 from attnzoo.surgery.edits.places import HeadSite, place_of, why_no_place
-from attnzoo.surgery.edits.plain import from_plain, to_plain
-from attnzoo.surgery.edits.standing import EditsChange, StandingEdits, standing_edits
 from attnzoo.surgery.hosts.block import Need
 from attnzoo.surgery.hosts.site import Site
 from attnzoo.surgery.kinds.kind import REQUIRED, Kind, Order
@@ -41,8 +41,8 @@ class HeadEdits(Kind):
         return variant == VARIANT
 
     def options(self, variant: str) -> dict[str, Any]:
-        """The edits, which have no default."""
-        return {"edits": REQUIRED}
+        """The edits, which have no default, and whether they become part of the weights."""
+        return {"edits": REQUIRED, "fold": False}
 
     def reasons(self, module: nn.Module, site: Site, variant: str) -> tuple[str, ...]:
         """Why the outputs of a block's heads cannot be reached; whatever else stands there may stay."""
@@ -55,18 +55,8 @@ class HeadEdits(Kind):
 
     def prepare(self, order: Order) -> list[Change]:
         """Edits of the layers that have some, once all of them are known to fit."""
-        order.refuse_calibration()
-        for name in order.options:
-            check_known(name, self.options(order.variant), f"options for {order.variant!r}")
-        given = as_edits(order.options.get("edits"))
-        asked = {edit.layer for edit in given}
-        sites = [site for site in order.sites if site.layer in asked]
-        self.refuse(order.model, sites, order.variant)
-        places = {site.layer: place_of(order.model, site) for site in sites}
-        known = {site.layer for site in order.sites}
-        if not asked <= known:
-            layers = ", ".join(str(layer) for layer in sorted(known))
-            raise ConfigError(f"layer: expected one of {layers}, got {min(asked - known)}")
+        places = {place.layer: place for place in self.asked_places(order)}
+        given = as_edits(order.options["edits"])
         checked_edits(given, list(places.values()))
         # Whatever a context would refuse is refused before anything is changed.
         with edited(order.model, given, sites=list(places.values())):
@@ -80,6 +70,25 @@ class HeadEdits(Kind):
             for layer, edits in by_layer.items()
             if edits
         ]
+
+    def asked_places(self, order: Order) -> list[HeadSite]:
+        """The layers that have edits.
+
+        Raises:
+            ConfigError: If there are none, an option is unknown, or an edit is of a layer that is not asked for.
+            UnsupportedError: If the heads of a layer cannot be reached.
+        """
+        order.refuse_calibration()
+        for name in order.options:
+            check_known(name, self.options(order.variant), f"options for {order.variant!r}")
+        asked = {edit.layer for edit in as_edits(order.options.get("edits"))}
+        known = {site.layer for site in order.sites}
+        if not asked <= known:
+            layers = ", ".join(str(layer) for layer in sorted(known))
+            raise ConfigError(f"layer: expected one of {layers}, got {min(asked - known)}")
+        sites = [site for site in order.sites if site.layer in asked]
+        self.refuse(order.model, sites, order.variant)
+        return [place_of(order.model, site) for site in sites]
 
     def _standing(self, model: nn.Module, place: HeadSite, edits: Sequence[HeadEdit]) -> StandingEdits:
         """The edits with a number that no other of the block has."""

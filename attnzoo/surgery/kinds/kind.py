@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from attnzoo.factory import get_config
-from attnzoo.surgery.edits.standing import why_edits_go
+from attnzoo.surgery.edits.lasting.standing import why_edits_go
 from attnzoo.surgery.hosts import weights
 from attnzoo.surgery.hosts.block import Need
 from attnzoo.surgery.hosts.families.known import block_of

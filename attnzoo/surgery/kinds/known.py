@@ -11,6 +11,7 @@ from typing import Any
 from attnzoo.surgery.hosts.families.bidirectional.timm_like import HOST as TIMM
 from attnzoo.surgery.hosts.families.own import HOST as OWN
 from attnzoo.surgery.hosts.families.torch_mha import HOST as TORCH
+from attnzoo.surgery.kinds.folded_heads import FoldedHeads
 from attnzoo.surgery.kinds.head_edits import HeadEdits
 from attnzoo.surgery.kinds.kind import Kind
 from attnzoo.surgery.kinds.own_layers import OWN_KINDS, own_kind
@@ -21,10 +22,19 @@ from attnzoo.surgery.kinds.torch_modules import TorchLayers, TorchReading
 from attnzoo.surgery.kinds.weights import Latents, Weights
 from attnzoo_kernels.errors import ConfigError
 
-HEADS = HeadEdits()
+HEAD_KINDS = (FoldedHeads(), HeadEdits())
 REPLACING = Replacing()
 TORCH_KINDS = (TorchLayers(), TorchReading())
-KINDS: tuple[Kind, ...] = (Reading(), Remembering(), Latents(), Weights(), *OWN_KINDS, *TORCH_KINDS, HEADS, REPLACING)
+KINDS: tuple[Kind, ...] = (
+    Reading(),
+    Remembering(),
+    Latents(),
+    Weights(),
+    *OWN_KINDS,
+    *TORCH_KINDS,
+    *HEAD_KINDS,
+    REPLACING,
+)
 
 
 def kind_for(variant: str, options: dict[str, Any], hosts: Collection[str] = ()) -> Kind:
@@ -38,9 +48,10 @@ def kind_for(variant: str, options: dict[str, Any], hosts: Collection[str] = ())
     Raises:
         ConfigError: If blocks that are converted otherwise than others are to be converted at once with these.
     """
-    if HEADS.takes(variant, options):
-        # Heads are edited alike wherever they are.
-        return HEADS
+    # Heads are edited alike wherever they are.
+    edits = next((kind for kind in HEAD_KINDS if kind.takes(variant, options)), None)
+    if edits is not None:
+        return edits
     apart = next((host for host in (OWN, TIMM, TORCH) if host in hosts), None)
     if apart is not None and len(hosts) > 1:
         others = ", ".join(sorted(set(hosts) - {apart}))

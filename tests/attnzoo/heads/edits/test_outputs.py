@@ -44,9 +44,10 @@ def test_an_edit_multiplies_and_adds_to_its_heads_alone(model: Any) -> None:
 
 
 def test_a_kv_head_stands_for_its_group(model: Any) -> None:
-    scale = torch.randn(1, WIDTH, dtype=torch.float64)
-    found = outputs(model, ids(2, 7), [HeadEdit(0, 1, scale=scale, kv=True)])
-    expected = outputs(model, ids(2, 7), [HeadEdit(0, slice(3, 6), scale=scale.expand(3, -1))])
+    scale = torch.randn(2, WIDTH, dtype=torch.float64)
+    found = outputs(model, ids(2, 7), [HeadEdit(0, [1, 0], scale=scale, kv=True)])
+    each = torch.stack([scale[0]] * 3 + [scale[1]] * 3)
+    expected = outputs(model, ids(2, 7), [HeadEdit(0, [3, 4, 5, 0, 1, 2], scale=each)])
     assert all(torch.equal(found[layer], expected[layer]) for layer in expected)
 
 
@@ -94,8 +95,10 @@ def test_rows_are_chosen_by_call_by_mask_and_by_the_last_token(model: Any, side:
 
 def test_the_last_token_is_not_guessed(model: Any) -> None:
     edit = HeadEdit(0, 3, ablate="zero", where="last")
-    with heads.edited(model, edit), pytest.raises(UnsupportedError, match="call of a part"):
-        model.model(ids(1, 4))
+    with heads.edited(model, edit):
+        logits(model, ids(1, 4))
+        with pytest.raises(UnsupportedError, match="call of a part"):
+            model.model(ids(1, 4))
 
 
 def test_edits_that_change_nothing_leave_no_hook_and_the_rest_leaves_none_behind(model: Any) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.attnzoo.surgery.families.encoder_hosts import encoder, inputs, said
 
 from attnzoo import heads, surgery
 from attnzoo.heads import HeadEdit, KeyBias
@@ -107,6 +108,40 @@ def test_trained_tensors_are_saved_as_they_are_now(tmp_path: Path) -> None:
     folder = surgery.save(model, tmp_path / "model", adapter_only=True)
     loaded, _ = surgery.load(folder, base=tiny(**HOST))
     assert torch.equal(logits(loaded, ids(1, 5)), logits(model, ids(1, 5)))
+
+
+@pytest.mark.parametrize("adapter_only", [False, True])
+def test_offsets_fold_where_the_hosts_class_has_no_bias(adapter_only: bool, tmp_path: Path) -> None:
+    edits = [EDITS[0], HeadEdit(1, 1, kv=True, ablate="mean", value=torch.ones(3, 16)[:1])]
+    model = tiny(**HOST)
+    before = snapshot(model)
+    with heads.edited(model, edits):
+        expected = logits(model, ids(2, 8))
+    report = surgery.convert(model, "heads", edits=edits, fold=True)
+    found = logits(model, ids(2, 8))
+    assert_close(found, expected, 1e-5)
+    assert "model.layers.0.self_attn.o_proj.bias" in model.state_dict()
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    folder = surgery.save(model, tmp_path / "model", adapter_only=adapter_only)
+    loaded, _ = surgery.load(folder, base=tiny(**HOST) if adapter_only else None)
+    assert torch.equal(logits(loaded, ids(2, 8)), found)
+    report.undo()
+    assert_untouched(model, before)
+    with pytest.raises(UnsupportedError, match=r"edits\[1\]: where='last'"):
+        surgery.convert(model, "heads", edits=EDITS, fold=True)
+    assert_untouched(model, before)
+
+
+def test_a_fold_outside_of_the_block_is_saved_too(tmp_path: Path) -> None:
+    model = encoder("bert", dtype=torch.float32)
+    edit = HeadEdit(1, 2, scale=-1.0, offset=torch.ones(8))
+    with heads.edited(model, edit), torch.no_grad():
+        expected = said(model, **inputs("bert"))
+    surgery.convert(model, "heads", edits=edit, fold=True)
+    folder = surgery.save(model, tmp_path / "model", adapter_only=True)
+    loaded, _ = surgery.load(folder, base=encoder("bert", dtype=torch.float32))
+    with torch.no_grad():
+        assert_close(said(loaded, **inputs("bert")), expected, 1e-5)
 
 
 def test_what_a_recipe_says_must_fit(tmp_path: Path) -> None:
