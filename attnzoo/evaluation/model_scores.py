@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from attnzoo.base.recording import has_layers, record
 from attnzoo.evaluation.decoding import Continuation, mean_of_plans
+from attnzoo.reporting.warn import silent
 from attnzoo_kernels.errors import ConfigError
 
 Progress = Callable[[str, int, int], None]
@@ -90,7 +91,9 @@ def score(model: Any, windows: Tensor, *, progress: Progress | None = None) -> S
                 logits, density = _watched(sequence, window)
                 probe = logits[-PROBE_ROWS:].clone()
             else:
-                logits = model(window.unsqueeze(0), use_cache=False).logits[0].float()
+                # Of a policy that chooses behind a prompt the table says that one forward says nothing.
+                with silent():
+                    logits = model(window.unsqueeze(0), use_cache=False).logits[0].float()
             nll.append(float(cross_entropy(logits[:-1], window[1:])))
         if progress is not None:
             progress("scoring", done + 1, len(windows))

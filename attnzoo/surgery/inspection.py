@@ -11,14 +11,13 @@ from torch import nn
 from attnzoo.reporting.tables import Grid, lines
 from attnzoo.reporting.warn import warn_caller
 from attnzoo.surgery import sites
-from attnzoo.surgery.hosts.families.known import known_classes
 from attnzoo.surgery.hosts.site import Site
 from attnzoo.surgery.kinds import kind_for
 from attnzoo.surgery.kinds.head_edits import VARIANT as HEADS
 from attnzoo.surgery.kinds.policy import VARIANT as POLICY
 from attnzoo.surgery.kinds.reading import READ_VARIANTS
 from attnzoo.surgery.kinds.weights import VARIANT as LOW_RANK
-from attnzoo.surgery.lookalikes import lookalikes, unknown
+from attnzoo.surgery.lookalikes import known_near, lookalikes, unknown
 from attnzoo.surgery.replacements import REPLACEMENTS
 from attnzoo.surgery.report import WIDTH
 from attnzoo_kernels.errors import UnsupportedError
@@ -97,7 +96,7 @@ def find(model: nn.Module) -> tuple[Site, ...]:
     """
     found = lookalikes(model)
     if found:
-        warn_caller(f"model: {'; '.join(unknown(found))}; known are {', '.join(known_classes())}")
+        warn_caller(f"model: {'; '.join(unknown(found))}; {known_near(found)}")
     return sites.find(model)
 
 

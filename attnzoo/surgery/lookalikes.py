@@ -9,10 +9,13 @@ from typing import NoReturn
 
 from torch import nn
 
+from attnzoo.reporting.choices import nearest
 from attnzoo.surgery.hosts.families.known import REFUSED, is_block, known_classes
 from attnzoo_kernels.errors import ConfigError
 
 _CLASS = re.compile(r"attention|attn", re.IGNORECASE)
+NEAR = 4
+"""Names of known classes in a warning."""
 _PLACE = re.compile(r"(self_|cross_)?(attn|attention)")
 
 
@@ -50,6 +53,14 @@ def unknown(found: Mapping[tuple[str, str], int]) -> list[str]:
     return [
         f"not known, and left alone: {count} {name} at {place}{_why(name)}" for (name, place), count in found.items()
     ]
+
+
+def known_near(found: Mapping[tuple[str, str], int]) -> str:
+    """In words how many classes are known, and which come nearest to what :func:`lookalikes` gives."""
+    known = known_classes()
+    near = list(dict.fromkeys(name for kind, _ in found for name in nearest(kind, known)))[:NEAR]
+    like = f", such as {', '.join(near)}" if near else ""
+    return f"{len(known)} classes are known{like}; docs/surgery.md has them all"
 
 
 def refuse_unknown(model: nn.Module) -> NoReturn:

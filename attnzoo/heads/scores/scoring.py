@@ -27,6 +27,7 @@ from attnzoo.heads.scores.scored_sites import scored_sites
 from attnzoo.reporting.choices import check_choice
 from attnzoo.surgery.capture import watched
 from attnzoo.surgery.hosts.calls import AttentionCall
+from attnzoo.surgery.hosts.families.known import block_of
 from attnzoo.surgery.hosts.site import Site
 from attnzoo.surgery.lowrank.calibration import evaluating
 from attnzoo_kernels.errors import ConfigError
@@ -99,6 +100,7 @@ def score_heads(
         raise ConfigError(f"cases: expected None, got some for {method!r}, which needs no data")
     for name, value, least in (("length", length, 2), ("repeats", repeats, 2), ("batch", batch, 1)):
         check_int(name, value, least)
+    _check_positions(model, sites, length * repeats)
     ids = repeated_tokens(model, length=length, repeats=repeats, batch=batch, seed=seed)
     about |= {"length": length, "repeats": repeats, "batch": batch, "seed": seed}
     places: Tensor | None = None
@@ -107,6 +109,20 @@ def score_heads(
     with torch.no_grad(), evaluating(model):
         found = scores_on(model, sites, ids, length, METHODS[method], progress=progress, places=places)
     return HeadScores(found, sites[0].kv_heads, about)
+
+
+def _check_positions(model: Any, sites: Sequence[Site], tokens: int) -> None:
+    """Raises where positions are learned, and are fewer than the tokens of a sequence.
+
+    Raises:
+        ConfigError: If so.
+    """
+    most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    rotates = any(block_of(model.get_submodule(site.path)).planes is not None for site in sites)
+    if most is not None and tokens > most and not rotates:
+        raise ConfigError(
+            f"length: expected length * repeats of at most {most}, the positions that the model has, got {tokens}"
+        )
 
 
 def scores_on(

@@ -20,12 +20,14 @@ from attnzoo.base.editing.reads import edits_among
 from attnzoo.base.evicting.policy import PolicyAttention
 from attnzoo.base.layer import AttentionInputs, AttentionLayer
 from attnzoo.base.recording import RULE
+from attnzoo.reporting.warn import warn_caller
 from attnzoo.surgery.hosts.attending import attend_by, attend_densely
 from attnzoo.surgery.hosts.caches.evicting_calls import HELD, attend_held, evicting_layer_for
 from attnzoo.surgery.hosts.calls import AROUND, CACHE_NAMES, AttentionCall, read_call
 from attnzoo.surgery.hosts.geometry import Geometry as Geometry
 from attnzoo.surgery.hosts.geometry import geometry_of as geometry_of
 from attnzoo.surgery.hosts.geometry import rule_of
+from attnzoo.surgery.hosts.positions import tables_as_given
 from attnzoo_kernels.errors import ShapeError, UnsupportedError
 
 NAME = "attnzoo"
@@ -39,6 +41,7 @@ class ReadPattern:
         layer: A layer without weights whose plan is followed.
         evict: Whether caches hold no more than the rule can read, where they are made for the block.
         planes: Which values of a head the host turns against each other, as :class:`Block` says it.
+        tables: What makes cosines and sines of the host's own tables, likewise.
         keeps_all: Whether caches must keep every slot, because the rule counts from the first.
     """
 
@@ -46,6 +49,7 @@ class ReadPattern:
     evict: bool = True
     planes: Literal["halves", "neighbours"] | None = "halves"
     keeps_all: bool = False
+    tables: Callable[[tuple[Tensor, Tensor]], tuple[Tensor, Tensor]] = tables_as_given
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -145,7 +149,19 @@ def _prepare_block(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tupl
             return args, {**kwargs, HELD: held}
         index: Any = module.layer_idx
         let_grow(cache, index, keeps_all=pattern is not None and pattern.keeps_all)
+    if pattern is not None and all(kwargs.get(name) is None for name in CACHE_NAMES):
+        _warn_without_cache(pattern)
     return None
+
+
+def _warn_without_cache(pattern: ReadPattern) -> None:
+    """Warns of a call in which a policy says nothing, because nothing is remembered."""
+    policy = pattern.layer.policy if isinstance(pattern.layer, PolicyAttention) else None
+    if policy is not None and (policy.compacts or policy.reads_pages) and not torch.compiler.is_compiling():
+        warn_caller(
+            f"use_cache: expected a cache, whose rows {policy.name!r} chooses, got none: such a call reads everything, "
+            "as without the policy"
+        )
 
 
 def let_grow(cache: Any, index: int, *, keeps_all: bool = False) -> None:

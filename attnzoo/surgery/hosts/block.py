@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from attnzoo.base.rope import RotaryConfig
 from attnzoo.reporting.warn import warn_caller
 from attnzoo.surgery.hosts import attention_function
+from attnzoo.surgery.hosts.positions import tables_as_given
 from attnzoo.surgery.hosts.projections import Projections
 
 ROLES = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -73,6 +74,7 @@ class Block:
         dropout: Share of attention weights that the host drops in training.
         products: Whether ``project`` and ``output`` are the products with the four ``projections``, and no more.
         output_dropout: Share of outputs that the block itself drops in training.
+        tables: What makes cosines and sines of all planes, twice, ``[B|1, T, Dr]``, of the host's own tables of a call.
         numbers: What the host numbers where its caller gives no positions: slots, padding among them, or each item's
             tokens alone.
         output_path: The path, from the block, of the module that is called with the outputs of all heads
@@ -103,6 +105,7 @@ class Block:
     dropout: float = 0.0
     finish: Callable[[Any, Tensor, Tensor], Tensor] | None = None
     output_dropout: float = 0.0
+    tables: Callable[[tuple[Tensor, Tensor]], tuple[Tensor, Tensor]] = tables_as_given
     numbers: Literal["slots", "tokens"] = "slots"
     output_path: str | None = "o_proj"
     output_outside: bool = False

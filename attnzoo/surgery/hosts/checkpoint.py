@@ -9,7 +9,7 @@ import hashlib
 import importlib.util
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import reduce
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,7 +21,7 @@ from attnzoo.reporting.warn import warn_caller
 from attnzoo.surgery.hosts import folders
 from attnzoo.surgery.hosts.folders import read_json as read_json
 from attnzoo.surgery.hosts.folders import refuse_pickle as refuse_pickle
-from attnzoo.surgery.hosts.weights import FLOATING, check_fit
+from attnzoo.surgery.hosts.weights import FLOATING, check_fit, named_as
 from attnzoo_kernels.errors import ConversionError
 
 T = TypeVar("T")
@@ -302,7 +302,7 @@ def named_as_model(model: Any, tensors: Mapping[str, T]) -> dict[str, T]:
         ConversionError: If one is missing or too many.
     """
     own = model.state_dict(keep_vars=True)
-    found = _named_as(model, own, tensors)
+    found = named_as(model, own, tensors)
     given = set(found)
     # One name of a tied tensor is enough, none is not.
     shared = {name: set(names) for names in shared_names(model) for name in names}
@@ -311,26 +311,6 @@ def named_as_model(model: Any, tensors: Mapping[str, T]) -> dict[str, T]:
     if missing or unexpected:
         word, names = ("missing", missing) if missing else ("unexpected", unexpected)
         raise ConversionError(f"weights: {word} {names[0]!r} and {len(names) - 1} more{_tie_hint(missing)}")
-    return found
-
-
-def _named_as(model: Any, own: Iterable[str], tensors: Mapping[str, T]) -> dict[str, T]:
-    """Tensors by the model's own names, without those that its class ignores, as transformers reads them."""
-    names = set(own)
-    prefix = model.base_model_prefix
-    # Buffers that older versions stored, and what the class lists.
-    ignored = [
-        *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()),
-        r"rotary_emb\.inv_freq",
-        r"(^|\.)position_ids$",
-    ]
-    found = {}
-    for name, x in tensors.items():
-        longer = f"{prefix}.{name}"
-        if name not in names and longer in names and longer not in tensors:
-            found[longer] = x
-        elif name in names or not any(re.search(pattern, name) for pattern in ignored):
-            found[name] = x
     return found
 
 

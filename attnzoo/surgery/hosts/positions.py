@@ -123,6 +123,11 @@ def real_slots(real: Tensor | None, before: Tensor | None, first: int, tokens: i
     return real
 
 
+def tables_as_given(tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Cosines and sines ``[B|1, T, Dr]`` of a host that has them so: those of all planes, twice."""
+    return tables
+
+
 def unrotated(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
     """Heads ``[B, h, T, D]`` before the host rotated their leading values.
 

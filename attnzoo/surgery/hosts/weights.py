@@ -3,17 +3,23 @@
 A replacement is built from what a weight says about itself: its values, dtype and device. Of a weight that is
 offloaded, packed, sharded or computed from others these say something else, and the result would be garbage without a
 word. Conversions of what is read do not ask: they leave the modules and their weights alone.
+
+Weights that come from files must fit a model's own: by name, shape and kind.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import importlib.util
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from attnzoo_kernels.errors import ConversionError, UnsupportedError
+
+T = TypeVar("T")
 
 CONV1D = "transformers.pytorch_utils.Conv1D"
 """A product whose weight is stored ``[in, out]``, as GPT-2 has it."""
@@ -128,3 +134,43 @@ def check_fit(own: Mapping[str, Tensor], tensors: Mapping[str, Any]) -> None:
         if own[name].is_floating_point() and x.dtype not in FLOATING:
             names = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATING)
             raise ConversionError(f"weights: {name}: expected {names}, got {x.dtype}; quantised weights are not read")
+
+
+def named_as(model: Any, own: Iterable[str], tensors: Mapping[str, T]) -> dict[str, T]:
+    """Tensors by the model's own names, without those that its class ignores, as transformers reads them."""
+    names = set(own)
+    prefix = model.base_model_prefix
+    # Buffers that older versions stored, and what the class lists.
+    ignored = [
+        *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()),
+        r"rotary_emb\.inv_freq",
+        r"(^|\.)position_ids$",
+    ]
+    found = {}
+    renamed = _renaming(model) if set(tensors) - names else str
+    for name, x in tensors.items():
+        if name not in names:
+            name = next((own for own in (renamed(name), renamed(f"{prefix}.{name}")) if own in names), name)
+        longer = f"{prefix}.{name}"
+        if name not in names and longer in names and longer not in tensors:
+            found[longer] = x
+        elif name in names or not any(re.search(pattern, name) for pattern in ignored):
+            found[name] = x
+    return found
+
+
+def _renaming(model: Any) -> Callable[[str], str]:
+    """What gives a tensor of a file its name of now, where transformers has changed names."""
+    if importlib.util.find_spec("transformers.conversion_mapping") is None:
+        return str
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    steps = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)]
+
+    def rename(name: str) -> str:
+        for step in steps:
+            name = str(step.rename_source_key(name)[0])
+        return name
+
+    return rename

@@ -97,7 +97,7 @@ class Remembering(Kind):
             rotary=None,
             scale=block.scale,
         )
-        pattern = ReadPattern(PolicyAttention.without_weights(config, policy), planes=block.planes)
+        pattern = ReadPattern(PolicyAttention.without_weights(config, policy), planes=block.planes, tables=block.tables)
         values = self.values(module)
         entry = {"path": site.path, "kind": self.word, "variant": VARIANT, "policy": policy.settings()}
         return Change(SiteReport(site, values, values), entry, pattern=pattern)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -218,3 +219,20 @@ def test_a_fresh_model_is_trained_without_a_cache_under_a_policy() -> None:
         out = model(tokens, use_cache=False)
         (expected,) = torch.autograd.grad(out.logits.square().sum(), model.model.embed_tokens.weight)
     assert_close(grad, expected, 1e-11)
+
+
+@pytest.mark.parametrize("uses_cache", [False, True])
+def test_a_call_without_a_cache_in_which_a_policy_chooses_nothing_says_so(uses_cache: bool) -> None:
+    model = host_of()
+    tokens = ids(1, 20)
+    chooses = policies.KNorm(budget=8, sink=1, window=2)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        with policies.applied(model, chooses):
+            model.generate(tokens, use_cache=uses_cache, max_new_tokens=2, do_sample=False)
+        # What follows from place alone is followed without a cache too.
+        with policies.applied(model, POLICY):
+            logits(model, tokens, use_cache=False)
+    said = [str(warning.message) for warning in found if "use_cache" in str(warning.message)]
+    assert bool(said) is not uses_cache
+    assert all("'knorm'" in text for text in said)

@@ -25,7 +25,7 @@ def allocated(work: Callable[[], Any]) -> tuple[int, int]:
     """Bytes that torch's allocator has given and not got back when a piece of work is done, and the most meanwhile."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
         kept = work()
-    raw = prof.profiler.kineto_results.events()  # type: ignore[union-attr]
+    raw = prof.profiler.kineto_results.events()
     events = sorted((event for event in raw if event.name() == "[memory]"), key=lambda event: event.start_ns())
     now = most = 0
     for event in events:

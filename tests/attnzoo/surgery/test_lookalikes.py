@@ -104,6 +104,16 @@ def test_no_door_says_zero_or_points_in_a_circle(name: str) -> None:
             assert f"{type(model).__name__} has no module that says attention" in said
 
 
+def test_a_warning_names_the_nearest_classes_and_says_how_many_there_are() -> None:
+    with pytest.warns(UserWarning, match="not known") as found:
+        surgery.find(MODELS["bloom"][0]())
+    (warning,) = found
+    said = str(warning.message)
+    assert f"{len(known_classes())} classes are known, such as" in said
+    assert 1 <= sum(name in said for name in known_classes()) <= 4
+    assert len(said) < 400
+
+
 def test_nothing_is_calibrated_where_there_is_no_site() -> None:
     model = MODELS["bloom"][0]()
     with pytest.raises(ConfigError, match="sites: expected at least one"):

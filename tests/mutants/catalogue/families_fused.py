@@ -53,4 +53,20 @@ MUTANTS = (
         old="if real is None or self.numbers == \"slots\":", new="if True:",
         wrong="padding counts where a host numbers tokens alone", tests=f"{TESTS} -k by_its_mask",
     ),
+    Mutant(
+        "gptj-sines-for-cosines", file=f"{FAMILIES}/gptj.py", old="sin, cos = tables", new="cos, sin = tables",
+        wrong="merged heads of a host whose tables begin with sines are rotated by others", tests=f"{TESTS} -k 'gptj and (turned_back or without_loss)'",
+    ),
+    Mutant(
+        "gptj-tables-of-policies", file="attnzoo/surgery/hosts/caches/evicting_calls.py", old="pattern.tables(tables)", new="tables",
+        wrong="a policy that scores what is unrotated takes sines for cosines", tests=f"{TESTS} -k 'gptj and retaining'",
+    ),
+    fused(
+        "fused-window-forgotten", old='window=getattr(host.config, "sliding_window", None),', new="window=None,",
+        wrong="a block's own window is not said, and lost by what replaces it", tests="tests/attnzoo/surgery/families/test_conformance.py -k 'Phi-3 and window and refused'",
+    ),
+    Mutant(
+        "starcoder2-drops-nothing", file=f"{FAMILIES}/llama.py", old='return float(getattr(host, "residual_dropout", 0.0))', new="return 0.0",
+        wrong="outputs that the host drops in training are not", tests=f"{TESTS} -k starcoder2",
+    ),
 )  # fmt: skip

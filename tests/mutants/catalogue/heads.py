@@ -54,4 +54,8 @@ MUTANTS = (
     capture(
         "capture-outer-lost", old="call = replace(call, answer=answer)", new="pass", wrong="the outer of two contexts is not asked", within="_ask",
     ),
+    Mutant(
+        "scores-beyond-positions", file="attnzoo/heads/scores/scoring.py", old="tokens > most and not rotates", new="False and not rotates",
+        wrong="more tokens than learned positions end in an index out of range", tests="tests/attnzoo/heads/scores/test_scores.py -k learned",
+    ),
 )  # fmt: skip

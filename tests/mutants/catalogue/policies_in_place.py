@@ -46,4 +46,8 @@ MUTANTS = (
         "policy-any-cache", old="    if policy is not None and pattern.evict:\n", new="    if False:\n",
         wrong="a cache that cannot follow the policy keeps everything silently",
     ),
+    Mutant(
+        "policy-silent-without-cache", file="attnzoo/surgery/hosts/attention_function.py", old="        _warn_without_cache(pattern)\n", new="        pass\n",
+        wrong="a call without a cache reads everything, and nobody is told", tests="tests/attnzoo/policies/test_applied.py -k says_so",
+    ),
 )  # fmt: skip

@@ -61,11 +61,11 @@ MUTANTS = (
         wrong="codes of quantised weights are cast into weights", tests=f"{TESTS}/hosts/test_folders.py -k codes",
     ),
     checkpoint(
-        "checkpoint-inv-freq", old='        r"rotary_emb\\.inv_freq",\n', new="",
+        "checkpoint-inv-freq", file="attnzoo/surgery/hosts/weights.py", old='        r"rotary_emb\\.inv_freq",\n', new="",
         wrong="checkpoints of older versions are refused", tests=f"{TESTS}/hosts/test_folders.py -k older",
     ),
     checkpoint(
-        "checkpoint-class-ignores", old='*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())', new="*()",
+        "checkpoint-class-ignores", file="attnzoo/surgery/hosts/weights.py", old='*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())', new="*()",
         wrong="what a class ignores is refused", tests=f"{TESTS}/hosts/test_folders.py -k class",
     ),
     checkpoint(
@@ -138,4 +138,12 @@ MUTANTS = (
     layers("layers-open-end", old="last = max(first, count - 1) if open_ended", new="last = first if open_ended", wrong="8- is 8 alone"),
     layers("layers-last-of-span", old="range(first, last + 1)", new="range(first, max(last, first + 1))", wrong="the last layer of a span is left out"),
     layers("layers-beyond", old="if max(first, last) >= count:", new="if max(first, last) > count:", wrong="a layer behind the last is accepted"),
+    Mutant(
+        "files-names-of-before", file="attnzoo/surgery/hosts/weights.py", old="renamed = _renaming(model) if set(tensors) - names else str", new="renamed = str",
+        wrong="names that transformers has changed since are not read", tests="tests/attnzoo/surgery/test_own_classes.py -k 'whole and images'",
+    ),
+    Mutant(
+        "files-causal-anyway", file="attnzoo/surgery/hosts/checkpoint.py", old="    if is_model and isinstance(", new="    if False and isinstance(",
+        wrong="every model is built as a causal one", tests="tests/attnzoo/surgery/test_own_classes.py -k 'whole and texts'",
+    ),
 )  # fmt: skip

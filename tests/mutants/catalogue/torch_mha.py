@@ -65,4 +65,12 @@ MUTANTS = (
         wrong="torch's fused layer computes plain attention whatever is inside",
         tests="tests/attnzoo/surgery/hosts/test_torch_mha.py -k 'undo or nested'",
     ),
+    Mutant(
+        "torch-refusals-untold",
+        file="attnzoo/surgery/kinds/torch_modules.py",
+        old="return (*refused, *super()",
+        new="return (*super()",
+        wrong="a table says that modules can become what is refused",
+        tests="tests/attnzoo/surgery/hosts/test_torch_mha.py -k none_for_these",
+    ),
 )

@@ -5,6 +5,7 @@ Letters: B batch, T tokens of a call, H query heads, G KV heads, D width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal, Protocol, TypeGuard, runtime_checkable
 
@@ -38,6 +39,10 @@ class Pattern(Protocol):
     @property
     def evict(self) -> bool:
         """Whether a layer of a cache that is empty may become one that evicts."""
+
+    @property
+    def tables(self) -> Callable[[tuple[Tensor, Tensor]], tuple[Tensor, Tensor]]:
+        """What makes cosines and sines of the host's own tables."""
 
     @property
     def planes(self) -> Literal["halves", "neighbours"] | None:
@@ -80,7 +85,8 @@ def evicting_layer_for(module: nn.Module, pattern: Pattern, cache: Any, call: tu
         evicting.let_evict(cache, index, layer)
         found = evicting.evicting_layer(cache, index, layer)
     if found is not None and policy is not None and "score" in policy.needs:
-        found.rotation = call[1].get("position_embeddings")
+        tables = call[1].get("position_embeddings")
+        found.rotation = None if tables is None else pattern.tables(tables)
         found.planes = pattern.planes
     if policy is not None and pattern.evict:
         evicting.check_policy_layer(cache, index, policy, module, found)

@@ -42,6 +42,7 @@ class GroupedAttention(ReplacementModule):
         self.query_factor = p.scale / old.scale
         self.rotary = p.rotary
         self.planes = old.planes
+        self.tables = old.tables
         self.rope_type = old.rope_type
         self.attention_dropout = old.dropout
         self.output_dropout = old.output_dropout
@@ -75,6 +76,7 @@ class GroupedAttention(ReplacementModule):
             reply="pair",
             reasons=reasons_for(self),
             planes=self.planes,
+            tables=self.tables,
             dropout=self.attention_dropout,
             output_dropout=self.output_dropout,
         )
@@ -92,8 +94,9 @@ class GroupedAttention(ReplacementModule):
         q, k, v = self._project(hidden_states)
         if self.planes is not None and position_embeddings is not None:
             # The host's tables have each plane twice.
-            planes = position_embeddings[0].shape[-1] // 2
-            cos, sin = (table[..., :planes] for table in position_embeddings)
+            cos, sin = self.tables(position_embeddings)
+            planes = cos.shape[-1] // 2
+            cos, sin = cos[..., :planes], sin[..., :planes]
             q, k = (apply_rotary(x, cos, sin, self.planes == "neighbours") for x in (q, k))
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)

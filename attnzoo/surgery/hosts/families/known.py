@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import nn
 
 from attnzoo.surgery.hosts.block import Block, Family, ReplacementModule
-from attnzoo.surgery.hosts.families import fused, glm, llama, opt, own, torch_mha
+from attnzoo.surgery.hosts.families import fused, glm, gptj, llama, opt, own, torch_mha
 from attnzoo.surgery.hosts.families.bidirectional import encoders, timm_like
 from attnzoo.surgery.hosts.projections import Projections
 from attnzoo.surgery.hosts.site import Site
@@ -19,6 +19,7 @@ FAMILIES: tuple[Family, ...] = (
     llama.FAMILY,
     *fused.FAMILIES,
     glm.FAMILY,
+    gptj.FAMILY,
     opt.FAMILY,
     encoders.FAMILY,
     own.FAMILY,
@@ -26,10 +27,14 @@ FAMILIES: tuple[Family, ...] = (
     torch_mha.FAMILY,
 )
 
+_T5 = "it adds a learned bias for each distance to its scores, which needs an operation that does"
+
 REFUSED = {
     "BloomAttention": "it adds a bias for each distance to its scores (alibi), which needs an operation that does",
     "FalconAttention": "it does not attend through the attention interface of transformers, which conversions need",
-    "T5Attention": "it adds a learned bias for each distance to its scores, which needs an operation that does",
+    "T5Attention": _T5,
+    "T5LayerSelfAttention": _T5,
+    "T5LayerCrossAttention": _T5,
     "MptAttention": "it adds a bias for each distance to its scores (alibi), which needs an operation that does",
 }
 """Attention classes of which it is known why no family is built for them."""

@@ -39,6 +39,7 @@ CLASSES = (
     "Qwen3MoeAttention",
     "SmolLM3Attention",
     "StableLmAttention",
+    "Starcoder2Attention",
 )
 
 _NORMS = {"q_norm": 0, "k_norm": 1, "q_layernorm": 0, "k_layernorm": 1}
@@ -74,8 +75,9 @@ def describe(module: nn.Module) -> Block:
         window=_window(module),
         reply="pair",
         reasons=_reasons(module),
-        products=not _norms(module),
+        products=not _norms(module) and not _output_dropout(host),
         dropout=float(getattr(module, "attention_dropout", 0.0)),
+        output_dropout=_output_dropout(host),
         output_path=_names(module)["o_proj"],
     )
 
@@ -114,7 +116,12 @@ def _is_of_all_heads(host: Any, name: str) -> bool:
 
 def _output(host: Any, y: Tensor) -> Tensor:
     out: Tensor = (host.o_proj if "o_proj" in host._modules else host.dense)(y)
-    return out
+    return nn.functional.dropout(out, _output_dropout(host), host.training) if _output_dropout(host) else out
+
+
+def _output_dropout(host: Any) -> float:
+    """The share of outputs that a block drops itself, which few classes do."""
+    return float(getattr(host, "residual_dropout", 0.0))
 
 
 def _weights(module: nn.Module) -> Projections:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from attnzoo import surgery
 from attnzoo.heads import HeadScores, RetrievalCase, score_heads
@@ -46,6 +47,19 @@ def test_scores_are_those_of_plain_loops_over_eager_attention(family: str, monke
     named = score_heads(model, batch=2, seed=3, **SMALL)
     assert named.kinds == KINDS
     assert all(torch.equal(named[kind], found[kind]) for kind in KINDS)
+
+
+def test_more_tokens_than_learned_positions_are_refused_by_name() -> None:
+    config = GPT2Config(vocab_size=61, n_positions=32, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
+    with torch.random.fork_rng(devices=[]):
+        model = GPT2LMHeadModel(config)
+    with pytest.raises(ConfigError, match=r"^length: expected length \* repeats of at most 32.*got 800"):
+        score_heads(model)
+    assert score_heads(model, length=16, repeats=2).kinds == KINDS
+    # Rotations go on behind the trained length.
+    rotated = tiny()
+    rotated.config.max_position_embeddings = 16
+    assert score_heads(rotated, **SMALL).kinds == KINDS
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

@@ -14,10 +14,12 @@ from transformers import (
     Glm4Config,
     GlmConfig,
     GPT2Config,
+    GPTJConfig,
     GPTNeoXConfig,
     OPTConfig,
     Phi3Config,
     PreTrainedConfig,
+    Starcoder2Config,
 )
 
 import attnzoo
@@ -62,8 +64,9 @@ HOSTS: dict[str, PreTrainedConfig] = {
     "glm": GlmConfig(**SIZES, **GLM),
     "glm4": Glm4Config(**SIZES, **GLM),
     "opt": OPTConfig(**SIZES, ffn_dim=64, word_embed_proj_dim=48, dropout=0.0),
+    "gptj": GPTJConfig(**SIZES, rotary_dim=6),
 }
-MULTI_HEAD = ["gpt_neox", "gpt2", "opt"]
+MULTI_HEAD = ["gpt_neox", "gpt2", "opt", "gptj"]
 
 
 def host(name: str, *, attention: str = "sdpa") -> Any:
@@ -189,7 +192,7 @@ def test_heads_that_are_repeated_merge_without_loss(name: str) -> None:
     attention = block_in(model)
     p = weights_of(attention)
     twice: dict[str, Tensor] = {}
-    for role in ("k", "v", "k_bias", "v_bias"):
+    for role in ("k", "v") if p.k_bias is None else ("k", "v", "k_bias", "v_bias"):
         heads = getattr(p, role).detach().unflatten(0, (4, 12)).clone()
         heads[1::2] = heads[::2]
         twice[role] = heads.flatten(0, 1)
@@ -237,11 +240,36 @@ def test_queries_and_keys_are_turned_back_as_the_host_has_turned_them(name: str)
         logits(model, ids(2, 9))
     handle.remove()
     (call,) = seen
-    planes = {"phi3": "halves", "gpt_neox": "halves", "glm": "neighbours", "glm4": "neighbours"}.get(name)
+    neighbours = dict.fromkeys(("glm", "glm4", "gptj"), "neighbours")
+    planes = {"phi3": "halves", "gpt_neox": "halves", **neighbours}.get(name)
     assert block_of(attention).planes == planes
+    tables = None if planes is None else block_of(attention).tables(rotation[0])
     for x, expected in zip((call.q, call.k), call.unrotated, strict=True):
-        back = x if planes is None else unrotated(x, *rotation[0], interleaved=planes == "neighbours")
+        back = x if tables is None else unrotated(x, *tables, interleaved=planes == "neighbours")
         assert_close(back, expected, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["glm", "gptj"])
+def test_a_retaining_policy_is_shown_what_is_not_rotated(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = host(name)
+    seen: list[Any] = []
+    with watched(model, lambda site, call: seen.append(call), unrotated=True):
+        logits(model, ids(2, 9))
+    shown: list[tuple[Tensor, Tensor]] = []
+    own = policies.Locret.scores_of
+
+    def note(self: Any, q: Tensor, k: Tensor, v: Tensor) -> Any:
+        shown.append((q, k))
+        return own(self, q, k, v)
+
+    monkeypatch.setattr(policies.Locret, "scores_of", note)
+    kv_heads = block_of(block_in(model)).kv_heads
+    head = policies.RetainingHead.of_weights(torch.ones(3, (4 + 2 * kv_heads) * 12), torch.ones(kv_heads, 3))
+    with policies.applied(model, policies.Locret([head], budget=9, local=3)):
+        logits(model, ids(2, 9))
+    ((q, k),) = shown
+    for x, expected in zip((q, k), seen[0].unrotated, strict=True):
+        assert_close(x, expected, 1e-5)
 
 
 @pytest.mark.parametrize("name", HOSTS)
@@ -271,6 +299,19 @@ def test_what_gpt2_drops_in_training_is_dropped_or_refused() -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         dropped = latent.block().output(torch.ones(1, 50, 48))
+    assert 0.02 < float((dropped == 0).double().mean()) < 0.25
+
+
+def test_what_starcoder2_drops_of_its_outputs_is_dropped_by_what_replaces_it() -> None:
+    config = Starcoder2Config(**SIZES, num_key_value_heads=2, intermediate_size=64, residual_dropout=0.1)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    assert block_of(block_in(model)).output_dropout == 0.1
+    expected = logits(model, ids(1, 9))
+    convert(model, "lowrank_gqa", method="latent", latent_dim=48, calibration=calibration())
+    assert_close(logits(model, ids(1, 9)), expected, ROUNDED)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        dropped = block_in(model).train().block().output(torch.ones(1, 50, 48))
     assert 0.02 < float((dropped == 0).double().mean()) < 0.25
 
 

@@ -206,6 +206,14 @@ def test_what_cannot_be_is_refused_by_name_and_changes_nothing(case: str) -> Non
         surgery.convert(model, "mha", causality=True)
 
 
+def test_variants_that_are_none_for_these_modules_are_told_of_beside_the_others() -> None:
+    (reasons,) = surgery.inspect(nn.TransformerEncoderLayer(16, 2, 8, batch_first=True)).reasons
+    refused = {variant for variant, why in reasons.items() if why}
+    assert {"landmark", "lowrank_gqa", "policy"} <= refused
+    assert not {"mha", "s2", "moh", "longheads", "rcmha"} & refused
+    assert "no cache" in reasons["policy"][0]
+
+
 def test_weights_of_their_own_are_not_lost_by_another_conversion() -> None:
     model = encoder(1)
     surgery.convert(model, "rcmha")

@@ -193,6 +193,17 @@ def gpt_oss() -> Any:
 PARTIAL = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
 
 
+@HOSTS.add("Starcoder2", "Starcoder2Attention")
+def starcoder2() -> Any:
+    return causal("Starcoder2", use_bias=True)
+
+
+@HOSTS.add("GPT-J", "GPTJAttention")
+def gpt_j() -> Any:
+    # Half of a head is rotated.
+    return causal("GPTJ", leave=OF_LLAMAS, rotary_dim=4, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0)
+
+
 @HOSTS.add("Phi-3", "Phi3Attention")
 def phi3() -> Any:
     return causal("Phi3", rope_parameters=PARTIAL)

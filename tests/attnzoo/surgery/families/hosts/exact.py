@@ -41,11 +41,24 @@ class ExactRotary(nn.Module):
         return both.cos().to(x.dtype), both.sin().to(x.dtype)
 
 
+class ExactSines(nn.Module):
+    """GPT-J's tables from fp64 angles: sines and cosines of each plane."""
+
+    def __init__(self, rotary: Any) -> None:
+        super().__init__()
+        self.frequencies = 1e4 ** -(torch.arange(0, rotary.pos_embd_dim, 2).double() / rotary.pos_embd_dim)
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        angles = position_ids[..., None].double() * self.frequencies
+        return angles.sin().to(x.dtype), angles.cos().to(x.dtype)
+
+
 def make_exact(model: Any) -> Any:
     """Replaces what computes in fp32 whatever a model's dtype is."""
     for path, module in list(model.named_modules()):
         name = type(module).__name__
-        new = ExactNorm(module) if name.endswith("RMSNorm") else ExactRotary(module) if "RotaryEmb" in name else None
+        rotary = ExactSines if name == "GPTJRotaryEmbedding" else ExactRotary
+        new = ExactNorm(module) if name.endswith("RMSNorm") else rotary(module) if "RotaryEmb" in name else None
         if new is not None:
             parent, _, child = path.rpartition(".")
             setattr(model.get_submodule(parent), child, new)
