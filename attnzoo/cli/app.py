@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
-from functools import partial
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,9 +11,8 @@ from typing import Annotated, Any
 import typer
 
 import attnzoo
-from attnzoo.base.config import check_int
 from attnzoo.cli import screen, show_view
-from attnzoo.cli.models import encode, load_model, text_tokens
+from attnzoo.cli.models import load_model, text_tokens
 from attnzoo.cli.notices import Commands
 from attnzoo.cli.policies import PolicyCall, compare_policies
 from attnzoo.cli.progress import Bar
@@ -23,7 +21,7 @@ from attnzoo.evaluation.decoding import STEPS
 from attnzoo.evaluation.model_scores import cut_windows
 from attnzoo.evaluation.two_phase.presets import POLICY_PRESETS
 from attnzoo.reporting.choices import check_choice
-from attnzoo.reporting.outputs import check_writable, write_together
+from attnzoo.reporting.outputs import check_writable
 from attnzoo.reporting.tables import Grid
 from attnzoo_kernels.errors import ConfigError
 
@@ -99,48 +97,37 @@ def inspect(model: Model, as_json: JsonFlag = False) -> None:
 def heads_command(  # noqa: PLR0913  (a command line has one parameter for each option)
     model: Model,
     score: Annotated[
-        str, typer.Option(help="razor, which is induction and echo; one of these; or retrieval, of passkeys.")
+        str,
+        typer.Option(
+            help="razor, which is induction and echo; one of these; previous, duplicate, copying, successor; or "
+            "retrieval, of passkeys."
+        ),
     ] = "razor",
     top: Annotated[int, typer.Option(help="How many heads of each kind to name.")] = 10,
     length: Annotated[
         int | None, typer.Option(help="Tokens of one copy, 200 if not given; of a passkey's prompt, 400.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of random tokens, or of passkeys.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of random tokens, passkeys and random heads.")] = 0,
+    ablate: Annotated[
+        str | None, typer.Option(help="Try the model without the best heads, such as top:10, beside random others.")
+    ] = None,
     dtype: Annotated[
         str, typer.Option(help="Of the weights: float32, bfloat16, float16, float64, or auto, as they are stored.")
     ] = "auto",
     device: Annotated[str, typer.Option(help="cpu, or cuda with or without a number.")] = "cpu",
     picture: Annotated[Path | None, typer.Option(help="Draw all heads' scores: a .png, .pdf or .svg.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write OUT.json, OUT.md and OUT.png.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Scores a model's attention heads: which repeat, which copy, which retrieve. No data is needed."""
-    from attnzoo.evaluation.passkeys import passkey_cases
-    from attnzoo.heads.scores import picture as heads_picture
-    from attnzoo.heads.scores.retrieval_cases import RETRIEVAL
-    from attnzoo.heads.scores.scoring import METHODS, score_heads
+    from attnzoo.cli.heads import HeadsCall, score_model
 
-    check_choice("score", score, METHODS)
-    check_int("top", top, 1)
-    if picture is not None:
-        check_choice("picture", picture.suffix, (".png", ".pdf", ".svg"))
-        check_writable(picture, "picture")
+    call = HeadsCall(
+        model=model, score=score, top=top, length=length, seed=seed, ablate=ablate, picture=picture, out=out
+    )
+    call.check()
     found, tokenizer = load_model(model, dtype=dtype, device=device)
-    options: dict[str, Any] = {"seed": seed, "length": length or 200}
-    if score == RETRIEVAL:
-        options = {"cases": passkey_cases(partial(encode, tokenizer), length=length or 400, seed=seed)}
-    with Bar() as progress:
-        scores = score_heads(found, score, progress=progress, **options)
-    top = min(top, scores.layers * scores.heads)
-    if picture is not None:
-        draw = partial(heads_picture.picture, scores, f"{model}: {score} scores of heads", marked=top)
-        write_together(picture.with_suffix(""), {picture.suffix.removeprefix("."): draw})
-    if as_json:
-        best = {kind: [asdict(one) for one in scores.top(kind, top)] for kind in scores.kinds}
-        typer.echo(json.dumps({"model": model, "top": best, **scores.to_dict()}, indent=2))
-        return
-    screen.table(scores.grid(top))
-    if picture is not None:
-        screen.text(f"written: {picture}")
+    score_model(call, found, tokenizer, as_json=as_json)
 
 
 @app.command()

@@ -67,9 +67,14 @@ class RetrievalCase:
     @property
     def tokens(self) -> list[int]:
         """The needle's tokens."""
-        start, end = self.needle
-        found: list[int] = self.ids[start:end].tolist()
+        found: list[int] = self.needle_ids.tolist()
         return found
+
+    @property
+    def needle_ids(self) -> Tensor:
+        """The needle's tokens, int64 ``[n]``."""
+        start, end = self.needle
+        return self.ids[start:end]
 
 
 @dataclass(frozen=True, eq=False)

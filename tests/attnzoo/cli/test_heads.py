@@ -11,7 +11,11 @@ import pytest
 import torch
 
 import attnzoo.cli.app
+import attnzoo.cli.heads
+from attnzoo import heads
 from attnzoo.cli.models import encode
+from attnzoo.evaluation.heads.knockout import knock_out
+from attnzoo.evaluation.heads.word_classes import WORDS, word_classes
 from attnzoo.evaluation.passkeys import passkey_cases
 from attnzoo.heads import RetrievalCase
 from attnzoo.heads.scores import retrieval_cases
@@ -63,11 +67,14 @@ def test_retrieval_is_of_passkeys(run: Any, folder: Path, monkeypatch: pytest.Mo
     [
         (
             ("--score", "echos"),
-            "score: expected one of razor, induction, echo, previous, duplicate, retrieval, got 'echos'; did you mean",
+            "score: expected one of razor, induction, echo, previous, duplicate, retrieval, copying, successor, got",
         ),
         (("--top", 0), "top: expected an int"),
         (("--length", 1), "length: expected an int"),
         (("--length", 20, "--score", "retrieval"), "length: expected at least"),
+        (("--ablate", "best:3"), "ablate: expected top:COUNT, such as top:10, got 'best:3'"),
+        (("--ablate", "top:0"), "ablate: expected top:COUNT"),
+        (("--length", 5, "--ablate", "top:7"), "ablate: expected at most 6 heads"),
         (("--picture", "map.txt"), "picture: expected one of .png, .pdf, .svg, got '.txt'"),
     ],
 )
@@ -86,6 +93,55 @@ def test_a_picture_that_has_no_place_is_said_before_the_work(
     code, _, err = run("heads", folder, "--picture", tmp_path / "file" / "map.png")
     assert code == 2
     assert err.startswith("attnzoo: picture: expected a place in a folder")
+
+
+def test_heads_are_tried_without_the_best_of_them(
+    run: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attnzoo.cli.heads, "PROMPT", 200)
+    monkeypatch.setattr(attnzoo.cli.heads, "TEXT_TOKENS", 40)
+    out = tmp_path / "found"
+    code, told, err = run("heads", folder, "--score", "echo", "--length", 5, "--ablate", "top:4", "--out", out)
+    assert code == 0, err
+    assert "With outputs of heads at 0" in told
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".md", ".png"]
+    written = json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))
+    intact, best, *others = written["knockouts"]
+    assert intact["heads"] == []
+    assert best["heads"] == [[one["layer"], one["head"]] for one in written["top"]["echo"][:4]]
+    assert len(others) == 3
+    for one in others:
+        assert len({tuple(head) for head in one["heads"]}) == 4
+        assert not {tuple(head) for head in one["heads"]} & {tuple(head) for head in best["heads"]}
+    assert len({one["text_nll"] for one in written["knockouts"]}) == 5
+    assert "| without the 4 best by echo | " in out.with_suffix(".md").read_text(encoding="utf-8")
+
+
+def test_a_knockout_is_the_loss_with_these_heads_at_0(folder: Path) -> None:
+    model, tokenizer = attnzoo.cli.app.load_model(str(folder))
+    cases = passkey_cases(partial(encode, tokenizer), count=2, length=200)
+    text = torch.arange(5, 35) % model.config.vocab_size
+    found = knock_out(model, {"none": (), "two": ((0, 1), (1, 2))}, cases, text)
+    for one in found:
+        edits = [heads.HeadEdit(layer, head, ablate="zero") for layer, head in one.heads]
+        with torch.no_grad(), heads.edited(model, edits):
+            rows = model(text[None]).logits[0].log_softmax(-1)
+            keys = [torch.cat([case.ids, torch.tensor(case.tokens)]) for case in cases]
+            said = [model(ids[None]).logits[0].log_softmax(-1)[199:-1] for ids in keys]
+        expected = [-row.gather(1, ids[200:, None]).mean() for row, ids in zip(said, keys, strict=True)]
+        assert one.text_nll == pytest.approx(-float(rows[:-1].gather(1, text[1:, None]).mean()), rel=1e-5)
+        assert one.key_nll == pytest.approx(float(sum(expected)) / 2, rel=1e-5)
+    assert found[0].asked == 2
+
+
+def test_words_that_are_no_single_tokens_are_skipped_and_said() -> None:
+    tokens = {f" {word}": [number] for number, word in enumerate(WORDS["weekdays"].split())}
+    found, skipped = word_classes(lambda text: torch.tensor(tokens.get(text, [1, 2])))
+    assert found == {"weekdays": list(range(7))}
+    assert skipped["months"] == "January"
+    assert set(skipped) | set(found) == set(WORDS)
+    with pytest.raises(ConfigError, match="tokenizer: expected one that has words as single tokens"):
+        word_classes(lambda text: torch.tensor([1, 2]))
 
 
 def letters(text: str) -> torch.Tensor:
