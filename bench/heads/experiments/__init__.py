@@ -1,0 +1,1 @@
+"""The experiments, a file each: from a setting to an outcome."""
