@@ -42,7 +42,8 @@ def naive(layout: BlockLayout) -> Run:
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
-        return scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v
+        out: Tensor = scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v
+        return out
 
     return run
 

@@ -114,8 +114,8 @@ def training() -> Iterator[Row]:
             layout = case.layout()
             leaves = [x.requires_grad_() for x in case.inputs()]
             expected = _gradients(layout, leaves)
-            for found, wanted in zip(_step(ours(layout), leaves)(), expected, strict=True):
-                gate.check("ours", found, wanted)
+            for gradient, wanted in zip(_step(ours(layout), leaves)(), expected, strict=True):
+                gate.check("ours", gradient, wanted)
             row = Row("training step, fp32, 1 thread", case.name, must=must, at_most=True)
             row.notes.append(path_taken(layout, *(x.detach() for x in leaves)))
             contestants = {"ours": _step(ours(layout), leaves), "dense sdpa": _step(peers.sdpa, leaves)}
@@ -138,7 +138,8 @@ def _gradients(layout: BlockLayout, leaves: list[Tensor]) -> list[Tensor]:
     for head in range(leaves[0].shape[1]):
         one = [x.detach()[:, head : head + 1].requires_grad_() for x in leaves]
         shared = mask[:, head : head + 1] if mask.shape[1] > 1 else mask
-        parts.append(torch.autograd.grad(scaled_dot_product_attention(*one, attn_mask=shared).sum(), one))
+        q, k, v = one
+        parts.append(torch.autograd.grad(scaled_dot_product_attention(q, k, v, attn_mask=shared).sum(), one))
     return [torch.cat(x, 1) for x in zip(*parts, strict=True)]
 
 
