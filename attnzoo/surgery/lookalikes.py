@@ -58,7 +58,7 @@ def unknown(found: Mapping[tuple[str, str], int]) -> list[str]:
 def known_near(found: Mapping[tuple[str, str], int]) -> str:
     """In words how many classes are known, and which come nearest to what :func:`lookalikes` gives."""
     known = known_classes()
-    near = list(dict.fromkeys(name for kind, _ in found for name in nearest(kind, known)))[:NEAR]
+    near = list(dict.fromkeys(name for kind, _ in found for name in nearest(kind, known) if name != kind))[:NEAR]
     like = f", such as {', '.join(near)}" if near else ""
     return f"{len(known)} classes are known{like}; docs/surgery.md has them all"
 

@@ -32,6 +32,7 @@ _T5 = "it adds a learned bias for each distance to its scores, which needs an op
 REFUSED = {
     "BloomAttention": "it adds a bias for each distance to its scores (alibi), which needs an operation that does",
     "FalconAttention": "it does not attend through the attention interface of transformers, which conversions need",
+    "GPTJAttention": "it attends through the attention interface of transformers from 5.24 on",
     "T5Attention": _T5,
     "T5LayerSelfAttention": _T5,
     "T5LayerCrossAttention": _T5,
