@@ -12,8 +12,8 @@ from bench.trained.texts import VOCABULARY
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """Sizes that all models share.
+class ModelSizes:
+    """ModelSizes that all models share.
 
     Attributes:
         width: Of the model.
@@ -76,7 +76,7 @@ HOSTS: dict[str, HostSpec] = {
 MHA = HostSpec("Llama", "as many KV heads as query heads", kv_share=1)
 
 
-def build(spec: HostSpec, sizes: Sizes, seed: int) -> Any:
+def build(spec: HostSpec, sizes: ModelSizes, seed: int) -> Any:
     """A model with random weights.
 
     Args:
@@ -92,7 +92,7 @@ def build(spec: HostSpec, sizes: Sizes, seed: int) -> Any:
         return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
 
 
-def _settings(spec: HostSpec, sizes: Sizes) -> dict[str, Any]:
+def _settings(spec: HostSpec, sizes: ModelSizes) -> dict[str, Any]:
     """The sizes as a configuration calls them."""
     found: dict[str, Any] = {
         "vocab_size": VOCABULARY,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.trained.healing import Healing
-from bench.trained.hosts import HOSTS, MHA, HostSpec, Sizes, build
+from bench.trained.hosts import HOSTS, MHA, HostSpec, ModelSizes, build
 from bench.trained.measure import HostTable
 from bench.trained.results import TrainedResults
 from bench.trained.texts import Texts, texts
@@ -31,7 +31,7 @@ class TrainedSetting:
         most: Windows that are scored, at most; all where ``None``.
     """
 
-    sizes: Sizes
+    sizes: ModelSizes
     training: Schedule
     healing: Schedule
     most: int | None = None
@@ -50,12 +50,12 @@ def setting_for(seconds: float, *, quick: bool) -> TrainedSetting:
     """The setting of the committed results with so much CPU time for each model, or of a few steps."""
     if quick:
         return TrainedSetting(
-            sizes=Sizes(width=32, heads=4, layers=2, context=64),
+            sizes=ModelSizes(width=32, heads=4, layers=2, context=64),
             training=Schedule(steps=3, length=64, batch=2),
             healing=Schedule(steps=2, length=32, batch=2, rate=1e-3),
             most=2,
         )
-    sizes = Sizes()
+    sizes = ModelSizes()
     return TrainedSetting(
         sizes=sizes,
         training=Schedule(seconds=seconds, length=sizes.context),

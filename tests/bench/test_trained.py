@@ -16,7 +16,7 @@ from attnzoo_kernels.errors import ConfigError
 from bench.trained import measure, report
 from bench.trained.conversions import BLOCK, KINDS, at_random, conversions
 from bench.trained.healing import Healing, average_chosen
-from bench.trained.hosts import HOSTS, MHA, Sizes, build
+from bench.trained.hosts import HOSTS, MHA, ModelSizes, build
 from bench.trained.measure import HostTable
 from bench.trained.results import (
     CERTIFICATE,
@@ -33,7 +33,7 @@ from bench.trained.texts import HELD_OUT, STRETCH, texts
 from bench.trained.training import Schedule, next_token_nll, train
 
 TEXTS = texts()
-SIZES = Sizes(width=32, heads=4, layers=1, context=64)
+SIZES = ModelSizes(width=32, heads=4, layers=1, context=64)
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.base.editing.operation import HeldKeys, OperationCall, attend
+from attnzoo.base.editing.reads import CallEdits as CallEdits
 from attnzoo.base.padding import add_front, drop_front, front_positions
 from attnzoo.base.shared_layouts import Cover, dense_layout, sink_window_layout
 from attnzoo.base.steps import HeldInputs, Way, is_training

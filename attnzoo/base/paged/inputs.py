@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from attnzoo.base.editing.reads import CallEdits as CallEdits
 from attnzoo.base.steps import HeldInputs, is_training
 from attnzoo.cache.lengths import Lengths
 from attnzoo.cache.pages.cache import PagedCache

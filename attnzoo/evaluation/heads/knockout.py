@@ -110,7 +110,8 @@ def knock_out(
         for done, (name, chosen) in enumerate(sets.items()):
             with edited(model, [HeadEdit(layer, head, ablate="zero") for layer, head in chosen]):
                 answers = [
-                    _said(model, torch.cat([case.ids, torch.tensor(case.tokens)]), len(case.ids)) for case in cases
+                    _said(model, torch.cat([case.ids, torch.tensor(case.tokens, device="cpu")]), len(case.ids))
+                    for case in cases
                 ]
                 spoken = _said(model, text, 1)
             solved = sum(right for _, right in answers)

@@ -55,7 +55,7 @@ class EachHead:
         self.progress = progress
         self._memory = LayerMemory(model, [place.path for place in places], batch.size)
         self._at_once = 1
-        self.intact = torch.zeros(())
+        self.intact = torch.zeros((), device="cpu")
 
     def run(self) -> None:
         """Calls the model as it is."""

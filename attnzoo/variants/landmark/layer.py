@@ -32,6 +32,7 @@ from torch import Tensor
 
 from attnzoo.base.decoding.rotation import rotate_row, row_rotation
 from attnzoo.base.decoding.step import TokenRow
+from attnzoo.base.editing.reads import CallEdits as CallEdits
 from attnzoo.base.layer import (
     DENSE_BLOCK,
     LONG_CALL,

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.base.decoding.step import TokenRow
+from attnzoo.base.editing.reads import CallEdits as CallEdits
 from attnzoo.base.layer import LONG_CALL, AttentionInputs, Heads, Plan, Step
 from attnzoo.base.padding import attend_in_chunks, for_heads, in_chunks, leading_rows
 from attnzoo.base.rope import RotaryConfig as RotaryConfig
@@ -71,7 +72,6 @@ _SLOW = (
     "attention; select='block', without official_quirks, takes about half as long again as that: the first token of "
     "each query_block chooses for all of it"
 )
-
 
 PRECISE = (torch.float32, torch.float64)
 """What a decoding step is computed in without the operation."""

@@ -11,6 +11,7 @@ from typing import Any as Any
 
 from torch import Tensor as Tensor
 
+from attnzoo.base.editing.reads import CallEdits as CallEdits
 from attnzoo.base.shared_layouts import dense_layout
 from attnzoo.base.steps import AttentionInputs, Heads, Plan
 from attnzoo.variants.moh.forms import EVERY_ROW, Form

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from attnzoo.base.decoding.step import TokenRow
+from attnzoo.base.editing.reads import CallEdits as CallEdits
 from attnzoo.base.layer import DENSE_BLOCK, AttentionInputs, AttentionLayer, Heads, Plan, Step
 from attnzoo.base.projections import is_unwatched
 from attnzoo.base.rope import RotaryConfig
