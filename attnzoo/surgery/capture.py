@@ -108,8 +108,10 @@ class _Inputs:
             return None
         module, hidden = self._call
         self._call = None
-        q, k, _ = block_of(module).project(hidden)
-        return q, k
+        block = block_of(module)
+        q, k, _ = block.project(hidden)
+        # As the host's attention function has them, but for the rotation.
+        return q if block.query_factor == 1 else q * block.query_factor, k
 
 
 def _ask(around: Around, site: Site, inputs: _Inputs, before: Any, call: AttentionCall) -> Tensor:

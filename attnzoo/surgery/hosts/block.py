@@ -66,11 +66,13 @@ class Block:
         rope_type: The host's name for its rotation, or ``None``.
         planes: Which values of a head the host turns against each other: those of its halves, or neighbours; ``None``
             where it rotates nothing.
-        scale: The factor on scores.
+        scale: The factor on the scores of what ``project`` gives.
         causal: Whether a token reads what came before alone.
         window: Tokens of the block's own sliding window, or ``None``.
         reply: What its parent unpacks.
         reasons: Why a kind of conversion cannot be done here; nothing where it can.
+        query_factor: The part of ``scale`` by which the host multiplies queries itself, before its attention function
+            has them; see :attr:`asked_scale`.
         dropout: Share of attention weights that the host drops in training.
         products: Whether ``project`` and ``output`` are the products with the four ``projections``, and no more.
         output_dropout: Share of outputs that the block itself drops in training.
@@ -102,6 +104,7 @@ class Block:
     split: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]] | None = None
     planes: Literal["halves", "neighbours"] | None = "halves"
     products: bool = False
+    query_factor: float = 1.0
     dropout: float = 0.0
     finish: Callable[[Any, Tensor, Tensor], Tensor] | None = None
     output_dropout: float = 0.0
@@ -109,6 +112,11 @@ class Block:
     numbers: Literal["slots", "tokens"] = "slots"
     output_path: str | None = "o_proj"
     output_outside: bool = False
+
+    @property
+    def asked_scale(self) -> float:
+        """The factor on scores that the host asks of its attention function."""
+        return self.scale / self.query_factor
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

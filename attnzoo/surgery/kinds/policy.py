@@ -95,7 +95,7 @@ class Remembering(Kind):
             num_kv_heads=site.kv_heads,
             head_dim=site.head_dim,
             rotary=None,
-            scale=block.scale,
+            scale=block.asked_scale,
         )
         pattern = ReadPattern(PolicyAttention.without_weights(config, policy), planes=block.planes, tables=block.tables)
         values = self.values(module)

@@ -132,7 +132,7 @@ def reading_layer(module: nn.Module, site: Site, variant: str, options: dict[str
         head_dim=site.head_dim,
         causal=block.causal,
         rotary=None,
-        scale=block.scale,
+        scale=block.asked_scale,
         **options,
     )
     with torch.device("meta"):

@@ -66,8 +66,8 @@ class LatentReplacement(ReplacementModule):
         self.num_kv_heads = p.num_kv_heads
         self.head_dim = p.head_dim
         self.rotary = p.rotary
-        self.scaling = block.scale
-        self.query_factor = p.scale / block.scale
+        self.scaling = block.asked_scale
+        self.query_factor = p.scale / self.scaling
         self.output_drops = block.output_dropout
         self.window = block.window
         self.output_outside = block.output_outside

@@ -44,6 +44,17 @@ MUTANTS = (
         wrong="statistics are of the first application of a shared block", tests=f"{TESTS} -k application",
     ),
     Mutant(
+        "own-inspected-as-causal", file=f"{FOLDER}/kinds/own_layers.py",
+        old="() if variant == POLICY else spec.against_causality(module, variant)", new="()",
+        wrong="inspection promises layers that read ahead what chooses from the past",
+        tests=f"{CONFORMANCE} -k 'inspection and causal'",
+    ),
+    Mutant(
+        "torch-inspected-as-any", file=f"{FOLDER}/kinds/torch_modules.py",
+        old="(_REFUSED[variant],) if variant in _REFUSED else ()", new="()",
+        wrong="inspection promises torch's modules what they cannot be", tests=f"{CONFORMANCE} -k 'inspection and Transformer'",
+    ),
+    Mutant(
         "own-policy-not-asked", file=f"{FOLDER}/replacements/own_layers.py",
         old="policy=self.policy if policy is None else policy", new="policy=policy",
         wrong="caches of a layer with a policy keep everything",

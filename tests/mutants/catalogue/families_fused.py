@@ -8,6 +8,7 @@ from tests.mutants.record import Mutant
 
 FAMILIES = "attnzoo/surgery/hosts/families"
 TESTS = "tests/attnzoo/surgery/families/test_fused.py"
+CONFORMANCE = "tests/attnzoo/surgery/families/test_conformance.py"
 fused = partial(Mutant, file=f"{FAMILIES}/fused.py")
 projections = partial(Mutant, file="attnzoo/surgery/hosts/projections.py")
 
@@ -37,11 +38,24 @@ MUTANTS = (
         wrong="transposed weights are stored as others are", tests=f"{TESTS} -k to_the_bit",
     ),
     Mutant(
-        "opt-scaled-twice", file=f"{FAMILIES}/opt.py", old="scale=1.0,", new="scale=float(host.scaling),",
-        wrong="queries that are scaled already are scaled again", tests=f"{TESTS} -k by_role",
+        "opt-scaled-twice", file=f"{FAMILIES}/opt.py", old="query_factor=float(host.scaling),", new="query_factor=1.0,",
+        wrong="queries that are scaled already are scaled again", tests=f"{CONFORMANCE} -k 'refused_by_name and mha and OPT'",
     ),
     Mutant(
-        "grouped-without-factor", file=f"{FAMILIES}/grouped.py", old="self.query_factor = p.scale / old.scale", new="self.query_factor = 1.0",
+        "opt-half-a-scale", file="attnzoo/surgery/replacements/spec.py", old="scale=block.scale,", new="scale=block.asked_scale,",
+        wrong="layers in a block's place know a part of the factor on scores",
+        tests="tests/attnzoo/surgery/families/test_longheads_hosts.py -k 'definition and OPT'",
+    ),
+    Mutant(
+        "opt-seen-unscaled", file="attnzoo/surgery/capture.py", old="return q if block.query_factor == 1 else q * block.query_factor, k", new="return q, k",
+        wrong="queries before rotation are not those that attention has", tests=f"{TESTS} -k 'turned_back and opt'",
+    ),
+    Mutant(
+        "phi3-without-its-window", file=f"{FAMILIES}/fused.py", old='window=getattr(host.config, "sliding_window", None),', new="window=None,",
+        wrong="a window of the model's own is forgotten where it is converted", tests=f"{CONFORMANCE} -k 'Phi-3 and window and refused_by_name'",
+    ),
+    Mutant(
+        "grouped-without-factor", file=f"{FAMILIES}/grouped.py", old="self.query_factor = p.scale / self.scaling", new="self.query_factor = 1.0",
         wrong="merged heads forget that the host scales its queries", tests=f"{TESTS} -k 'without_loss and opt'",
     ),
     Mutant(

@@ -38,8 +38,8 @@ class GroupedAttention(ReplacementModule):
         p = projections
         self.head_dim = p.head_dim
         self.num_key_value_groups = p.num_heads // p.num_kv_heads
-        self.scaling = old.scale
-        self.query_factor = p.scale / old.scale
+        self.scaling = old.asked_scale
+        self.query_factor = p.scale / self.scaling
         self.rotary = p.rotary
         self.planes = old.planes
         self.tables = old.tables
@@ -70,7 +70,8 @@ class GroupedAttention(ReplacementModule):
             weights=self._weights,
             rotary=self._rotation,
             rope_type=self.rope_type,
-            scale=self.scaling,
+            scale=self.scaling * self.query_factor,
+            query_factor=self.query_factor,
             causal=True,
             window=None,
             reply="pair",
@@ -92,6 +93,7 @@ class GroupedAttention(ReplacementModule):
         """As the host calls it: ``[B, T, C]`` to ``[B, T, C]`` and what its attention says of weights."""
         cache = take_cache(kwargs, cache)
         q, k, v = self._project(hidden_states)
+        q = q * self.query_factor if self.query_factor != 1 else q
         if self.planes is not None and position_embeddings is not None:
             # The host's tables have each plane twice.
             cos, sin = self.tables(position_embeddings)
@@ -107,7 +109,6 @@ class GroupedAttention(ReplacementModule):
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = (self.get_submodule(role)(x).unflatten(-1, (-1, self.head_dim)) for role in ROLES[:3])
-        q = q * self.query_factor if self.query_factor != 1 else q
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def _output(self, y: Tensor) -> Tensor:

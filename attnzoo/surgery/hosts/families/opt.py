@@ -23,10 +23,7 @@ NAMES = {"q_proj": "q_proj", "k_proj": "k_proj", "v_proj": "v_proj", "o_proj": "
 
 
 def describe(module: nn.Module) -> Block:
-    """A module of this family; its projections may be anything that is called.
-
-    ``scale`` is 1: the block multiplies its queries before it attends, and so does ``project``.
-    """
+    """A module of this family, which multiplies its queries before it attends; its projections may be anything."""
     host: Any = module
     heads = int(host.num_heads)
     head_dim = int(host.head_dim)
@@ -43,7 +40,8 @@ def describe(module: nn.Module) -> Block:
         weights=partial(_weights, module),
         rotary=no_rotation,
         rope_type=None,
-        scale=1.0,
+        scale=float(host.scaling),
+        query_factor=float(host.scaling),
         causal=True,
         window=None,
         reply="pair",
@@ -56,8 +54,8 @@ def describe(module: nn.Module) -> Block:
 
 
 def _project(host: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, scaled, keys and values of ``x [B, T, C]``, heads apart."""
-    parts = (host.q_proj(x) * host.scaling, host.k_proj(x), host.v_proj(x))
+    """Queries, not scaled, keys and values of ``x [B, T, C]``, heads apart."""
+    parts = (host.q_proj(x), host.k_proj(x), host.v_proj(x))
     q, k, v = (part.unflatten(-1, (-1, host.head_dim)).transpose(1, 2) for part in parts)  # [B, H, T, D] each
     return q, k, v
 

@@ -87,7 +87,7 @@ class GroupedEncoderAttention(ReplacementModule):
         p = projections
         self.head_dim = p.head_dim
         self.num_key_value_groups = p.num_heads // p.num_kv_heads
-        self.scaling = old.scale
+        self.scaling = old.asked_scale
         self.drops = old.dropout
         self.finish = old.finish
         self.reply = old.reply
