@@ -76,7 +76,7 @@ MUTANTS = (
         tests=f"{TESTS}/hosts/test_own_memory.py",
     ),
     Mutant(
-        "convert-scale-of-reading", file=f"{FOLDER}/kinds/reading.py", old="scale=block.scale,", new="scale=None,", wrong="a read pattern ignores the host's own scale", tests=f"{TESTS}/hosts/test_own_memory.py",
+        "convert-scale-of-reading", file=f"{FOLDER}/kinds/reading.py", old="scale=block.asked_scale,", new="scale=None,", wrong="a read pattern ignores the host's own scale", tests=f"{TESTS}/hosts/test_own_memory.py",
     ),
     files(
         "files-hash-without-shape", old='f"{name}|{x.dtype}|{list(x.shape)}|"', new='f"{name}|"', wrong="a base with other shapes or dtypes and equal bytes is taken", tests=f"{TESTS}/test_written.py -k hash",
