@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import math
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests.attnzoo.surgery.families.encoder_hosts import encoder, inputs, padding
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -19,7 +21,8 @@ from attnzoo import heads, policies, surgery
 from attnzoo.heads import HeadEdit, KeyBias
 from attnzoo.surgery.edits.key_bias import SinkScaling
 from attnzoo_kernels.errors import AttnzooError, ConfigError, ShapeError, UnsupportedError
-from tests.attnzoo.surgery.tiny import READING, assert_untouched, ids, snapshot, tiny
+from tests.attnzoo.surgery.families.hosts import HOSTS
+from tests.attnzoo.surgery.tiny import READING, assert_untouched, convert, ids, snapshot, tiny
 
 TOKENS = 21
 SINKS = [0, 3, 5]
@@ -92,6 +95,16 @@ def test_single_heads_read_as_written_out_and_no_others_change(model: Any) -> No
     same = outputs(model, tokens, EDITS[:-1])[1]
     assert close(found[1][:, :5], same[:, :5])
     assert not close(found[1][:, 5:, 3], same[:, 5:, 3])
+
+
+def test_a_plain_mean_sees_what_is_not_hidden_and_no_weights(model: Any) -> None:
+    tokens = ids(1, 9)
+    biases = (KeyBias.knock_out(None, [2, 5]), KeyBias.emphasise([1], 2.0))
+    edits = [HeadEdit(0, 4, key_bias=bias) for bias in biases] + [HeadEdit(0, 4, ablate="uniform")]
+    scores, v = shares(model, tokens)
+    seen = (scores[:, 4] > -math.inf) & ~torch.isin(torch.arange(9), torch.tensor([2, 5]))
+    expected = (seen.double() / seen.sum(-1, keepdim=True)) @ v[:, 4]
+    assert close(outputs(model, tokens, edits)[0][:, :, 4], expected)
 
 
 def test_rows_that_are_left_with_nothing_give_zeros(model: Any) -> None:
@@ -173,14 +186,14 @@ def run_in_calls(model: Any, tokens: Tensor, sizes: list[int], cache: Any, mask:
     return torch.cat(parts, 1)
 
 
-CONVERTED = {**READING, "plain": None, "streaming": policies.Streaming(sink=4, window=8, block=4)}
+CONVERTED = {**READING, "streaming": policies.Streaming(sink=4, window=8, block=4)}
 
 
-@pytest.mark.parametrize("kind", ["plain", "s2", "window", "streaming"])
+@pytest.mark.parametrize("kind", ["plain", "s2", "window", "streaming", "own window"])
 @torch.no_grad()
 def test_decoding_reads_as_a_prompt_does(kind: str) -> None:
-    model = tiny()
-    given: Any = CONVERTED[kind]
+    model = HOSTS["Mistral with a window"].make() if kind == "own window" else tiny()
+    given: Any = CONVERTED.get(kind)
     if isinstance(given, tuple):
         surgery.convert(model, given[0], **given[1])
     elif given is not None:
@@ -189,7 +202,10 @@ def test_decoding_reads_as_a_prompt_does(kind: str) -> None:
     mask = torch.ones(2, TOKENS, dtype=torch.int64)
     mask[1, :3] = 0
     real = mask.bool()
-    edits = [*EDITS, HeadEdit(1, 0, ablate="uniform"), HeadEdit(1, 5, post=SinkScaling(torch.tensor([1, 2]), 0.0))]
+    edits = [*EDITS, HeadEdit(1, 0, ablate="uniform"), HeadEdit(1, 2, post=SinkScaling(torch.tensor([1, 2]), 0.0))]
+    # The Mistral has four heads.
+    count = model.config.num_attention_heads
+    edits = [edit for edit in edits if isinstance(edit.head, list) or edit.head < count]
     plain = model(tokens, attention_mask=mask, use_cache=False).logits
     with heads.edited(model, edits):
         whole = model(tokens, attention_mask=mask, use_cache=False).logits
@@ -209,11 +225,11 @@ POLICIES: dict[str, policies.Policy] = {
 @torch.no_grad()
 def test_what_is_held_is_edited_by_its_tokens(model: Any, kind: str) -> None:
     tokens = ids(2, TOKENS)
-    # The first token is held, the last one is the row itself: whatever else is gone, these two are told apart.
+    # The first token is held, and the one before the row: whatever else is gone, these are told apart.
     last = TOKENS - 1
     edits = [
-        HeadEdit(0, [1, 4], key_bias=KeyBias.only([0, last])),
-        HeadEdit(0, [1, 4], key_bias=KeyBias.emphasise([0], 1.5)),
+        HeadEdit(0, [1, 4], key_bias=KeyBias.only([0, last - 1, last])),
+        HeadEdit(0, [1, 4], key_bias=KeyBias.emphasise([0, last - 1], torch.tensor([1.5, -0.5]))),
     ]
     expected = outputs(model, tokens, edits)[0][:, -1:]
     with policies.applied(model, POLICIES[kind]) as run:
@@ -297,6 +313,42 @@ def test_gradients_pass_through_edited_heads() -> None:
     assert torch.autograd.gradcheck(function, (x, gamma), fast_mode=True)
 
 
+@torch.no_grad()
+def test_encoders_read_so_in_both_directions() -> None:
+    model = encoder("bert")
+    mask = padding()
+    tokens = {**inputs("bert"), "attention_mask": mask}
+    edits = [HeadEdit(0, 1, key_bias=KeyBias.knock_out([4, 6], [0, 9])), HeadEdit(0, 2, ablate="uniform")]
+    with heads.edited(model, edits), heads.capture(model, ("z", "q", "k", "v"), [0]) as seen:
+        model(**tokens)
+    q, k, v = (seen[name][0].transpose(1, 2) for name in ("q", "k", "v"))
+    scores = (q @ k.mT * q.shape[3] ** -0.5).masked_fill(~mask.bool()[:, None, None], -math.inf)
+    # The first item has five slots of padding before its first token.
+    for item, first in enumerate((5, 0)):
+        scores[item, 1, [4 + first, 6 + first]] = scores[item, 1, [4 + first, 6 + first]].index_fill(
+            1, torch.tensor([first, 9 + first]), -math.inf
+        )
+    scores[:, 2] = torch.where(scores[:, 2] > -math.inf, 0.0, scores[:, 2])
+    expected = (scores.softmax(-1) @ v).transpose(1, 2)
+    assert close(seen["z"][0][mask.bool()], expected[mask.bool()])
+
+
+@pytest.mark.parametrize("variant", ["moh", "rcmha"])
+@torch.no_grad()
+def test_layers_in_the_place_of_blocks_read_so_too(model: Any, variant: str) -> None:
+    tokens = ids(2, TOKENS)
+    mask = torch.ones(2, TOKENS, dtype=torch.int64)
+    mask[1, :5] = 0
+    with heads.edited(model, EDITS):
+        expected = model(tokens, attention_mask=mask, use_cache=False).logits
+    other = tiny()
+    # It starts as the same function.
+    convert(other, variant)
+    with heads.edited(other, EDITS):
+        found = run_in_calls(other, tokens, [8, 5, *[1] * (TOKENS - 13)], DynamicCache(config=other.config), mask)
+    assert close(found[mask.bool()], expected[mask.bool()])
+
+
 REFUSED: dict[str, tuple[Any, type[AttnzooError], str]] = {
     "gates": ("landmark", UnsupportedError, "reads cannot be edited: its gates weigh blocks"),
     "distances": ("rcmha", UnsupportedError, "reads cannot be edited: its learned distances"),
@@ -310,6 +362,32 @@ def test_layers_that_read_otherwise_refuse(case: str) -> None:
     layer = attnzoo.create(variant, dim=32, num_heads=4, **options)
     with pytest.raises(error, match=message), heads.edited(layer, HeadEdit(0, 1, ablate="uniform")):
         pass
+
+
+def test_scores_that_attnzoo_does_not_have_are_not_edited() -> None:
+    model = HOSTS["Gemma 2"].make()
+    with (
+        pytest.raises(UnsupportedError, match="reads cannot be edited: it caps its scores softly"),
+        heads.edited(model, HeadEdit(0, 1, ablate="uniform")),
+    ):
+        pass
+    with heads.edited(model, HeadEdit(0, 1, ablate="zero")):
+        pass
+
+
+@torch.no_grad()
+def test_recipes_keep_them(tmp_path: Path) -> None:
+    model = tiny(dtype=torch.float32)
+    before = snapshot(model)
+    tokens = ids(2, TOKENS)
+    with heads.edited(model, EDITS):
+        expected = model(tokens).logits
+    report = surgery.convert(model, "heads", edits=EDITS)
+    assert torch.equal(model(tokens).logits, expected)
+    loaded, _ = surgery.load(surgery.save(model, tmp_path / "model", adapter_only=True), base=tiny(dtype=torch.float32))
+    assert torch.equal(loaded(tokens).logits, expected)
+    report.undo()
+    assert_untouched(model, before)
 
 
 def test_masks_of_other_items_and_two_calibrations_of_a_row_are_refused(model: Any) -> None:
