@@ -73,6 +73,8 @@ def test_means_and_other_items_take_a_heads_place(model: Any) -> None:
     means = {layer: x[rows].mean(0) for layer, x in seen["z"].items()}
     expected = lost(model, padded, lambda i, h: heads.HeadEdit(i, h, ablate="mean", value=means[i][h]))
     near(heads.ablation_scores(model, padded, metric, "mean"), expected)
+    expected = lost(model, padded, lambda i, h: heads.HeadEdit(i, h, ablate="uniform"))
+    near(heads.ablation_scores(model, padded, metric, "uniform"), expected)
     other = {layer: x[[1, 0]] for layer, x in z.items()}
     expected = lost(model, CLEAN, lambda i, h: heads.HeadEdit(i, h, ablate="resample", value=other[i][:, :, h : h + 1]))
     near(heads.ablation_scores(model, CLEAN, metric, "resample"), expected)
