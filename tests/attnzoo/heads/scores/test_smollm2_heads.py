@@ -8,10 +8,16 @@ from importlib.util import find_spec
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
-from attnzoo.cli.models import encode, load_model
+from attnzoo import heads
+from attnzoo.cli.models import encode, load_model, text_tokens
+from attnzoo.evaluation.heads.word_classes import word_classes
+from attnzoo.evaluation.model_scores import cut_windows
 from attnzoo.evaluation.passkeys import passkey_cases
 from attnzoo.heads import HeadScores, score_heads
+from attnzoo.heads.scores import copying, successor
 
 pytestmark = [
     pytest.mark.model,
@@ -50,3 +56,48 @@ def test_heads_that_copy_passkeys_are_induction_heads(loaded: tuple[Any, Any]) -
     assert scores.about["solved"] == 3
     assert {(18, 6), (17, 3)} <= best(scores, "retrieval", 3)
     assert scores["retrieval"].max() <= 1
+
+
+def test_heads_that_copy_by_their_weights_are_among_them_and_none_is_a_successor_head(loaded: tuple[Any, Any]) -> None:
+    model, tokenizer = loaded
+    classes, skipped = word_classes(partial(encode, tokenizer))
+    assert not skipped
+    found = copying(model, classes)
+    assert best(found, "copying", 6) == {(23, 0), (23, 2), (24, 5), (18, 6), (18, 7), (18, 8)}
+    assert float(found["copying"][23, 0]) > 0.95
+    # One head is nearest to it, and far from what successor heads of larger models do.
+    steps = successor(model, classes)
+    assert best(steps, "successor", 1) == {(23, 3)}
+    assert 0.15 < float(steps["successor"].max()) < 0.35
+
+
+def test_all_heads_are_ablated_within_three_minutes_and_add_up(loaded: tuple[Any, Any]) -> None:
+    model, tokenizer = loaded
+    ids = cut_windows(text_tokens(tokenizer, "botchan"), length=128, offset=1024, count=1)
+
+    def metric(logits: Tensor) -> Tensor:
+        return logits[:, :-1].float().log_softmax(-1).gather(2, ids[:, 1:, None]).mean()
+
+    began = time.process_time()
+    lost = heads.ablation_scores(model, ids, metric)
+    assert time.process_time() - began <= 180
+    assert int((lost > 0.1).sum()) == 6
+    with torch.no_grad(), heads.edited(model, heads.HeadEdit(8, 8, ablate="zero")):
+        without = metric(model(ids).logits)
+    with torch.no_grad():
+        assert float(lost[8, 8]) == pytest.approx(float(metric(model(ids).logits) - without), abs=1e-5)
+
+    added: list[Tensor] = []
+    hooks = [
+        layer.self_attn.register_forward_hook(lambda *given: added.append(given[2][0])) for layer in model.model.layers
+    ]
+    with torch.no_grad(), heads.capture(model) as seen:
+        model(ids)
+    for hook in hooks:
+        hook.remove()
+    direction = (model.lm_head.weight[500] - model.lm_head.weight[900]).detach()
+    stream = seen.stream[30]
+    rms = (stream.square().mean(-1, keepdim=True) + model.config.rms_norm_eps).sqrt()
+    expected = (sum(added) / rms * model.model.norm.weight).detach() @ direction
+    found = heads.contributions(model, seen, direction).detach().sum((0, 1))
+    assert float((found - expected).abs().max() / expected.abs().max()) <= 1e-4
