@@ -99,8 +99,8 @@ def heads_command(  # noqa: PLR0913  (a command line has one parameter for each 
     score: Annotated[
         str,
         typer.Option(
-            help="razor, which is induction and echo; one of these; previous, duplicate, copying, successor; or "
-            "retrieval, of passkeys."
+            help="razor, which is induction and echo; one of these; previous, duplicate, far_mass, copying, successor; "
+            "or retrieval, of passkeys."
         ),
     ] = "razor",
     top: Annotated[int, typer.Option(help="How many heads of each kind to name.")] = 10,

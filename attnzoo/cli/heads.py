@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from torch import Tensor
 
 from attnzoo.base.config import check_int
 from attnzoo.cli import screen
@@ -19,14 +20,15 @@ from attnzoo.evaluation.heads.word_classes import word_classes
 from attnzoo.evaluation.model_scores import cut_windows
 from attnzoo.evaluation.passkeys import passkey_cases
 from attnzoo.heads import HeadScores, score_heads
-from attnzoo.heads.scores import copying, successor
+from attnzoo.heads.scores import copying, far_mass, successor
+from attnzoo.heads.scores.far_mass import FAR_MASS
 from attnzoo.heads.scores.retrieval_cases import RETRIEVAL
 from attnzoo.heads.scores.scoring import METHODS
 from attnzoo.heads.scores.token_maps import COPYING, SUCCESSOR
 from attnzoo.reporting.choices import check_choice
 from attnzoo.reporting.outputs import check_writable
 
-SCORES = (*METHODS, COPYING, SUCCESSOR)
+SCORES = (*METHODS, FAR_MASS, COPYING, SUCCESSOR)
 
 COPY = 200
 """Tokens of one copy of random ones."""
@@ -38,6 +40,10 @@ TEXT = "botchan"
 TEXT_OFFSET = 1024
 TEXT_TOKENS = 512
 PASSKEYS = 3
+
+SINK = 4
+WINDOW = 64
+"""What is near, in tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,18 +94,8 @@ def score_model(call: HeadsCall, model: Any, tokenizer: Any, *, as_json: bool) -
         ConfigError: If the model or its tokenizer does not fit.
         UnsupportedError: If its heads cannot be scored or edited.
     """
-    skipped: dict[str, str] = {}
     with Bar() as progress:
-        if call.score in (COPYING, SUCCESSOR):
-            classes, skipped = word_classes(partial(encode, tokenizer))
-            score = copying if call.score == COPYING else successor
-            scores = score(model, classes, progress=progress)
-        else:
-            options: dict[str, Any] = {"seed": call.seed, "length": call.length or COPY}
-            if call.score == RETRIEVAL:
-                length = call.length or PROMPT
-                options = {"cases": passkey_cases(partial(encode, tokenizer), length=length, seed=call.seed)}
-            scores = score_heads(model, call.score, progress=progress, **options)
+        scores, skipped = _scores(call, model, tokenizer, progress)
         knockouts = _knockouts(call, model, tokenizer, scores, progress) if call.ablate else []
     top = min(call.top, scores.layers * scores.heads)
     report = HeadsReport(call.model, scores, top, knockouts, skipped)
@@ -110,6 +106,26 @@ def score_model(call: HeadsCall, model: Any, tokenizer: Any, *, as_json: bool) -
     _tell(call, report, as_json=as_json)
 
 
+def _scores(call: HeadsCall, model: Any, tokenizer: Any, progress: Bar) -> tuple[HeadScores, dict[str, str]]:
+    """The scores that are asked for, and the classes of words that were skipped for them."""
+    if call.score in (COPYING, SUCCESSOR):
+        classes, skipped = word_classes(partial(encode, tokenizer))
+        score = copying if call.score == COPYING else successor
+        return score(model, classes, progress=progress), skipped
+    if call.score == FAR_MASS:
+        return far_mass(model, [_text(tokenizer)[None]], SINK, WINDOW), {}
+    options: dict[str, Any] = {"seed": call.seed, "length": call.length or COPY}
+    if call.score == RETRIEVAL:
+        length = call.length or PROMPT
+        options = {"cases": passkey_cases(partial(encode, tokenizer), length=length, seed=call.seed)}
+    return score_heads(model, call.score, progress=progress, **options), {}
+
+
+def _text(tokenizer: Any) -> Tensor:
+    """A piece of a text that ships, int64 ``[T]``."""
+    return cut_windows(text_tokens(tokenizer, TEXT), length=TEXT_TOKENS, offset=TEXT_OFFSET, count=1)[0]
+
+
 def _knockouts(call: HeadsCall, model: Any, tokenizer: Any, scores: HeadScores, progress: Bar) -> list[Knockout]:
     # What of the model or the text does not fit is known before the sets are tried.
     count = read_ablate(call.ablate or "")
@@ -117,8 +133,7 @@ def _knockouts(call: HeadsCall, model: Any, tokenizer: Any, scores: HeadScores, 
     length = call.length if call.score == RETRIEVAL and call.length else PROMPT
     # Other passkeys than those that heads may have been chosen by.
     cases = passkey_cases(partial(encode, tokenizer), count=PASSKEYS, length=length, seed=call.seed + 1)
-    text = cut_windows(text_tokens(tokenizer, TEXT), length=TEXT_TOKENS, offset=TEXT_OFFSET, count=1)[0]
-    return knock_out(model, sets, cases, text, progress)
+    return knock_out(model, sets, cases, _text(tokenizer), progress)
 
 
 def _tell(call: HeadsCall, report: HeadsReport, *, as_json: bool) -> None:

@@ -67,7 +67,7 @@ def test_retrieval_is_of_passkeys(run: Any, folder: Path, monkeypatch: pytest.Mo
     [
         (
             ("--score", "echos"),
-            "score: expected one of razor, induction, echo, previous, duplicate, retrieval, copying, successor, got",
+            "score: expected one of razor, induction, echo, previous, duplicate, retrieval, far_mass, copying",
         ),
         (("--top", 0), "top: expected an int"),
         (("--length", 1), "length: expected an int"),
@@ -115,6 +115,13 @@ def test_heads_are_tried_without_the_best_of_them(
         assert not {tuple(head) for head in one["heads"]} & {tuple(head) for head in best["heads"]}
     assert len({one["text_nll"] for one in written["knockouts"]}) == 5
     assert "| without the 4 best by echo | " in out.with_suffix(".md").read_text(encoding="utf-8")
+
+
+def test_far_mass_is_of_a_text_that_ships(run: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attnzoo.cli.heads, "TEXT_TOKENS", 100)
+    code, told, err = run("heads", folder, "--score", "far_mass", "--json")
+    assert code == 0, err
+    assert json.loads(told)["about"] == {"method": "far_mass", "sink": 4, "window": 64}
 
 
 def test_a_knockout_is_the_loss_with_these_heads_at_0(folder: Path) -> None:
