@@ -2,9 +2,9 @@
 
 A Qwen3-like, a Gemma-3-like and a GPT-NeoX-like model (others by ``--only``) are trained for two minutes of CPU time
 and converted in every way that their family takes, certificates first; a Llama of as many KV heads as query heads gets
-fewer, and is trained further. What is there is kept, a model or a row of further training at a time: the same command
-with ``--go-on`` measures what is missing, in several processes where there are cores for them. ``--models`` keeps
-trained weights. ``--quick`` trains smaller models for a few steps, to see that it runs.
+fewer, and is trained further. Models that are not asked for stay as OUT.json has them; the same command with
+``--go-on`` measures what is missing, in several processes where there are cores for them. ``--models`` keeps trained
+weights. ``--quick`` trains smaller models for a few steps, to see that it runs.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def main(
     ] = None,
     models: Annotated[Path | None, typer.Option(help="A folder that keeps trained weights, and has some.")] = None,
     go_on: Annotated[
-        bool, typer.Option("--go-on", help="Keep what OUT.json has, and measure what is missing.")
+        bool, typer.Option("--go-on", help="Keep what OUT.json has of these, and measure what is missing.")
     ] = False,
     quick: Annotated[bool, typer.Option(help="Smaller models, and a few steps.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
@@ -52,23 +52,29 @@ def main(
     setting = setting_for(seconds, quick=quick)
     where = {"dtype": "float32", "threads": 1, **setting.about(), **about()}
     results = TrainedResults(where)
-    if go_on:
-        take_from(out, results)
+    seeds = (seed or (0, 1)) if MHA_ROW in chosen else ()
+
+    def take() -> None:
+        """What OUT.json has, and maybe another process has just put there; not what is measured anew."""
+        if out is not None and out.with_suffix(".json").is_file():
+            found = read(out.with_suffix(".json"))
+            if not go_on:
+                found.drop(chosen, seeds)
+            results.take(found)
 
     def keep() -> None:
-        if go_on:
-            take_from(out, results)
+        take()
         if out is not None:
             report.write(results, out)
 
+    take()
     with Bar() as progress:
         run = TrainedRun(setting, results, keep=keep, models=models, progress=progress)
         for name in chosen:
-            if name == MHA_ROW:
-                for one in seed or (0, 1):
-                    run.heal(one)
-            else:
+            if name != MHA_ROW:
                 run.convert(name)
+        for one in seeds:
+            run.heal(one)
     keep()
     if as_json:
         typer.echo(to_json(results), nl=False)
@@ -76,12 +82,6 @@ def main(
         _show(results)
     if not results.holds:
         raise typer.Exit(1)
-
-
-def take_from(out: Path | None, results: TrainedResults) -> None:
-    """Takes what OUT.json has, and maybe another process has just put there."""
-    if out is not None and out.with_suffix(".json").is_file():
-        results.take(read(out.with_suffix(".json")))
 
 
 def _show(results: TrainedResults) -> None:

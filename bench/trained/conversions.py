@@ -119,14 +119,16 @@ def _latents(site: Site) -> list[Conversion]:
             guarantees="as wide as keys and values",
         )
     ]
-    for share in (2, 4):
+    # A latent as wide as the model could be its input, and loses nothing.
+    for share in (4, 8):
+        averaged = site.kv_heads // share
         found.append(
             Conversion(
                 kind="latent",
                 name=f"latent {full // share}",
                 variant="lowrank_gqa",
                 options={"method": "latent", "latent_dim": full // share},
-                averaged=site.kv_heads // share,
+                averaged=averaged or None,
             )
         )
     return found
@@ -146,7 +148,7 @@ def _heads(site: Site) -> list[Conversion]:
                 kind="moh",
                 name=f"moh, {site.heads - left_out} of {site.heads} heads",
                 variant="moh",
-                options={"router": "norm", "shared_heads": shared, "active_heads": active},
+                options={"router": "norm", "shared_heads": shared, "active_heads": active, "compute": "routed"},
                 random_heads=True,
             )
         )

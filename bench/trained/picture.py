@@ -34,7 +34,8 @@ def picture(results: TrainedResults, path: Path) -> None:
         panels = parts[0].subplots(1, len(hosts), sharex=True, squeeze=False)[0]
         for axes, host in zip(panels, hosts, strict=True):
             _pairs(axes, host, results.rows[host])
-        panels[0].legend(frameon=False, loc="lower right", fontsize=8)
+        handles, labels = panels[0].get_legend_handles_labels()
+        parts[0].legend(handles, labels, frameon=False, loc="outside lower center", ncols=4, fontsize=8)
     if splits:
         panels = parts[-1].subplots(1, len(splits), sharey=True, squeeze=False)[0]
         for axes, split in zip(panels, splits, strict=True):
@@ -44,22 +45,35 @@ def picture(results: TrainedResults, path: Path) -> None:
     pyplot.close(figure)
 
 
+def over(nll: float | None, original: TrainedRow) -> float | None:
+    """A perplexity over the original's."""
+    return None if nll is None or original.nll is None else math.exp(nll - original.nll)
+
+
 def _pairs(axes: Axes, host: str, rows: Sequence[TrainedRow]) -> None:
-    """A dot for each conversion and a cross for its control, over the original."""
+    """A dot for each conversion and a cross for its control, over the original; circles in long windows."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-    (base,) = [row.nll for row in rows if row.role == ORIGINAL]
-    names = []
+    (original,) = [row for row in rows if row.role == ORIGINAL]
+    names: list[str] = []
     for at, row in enumerate(rows):
-        if row.role != CONVERSION or row.nll is None or base is None:
+        if row.role != CONVERSION or row.nll is None:
             continue
-        y = len(names)
+        after = rows[at + 1] if at + 1 < len(rows) else row
+        marks = (
+            (row.nll, "o", "#0072b2", "full", "converted"),
+            (after.nll if after.role == CONTROL else None, "x", "#d55e00", "full", "its control"),
+            (row.long_nll, "o", "#0072b2", "none", "converted, in windows four times as long"),
+        )
+        for nll, marker, colour, fill, label in marks:
+            ratio = over(nll, original)
+            if ratio is not None:
+                told = label if not names else None
+                axes.plot(ratio, len(names), marker, color=colour, fillstyle=fill, label=told)
         names.append(row.name + ("" if row.layers == "all" else " (global)"))
-        axes.plot(math.exp(row.nll - base), y, "o", color="#0072b2", label="converted" if not y else None)
-        control = rows[at + 1] if at + 1 < len(rows) else None
-        if control is not None and control.role == CONTROL and control.nll is not None:
-            x = math.exp(control.nll - base)
-            axes.plot(x, y, "x", color="#d55e00", label="its control" if not y else None)
+    longer = over(original.long_nll, original)
+    if longer is not None:
+        axes.axvline(longer, color="#444444", linewidth=1, linestyle="--", label="the original in those")
     axes.axvline(1.0, color="#444444", linewidth=1)
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.invert_yaxis()

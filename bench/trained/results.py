@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,11 @@ class TrainedResults:
     def holds(self) -> bool:
         """Whether all that was promised was found."""
         return all(row.holds for rows in self.rows.values() for row in rows)
+
+    def drop(self, hosts: Collection[str], seeds: Collection[int]) -> None:
+        """Forgets the rows of some models, and of some seeds of further training."""
+        self.rows = {name: rows for name, rows in self.rows.items() if name not in hosts}
+        self.healed = {seed: rows for seed, rows in self.healed.items() if int(seed) not in seeds}
 
     def take(self, other: TrainedResults) -> None:
         """Takes what another run of the same command has found and this one has not."""

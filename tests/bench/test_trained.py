@@ -38,7 +38,7 @@ SIZES = ModelSizes(width=32, heads=4, layers=1, context=64)
 
 @pytest.fixture(scope="module")
 def table() -> HostTable:
-    model = build(HOSTS["GPT-NeoX-like"], SIZES, 0).eval()
+    model = build(HOSTS["GPT-NeoX-like"], replace(SIZES, heads=8), 0).eval()
     return HostTable("GPT-NeoX-like", model, TEXTS, context=64, any_length=False, most=2)
 
 
@@ -142,7 +142,7 @@ def test_a_latent_beside_averaged_heads_remembers_as_much(rows: list[TrainedRow]
     pairs = [
         (row, rows[place + 1]) for place, row in enumerate(rows) if row.kind == "latent" and row.role == CONVERSION
     ]
-    assert [(a.values, b.values) for a, b in pairs] == [(32, 32), (16, 16)]
+    assert [(a.values, b.values) for a, b in pairs] == [(16, 16), (8, 8)]
 
 
 def test_figures_stop_where_a_certificate_fails(table: HostTable, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,6 +185,8 @@ def test_results_are_read_back_and_joined(rows: list[TrainedRow]) -> None:
     assert other.about == {"cpu": "other"}
     assert set(other.trainings) == {"Qwen3-like", "GPT-NeoX-like"}
     assert other.rows["GPT-NeoX-like"] == []
+    mine.drop(["GPT-NeoX-like"], [0])
+    assert mine.rows == {}
 
 
 def test_tables_say_what_the_rows_say(rows: list[TrainedRow], tmp_path: Path) -> None:
