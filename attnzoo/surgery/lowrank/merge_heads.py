@@ -135,7 +135,7 @@ def merge_site(
         size = len(group) * weights.v.shape[2]
         metric = value_metric[at][:, :, at].reshape(size, size)
         heads = rearrange(weights.v[:, at], "c g d -> c (g d)")
-        value = solve.reduce_rank(heads, moment, metric, weights.v.shape[2])
+        value = solve.reduce_rank(heads, moment, metric, weights.v.shape[2]).for_heads(len(group))
         value_kept += value.kept / len(groups)
         keys.append(merged.key)
         values.append(value.down)

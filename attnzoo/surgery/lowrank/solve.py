@@ -35,6 +35,10 @@ class Factors:
     up: Tensor
     kept: float
 
+    def for_heads(self, heads: int) -> Factors:
+        """The same product where several heads share one ``down``: each head's part of ``up`` is of its size alone."""
+        return Factors(self.down / heads**0.5, self.up * heads**0.5, self.kept)
+
 
 def root(metric: Tensor) -> tuple[Tensor, Tensor]:
     """The Hermitian square root of a positive matrix and its inverse, with eigenvalues floored."""
@@ -53,7 +57,9 @@ def ridge(moment: Tensor, share: float = 1e-6) -> Tensor:
 def reduce_rank(weight: Tensor, moment: Tensor, metric: Tensor, rank: int) -> Factors:
     r"""The best factors of a rank: they minimise :math:`tr(G\, \Delta W^T C\, \Delta W)`.
 
-    With :math:`B = G^{1/2}` and U the top eigenvectors of :math:`B W^T C W B`: down = W B U, up = U^T B^{-1}.
+    With :math:`B = G^{1/2}` and U the top eigenvectors of :math:`B W^T C W B`: down = W B U, up = U^T B^{-1}. Any
+    invertible matrix may stand between the two; it is chosen so that the rows of ``up`` are orthonormal, as those of
+    the identity are: a metric spreads over orders of magnitude, and factors that do so cannot be trained further.
 
     Args:
         weight: W ``[C, n]``.
@@ -70,7 +76,8 @@ def reduce_rank(weight: Tensor, moment: Tensor, metric: Tensor, rank: int) -> Fa
     values = values.clamp(min=0)
     top = vectors[:, size - rank :]
     kept = float(values[size - rank :].sum() / values.sum().clamp(min=torch.finfo(torch.float64).tiny))
-    return Factors(weight @ half @ top, top.T @ inverse, kept)
+    orthonormal, between = torch.linalg.qr(inverse @ top)  # up^T = Q R, [n, r] and [r, r]
+    return Factors(weight @ half @ top @ between.T, orthonormal.T.contiguous(), kept)
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +125,8 @@ def merge_keys(weight: Tensor, moment: Tensor, metric: Tensor, planes: Tensor) -
     Rotation multiplies a plane of every head by the same complex number, so any complex mix over heads within a plane
     commutes with it. Per plane, with M the heads' complex columns and :math:`\Gamma` the metric, :math:`B =
     \Gamma^{1/2}` and u the top eigenvector of :math:`B M^H C M B`: the key is M B u, and a query of head a is
-    multiplied by :math:`\overline{(u^H B^{-1})_a}`. Dimensions in no plane are merged by :func:`reduce_rank`.
+    multiplied by :math:`\overline{(u^H B^{-1})_a}`. Of the two, the factors of queries are brought to a mean square of
+    1, as they are where nothing is merged. Dimensions in no plane are merged by :func:`reduce_rank`.
 
     Args:
         weight: Key projections ``[C, s, D]``.
@@ -138,8 +146,10 @@ def merge_keys(weight: Tensor, moment: Tensor, metric: Tensor, planes: Tensor) -
         gram = half @ energy[plane] @ half
         values, vectors = torch.linalg.eigh((gram + gram.mH) / 2)
         top = vectors[:, -1]
-        merged = columns[plane] @ (half @ top)
         factor = (top.conj() @ inverse).conj()
+        size = factor.abs().square().mean().sqrt()
+        factor = factor / size
+        merged = columns[plane] @ (half @ top) * size
         key[:, first] = merged.real
         key[:, second] = merged.imag
         query[:, first, first] = query[:, second, second] = factor.real
@@ -154,7 +164,7 @@ def merge_keys(weight: Tensor, moment: Tensor, metric: Tensor, planes: Tensor) -
             moment,
             metric[:, rest][:, :, :, rest].reshape(heads * len(rest), heads * len(rest)),
             len(rest),
-        )
+        ).for_heads(heads)
         key[:, rest] = part.down
         at = torch.tensor(rest, device=query.device)
         for head, up in enumerate(part.up.view(len(rest), heads, len(rest)).unbind(1)):

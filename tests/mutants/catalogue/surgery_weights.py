@@ -127,6 +127,14 @@ MUTANTS = (
         wrong="the louder of keys and values weighs even more",
     ),
     factor(
+        "factor-spread", old="torch.linalg.qr(inverse @ top)", new="inverse @ top, torch.eye(rank).to(top)",
+        wrong="factors spread over orders of magnitude, as a metric does",
+    ),
+    factor(
+        "factor-keys-of-any-size", old="size = factor.abs().square().mean().sqrt()", new="size = factor.abs().max() * 0 + 1",
+        wrong="merged keys are small and their queries large",
+    ),
+    factor(
         "factor-kept", old="values[size - rank :].sum() / values.sum()", new="values[rank:].sum() / values.sum()",
         wrong="the promised share is not that of the kept values",
     ),

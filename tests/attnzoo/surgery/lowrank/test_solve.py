@@ -244,3 +244,16 @@ def test_what_reads_keys_and_values_is_summed_over_the_query_heads_of_each() -> 
     values = torch.einsum("hd,hqdc->hqc", error, outputs).square().sum()
     found = error.flatten() @ solve.output_metric(outputs) @ error.flatten()
     assert float(found) == pytest.approx(float(values))
+
+
+def test_factors_are_of_the_size_of_what_they_stand_for_however_a_metric_spreads() -> None:
+    # Factors that spread as the metric does cannot be trained further: an optimiser's step is as large for all weights.
+    spread = torch.diag(torch.logspace(0, -7, 8, dtype=torch.float64))
+    found = solve.reduce_rank(randn(6, 8, seed=0), torch.eye(6).double(), spread, 4)
+    torch.testing.assert_close(found.up @ found.up.T, torch.eye(4).double(), rtol=0, atol=1e-9)
+    shared = found.for_heads(2)
+    torch.testing.assert_close(shared.down @ shared.up, found.down @ found.up, rtol=1e-12, atol=1e-12)
+    assert float(shared.up.square().mean(1).max()) == pytest.approx(2 / 8)
+    keys = solve.merge_keys(randn(6, 2, 4, seed=1), torch.eye(6).double(), spread.view(2, 4, 2, 4), half_planes(4, 4))
+    for first, second in half_planes(4, 4).tolist():
+        assert float(keys.query[:, first, [first, second]].square().sum(1).mean()) == pytest.approx(1)
