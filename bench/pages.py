@@ -12,6 +12,8 @@ import typer
 
 from attnzoo.evaluation import compare_report
 from bench.crossover import report
+from bench.trained import report as trained_report
+from bench.trained import results as trained_results
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -26,6 +28,8 @@ def blocks() -> dict[tuple[str, str], list[str]]:
         ("README.md", "demo"): compare_report.tables(demo),
         ("README.md", "crossover"): [*report.summary(curves), "", f"{report.CAPTION} {from_where}"],
     }
+    trained = trained_results.read(RESULTS / "trained.json")
+    found["docs/surgery.md", "trained"] = trained_report.summary(trained)
     for variant in dict.fromkeys(curve.layer.partition(":")[0] for curve in curves):
         own = report.of_variant(curves, variant)
         found[f"docs/variants/{variant}.md", "crossover"] = [*own, f"Measured at {report.where_from(where)}."]

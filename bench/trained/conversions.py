@@ -119,16 +119,15 @@ def _latents(site: Site) -> list[Conversion]:
             guarantees="as wide as keys and values",
         )
     ]
-    # A latent as wide as the model could be its input, and loses nothing.
-    for share in (4, 8):
-        averaged = site.kv_heads // share
+    # Where heads are as many as KV heads, half of the values are as many as the model is wide, and nothing is lost.
+    for share in (2, 4):
         found.append(
             Conversion(
                 kind="latent",
                 name=f"latent {full // share}",
                 variant="lowrank_gqa",
                 options={"method": "latent", "latent_dim": full // share},
-                averaged=averaged or None,
+                averaged=site.kv_heads // share,
             )
         )
     return found
@@ -148,7 +147,7 @@ def _heads(site: Site) -> list[Conversion]:
                 kind="moh",
                 name=f"moh, {site.heads - left_out} of {site.heads} heads",
                 variant="moh",
-                options={"router": "norm", "shared_heads": shared, "active_heads": active, "compute": "routed"},
+                options={"router": "norm", "shared_heads": shared, "active_heads": active},
                 random_heads=True,
             )
         )

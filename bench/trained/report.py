@@ -39,7 +39,8 @@ def perplexity(nll: float | None) -> str:
 def cells(row: TrainedRow, original: TrainedRow) -> list[str]:
     """The cells of one row."""
     ratio = "" if row.nll is None or original.nll is None else f"{math.exp(row.nll - original.nll):.3f}"
-    density = "" if row.density is None else f"{row.density:.2f}"
+    # Of heads that are left out, whoever computes all of them in short texts reads everything.
+    density = "" if row.density is None or row.kind == "moh" else f"{row.density:.2f}"
     values = "" if row.values is None else f"{row.values:,}"
     return [row.name, row.layers, perplexity(row.nll), ratio, perplexity(row.long_nll), density, values]
 
@@ -166,13 +167,12 @@ HEALED = (
 
 
 def summary(results: TrainedResults) -> list[str]:
-    """The tables of the documentation: a row for each conversion, a column for each model, and fewer KV heads."""
+    """The tables of the documentation: conversions of all models, with their controls in brackets; fewer KV heads."""
     hosts = list(results.rows)
-    kept = {CONVERSION, CONTROL, ORIGINAL}
-    names = dict.fromkeys(row.name for rows in results.rows.values() for row in rows if row.role in kept)
-    table = [["perplexity of a byte", *hosts]]
-    table.append(["---"] * len(table[0]))
-    for name in names:
+    rows = [row for found in results.rows.values() for row in found]
+    header = ["perplexity (of its control)", *hosts]
+    table = [header, ["---"] * len(header)]
+    for name in dict.fromkeys(row.name for row in rows if row.role in (ORIGINAL, CONVERSION)):
         table.append([name, *(_summary_cell(results.rows[host], name) for host in hosts)])
     found = ["| " + " | ".join(row) + " |" for row in table]
     healed = healed_grid(results)
@@ -180,10 +180,12 @@ def summary(results: TrainedResults) -> list[str]:
 
 
 def _summary_cell(rows: Sequence[TrainedRow], name: str) -> str:
-    """A perplexity, with the layers where it is not all; empty where the conversion has no such row."""
-    for row in rows:
-        if row.name == name and row.problem is None:
-            return perplexity(row.nll) + ("" if row.layers == "all" else " (global)")
+    """A perplexity, its control's in brackets, and the layers where it is not all; empty where there is no such row."""
+    for row, after in zip(rows, [*rows[1:], None], strict=True):
+        if row.name != name or row.problem is not None:
+            continue
+        control = "" if after is None or after.role != CONTROL else f" ({perplexity(after.nll)})"
+        return perplexity(row.nll) + control + ("" if row.layers == "all" else ", global layers")
     return "refused" if any(row.name == name for row in rows) else ""
 
 

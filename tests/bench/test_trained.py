@@ -142,7 +142,7 @@ def test_a_latent_beside_averaged_heads_remembers_as_much(rows: list[TrainedRow]
     pairs = [
         (row, rows[place + 1]) for place, row in enumerate(rows) if row.kind == "latent" and row.role == CONVERSION
     ]
-    assert [(a.values, b.values) for a, b in pairs] == [(16, 16), (8, 8)]
+    assert [(a.values, b.values) for a, b in pairs] == [(32, 32), (16, 16)]
 
 
 def test_figures_stop_where_a_certificate_fails(table: HostTable, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,4 +199,6 @@ def test_tables_say_what_the_rows_say(rows: list[TrainedRow], tmp_path: Path) ->
     assert "window 8, sink 1: at random" in text
     assert "attention_length: expected at least 4 whole chunks of 16, got 32" in text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["trained.json", "trained.md", "trained.png"]
-    assert any("| window 32, sink 1 |" in line for line in report.summary(results))
+    (shown,) = [line for line in report.summary(results) if line.startswith("| window 8, sink 1 |")]
+    (mine, control) = [row.nll for row in rows if row.name.startswith("window 8")]
+    assert f"{report.perplexity(mine)} ({report.perplexity(control)})" in shown
