@@ -267,8 +267,8 @@ def zeros_on_cpu(shape: tuple[int, ...], *, device: torch.device | str | None, d
     return torch.zeros(shape, device="cpu", dtype=dtype, pin_memory=near.type == "cuda")
 
 
-LARGE = 2**17
-"""Bytes from which room in CPU memory is a mapping of its own."""
+LARGE = 2**20
+"""Bytes from which room in CPU memory is a mapping of its own: a system has tens of thousands of these."""
 
 
 def room_on_cpu(shape: Sequence[int], dtype: torch.dtype) -> Tensor:

@@ -83,7 +83,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from attnzoo import policies
 
-tokens, layers = 4096, 10
+tokens, layers = 2048, 12
 torch.manual_seed(0)
 model = LlamaForCausalLM(LlamaConfig(
     vocab_size=64, hidden_size=256, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=8,
@@ -114,4 +114,5 @@ def test_a_process_gives_back_what_a_policy_lets_go_of(policy: str) -> None:
     read, left, pool, dense = map(int, run(PROMPT, policy).split()[-4:])
     # The control: rows are seen before they are let go of.
     assert read > 0.9 * dense
-    assert left < pool + dense / 2
+    # What the allocator keeps of temporaries does not count: it kept them before.
+    assert read - left > (dense - pool) / 2
