@@ -21,6 +21,7 @@ LENGTH = 6
 ROUNDED = 1e-6
 """Of logits that ``generate`` gives out, in fp32."""
 PADDED = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+PADDED_BEHIND = torch.tensor([[1, 1, 1, 1, 0, 0], [0, 1, 1, 1, 1, 1]])
 
 
 def host(kind: str) -> Any:
@@ -42,7 +43,7 @@ DECODER = decoder_of(HOSTS["sdpa"])
 @given(
     st.sampled_from(sorted(HOSTS)),
     st.lists(output_edits(WIDTH, 2, LENGTH), min_size=1, max_size=3),
-    st.sampled_from((None, PADDED)),
+    st.sampled_from((None, PADDED, PADDED_BEHIND)),
 )
 def test_edits_of_a_call_are_the_oracles(kind: str, edits: list[HeadEdit], mask: Tensor | None) -> None:
     model = HOSTS[kind]
