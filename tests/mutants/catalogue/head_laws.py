@@ -13,7 +13,9 @@ CALLS = f"{LAWS}/test_outputs.py -k of_a_call"
 edit = partial(Mutant, file=f"{EDITS}/edit.py")
 outputs = partial(Mutant, file=f"{EDITS}/outputs.py", tests=CALLS)
 edited = partial(Mutant, file=f"{EDITS}/edited.py", within="edited")
-fold = partial(Mutant, file=f"{EDITS}/fold.py", tests=f"{LAWS}/test_folded.py -k 'oracles or (hooked and (Llama or GPT))'")
+fold = partial(
+    Mutant, file=f"{EDITS}/fold.py", tests=f"{LAWS}/test_folded.py -k 'oracles or (hooked and (Llama or GPT))'"
+)
 patching = partial(Mutant, file=f"{CAUSAL}/patching.py")
 attribution = partial(Mutant, file=f"{CAUSAL}/attribution.py", tests=f"{LAWS}/test_effects.py -k attribution")
 

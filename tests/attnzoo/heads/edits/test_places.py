@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.attnzoo.surgery.families.encoder_hosts import PICTURES, TEXTS, encoder, inputs, said
 from torch import Tensor, nn
 
 import attnzoo
@@ -15,16 +14,16 @@ from attnzoo import heads, surgery
 from attnzoo.heads import HeadEdit
 from attnzoo_kernels.errors import ConfigError, UnsupportedError
 from tests.attnzoo.surgery.conversions import REPLACED, convert_as
-from tests.attnzoo.surgery.families.hosts import HOSTS
+from tests.attnzoo.surgery.families.hosts import HOSTS, said
+from tests.attnzoo.surgery.families.hosts.encoders import CLASSES
 from tests.attnzoo.surgery.tiny import assert_close, ids, logits, tiny
 
 CAUSAL = [
     name
     for name, host in HOSTS.items()
     # Of the class with learned sinks a host is only looked at.
-    if host.make.__module__.endswith(("hosts", "decoders")) and name != "gpt-oss"
+    if host.generates and name != "gpt-oss"
 ]
-ENCODERS = (*TEXTS, *PICTURES)
 
 
 def edits_for(model: Any) -> list[HeadEdit]:
@@ -73,12 +72,12 @@ def test_heads_of_every_decoder(name: str) -> None:
         assert_heads_are_what_attention_gives(model, lambda: model(ids(2, 11)).logits)
 
 
-@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize("name", CLASSES)
 def test_heads_of_every_encoder(name: str) -> None:
-    model = encoder(name)
-    call = inputs(name)
-    assert_heads_are_what_attention_gives(model, lambda: said(model, **call))
-    assert_a_fold_is_the_hook(model, lambda: said(model, **call))
+    model = CLASSES[name].make()
+    given = CLASSES[name].inputs(2, 20)
+    assert_heads_are_what_attention_gives(model, lambda: said(model, given))
+    assert_a_fold_is_the_hook(model, lambda: said(model, given))
     # A layer is a site: of ALBERT, the one block that is applied in every layer.
     assert len(heads.sites(model)) == (1 if name == "albert" else 2)
 

@@ -1,4 +1,4 @@
-"""Models of every family whose heads can be edited, each with a call: decoders, encoders, attnzoo's own layers."""
+"""Models of every family whose heads can be edited, each with a call: the registry's, and attnzoo's own layers."""
 
 from __future__ import annotations
 
@@ -9,13 +9,17 @@ from typing import Any
 
 import torch
 import transformers
-from tests.attnzoo.surgery.families.encoder_hosts import PICTURES, TEXTS, encoder, inputs, said
 from torch import Tensor
 
-from tests.attnzoo.surgery.families.hosts import HOSTS, SIZES, WIDTH, randomise
-from tests.attnzoo.surgery.families.test_own_layers import IDS, toy
-from tests.attnzoo.surgery.families.test_timm_like import X, vit
-from tests.attnzoo.surgery.tiny import ids
+from tests.attnzoo.surgery.families.hosts import HOSTS, Host, said
+from tests.attnzoo.surgery.families.hosts.decoders import SIZES
+from tests.attnzoo.surgery.families.hosts.exact import randomise
+from tests.attnzoo.surgery.families.hosts.host import WIDTH
+from tests.attnzoo.surgery.families.hosts.modules import toy
+
+TOKENS = 9
+TORCHS = tuple(name for name in HOSTS if name.startswith("nn."))
+"""Modules that hand heads' outputs to a function."""
 
 
 @dataclass(frozen=True)
@@ -24,16 +28,23 @@ class Called:
 
     Attributes:
         make: Makes one in fp64.
-        say: What it says, as it is.
+        given: Arguments of its call.
     """
 
     make: Callable[[], Any]
-    say: Callable[[Any], Tensor]
+    given: Callable[[], dict[str, Tensor]]
+
+    def say(self, model: Any) -> Tensor:
+        """What the model says, as it is."""
+        return said(model, self.given())
 
 
-def _logits(model: Any) -> Tensor:
-    found: Tensor = model(ids(2, 9), use_cache=False).logits
-    return found
+def _ids() -> dict[str, Tensor]:
+    return HOSTS["Llama"].inputs(2, TOKENS)
+
+
+def _of(host: Host) -> Called:
+    return Called(host.make, lambda: host.inputs(2, TOKENS))
 
 
 def _gpt_oss() -> Any:
@@ -44,10 +55,6 @@ def _gpt_oss() -> Any:
         config, attn_implementation="eager", experts_implementation="eager"
     )
     return randomise(model).double().eval()
-
-
-def _encoder(name: str) -> Called:
-    return Called(lambda: encoder(name), lambda model: said(model, **inputs(name, length=9)))
 
 
 OWN: dict[str, dict[str, Any]] = {
@@ -61,15 +68,9 @@ OWN: dict[str, dict[str, Any]] = {
 }
 
 CALLED: dict[str, Called] = {
-    **{name: Called(host.make, _logits) for name, host in HOSTS.items()},
-    "gpt-oss": Called(_gpt_oss, _logits),
-    **{name: _encoder(name) for name in (*TEXTS, *PICTURES)},
-    "timm": Called(vit, lambda model: model(X)),
-    "timm with norms": Called(lambda: vit(norms=True), lambda model: model(X)),
-    **{
-        f"own {name}": Called(lambda name=name, more=more: toy(name, **more), lambda model: model(IDS[:, :12]))
-        for name, more in OWN.items()
-    },
+    **{name: _of(host) for name, host in HOSTS.items() if name not in TORCHS},
+    "gpt-oss": Called(_gpt_oss, _ids),
+    **{f"own {name}": Called(lambda name=name, more=more: toy(name, **more), _ids) for name, more in OWN.items()},
 }
 
 

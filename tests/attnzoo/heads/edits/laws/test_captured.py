@@ -14,6 +14,7 @@ from attnzoo.oracles.heads import edits as oracle
 from tests.attnzoo.heads.edits.laws.drawn import normal
 from tests.attnzoo.heads.edits.laws.models import CALLED, shared
 from tests.attnzoo.heads.edits.laws.truth import assert_items, decoder_of, near, of_item, slots_of
+from tests.attnzoo.surgery.families.hosts import HOSTS
 from tests.attnzoo.surgery.tiny import WIDTH, ids, logits, tiny
 
 WHAT = ("z", "q", "k", "v", "lse", "pattern")
@@ -84,7 +85,7 @@ def test_calls_of_a_generation_lie_one_behind_the_other(model: Any) -> None:
         near(seen["pattern"][layer][0], truth.pattern[layer])
 
 
-DECODERS = [name for name in CALLED if name[0].isupper() and name != "Gemma 2"]
+DECODERS = [name for name, host in HOSTS.items() if host.generates and host.works("mha")]
 
 
 @pytest.mark.parametrize("name", DECODERS)

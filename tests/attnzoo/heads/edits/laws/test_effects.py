@@ -51,7 +51,7 @@ def lost(found: list[Tensor], intact: Tensor) -> Tensor:
     return intact - torch.stack(found).sum(0)
 
 
-@pytest.mark.parametrize("ablate", ["zero", "mean", "resample"])
+@pytest.mark.parametrize("ablate", ["zero", "mean", "resample", "uniform"])
 def test_scores_of_ablation(model: Any, decoder: Decoder, intact: Tensor, ablate: Any) -> None:
     z = [run(row, decoder).z for row in CLEAN.tolist()]
     found = []
@@ -182,3 +182,12 @@ def test_divergence_is_homogeneous_in_outputs_and_knows_no_order(model: Any) -> 
         tripled = heads.divergence(model, CLEAN, without)
     near(tripled[1], 3 * plain[1])
     assert torch.equal(tripled[0], plain[0])
+
+
+def test_contributions(model: Any, decoder: Decoder) -> None:
+    direction = torch.linspace(-1, 1, model.config.hidden_size, dtype=torch.float64)
+    with torch.no_grad(), heads.capture(model) as seen:
+        model(CLEAN)
+    found = heads.contributions(model, seen, direction)
+    truth = [effects.contributions(run(row, decoder), decoder, direction) for row in CLEAN.tolist()]
+    near(found, torch.stack(truth, 2))

@@ -96,7 +96,7 @@ def test_a_scale_of_zero_is_an_ablation_and_a_group_is_its_heads(name: str) -> N
     assert torch.equal(edited(name, whole), edited(name, members))
 
 
-@pytest.mark.parametrize("name", sorted(CALLED.keys() - {"timm with norms"}))
+@pytest.mark.parametrize("name", sorted(CALLED.keys() - {"timm's attention with norms"}))
 def test_what_the_projection_gives_is_affine_in_an_offset(name: str) -> None:
     model = shared(name)
     site = sites_of(name)[-1]

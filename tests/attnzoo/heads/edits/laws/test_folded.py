@@ -66,7 +66,7 @@ def edits_for(name: str) -> list[HeadEdit]:
     ]
 
 
-DIVIDED = {"timm with norms": "norm"}
+DIVIDED = {"timm's attention with norms": "norm"}
 """Where what heads give out goes to no product, and a piece of what the refusal says."""
 
 

@@ -6,22 +6,22 @@ from typing import Any
 
 import pytest
 import torch
-from attnzoo.surgery.edits.key_bias import SinkScaling
 from torch import Tensor
 
 from attnzoo import heads
 from attnzoo.heads import HeadEdit, KeyBias
-from tests.attnzoo.heads.edits.laws.models import CALLED, say, shared
+from attnzoo.surgery.edits.key_bias import SinkScaling
+from tests.attnzoo.heads.edits.laws.models import CALLED, TOKENS, say, shared
 from tests.attnzoo.heads.edits.laws.truth import near
-from tests.attnzoo.surgery.families.encoder_hosts import PICTURES, inputs, said
-from tests.attnzoo.surgery.families.hosts import HOSTS
-from tests.attnzoo.surgery.tiny import ids
+from tests.attnzoo.surgery.families.hosts import HOSTS, said
 
 HIDDEN = [2, 3, 5]
 UNKNOWN = {"Gemma 2": "softly", "gpt-oss": "sinks that are learned"}
 """Decoders whose attention ours is not, and a piece of why."""
-DECODERS = [name for name in CALLED if name in HOSTS and name not in UNKNOWN]
-ENCODERS = ["bert", "distilbert", "albert", "vit"]
+DECODERS = [name for name, host in HOSTS.items() if host.generates and host.works("mha")]
+ENCODERS = ["BERT", "DistilBERT", "ALBERT"]
+ATTENDING = [*DECODERS, *ENCODERS, "ViT"]
+"""What attends through transformers' interface."""
 
 
 def everywhere(name: str, **more: Any) -> list[HeadEdit]:
@@ -34,17 +34,14 @@ def edited(name: str, edits: list[HeadEdit]) -> Tensor:
         return say(name)
 
 
-@pytest.mark.parametrize("name", [*DECODERS, *ENCODERS])
+@pytest.mark.parametrize("name", ATTENDING)
 def test_what_weighs_nothing_otherwise_changes_no_bit(name: str) -> None:
     plain = say(name)
     model = shared(name)
-    count = 9 if name not in PICTURES else 17
-    for more in (
-        {"key_bias": KeyBias.emphasise([0, 2], 0.0)},
-        {"key_bias": KeyBias.only(range(count))},
-        {"post": SinkScaling(torch.tensor([1, 2]), 1.0)},
-    ):
-        near(edited(name, [HeadEdit(0, 0, **more)]), plain)
+    count = 17 if HOSTS[name].pictures else TOKENS
+    for more in ({"key_bias": KeyBias.emphasise([0, 2], 0.0)}, {"post": SinkScaling(torch.tensor([1, 2]), 1.0)}):
+        assert torch.equal(edited(name, [HeadEdit(0, 0, **more)]), plain)
+    near(edited(name, [HeadEdit(0, 0, key_bias=KeyBias.only(range(count)))]), plain)
     assert torch.equal(say(name), plain)
     assert not any("around" in key for module in model.modules() for key in module.__dict__)
 
@@ -56,7 +53,7 @@ def test_keys_that_are_knocked_out_are_keys_that_are_not_there(name: str) -> Non
     mask[:, HIDDEN] = 0
     places = torch.arange(9).expand(2, -1)
     with torch.no_grad():
-        expected = model(ids(2, 9), attention_mask=mask, position_ids=places, use_cache=False).logits
+        expected = said(model, CALLED[name].given(), attention_mask=mask, position_ids=places)
     others = [t for t in range(9) if t not in HIDDEN]
     found = edited(name, everywhere(name, key_bias=KeyBias.knock_out(None, HIDDEN)))
     near(found[:, others], expected[:, others])
@@ -65,20 +62,20 @@ def test_keys_that_are_knocked_out_are_keys_that_are_not_there(name: str) -> Non
     near(only[:, others], expected[:, others])
 
 
-@pytest.mark.parametrize("name", ["bert", "distilbert", "albert"])
+@pytest.mark.parametrize("name", ENCODERS)
 def test_keys_that_are_knocked_out_of_an_encoder_are_hidden_ones(name: str) -> None:
     model = shared(name)
-    given = inputs(name, length=9)
+    given = CALLED[name].given()
     mask = torch.ones(2, 9, dtype=torch.int64)
     mask[:, HIDDEN] = 0
     with torch.no_grad():
-        expected = said(model, **given, attention_mask=mask)
+        expected = said(model, given, attention_mask=mask)
     others = [t for t in range(9) if t not in HIDDEN]
     found = edited(name, everywhere(name, key_bias=KeyBias.knock_out(None, HIDDEN)))
     near(found[:, others], expected[:, others])
 
 
-@pytest.mark.parametrize("name", [*DECODERS, *ENCODERS])
+@pytest.mark.parametrize("name", ATTENDING)
 def test_uniform_is_the_mean_of_the_values_that_a_row_may_read(name: str) -> None:
     model = shared(name)
     with heads.edited(model, HeadEdit(0, 1, ablate="uniform")), heads.capture(model, ("z", "v", "pattern")) as seen:
