@@ -12,7 +12,6 @@ CAUSAL = "attnzoo/heads/causal"
 CALLS = f"{LAWS}/test_outputs.py -k of_a_call"
 edit = partial(Mutant, file=f"{EDITS}/edit.py")
 outputs = partial(Mutant, file=f"{EDITS}/outputs.py", tests=CALLS)
-edited = partial(Mutant, file=f"{EDITS}/edited.py", within="edited")
 fold = partial(
     Mutant, file=f"{EDITS}/fold.py", tests=f"{LAWS}/test_folded.py -k 'oracles or (hooked and (Llama or GPT))'"
 )
@@ -32,10 +31,6 @@ MUTANTS = (
         "edits-heads-across", old="joined.unflatten(-1, (site.heads, site.head_dim))", new="joined.unflatten(-1, (site.head_dim, site.heads)).transpose(-1, -2)",
         wrong="a head is every H-th value",
     ),
-    outputs(
-        "edits-offset-first", old='x = x + self._of_heads(edit, tensors["offset"], x)', new='x = x + self._of_heads(edit, tensors["offset"], x) * edit.scale',
-        wrong="what is added is scaled too",
-    ),
     outputs("edits-decode-everywhere", old="(tokens > 1) == (where", new="(tokens > 0) == (where", wrong="the first call of one token is a prefill"
         , tests=f"{LAWS}/test_outputs.py -k rows_of_generation"),
     outputs("edits-outside-rows", old="new = torch.where(rows[..., None, None], new, old)", new="pass", wrong="rows that are not named are edited"),
@@ -44,21 +39,12 @@ MUTANTS = (
         wrong="all heads get the first one's value",
     ),
     Mutant(
-        "edits-last-slot", f"{EDITS}/calls.py", old="last = torch.where(real.to(like.device), rows, -1).amax(1)", new="last = torch.where(real.to(like.device), tokens - 1, -1).amax(1)",
-        wrong="padding behind the last token is edited in its place", tests=CALLS,
-    ),
-    edited(
-        "edits-stay-on-error", old="restored.callback(remove)", new="restored.push(lambda *error, remove=remove: remove() if error[0] is None else None)",
-        wrong="hooks stay after an exception", tests=f"{LAWS}/test_families.py -k 'exception and Llama'",
-    ),
-    Mutant(
         "edits-inner-first", f"{EDITS}/edited.py", old="register_forward_pre_hook(hook, with_kwargs=True)", new="register_forward_pre_hook(hook, with_kwargs=True, prepend=True)",
         wrong="an inner context's edits come before the outer one's", tests=f"{LAWS}/test_outputs.py -k contexts",
     ),
     fold("fold-rows", old="module.weight.T if is_conv1d(module) else module.weight,", new="module.weight if is_conv1d(module) else module.weight.T,", wrong="rows of the projection are scaled"),
     fold("fold-bias-stays", old="*([module.bias] if change.needs_bias else [])", new="*([])", wrong="undo leaves what was added to the bias"),
     fold("fold-offset-not-scaled", old="        offset[heads] *= factor\n", new="", wrong="a later scale leaves what was added before"),
-    fold("fold-scaled-bias", old="old @ self.offset[heads]", new="old @ (self.scale * self.offset)[heads]", wrong="what is added goes through the scaled weight"),
     patching(
         "path-live-receivers", old="for layer, z in mixed.items()]", new="for layer, z in mixed.items() if layer not in {x for x, _ in receiving or ()}]",
         wrong="layers with receivers answer each other while it is noted what they give", tests=f"{LAWS}/test_effects.py -k passes_by",

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -40,6 +40,7 @@ def assert_same_bits(model: nn.Module, before: dict[str, Tensor]) -> None:
         lambda edits: any(edit.writes for edit in edits)
     )
 )
+@example([HeadEdit(0, 1, offset=normal(WIDTH)), HeadEdit(0, slice(None), scale=-2.0, offset=normal(WIDTH, seed=1))])
 def test_weights_are_the_oracles_and_undoing_gives_back_their_bits(edits: list[HeadEdit]) -> None:
     tokens = ids(2, 5)
     before = weights_of(MODEL)
