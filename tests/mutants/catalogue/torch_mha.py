@@ -69,7 +69,7 @@ MUTANTS = (
         "torch-refusals-untold",
         file="attnzoo/surgery/kinds/torch_modules.py",
         old="return (*refused, *super()",
-        new="return (*super()",
+        new="return (*(), *super()",
         wrong="a table says that modules can become what is refused",
         tests="tests/attnzoo/surgery/hosts/test_torch_mha.py -k none_for_these",
     ),
