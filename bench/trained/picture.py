@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COLOURS = {"mean": "#d55e00", "mean, groups chosen": "#e69f00", "commuting": "#0072b2", "latent": "#009e73"}
-MARKS = (0.9, 1, 1.1, 1.2, 1.5, 2, 3, 5, 8, 12, 20)
+MARKS = (0.8, 1, 1.2, 1.5, 2, 3, 5, 8, 12, 20)
 """Ratios that are marked."""
+PERPLEXITIES = (5, 5.5, 6, 6.5, 7, 7.5, 8, 9, 10, 12, 14, 17, 20, 30, 50, 100, 200)
+"""Perplexities that are marked."""
 
 
 def picture(results: TrainedResults, path: Path) -> None:
@@ -95,7 +97,7 @@ def _splits(results: TrainedResults) -> list[str]:
 
 def _curves(axes: Axes, split: str, results: TrainedResults) -> None:
     """Perplexity over further steps, a line for each way, the mean over seeds, and the original's."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     rows = [row for found in results.healed.values() for row in found]
     for name in dict.fromkeys(row.name for row in rows):
@@ -109,7 +111,7 @@ def _curves(axes: Axes, split: str, results: TrainedResults) -> None:
         style = "--" if name == ORIGINAL else "-"
         axes.plot(steps, means, style, marker="o", markersize=4, color=colour, label=way or "unconverted")
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
+    axes.yaxis.set_major_locator(FixedLocator(PERPLEXITIES))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_xlabel("steps of further training", fontsize=9)
