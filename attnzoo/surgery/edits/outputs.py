@@ -142,7 +142,7 @@ def input_of(site: HeadSite, args: tuple[Any, ...], kwargs: dict[str, Any]) -> T
     if not isinstance(given, Tensor) or given.is_nested:
         kind = "a nested tensor" if isinstance(given, Tensor) else type_name(given)
         raise UnsupportedError(f"{site.o_proj}: expected to be called with a tensor [B, T, H * D], got {kind}")
-    if given.shape[-1] != site.heads * site.head_dim:
+    if given.shape[-1] != site.heads * site.head_dim or hasattr(given, "placements"):
         raise UnsupportedError(
             f"{site.o_proj}: expected the outputs of {site.heads} heads of width {site.head_dim}, got width "
             f"{given.shape[-1]}; heads that are divided among processes cannot be edited"
