@@ -41,8 +41,8 @@ def convert(
     :data:`attnzoo.surgery.replacements.REPLACEMENTS` put a layer of theirs in the block's place, round the block's own
     projections; their options are their configuration's fields.
 
-    "heads" edits heads for good: ``edits`` are of :class:`attnzoo.heads.HeadEdit`; with ``fold=True`` they become part of
-    the outputs' projections, which get a bias where an offset needs one.
+    "heads" edits heads for good: ``edits`` are of :class:`attnzoo.heads.HeadEdit`; with ``fold=True`` they become part
+    of the outputs' projections, which get a bias where an offset needs one.
 
     attnzoo's own layers, in anybody's model, become other layers of the zoo round the same projections: "mha", "s2",
     "moh", "longheads", "landmark", "rcmha", "lowrank_gqa", or "policy", whose ``new_cache`` follows the policy. What

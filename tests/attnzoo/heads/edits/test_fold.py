@@ -21,7 +21,8 @@ WIDTH = 16
 def gpt2() -> Any:
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=61, n_embd=48, n_head=3, n_layer=2, n_positions=32, bos_token_id=1, eos_token_id=2)
-    return GPT2LMHeadModel(config).double().eval()
+    model: Any = GPT2LMHeadModel(config)
+    return model.double().eval()
 
 
 def random(*shape: int) -> torch.Tensor:

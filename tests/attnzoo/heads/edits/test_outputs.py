@@ -79,7 +79,7 @@ def test_ablations_put_nothing_or_a_value_there_before_scale_and_offset(model: A
 def test_rows_are_chosen_by_call_by_mask_and_by_the_last_token(model: Any, side: str) -> None:
     mask = torch.ones(2, 6, dtype=torch.int64)
     mask[0, slice(0, 2) if side == "left" else slice(4, 6)] = 0
-    rows = {"all": range(6), "prefill": range(6), "decode": [], "last": [5 if side == "left" else 3]}
+    rows: dict[Any, Any] = {"all": range(6), "prefill": range(6), "decode": [], "last": [5 if side == "left" else 3]}
     plain = outputs(model, ids(2, 6), [], attention_mask=mask)[0]
     one = torch.ones(WIDTH, dtype=torch.float64)
     for where, expected in rows.items():
@@ -166,7 +166,11 @@ def test_generate_is_the_loop_by_hand(model: Any) -> None:
         (lambda: HeadEdit(0, 0, offset=torch.full((16,), torch.inf)), ConfigError, "offset: expected finite"),
         (lambda: HeadEdit(0, 0, scale=float("nan")), ConfigError, "scale: expected a finite"),
         (lambda: HeadEdit(0, 0, ablate="mean"), ConfigError, "value: expected a tensor"),
-        (lambda: HeadEdit(0, 0, ablate="zeros"), ConfigError, "did you mean 'zero'"),
+        (
+            lambda: HeadEdit(0, 0, ablate="zeros"),  # type: ignore[arg-type]
+            ConfigError,
+            "did you mean 'zero'",
+        ),
         (lambda: HeadEdit(0, 0, where=torch.ones(3)), ShapeError, "where: expected a bool mask"),
         (lambda: HeadEdit(-1, 0), ConfigError, "layer"),
     ],

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from tests.attnzoo.surgery.families.encoder_hosts import encoder, inputs, said
 
 from attnzoo import heads, surgery
 from attnzoo.heads import HeadEdit, KeyBias
 from attnzoo_kernels.errors import ConfigError, ConversionError, UnsupportedError
+from tests.attnzoo.surgery.families.hosts import HOSTS, said
+from tests.attnzoo.surgery.families.hosts.encoders import encoder
 from tests.attnzoo.surgery.tiny import assert_close, assert_untouched, convert, ids, logits, snapshot, tiny
 
 HOST: dict[str, Any] = {"dtype": torch.float32}
@@ -90,7 +91,6 @@ def test_edits_of_what_heads_read_stand_and_are_loaded(tmp_path: Path) -> None:
     assert float((expected - plain).abs().max()) > 0.1
     folder = surgery.save(model, tmp_path / "model")
     loaded, _ = surgery.load(folder)
-    gc.collect()
     assert torch.equal(logits(loaded, ids(2, 8)), expected)
     with pytest.raises(UnsupportedError, match="edits of what its heads read"):
         convert(model, "moh")
@@ -134,14 +134,15 @@ def test_offsets_fold_where_the_hosts_class_has_no_bias(adapter_only: bool, tmp_
 
 def test_a_fold_outside_of_the_block_is_saved_too(tmp_path: Path) -> None:
     model = encoder("bert", dtype=torch.float32)
+    given = HOSTS["BERT"].inputs(2, 9)
     edit = HeadEdit(1, 2, scale=-1.0, offset=torch.ones(8))
     with heads.edited(model, edit), torch.no_grad():
-        expected = said(model, **inputs("bert"))
+        expected = said(model, given)
     surgery.convert(model, "heads", edits=edit, fold=True)
     folder = surgery.save(model, tmp_path / "model", adapter_only=True)
     loaded, _ = surgery.load(folder, base=encoder("bert", dtype=torch.float32))
     with torch.no_grad():
-        assert_close(said(loaded, **inputs("bert")), expected, 1e-5)
+        assert_close(said(loaded, given), expected, 1e-5)
 
 
 def test_what_a_recipe_says_must_fit(tmp_path: Path) -> None:
