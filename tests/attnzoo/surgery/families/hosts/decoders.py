@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -42,7 +43,8 @@ def causal(kind: str, attention: str = "sdpa", *, leave: tuple[str, ...] = (), *
     """
     with torch.random.fork_rng(devices=[]):
         sizes = {name: size for name, size in SIZES.items() if name not in leave}
-        config = getattr(transformers, f"{kind}Config")(**{**sizes, **more})
+        # Configurations complete the tables that they are given.
+        config = getattr(transformers, f"{kind}Config")(**copy.deepcopy({**sizes, **more}))
         # Quicker ways to run experts know no fp64.
         experts = {"experts_implementation": "eager"} if "num_experts_per_tok" in more else {}
         model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention, **experts)
