@@ -28,6 +28,9 @@ Edit = Callable[[HeadSite, int, int, Tensor], Sequence[HeadEdit]]
 """The edits for one head of a place: of its index, of the number of copies of the batch, and of the rows ``[n * B, T]``
 of the head's copy."""
 
+Rest = Callable[[HeadSite, int], Sequence[HeadEdit]]
+"""The edits of all copies beside those of one head each: of the heads' place, and of the number of copies."""
+
 
 class EachHead:
     """A model and a batch, for one edit after the other.
@@ -64,12 +67,13 @@ class EachHead:
         self._at_once = max(1, CHUNK_VALUES // logits.numel())
         self.intact = measured(self.metric, logits).double().cpu()
 
-    def lost(self, edit: Edit, heads: Sequence[tuple[int, int]] | None = None) -> Tensor:
+    def lost(self, edit: Edit, heads: Sequence[tuple[int, int]] | None = None, *, rest: Rest | None = None) -> Tensor:
         """What the metric loses by an edit of each head, fp64 ``[L, H]`` on the CPU.
 
         Args:
             edit: Of one head.
             heads: Pairs of layer and head; all by default. The others are NaN.
+            rest: What is edited beside it.
         """
         count = self.places[0].heads
         found = torch.full((len(self.places), count), torch.nan, dtype=torch.float64, device="cpu")
@@ -78,15 +82,17 @@ class EachHead:
             wanted = chosen[number]
             for start in range(0, len(wanted), self._at_once):
                 some = wanted[start : start + self._at_once]
-                found[number, some] = self.intact - self._edited(number, place, some, edit)
+                edits = [] if rest is None else list(rest(place, len(some)))
+                found[number, some] = self.intact - self._edited(number, some, edit, edits)
             if self.progress is not None:
                 self.progress("heads", number + 1, len(self.places))
         return found
 
-    def _edited(self, number: int, place: HeadSite, heads: Sequence[int], edit: Edit) -> Tensor:
+    def _edited(self, number: int, heads: Sequence[int], edit: Edit, rest: Sequence[HeadEdit]) -> Tensor:
         """The metric with each of some heads of a layer edited, fp64 ``[n]``."""
         times = len(heads)
-        edits: list[HeadEdit] = []
+        place = self.places[number]
+        edits = list(rest)
         for copy, head in enumerate(heads):
             rows = torch.zeros(times, self.batch.size, self.batch.tokens, dtype=torch.bool, device="cpu")
             rows[copy] = True

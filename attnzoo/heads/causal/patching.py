@@ -74,12 +74,13 @@ def patch(
 
         def edit(place: HeadSite, head: int, times: int, rows: Tensor) -> list[HeadEdit]:
             value = other[place.layer][:, :, head : head + 1].repeat(times, 1, 1, 1)
-            patched = HeadEdit(place.layer, head, ablate="resample", value=value, where=rows)
-            # Heads of the same layer and before see nothing of it.
-            later = [after for after in places if freeze and after.layer > place.layer]
-            return [patched, *(_written(after.layer, own[after.layer], times, rows) for after in later)]
+            return [HeadEdit(place.layer, head, ablate="resample", value=value, where=rows)]
 
-        return each.lost(edit, heads)
+        def frozen(place: HeadSite, times: int) -> list[HeadEdit]:
+            # Heads of the same layer and before see nothing of the patch.
+            return [_written(layer, z, times) for layer, z in own.items() if layer > place.layer]
+
+        return each.lost(edit, heads, rest=frozen)
 
 
 def path(
@@ -165,7 +166,6 @@ def _mixed(base: dict[int, Tensor], other: dict[int, Tensor], heads: Sequence[He
     return found
 
 
-def _written(layer: int, z: Tensor, times: int = 1, rows: Tensor | None = None) -> HeadEdit:
-    """The edit that makes all heads of a layer give ``z [B, T, H, D]``."""
-    where: Any = "all" if rows is None else rows
-    return HeadEdit(layer, slice(None), ablate="resample", value=z.repeat(times, 1, 1, 1), where=where)
+def _written(layer: int, z: Tensor, times: int = 1) -> HeadEdit:
+    """The edit that makes all heads of a layer give ``z [B, T, H, D]``, in each copy of the batch."""
+    return HeadEdit(layer, slice(None), ablate="resample", value=z.repeat(times, 1, 1, 1))

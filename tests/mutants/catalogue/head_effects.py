@@ -21,8 +21,8 @@ MUTANTS = (
         wrong="each copy of the batch loses the heads of all",
     ),
     effects(
-        "effects-heads-of-the-layer-frozen", file=f"{CAUSAL}/patching.py", old="after.layer > place.layer", new="after.layer >= place.layer",
-        wrong="the patched head is frozen like the others",
+        "effects-last-layer-follows", file=f"{CAUSAL}/patching.py", old="if layer > place.layer]", new="if layer > place.layer + 1]",
+        wrong="heads of the layer behind the patched one are not frozen",
     ),
     effects(
         "effects-path-notes-the-frozen", file=f"{CAUSAL}/patching.py", old='capture(model, ("z",)) as noted, edited(model, frozen)',
