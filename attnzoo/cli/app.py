@@ -100,7 +100,7 @@ def heads_command(  # noqa: PLR0913  (a command line has one parameter for each 
         str,
         typer.Option(
             help="razor, which is induction and echo; one of these; previous, duplicate, far_mass, copying, successor; "
-            "or retrieval, of passkeys."
+            "retrieval, of passkeys; or ablation, what a text loses by each, in minutes."
         ),
     ] = "razor",
     top: Annotated[int, typer.Option(help="How many heads of each kind to name.")] = 10,

@@ -16,6 +16,7 @@ from attnzoo.cli.models import encode, text_tokens
 from attnzoo.cli.progress import Bar
 from attnzoo.evaluation.heads.knockout import Knockout, head_sets, knock_out, read_ablate
 from attnzoo.evaluation.heads.report import HeadsReport
+from attnzoo.evaluation.heads.text_ablation import ABLATION, text_ablation
 from attnzoo.evaluation.heads.word_classes import word_classes
 from attnzoo.evaluation.model_scores import cut_windows
 from attnzoo.evaluation.passkeys import passkey_cases
@@ -28,7 +29,7 @@ from attnzoo.heads.scores.token_maps import COPYING, SUCCESSOR
 from attnzoo.reporting.choices import check_choice
 from attnzoo.reporting.outputs import check_writable
 
-SCORES = (*METHODS, FAR_MASS, COPYING, SUCCESSOR)
+SCORES = (*METHODS, FAR_MASS, COPYING, SUCCESSOR, ABLATION)
 
 COPY = 200
 """Tokens of one copy of random ones."""
@@ -40,6 +41,9 @@ TEXT = "botchan"
 TEXT_OFFSET = 1024
 TEXT_TOKENS = 512
 PASSKEYS = 3
+
+ABLATION_TOKENS = 128
+"""Tokens of the text by whose likelihood heads are ablated."""
 
 SINK = 4
 WINDOW = 64
@@ -114,6 +118,8 @@ def _scores(call: HeadsCall, model: Any, tokenizer: Any, progress: Bar) -> tuple
         return score(model, classes, progress=progress), skipped
     if call.score == FAR_MASS:
         return far_mass(model, [_text(tokenizer)[None]], SINK, WINDOW), {}
+    if call.score == ABLATION:
+        return text_ablation(model, _text(tokenizer)[:ABLATION_TOKENS], progress), {}
     options: dict[str, Any] = {"seed": call.seed, "length": call.length or COPY}
     if call.score == RETRIEVAL:
         length = call.length or PROMPT

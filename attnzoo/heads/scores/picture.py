@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from attnzoo.heads.scores.head_scores import HeadScores
 
@@ -14,7 +14,7 @@ RING = "#e4572e"
 
 
 def picture(scores: HeadScores, title: str, path: Path, *, marked: int = 10) -> None:
-    """Draws scores, as a PNG or whatever the suffix says.
+    """Draws scores, as a PNG or whatever the suffix says: shares from 0 to 1, or what may be below 0, on either side.
 
     Args:
         scores: Of one kind or several, side by side.
@@ -31,14 +31,24 @@ def picture(scores: HeadScores, title: str, path: Path, *, marked: int = 10) -> 
     cell = min(0.34, 16 / scores.heads, 10 / scores.layers)
     size = (max(2.6, cell * scores.heads) * len(kinds) + 1.8, max(2.4, cell * scores.layers) + 1.4)
     figure, panels = pyplot.subplots(1, len(kinds), figsize=size, layout="constrained", sharey=True, squeeze=False)
+    colours = _colours(scores)
     for axes, kind in zip(panels[0], kinds, strict=True):
-        axes.imshow(scores[kind].numpy(), cmap="Blues", vmin=0, vmax=1, aspect="auto", origin="upper")
+        axes.imshow(scores[kind].numpy(), aspect="auto", origin="upper", **colours)
         _mark(axes, scores, kind, marked)
     panels[0][0].set_ylabel("layer")
     figure.colorbar(panels[0][0].images[0], ax=panels[0].tolist(), label="score", shrink=0.8)
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=140)
     pyplot.close(figure)
+
+
+def _colours(scores: HeadScores) -> dict[str, Any]:
+    """The map of colours, and what its ends are."""
+    found = [scores[kind] for kind in scores.kinds]
+    if all(bool(((x >= 0) & (x <= 1)).all()) for x in found):
+        return {"cmap": "Blues", "vmin": 0, "vmax": 1}
+    end = max(float(x.abs().max()) for x in found)
+    return {"cmap": "RdBu", "vmin": -end, "vmax": end}
 
 
 def _mark(axes: Axes, scores: HeadScores, kind: str, marked: int) -> None:

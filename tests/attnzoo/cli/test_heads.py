@@ -18,7 +18,7 @@ from attnzoo.evaluation.heads.knockout import knock_out
 from attnzoo.evaluation.heads.word_classes import WORDS, word_classes
 from attnzoo.evaluation.passkeys import passkey_cases
 from attnzoo.heads import RetrievalCase
-from attnzoo.heads.scores import retrieval_cases
+from attnzoo.heads.scores import picture, retrieval_cases
 from attnzoo_kernels.errors import ConfigError
 from tests.attnzoo.cli.cli_support import call, write_model
 
@@ -122,6 +122,22 @@ def test_far_mass_is_of_a_text_that_ships(run: Any, folder: Path, monkeypatch: p
     code, told, err = run("heads", folder, "--score", "far_mass", "--json")
     assert code == 0, err
     assert json.loads(told)["about"] == {"method": "far_mass", "sink": 4, "window": 64}
+
+
+def test_ablation_is_what_a_text_loses_and_is_drawn_on_either_side(
+    run: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attnzoo.cli.heads, "TEXT_TOKENS", 30)
+    drawn: list[dict[str, Any]] = []
+    colours = picture._colours
+    monkeypatch.setattr(picture, "_colours", lambda scores: drawn.append(colours(scores)) or drawn[-1])
+    code, told, err = run("heads", folder, "--score", "ablation", "--json", "--picture", tmp_path / "made.png")
+    assert code == 0, err
+    scores = torch.tensor(json.loads(told)["scores"]["ablation"])
+    assert scores.shape == (2, 6)
+    assert bool((scores < 0).any())
+    assert drawn[0]["vmax"] == -drawn[0]["vmin"] == pytest.approx(float(scores.abs().max()))
+    assert (tmp_path / "made.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_knockout_is_the_loss_with_these_heads_at_0(folder: Path) -> None:

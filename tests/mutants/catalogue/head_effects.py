@@ -20,21 +20,17 @@ MUTANTS = (
         "effects-every-copy-edited", file=f"{CAUSAL}/each_head.py", old="rows[copy] = True", new="rows[:] = True",
         wrong="each copy of the batch loses the heads of all",
     ),
-    effects(
-        "effects-last-layer-follows", file=f"{CAUSAL}/patching.py", old="if layer > place.layer]", new="if layer > place.layer + 1]",
-        wrong="heads of the layer behind the patched one are not frozen",
-    ),
-    effects(
-        "effects-path-notes-the-frozen", file=f"{CAUSAL}/patching.py", old='capture(model, ("z",)) as noted, edited(model, frozen)',
-        new='edited(model, frozen), capture(model, ("z",)) as noted', wrong="receivers give what is frozen, and no path goes through them",
-    ),
-    effects(
-        "effects-divergence-from-the-front", file=f"{CAUSAL}/divergence.py", old="return own[-same:], other[-same:]", new="return own[:same], other[-same:]",
-        wrong="rows of a text with a context are counted from its first token",
-    ),
     Mutant(
         "effects-means-stay", file="attnzoo/heads/decoder.py", old="return self.less_mean(weight * self.gain)", new="return weight * self.gain",
         wrong="what a centred norm reads has its mean", tests=f"{TESTS}/causal/test_contributions.py -k GPT-2",
+    ),
+    Mutant(
+        "effects-scale-thaws", file=f"{CAUSAL}/contributions.py", old="layer.output.read_by(u) * layer.output.scale(out.to(u.dtype))", new="layer.output.read_by(u)",
+        wrong="the norm behind attention has no scale", tests=f"{TESTS}/causal/test_contributions.py -k Gemma",
+    ),
+    weights(
+        "effects-one-distance", file="attnzoo/heads/scores/compositions.py", old="queries = other.q @ other.q.mT", new="queries = other.q[:1] @ other.q[:1].mT",
+        wrong="keys are composed with queries of one distance",
     ),
     weights(
         "effects-values-of-other-groups", file="attnzoo/heads/scores/token_maps.py", old="values.repeat_interleave(p.num_heads // p.num_kv_heads, 1)",

@@ -53,7 +53,7 @@ MUTANTS = (
         "path-edited-notes", old="with capture(model, (\"z\",)) as noted, edited(model, frozen):", new="with edited(model, frozen), capture(model, (\"z\",)) as noted:",
         wrong="receivers give what they were made to give", tests=f"{LAWS}/test_effects.py -k test_paths",
     ),
-    patching("patch-melts", old="freeze and after.layer > place.layer", new="freeze and after.layer > place.layer + 1", wrong="the next layer's heads answer", tests=f"{LAWS}/test_effects.py -k test_patching"),
+    patching("patch-melts", old="if layer > place.layer]", new="if layer > place.layer + 1]", wrong="the next layer's heads answer", tests=f"{LAWS}/test_effects.py -k test_patching"),
     patching("patch-neighbour", old="other[place.layer][:, :, head : head + 1]", new="other[place.layer][:, :, head - 1 : head or None]", wrong="a head gets its neighbour's output", tests=f"{LAWS}/test_effects.py -k test_patching"),
     attribution("attribution-sign", old="z - other[place.layer]", new="other[place.layer] - z", wrong="what is gained is called lost"),
     attribution("attribution-neighbours", old="(gradient.double() * less.double()).sum((0, 1, 3))", new="(gradient.double() * less.double().roll(1, 1)).sum((0, 1, 3))", wrong="slopes of a row meet another row's outputs"),
