@@ -31,6 +31,14 @@ def metric_of_one(logits: Tensor) -> Tensor:
     return metric(logits[None])
 
 
+def metric_of_last(logits: Tensor) -> Tensor:
+    return (logits[:, -1, 7] - logits[:, -1, 8]).sum()
+
+
+def last_of_one(logits: Tensor) -> Tensor:
+    return metric_of_last(logits[None])
+
+
 @pytest.fixture(scope="module")
 def model() -> Any:
     return tiny(4, 2)
@@ -67,6 +75,28 @@ def test_scores_of_ablation(model: Any, decoder: Decoder, intact: Tensor, ablate
     before = snapshot(model)
     near(heads.ablation_scores(model, CLEAN, metric, ablate=ablate), lost(found, intact))
     assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("ablate", ["mean", "uniform"])
+def test_scores_of_ablation_of_padded_items(model: Any, decoder: Decoder, ablate: Any) -> None:
+    mask = torch.ones_like(CLEAN)
+    mask[0, :2] = 0
+    rows = [CLEAN[0, 2:].tolist(), CLEAN[1].tolist()]
+    plain = [run(row, decoder) for row in rows]
+    found = []
+    for row in rows:
+
+        def edit(layer: int, head: int) -> Edit:
+            kind: Any = "value" if ablate == "mean" else ablate
+            # Padding has outputs too, which are in no mean.
+            return Edit(
+                layer=layer, head=head, ablate=kind, value=torch.cat([one.z[layer][:, head] for one in plain]).mean(0)
+            )
+
+        found.append(effects.with_edits(row, decoder, last_of_one, edit))
+    whole = torch.stack([last_of_one(one.logits) for one in plain]).sum()
+    given = {"input_ids": CLEAN, "attention_mask": mask}
+    near(heads.ablation_scores(model, given, metric_of_last, ablate=ablate), lost(found, whole))
 
 
 @pytest.mark.parametrize("freeze", [None, "attention"])
@@ -135,10 +165,6 @@ def test_laws_of_patching(model: Any) -> None:
     with torch.no_grad():
         corrupt = metric_of_last(model(CLEAN).logits) - metric_of_last(model(CORRUPT).logits)
     near(torch.tensor(everybody, dtype=torch.float64), corrupt)
-
-
-def metric_of_last(logits: Tensor) -> Tensor:
-    return (logits[:, -1, 7] - logits[:, -1, 8]).sum()
 
 
 def test_attribution(model: Any, decoder: Decoder) -> None:
