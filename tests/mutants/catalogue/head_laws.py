@@ -12,6 +12,7 @@ CAUSAL = "attnzoo/heads/causal"
 CALLS = f"{LAWS}/test_outputs.py -k of_a_call"
 edit = partial(Mutant, file=f"{EDITS}/edit.py")
 outputs = partial(Mutant, file=f"{EDITS}/outputs.py", tests=CALLS)
+reads = partial(Mutant, file=f"{EDITS}/reading.py")
 fold = partial(
     Mutant, file=f"{EDITS}/fold.py", tests=f"{LAWS}/test_folded.py -k 'oracles or (hooked and (Llama or GPT))'"
 )
@@ -67,6 +68,21 @@ MUTANTS = (
     ),
     Mutant(
         "capture-pattern-of-one-chunk", f"{CAUSAL}/patterns.py", old="range(0, slots, width)", new="range(0, min(slots, width), width)",
-        wrong="weights beyond the first keys are lost", tests=f"{LAWS}/test_captured.py -k pattern",
+        wrong="weights beyond the first keys are lost", tests=f"{LAWS}/test_reads_in_families.py -k 'uniform and Llama'",
+    ),
+    reads("reads-decode-in-prefill", old="(tokens > 1) == (where", new="(tokens > 0) == (where", wrong="the first call of one token reads as a prefill", tests=f"{LAWS}/test_reads.py -k calls_of_one"),
+    reads("reads-others-alone", old="(0.0, bias) if given.others", new="(bias, 0.0) if given.others", wrong="what alone was to be seen is hidden", tests=f"{LAWS}/test_reads_in_families.py -k 'changes_no_bit and Llama'"),
+    reads("reads-stay", old="if other is not one)", new="if other is one)", within="_take_off", wrong="own layers go on reading so", tests=f"{LAWS}/test_reads_in_families.py -k 'own_layers and mha'"),
+    Mutant(
+        "reads-beta-of-the-others", "attnzoo/base/editing/operation.py", old="share * read.states.beta", new="share * (1 - read.states.beta)",
+        wrong="sinks lose what they should keep", tests=f"{LAWS}/test_reads.py -k calls_of_one",
+    ),
+    Mutant(
+        "contributions-without-gain", "attnzoo/heads/decoder.py", old="self.less_mean(weight * self.gain)", new="self.less_mean(weight)",
+        wrong="the last norm's weights are forgotten", tests=f"{LAWS}/test_effects.py -k contributions",
+    ),
+    Mutant(
+        "contributions-of-other-heads", "attnzoo/heads/causal/contributions.py", old=".unflatten(-1, z.shape[-2:])", new=".unflatten(-1, z.shape[:-3:-1]).transpose(-1, -2)",
+        wrong="a head meets every H-th column of the projection", tests=f"{LAWS}/test_effects.py -k contributions",
     ),
 )  # fmt: skip

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -45,6 +45,8 @@ DECODER = decoder_of(HOSTS["sdpa"])
     st.lists(output_edits(WIDTH, 2, LENGTH), min_size=1, max_size=3),
     st.sampled_from((None, PADDED, PADDED_BEHIND)),
 )
+@example("sdpa", [HeadEdit(0, [1, 3], ablate="mean", value=normal(2, WIDTH), where="last")], PADDED_BEHIND)
+@example("sdpa", [HeadEdit(1, 1, scale=-2.0, offset=normal(WIDTH), kv=True)], None)
 def test_edits_of_a_call_are_the_oracles(kind: str, edits: list[HeadEdit], mask: Tensor | None) -> None:
     model = HOSTS[kind]
     tokens = ids(2, LENGTH)
@@ -98,6 +100,7 @@ def test_rows_of_generation_are_those_of_its_calls(where: Any) -> None:
 
 @settings(max_examples=6)
 @given(*[st.lists(output_edits(WIDTH, 2, LENGTH), min_size=1, max_size=2)] * 2)
+@example([HeadEdit(0, 1, offset=normal(WIDTH))], [HeadEdit(0, 1, scale=-2.0)])
 def test_contexts_in_each_other_are_one_list(outer: list[HeadEdit], inner: list[HeadEdit]) -> None:
     model = HOSTS["sdpa"]
     tokens = ids(2, LENGTH)

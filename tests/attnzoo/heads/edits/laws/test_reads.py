@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from attnzoo import heads
-from attnzoo.heads import HeadEdit
+from attnzoo.heads import HeadEdit, KeyBias
 from attnzoo.oracles.heads import effects
 from attnzoo.oracles.mha import Recipe
 from attnzoo.oracles.s2 import S2Pattern, reads
+from attnzoo.surgery.edits.key_bias import SinkScaling
 from tests.attnzoo.heads.edits.laws.drawn import may_stand_together, output_edits, reading_edits
 from tests.attnzoo.heads.edits.laws.truth import assert_items, decoder_of, near, of_item, oracle_logits
 from tests.attnzoo.surgery.tiny import WIDTH, assert_untouched, convert, ids, logits, snapshot, tiny
@@ -77,6 +79,23 @@ def test_reads_of_a_call_are_the_oracles(rule: str, edits: list[HeadEdit], mask:
         found = logits(model, tokens, attention_mask=mask)
     assert_untouched(model, before)
     assert_items(found, oracle_logits(DECODERS[rule], tokens, edits, mask), mask)
+
+
+SINKS = SinkScaling(torch.tensor([1, 4]), 0.3)
+
+
+@pytest.mark.parametrize("where", ["decode", "prefill"])
+def test_calls_of_one_token_are_decoding(where: Any) -> None:
+    tokens = ids(1, LENGTH)
+    edits = [HeadEdit(0, 1, post=SINKS, where=where), HeadEdit(1, 2, key_bias=KeyBias.only([0, 8, 9]), where=where)]
+    said, rows = effects.generated(tokens[0].tolist(), PLAIN, of_item(edits, PLAIN, 0, range(LENGTH)), 3)
+    model = HOSTS["plain"]
+    with heads.edited(model, edits):
+        found = model.generate(
+            tokens, max_new_tokens=3, do_sample=False, output_logits=True, return_dict_in_generate=True
+        )
+    assert found.sequences[0, LENGTH:].tolist() == said
+    near(torch.cat(found.logits).double(), rows, ROUNDED)
 
 
 @settings(max_examples=6)
