@@ -24,7 +24,7 @@ def decoder_of(model: Any, sees: Any = sees_all) -> Decoder:
     """A Llama's weights and numbers."""
     config = model.config
     return Decoder(
-        weights={name: x.detach() for name, x in model.state_dict().items()},
+        weights={name: x.detach().clone() for name, x in model.state_dict().items()},
         layers=config.num_hidden_layers,
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
