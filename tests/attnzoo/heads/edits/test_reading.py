@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.attnzoo.surgery.families.encoder_hosts import encoder, inputs, padding
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -315,9 +314,11 @@ def test_gradients_pass_through_edited_heads() -> None:
 
 @torch.no_grad()
 def test_encoders_read_so_in_both_directions() -> None:
-    model = encoder("bert")
-    mask = padding()
-    tokens = {**inputs("bert"), "attention_mask": mask}
+    model = HOSTS["BERT"].make()
+    mask = torch.ones(2, 20, dtype=torch.int64)
+    mask[0, :5] = 0
+    mask[1, 13:] = 0
+    tokens = {**HOSTS["BERT"].inputs(2, 20), "attention_mask": mask}
     edits = [HeadEdit(0, 1, key_bias=KeyBias.knock_out([4, 6], [0, 9])), HeadEdit(0, 2, ablate="uniform")]
     with heads.edited(model, edits), heads.capture(model, ("z", "q", "k", "v"), [0]) as seen:
         model(**tokens)
