@@ -12,14 +12,22 @@ from attnzoo.base.layer import AttentionInputs, AttentionLayer, Plan
 from attnzoo.cache.kv_cache import KVCache, Stream
 from attnzoo.cache.policies.protocol import Policy
 from attnzoo.selection.offloaded_blocks import fetch_blocks
+from attnzoo_kernels.errors import UnsupportedError
 
 
 class OffloadingLayer(AttentionLayer):
     """A variant whose calls fetch the blocks that they read from where the cache keeps them."""
 
     def operate(self, inputs: AttentionInputs, plan: Plan) -> Tensor:
-        """The operation, on the listed blocks alone where keys and values are offloaded."""
+        """The operation, on the listed blocks alone where keys and values are offloaded.
+
+        Raises:
+            UnsupportedError: If what a head reads is edited there: fetched blocks have other slots.
+        """
         if inputs.offloaded:
+            if inputs.edits is not None:
+                reason = "keys lie in CPU memory, from where blocks alone are fetched; use a cache without offload"
+                raise UnsupportedError(f"edits: reads cannot be edited: {reason}", (reason,))
             inputs, plan = fetch_blocks(inputs, plan)
         return super().operate(inputs, plan)
 

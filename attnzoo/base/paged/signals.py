@@ -79,7 +79,7 @@ def _shares(rows: Tensor, k: Tensor, lse: Tensor, bias: Tensor | None) -> Tensor
     score = torch.matmul(rows.flatten(1, 2), k.transpose(-1, -2))
     if bias is not None:
         score += bias
-    share = score.unflatten(1, rows.shape[1:3])
+    share: Tensor = score.unflatten(1, rows.shape[1:3])
     end = lse.unsqueeze(-1)
     share.sub_(end).exp_().masked_fill_(end == -torch.inf, 0)
     # All rows before those of the queries themselves are behind none of them.

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import attnzoo
-from attnzoo import BlockLayout, Extras
+from attnzoo import BlockLayout, Extras, heads
 from attnzoo.base.steps import AttentionInputs, Plan
 from attnzoo.cache.kv_cache import KVCache, Stream
 from attnzoo.selection.offloaded_blocks import fetch_blocks
+from attnzoo_kernels.errors import UnsupportedError
 from tests.attnzoo.cases import assert_same, build, tokens
 
 SMALL: dict[str, Any] = {"dim": 32, "num_heads": 4, "num_kv_heads": 2, "chunk_size": 4, "attention_length": 16}
@@ -179,3 +180,16 @@ def test_a_first_call_without_tokens_gives_none(variant: str) -> None:
     cache = layer.new_cache(2, 60, offload=True)
     with torch.no_grad():
         assert layer(torch.zeros(2, 0, layer.config.dim), cache=cache).shape == (2, 0, layer.config.dim)
+
+
+@torch.no_grad()
+def test_reads_from_cpu_memory_are_not_edited() -> None:
+    layer = longheads(select="block")
+    cache = layer.new_cache(1, 30, offload=True)
+    x = torch.randn(1, 20, layer.config.dim, dtype=torch.float64)
+    edit = heads.HeadEdit(0, 1, key_bias=heads.KeyBias.knock_out([19], [0]))
+    with heads.edited(layer, edit), pytest.raises(UnsupportedError, match="use a cache without offload"):
+        layer(x, cache=cache)
+    assert cache.lengths.tolist() == [0]
+    layer(x, cache=cache)
+    assert cache.lengths.tolist() == [20]
