@@ -83,7 +83,7 @@ def _pairs(axes: Axes, host: str, rows: Sequence[TrainedRow]) -> None:
     axes.xaxis.set_major_locator(FixedLocator(MARKS))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.set_xlabel("perplexity over the original's (log scale)", fontsize=9)
+    axes.set_xlabel("perplexity over the original's", fontsize=9)
     axes.set_title(host, fontsize=10, loc="left")
     axes.grid(axis="x", color="#e4e4e4", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
