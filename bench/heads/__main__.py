@@ -26,20 +26,22 @@ from bench.heads.experiments.ablations import ablations
 from bench.heads.experiments.conflict import conflict
 from bench.heads.experiments.context_heads import context_heads
 from bench.heads.experiments.copying import copying
+from bench.heads.experiments.estimates import estimates
 from bench.heads.experiments.format_task import format_task
 from bench.heads.experiments.reading import reading
 from bench.heads.experiments.retrieval import knock_out
 from bench.heads.experiments.sinks import sinks
 from bench.heads.experiments.successors import successors
-from bench.heads.outcome import HeadResults, Outcome, read
+from bench.heads.outcome import HeadOutcome, HeadResults, read
 from bench.heads.setting import HeadSetting, full_setting, quick_setting
 
-EXPERIMENTS: Mapping[str, Callable[[HeadSetting], Outcome]] = {
+EXPERIMENTS: Mapping[str, Callable[[HeadSetting], HeadOutcome]] = {
     "retrieval": knock_out,
     "conflict": conflict,
     "lofit": format_task,
     "act": sinks,
     "paths": copying,
+    "estimates": estimates,
     "successor": successors,
     "divergence": context_heads,
     "reading": reading,

@@ -44,6 +44,15 @@ class HeadClaim:
     met: bool
 
 
+def number(value: float | None) -> str:
+    """A figure as text, to three places."""
+    if value is None:
+        return ""
+    if value != 0 and abs(value) < 1e-3:
+        return f"{value:.1e}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3f}"
+
+
 def at_least(what: str, found: float, bound: float) -> HeadClaim:
     return HeadClaim(what, found, f">= {bound:,g}", found >= bound)
 
@@ -57,7 +66,7 @@ def above(what: str, found: float, other: float) -> HeadClaim:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class HeadOutcome:
     """What came out of one experiment.
 
     Attributes:
@@ -98,7 +107,7 @@ class HeadResults:
     """
 
     about: dict[str, Any]
-    outcomes: dict[str, Outcome] = field(default_factory=dict)
+    outcomes: dict[str, HeadOutcome] = field(default_factory=dict)
 
     def to_json(self) -> str:
         data = {"about": self.about, "outcomes": {name: asdict(found) for name, found in self.outcomes.items()}}
@@ -111,11 +120,11 @@ def read(path: Path) -> HeadResults:
     return HeadResults(data["about"], {name: _outcome(found) for name, found in data["outcomes"].items()})
 
 
-def _outcome(data: Mapping[str, Any]) -> Outcome:
+def _outcome(data: Mapping[str, Any]) -> HeadOutcome:
     rows = [HeadRow(**row) for row in data["rows"]]
     claims = [HeadClaim(**claim) for claim in data["claims"]]
     heads = {name: _pairs(found) for name, found in data["heads"].items()}
-    return Outcome(**{**data, "rows": rows, "claims": claims, "heads": heads})
+    return HeadOutcome(**{**data, "rows": rows, "claims": claims, "heads": heads})
 
 
 def _pairs(found: Iterable[Iterable[int]]) -> list[Head]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bench.heads.outcome import HeadResults, Outcome
+from bench.heads.outcome import HeadOutcome, HeadResults, number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,6 +17,9 @@ RING = "#111111"
 COLUMNS = 2
 MAPS = 4
 """Maps in a row."""
+
+ALIKE = 0.1
+"""Conditions whose figures differ by less than this share of them are drawn by what they differ by."""
 
 
 def picture(results: HeadResults, path: Path) -> None:
@@ -49,17 +52,22 @@ def picture(results: HeadResults, path: Path) -> None:
     pyplot.close(figure)
 
 
-def _bars(axes: Axes, outcome: Outcome) -> None:
+def _bars(axes: Axes, outcome: HeadOutcome) -> None:
     """A bar for each condition's main figure."""
     rows = [row for row in outcome.rows if outcome.main in row.figures]
     place = list(range(len(rows)))[::-1]
     values = [row.figures[outcome.main] for row in rows]
+    label = outcome.main
+    if max(values) - min(values) < ALIKE * min(values):
+        # Bars of nearly the same length say nothing: what is drawn is what they differ by.
+        values = [value - values[0] for value in values]
+        label = f"{outcome.main}, less that of the model {rows[0].name}"
     axes.barh(place, values, color=[GREY if row.control else BLUE for row in rows], height=0.7)
-    axes.set_yticks(place, [row.name for row in rows], fontsize=7)
+    axes.set_yticks(place, [row.name for row in rows], fontsize=6.5)
     axes.tick_params(axis="x", labelsize=7)
     for y, value in zip(place, values, strict=True):
         axes.annotate(
-            f"{value:.2f}",
+            number(value),
             (value, y),
             xytext=(3 if value >= 0 else -3, 0),
             textcoords="offset points",
@@ -72,11 +80,11 @@ def _bars(axes: Axes, outcome: Outcome) -> None:
     axes.set_xlim(low - (room if low < 0 else 0), high + room)
     axes.axvline(0, color="#444444", linewidth=0.8)
     axes.set_title(outcome.title, fontsize=9, loc="left")
-    axes.set_xlabel(outcome.main, fontsize=7)
+    axes.set_xlabel(label, fontsize=7)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _map(axes: Axes, name: str, table: list[list[float]], outcome: Outcome) -> None:
+def _map(axes: Axes, name: str, table: list[list[float]], outcome: HeadOutcome) -> None:
     """A table of layers and heads, with rings round the heads that were found."""
     from matplotlib.ticker import MaxNLocator
 

@@ -9,21 +9,13 @@ from typing import Any
 
 from attnzoo.reporting.outputs import write_together
 from attnzoo.reporting.tables import Grid
-from bench.heads.outcome import Head, HeadClaim, HeadResults, HeadRow, Outcome
+from bench.heads.outcome import Head, HeadClaim, HeadOutcome, HeadResults, HeadRow, number
 from bench.heads.picture import picture
 
 CLAIMS = ("", "what", "must", "found", "")
 
 
-def number(value: float | None) -> str:
-    if value is None:
-        return ""
-    if value != 0 and abs(value) < 1e-3:
-        return f"{value:.1e}"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3f}"
-
-
-def cells(outcome: Outcome, row: HeadRow) -> list[str]:
+def cells(outcome: HeadOutcome, row: HeadRow) -> list[str]:
     """A condition's figures, by the columns of all."""
     name = f"{row.name} (control)" if row.control else row.name
     return [name, *(number(row.figures.get(column)) for column in outcome.columns)]

@@ -14,7 +14,7 @@ from bench.heads import outcome
 from bench.heads.experiments.copying import copy_task
 from bench.heads.experiments.format_task import batches
 from bench.heads.facts import CAPITALS, QUESTIONS, Conflicts, answers, conflicts, last_logits, padded
-from bench.heads.outcome import HeadResults, HeadRow, Outcome
+from bench.heads.outcome import HeadOutcome, HeadResults, HeadRow
 from bench.heads.setting import HeadSetting, best, quick_setting, scaled
 
 
@@ -93,7 +93,7 @@ def test_outcomes_are_read_as_they_were_written(tmp_path: Path) -> None:
     rows = [HeadRow("as it is", {"loss": 1.0}), HeadRow("without", {"loss": 2.0, "text": 3.0}, control=True)]
     claims = [outcome.at_least("a", 1.0, 1.0), outcome.at_most("b", 2.0, 1.0), outcome.above("c", 1.0, 1.0)]
     assert [claim.met for claim in claims] == [True, False, False]
-    found = Outcome("t", "s", "x", "loss", rows, claims, {"few": [(0, 1)]}, {"map": [[0.0, 1.0]]}, 2.0)
+    found = HeadOutcome("t", "s", "x", "loss", rows, claims, {"few": [(0, 1)]}, {"map": [[0.0, 1.0]]}, 2.0)
     assert found.columns == ["loss", "text"]
     results = HeadResults({"model": "m"}, {"one": found})
     path = tmp_path / "heads.json"

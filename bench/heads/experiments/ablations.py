@@ -9,14 +9,14 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from attnzoo import heads
-from bench.heads.outcome import HeadRow, Outcome, at_least, at_most
+from bench.heads.outcome import HeadOutcome, HeadRow, at_least, at_most
 from bench.heads.setting import HeadSetting, best
 
 LOST = "nats lost"
 COMPARED = 10
 
 
-def ablations(setting: HeadSetting) -> Outcome:
+def ablations(setting: HeadSetting) -> HeadOutcome:
     """All heads of the model, one at a time, and a backward for all of them."""
     ids = setting.text[2048 : 2048 + 128] if not setting.quick else setting.text[:32]
     batch = ids.unsqueeze(0)
@@ -41,7 +41,7 @@ def ablations(setting: HeadSetting) -> Outcome:
         at_most(f"CPU seconds of all {exact.numel()} scores", seconds, 180),
         at_least(f"signs that agree among the {len(rows)} largest", agreeing, 0.9 * len(rows)),
     ]
-    return Outcome(
+    return HeadOutcome(
         title="Every head taken away",
         source="Michel et al. 2019, Are Sixteen Heads Really Better than One? (arXiv:1905.10650); Syed et al. 2023 "
         "(arXiv:2310.10348)",

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from attnzoo import heads
 from bench.heads.facts import Answers, Conflicts, answers, conflicts, known_countries
-from bench.heads.outcome import Head, HeadRow, Outcome, at_least, at_most
+from bench.heads.outcome import Head, HeadOutcome, HeadRow, at_least, at_most
 from bench.heads.setting import HeadSetting, best, scaled
 
 PREFERS = "prefers the context"
@@ -18,7 +18,7 @@ DOWN = (0.0, -1.0)
 CANDIDATES = 4
 
 
-def conflict(setting: HeadSetting) -> Outcome:
+def conflict(setting: HeadSetting) -> HeadOutcome:
     """Heads by their contributions on one half of the facts, scales chosen there, and figures of the other half."""
     countries = known_countries(setting.model, setting.encode, ask=not setting.quick)[: 8 if setting.quick else None]
     items = conflicts(setting.encode, countries)
@@ -44,7 +44,7 @@ def conflict(setting: HeadSetting) -> Outcome:
         at_least("items that prefer the context with one head scaled", flipped, 0.5),
         at_most("the same with another head of that layer scaled", max(control, default=0.0), 0.4),
     ]
-    return Outcome(
+    return HeadOutcome(
         title="A head that flips a knowledge conflict",
         source="Yu et al. 2023, Characterizing Mechanisms for Factual Recall in Language Models (arXiv:2310.15910)",
         said=(

@@ -5,14 +5,14 @@ from __future__ import annotations
 from attnzoo import heads
 from bench.heads.experiments.conflict import answered
 from bench.heads.facts import CONFLICT, QUESTIONS, invented
-from bench.heads.outcome import Head, HeadRow, Outcome, above, at_least
+from bench.heads.outcome import Head, HeadOutcome, HeadRow, above, at_least
 from bench.heads.setting import HeadSetting, best
 
 RANDOM_TENS = 2
 NLL = "NLL of the context's answer"
 
 
-def context_heads(setting: HeadSetting) -> Outcome:
+def context_heads(setting: HeadSetting) -> HeadOutcome:
     """Divergence of heads with and without a context, and what taking these heads away, or doubling them, does."""
     items = invented(setting.encode, form=CONFLICT)
     alone = invented(setting.encode, form=QUESTIONS)
@@ -30,7 +30,8 @@ def context_heads(setting: HeadSetting) -> Outcome:
         answer = answered(setting, report, found, scale)
         rows.append(HeadRow(name, {NLL: answer.nll, "says it": answer.told}, control="others" in name))
     intact, without, *others = (row.figures[NLL] for row in rows[: 2 + RANDOM_TENS])
-    return Outcome(
+    most = max(0.0, max(others) - intact)
+    return HeadOutcome(
         title="Heads that diverge with a context",
         source="He et al. 2024, Cracking the Code of Hallucination in LVLMs with Vision-aware Head Divergence "
         "(arXiv:2412.13949)",
@@ -43,7 +44,7 @@ def context_heads(setting: HeadSetting) -> Outcome:
         rows=rows,
         claims=[
             at_least(f"{NLL} without the heads that diverge most: rise, nats", without - intact, 0.5),
-            above("the same beside twice that of random heads", without - intact, 2 * (max(others) - intact)),
+            above("the same beside twice that of random heads", without - intact, 2 * most),
         ],
         heads={"diverging": chosen},
         maps={"divergence": table.tolist()},

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from attnzoo import heads
-from bench.heads.outcome import Head, HeadRow, Outcome, above, at_least
+from bench.heads.outcome import Head, HeadOutcome, HeadRow, above, at_least
 from bench.heads.setting import HeadSetting, pairs
 
 SHARE = "share of the effect"
 RANDOM_TENS = 2
 
 
-def copying(setting: HeadSetting) -> Outcome:
+def copying(setting: HeadSetting) -> HeadOutcome:
     """Random tokens that come again, and the same ones in another order before."""
     clean, corrupt, right, wrong = copy_task(setting)
     model = setting.model
@@ -28,22 +28,13 @@ def copying(setting: HeadSetting) -> Outcome:
     induction = setting.induction
     width = 2 if setting.quick else 60
     previous = pairs(heads.scores.previous(model, length=width, repeats=2).top("previous", setting.few))
-    senders: dict[str, tuple[list[Head], list[Head] | None, bool]] = {
-        "induction heads -> output": (induction, None, False)
-    }
-    for seed in range(RANDOM_TENS):
-        found = setting.others(setting.few, seed, [*induction, *previous])
-        senders[f"random heads, {seed + 1} -> output"] = (found, None, True)
-    senders["previous-token heads -> induction heads"] = (previous, induction, False)
-    found = setting.others(setting.few, 0, [*induction, *previous])
-    senders["random heads, 1 -> induction heads"] = (found, induction, True)
     rows = []
-    for name, (sending, receiving, control) in senders.items():
+    for name, (sending, receiving, control) in _paths(setting, induction, previous).items():
         effect = heads.path(model, clean, corrupt, sending, receiving, metric)
         rows.append(HeadRow(name, {"effect, logits": effect, SHARE: effect / (intact - other)}, control))
     first, second = rows[0].figures[SHARE], rows[-2].figures[SHARE]
     randoms = [abs(row.figures[SHARE]) for row in rows if row.control]
-    return Outcome(
+    return HeadOutcome(
         title="Paths of a copy task",
         source="Wang et al. 2022, Interpretability in the Wild (arXiv:2211.00593); Olsson et al. 2022, In-context "
         "Learning and Induction Heads (arXiv:2209.11895)",
@@ -65,6 +56,21 @@ def copying(setting: HeadSetting) -> Outcome:
         ],
         heads={"induction": induction, "previous token": previous},
     )
+
+
+def _paths(
+    setting: HeadSetting, induction: list[Head], previous: list[Head]
+) -> dict[str, tuple[list[Head], list[Head] | None, bool]]:
+    """Who sends, who receives (the output where nobody is named), and whether it is a control."""
+    found: dict[str, tuple[list[Head], list[Head] | None, bool]] = {
+        "induction heads -> output": (induction, None, False)
+    }
+    known = [*induction, *previous]
+    for seed in range(RANDOM_TENS):
+        found[f"random heads, {seed + 1} -> output"] = (setting.others(setting.few, seed, known), None, True)
+    found["previous-token heads -> induction heads"] = (previous, induction, False)
+    found["random heads, 1 -> induction heads"] = (setting.others(setting.few, 0, known), induction, True)
+    return found
 
 
 def copy_task(setting: HeadSetting, *, batch: int = 4, length: int = 20) -> tuple[Tensor, Tensor, Tensor, Tensor]:

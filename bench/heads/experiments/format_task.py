@@ -10,7 +10,7 @@ from torch import Tensor
 from attnzoo import heads
 from attnzoo.heads import lofit
 from bench.heads.facts import CAPITALS, padded
-from bench.heads.outcome import HeadRow, Outcome, above, at_least
+from bench.heads.outcome import HeadOutcome, HeadRow, above, at_least
 from bench.heads.setting import HeadSetting, pairs
 
 PROMPT = "{country}, {capital} ->"
@@ -22,7 +22,7 @@ RANDOM_EIGHTS = 2
 LOSS = "loss"
 
 
-def format_task(setting: HeadSetting) -> Outcome:
+def format_task(setting: HeadSetting) -> HeadOutcome:
     """Heads are chosen and trained on some countries; losses are of others."""
     learned, kept = batches(setting)
     count = 2 if setting.quick else CHOSEN
@@ -41,7 +41,7 @@ def format_task(setting: HeadSetting) -> Outcome:
         rows.append(HeadRow(name, figures, control=name not in list(tries)[:1]))
     intact, selected, *control = (row.figures[LOSS] for row in rows)
     falls = [1 - loss / intact for loss in (selected, *control)]
-    return Outcome(
+    return HeadOutcome(
         title="Offsets of eight heads teach a form of answers",
         source="Yin et al. 2024, LoFiT: Localized Fine-tuning on LLM Representations (arXiv:2406.01563)",
         said=(

@@ -15,46 +15,27 @@ from torch.nn.functional import cross_entropy
 
 from attnzoo import heads
 from attnzoo.evaluation.passkeys import passkey_cases
-from bench.heads.outcome import Head, HeadRow, Outcome, above, at_least, at_most
+from bench.heads.outcome import Head, HeadOutcome, HeadRow, above, at_least, at_most
 from bench.heads.setting import HeadSetting
 
 KEY_NLL = "key NLL"
 GAMMA = 4.0
 
 
-def reading(setting: HeadSetting) -> Outcome:
+def reading(setting: HeadSetting) -> HeadOutcome:
     """A passkey, hidden from some heads or emphasised for them."""
     length = 260 if setting.quick else 300
     case = passkey_cases(setting.encode, count=1, length=length, seed=2)[0]
     start, end = case.needle
     ids = torch.cat([case.ids, case.ids[start:end]])
     key = torch.arange(start, end)
-    elsewhere = key + (60 if setting.quick else 80)
-    induction = setting.induction
-    layers, width = setting.sizes
-    everyone = [(layer, head) for layer in range(layers) for head in range(width)]
-    hide, stress = heads.KeyBias.knock_out, heads.KeyBias.emphasise
-    random = setting.others(setting.few, 0, induction)
-    tries: list[tuple[str, Sequence[Head], heads.KeyBias | None, bool]] = [
-        ("as it is", [], None, False),
-        (f"hidden from {setting.few} induction heads", induction, hide(None, key), False),
-        (f"hidden from {setting.few} others", random, hide(None, key), True),
-        ("hidden from all heads", everyone, hide(None, key), False),
-        ("other tokens hidden from all heads", everyone, hide(None, elsewhere), True),
-        (
-            f"emphasised {GAMMA:g} times for {setting.few} induction heads",
-            induction,
-            stress(key, math.log(GAMMA)),
-            False,
-        ),
-    ]
     rows = []
-    for name, found, bias, control in tries:
+    for name, found, bias, control in _tries(setting, key):
         edits = [] if bias is None else _biased(found, bias)
         with heads.edited(setting.model, edits):
             rows.append(HeadRow(name, {KEY_NLL: _key_nll(setting, ids, len(case.ids))}, control))
     intact, hidden, others, everywhere, _, _ = (row.figures[KEY_NLL] for row in rows)
-    return Outcome(
+    return HeadOutcome(
         title="Tokens hidden from heads, and emphasised",
         source="Geva et al. 2023, Dissecting Recall of Factual Associations (arXiv:2304.14767): attention knock-out",
         said=(
@@ -75,8 +56,32 @@ def reading(setting: HeadSetting) -> Outcome:
                 1e-5,
             ),
         ],
-        heads={"induction": induction},
+        heads={"induction": setting.induction},
     )
+
+
+Try = tuple[str, Sequence[Head], heads.KeyBias | None, bool]
+"""What it is called, which heads, what they see, and whether it is a control."""
+
+
+def _tries(setting: HeadSetting, key: Tensor) -> list[Try]:
+    """From whom the key's tokens ``[n]`` are hidden, or for whom they are emphasised."""
+    few = setting.few
+    elsewhere = key + (60 if setting.quick else 80)
+    layers, width = setting.sizes
+    everyone = [(layer, head) for layer in range(layers) for head in range(width)]
+    induction = setting.induction
+    random = setting.others(few, 0, induction)
+    hidden = heads.KeyBias.knock_out(None, key)
+    stressed = heads.KeyBias.emphasise(key, math.log(GAMMA))
+    return [
+        ("as it is", [], None, False),
+        (f"hidden from {few} induction heads", induction, hidden, False),
+        (f"hidden from {few} others", random, hidden, True),
+        ("hidden from all heads", everyone, hidden, False),
+        ("other tokens hidden from all heads", everyone, heads.KeyBias.knock_out(None, elsewhere), True),
+        (f"emphasised {GAMMA:g} times for {few} induction heads", induction, stressed, False),
+    ]
 
 
 def _biased(found: Sequence[Head], bias: heads.KeyBias) -> list[heads.HeadEdit]:

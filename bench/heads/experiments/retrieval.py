@@ -12,7 +12,7 @@ from attnzoo import heads
 from attnzoo.evaluation.passkeys import passkey_cases
 from attnzoo.evaluation.two_phase.scores import DenseReader, score_case
 from attnzoo.evaluation.two_phase.tasks import Case, keys, passkey_case
-from bench.heads.outcome import Head, HeadRow, Outcome, above, at_least, at_most
+from bench.heads.outcome import Head, HeadOutcome, HeadRow, above, at_least, at_most
 from bench.heads.setting import HeadSetting, pairs, zeroed
 
 KEY_NLL = "key NLL"
@@ -20,7 +20,7 @@ TEXT_NLL = "text NLL"
 RANDOM_TENS = 3
 
 
-def knock_out(setting: HeadSetting) -> Outcome:
+def knock_out(setting: HeadSetting) -> HeadOutcome:
     """Heads by induction and by retrieval taken away, beside random ones."""
     by_induction = setting.induction
     by_retrieval = _by_retrieval(setting)
@@ -48,7 +48,7 @@ def knock_out(setting: HeadSetting) -> Outcome:
             above(f"{KEY_NLL} without heads by {name}: rise, beside five times that of random ones", rise, 5 * most),
             at_most(f"{TEXT_NLL} without heads by {name}: rise, nats", figures[TEXT_NLL] - intact[TEXT_NLL], 0.08),
         ]
-    return Outcome(
+    return HeadOutcome(
         title="Retrieval heads knocked out",
         source="Wu et al. 2024, Retrieval Head Mechanistically Explains Long-Context Factuality (arXiv:2404.15574)",
         said=(
