@@ -11,9 +11,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from attnzoo import surgery
 from attnzoo.surgery.convert import convert_as
+from attnzoo.surgery.hosts.families.known import is_block
 from attnzoo.surgery.kinds import REPLACING
 from attnzoo.surgery.kinds.kind import Order
-from attnzoo.surgery.sites import find
 
 VOCAB = 61
 WIDTH = 16
@@ -168,7 +168,7 @@ def snapshot(model: Any) -> dict[str, Any]:
         "attention": getattr(getattr(model, "config", None), "_attn_implementation", None),
         "training": {name: module.training for name, module in model.named_modules()},
         "hooks": sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()),
-        "attributes": {site.path: sorted(model.get_submodule(site.path).__dict__) for site in find(model)},
+        "attributes": {name: sorted(module.__dict__) for name, module in model.named_modules() if is_block(module)},
     }
 
 

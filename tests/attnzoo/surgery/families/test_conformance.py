@@ -274,7 +274,8 @@ def test_a_fresh_process_loads_what_was_saved(tmp_path: Path) -> None:
     found = load_file(tmp_path / "said.safetensors")
     assert found.keys() == expected.keys()
     for key, name in hosts.items():
-        assert_close(found[key].double(), expected[key], ROUNDED if HOSTS[name].of_transformers else 0.0)
+        # Another process may divide sums among threads otherwise.
+        assert_close(found[key].double(), expected[key], ROUNDED if HOSTS[name].of_transformers else 1e-15)
 
 
 @cells_of("replaced")

@@ -123,7 +123,8 @@ def smollm3() -> Any:
     return causal("SmolLM3", no_rope_layers=[1, 0])
 
 
-@HOSTS.add("OLMo 2", "Olmo2Attention", NORMALISED)
+# Its configuration cannot be made with the oldest version.
+@HOSTS.add("OLMo 2", "Olmo2Attention", NORMALISED, since="5.23")
 def olmo2() -> Any:
     # An old configuration of it takes no such flag.
     return causal("Olmo2", leave=("tie_word_embeddings",))
@@ -200,7 +201,8 @@ def starcoder2() -> Any:
     return causal("Starcoder2", use_bias=True)
 
 
-@HOSTS.add("GPT-J", "GPTJAttention")
+# It attends through the attention interface from this version on.
+@HOSTS.add("GPT-J", "GPTJAttention", since="5.24")
 def gpt_j() -> Any:
     # Half of a head is rotated.
     return causal("GPTJ", leave=OF_LLAMAS, rotary_dim=4, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0)

@@ -10,10 +10,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 
 from attnzoo import surgery
+from attnzoo.reporting.versions import TRANSFORMERS, release
 
+FIRST = TRANSFORMERS[0]
+"""The oldest version of transformers that hosts are built with."""
 VOCAB = 61
 HEADS = 4
 KV_HEADS = 2
@@ -99,12 +103,13 @@ class Hosts(dict[str, Host]):
     """Classes of hosts by name."""
 
     def add(
-        self, name: str, attention: str, refused: Mapping[str, str] | None = None, **more: Any
+        self, name: str, attention: str, refused: Mapping[str, str] | None = None, *, since: str = FIRST, **more: Any
     ) -> Callable[[Callable[[], Any]], Callable[[], Any]]:
-        """Registers a function that builds a tiny host."""
+        """Registers a function that builds a tiny host, with versions of transformers from ``since`` on."""
 
         def register(make: Callable[[], Any]) -> Callable[[], Any]:
-            self[name] = Host(name=name, make=make, refused=refused or {}, attention=attention, **more)
+            if release(transformers.__version__) >= release(since):
+                self[name] = Host(name=name, make=make, refused=refused or {}, attention=attention, **more)
             return make
 
         return register
