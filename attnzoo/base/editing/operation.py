@@ -51,13 +51,15 @@ class OperationCall:
 
     def run(self) -> Tensor:
         """``[B, H, T, Dv]``."""
-        rule: dict[str, Any] = {"causal": self.causal, "scale": self.scale, "extras": self.extras, "impl": self.impl}
-        return block_sparse_attention(self.q, self.k, self.v, self.layout, **rule)
+        return block_sparse_attention(self.q, self.k, self.v, self.layout, **self._rule)
 
     def run_with_lse(self) -> tuple[Tensor, Tensor]:
         """The same, and log-sum-exps ``[B, H, T]``, natural logarithms."""
-        rule: dict[str, Any] = {"causal": self.causal, "scale": self.scale, "extras": self.extras, "impl": self.impl}
-        return block_sparse_attention_with_lse(self.q, self.k, self.v, self.layout, **rule)
+        return block_sparse_attention_with_lse(self.q, self.k, self.v, self.layout, **self._rule)
+
+    @property
+    def _rule(self) -> dict[str, Any]:
+        return {"causal": self.causal, "scale": self.scale, "extras": self.extras, "impl": self.impl}
 
     def of_heads(self, heads: Sequence[int], bias: Tensor) -> OperationCall:
         """The same for some query heads, each with a KV head of its own and a bias more.
@@ -222,7 +224,7 @@ def _read(operation: OperationCall, reads: Sequence[tuple[int, HeadRead]], token
     k = operation.k
     if token is None:
         token = torch.arange(k.shape[2], device=k.device).view(1, 1, -1)
-    precise = torch.float64 if operation.q.dtype == torch.float64 else torch.float32
+    precise = torch.promote_types(operation.q.dtype, torch.float32)
     heads: list[int] = []
     biases: list[Tensor] = []
     means: list[bool] = []

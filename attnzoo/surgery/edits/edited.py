@@ -53,6 +53,12 @@ def edited(
         yield
 
 
+def try_edits(model: Any, edits: HeadEdit | Sequence[HeadEdit], *, sites: Sequence[HeadSite]) -> None:
+    """Raises whatever :func:`edited` would raise; the model is as it was."""
+    with edited(model, edits, sites=sites):
+        return
+
+
 def put_edits(model: nn.Module, found: Sequence[Placed]) -> list[Remove]:
     """Puts edits on a model, which are known to fit; calling all that is returned, the last first, takes them off."""
     with ExitStack() as made:

@@ -16,7 +16,6 @@ from attnzoo.surgery.edits.places import HeadSite, place_of
 from attnzoo.surgery.hosts.site import Site
 from attnzoo.surgery.kinds.head_edits import VARIANT, HeadEdits
 from attnzoo.surgery.kinds.kind import Order
-from attnzoo.surgery.report import SiteReport
 from attnzoo.surgery.transaction import Change
 from attnzoo_kernels.errors import ConfigError, ConversionError
 
@@ -53,17 +52,7 @@ class FoldedHeads(HeadEdits):
         return found
 
     def _fold(self, model: nn.Module, place: HeadSite, fold: FoldChange) -> Change:
-        if place.site is None:
-            raise AssertionError("blocks of known families have a site")
-        values = self.values(model.get_submodule(place.path))
-        entry = {
-            "path": place.path,
-            "kind": self.word,
-            "variant": VARIANT,
-            "o_proj": place.o_proj,
-            "bias": fold.adds_bias,
-        }
-        return Change(SiteReport(place.site, values, values), entry, model_change=fold)
+        return self.told_of(model, place, {"o_proj": place.o_proj, "bias": fold.adds_bias}, fold)
 
     def rebuild(self, model: nn.Module, site: Site, entry: dict[str, Any], beside: Mapping[str, Tensor]) -> Change:
         """A projection with a bias where an entry of a recipe says so, whose weights are still to come."""

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from attnzoo.reporting.choices import check_known
 from attnzoo.surgery.edits.edit import HeadEdit, as_edits, checked_edits
-from attnzoo.surgery.edits.edited import edited
+from attnzoo.surgery.edits.edited import try_edits
 from attnzoo.surgery.edits.lasting.plain import from_plain, to_plain
 from attnzoo.surgery.edits.lasting.standing import EditsChange, StandingEdits, standing_edits
 from attnzoo.surgery.edits.places import HeadSite, place_of, why_no_place
 from attnzoo.surgery.hosts.block import Need
 from attnzoo.surgery.hosts.site import Site
 from attnzoo.surgery.kinds.kind import REQUIRED, Kind, Order
+from attnzoo.surgery.replacements.spec import ModelChange
 from attnzoo.surgery.report import SiteReport
 from attnzoo.surgery.transaction import Change
 from attnzoo_kernels.errors import ConfigError, ConversionError
@@ -59,8 +60,7 @@ class HeadEdits(Kind):
         given = as_edits(order.options["edits"])
         checked_edits(given, list(places.values()))
         # Whatever a context would refuse is refused before anything is changed.
-        with edited(order.model, given, sites=list(places.values())):
-            pass
+        try_edits(order.model, given, sites=list(places.values()))
         active = [edit for edit in given if edit.writes or edit.reads]
         if not active:
             raise ConfigError("edits: expected one that changes something, got none")
@@ -96,17 +96,15 @@ class HeadEdits(Kind):
         return StandingEdits(1 + max((each.number for each in before), default=0), tuple(edits))
 
     def _change(self, model: nn.Module, place: HeadSite, standing: StandingEdits) -> Change:
+        about = {"number": standing.number, "edits": [to_plain(edit)[0] for edit in standing.edits]}
+        return self.told_of(model, place, about, EditsChange(model, place, standing))
+
+    def told_of(self, model: nn.Module, place: HeadSite, about: dict[str, Any], change: ModelChange) -> Change:
+        """A change that leaves a block and its cache as they are, with what a recipe says about it."""
         if place.site is None:
             raise AssertionError("blocks of known families have a site")
         values = self.values(model.get_submodule(place.path))
-        entry = {
-            "path": place.path,
-            "kind": self.word,
-            "variant": VARIANT,
-            "number": standing.number,
-            "edits": [to_plain(edit)[0] for edit in standing.edits],
-        }
-        change = EditsChange(model, place, standing)
+        entry = {"path": place.path, "kind": self.word, "variant": VARIANT, **about}
         return Change(SiteReport(place.site, values, values), entry, model_change=change)
 
     def rebuild(self, model: nn.Module, site: Site, entry: dict[str, Any], beside: Mapping[str, Tensor]) -> Change:
@@ -124,8 +122,7 @@ class HeadEdits(Kind):
             own = {name.removeprefix(prefix): x for name, x in beside.items() if name.startswith(prefix)}
             placed = {name: x if where.type == "meta" else x.to(where) for name, x in own.items()}
             edits.append(from_plain(data, placed, site.layer))
-        with edited(model, edits, sites=[place]):
-            pass
+        try_edits(model, edits, sites=[place])
         return self._change(model, place, StandingEdits(number, tuple(edits)))
 
     def current(self, module: nn.Module, entry: dict[str, Any]) -> dict[str, Any]:
