@@ -54,8 +54,8 @@ def test_import_is_quick_and_brings_nothing_heavy(tmp_path: Path) -> None:
         assert not set(HEAVY) & set(result["new"])
         assert {"mha", "s2", "lowrank_gqa"} <= set(result["variants"])
     # CPU time, and the least of it: what a busy machine adds is not the import's. Where torch itself takes longer than
-    # two seconds, the machine is a slow one. Edits of reads, which layers ask for at every call, brought .3 to .34.
-    assert min(result["seconds"] - max(0.38, result["torch"] * 0.15) for result in runs) <= 0
+    # two seconds, the machine is a slow one.
+    assert min(result["seconds"] - max(0.3, result["torch"] * 0.15) for result in runs) <= 0
 
 
 def test_layers_work_where_nothing_optional_is_installed() -> None:

@@ -145,6 +145,12 @@ def compact_lists(lists: LayoutLists) -> LayoutLists:
     return LayoutLists(start, lists.count.clone(), lists.col[index], origin)
 
 
+def lists_on(lists: LayoutLists, device: torch.device | str) -> LayoutLists:
+    """The same lists on another device."""
+    origin = None if lists.origin is None else lists.origin.to(device)
+    return LayoutLists(lists.start.to(device), lists.count.to(device), lists.col.to(device), origin)
+
+
 def _rows_of(shape: tuple[int, ...], width: int, device: torch.device) -> Tensor:
     """Starts of rows that have ``width`` entries each, int32 of a shape."""
     batch, heads, rows = shape

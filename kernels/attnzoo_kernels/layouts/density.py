@@ -36,6 +36,15 @@ def count_pairs(call: Call) -> tuple[int, int]:
     return visible * (batch // src_batch) * (heads // src_heads), _dense_pairs(call)
 
 
+def gathered_rows(lists: LayoutLists, sizes: Sizes) -> Tensor:
+    """Key rows of all blocks that each query block lists, int64 ``[B|1, h, M]``; the last block may have fewer."""
+    _, block_k, _, seq_k = sizes
+    width = (seq_k - lists.col.long() * block_k).clamp(max=block_k)
+    running = torch.cat([width.new_zeros(1), width.cumsum(0)])
+    start = lists.start.long()
+    return running[start + lists.count] - running[start]
+
+
 def layout_density(lists: LayoutLists, sizes: Sizes, *, causal: bool) -> float:
     """Visible pairs of a layout over those of a dense call, aligned at the last key; 1 where there are none."""
     block_q, block_k, seq_q, seq_k = sizes

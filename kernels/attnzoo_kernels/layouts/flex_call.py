@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from attnzoo_kernels.layouts import flex
 from attnzoo_kernels.layouts.layout import BlockLayout
 from attnzoo_kernels.spec.extras import Extras
 
@@ -58,6 +57,9 @@ def read_block_mask(block_mask: Any) -> MaskedCall:
         >>> call.causal, call.extras.window
         (True, 20)
     """
+    # What reads such masks waits for the first one.
+    from attnzoo_kernels.layouts import flex
+
     keep, sizes, rule = flex.read_block_mask(block_mask)
     extras = Extras(q_pos=rule.q_pos, window=rule.window, sink=rule.sink)
     separate_full = block_mask.full_kv_num_blocks is not None

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from attnzoo_kernels.errors import ShapeError, UnsupportedError
-from attnzoo_kernels.layouts import build, flex, picture
-from attnzoo_kernels.layouts.density import layout_density
+from attnzoo_kernels.layouts import build, picture
+from attnzoo_kernels.layouts.density import gathered_rows, layout_density
 from attnzoo_kernels.layouts.pytree import register_layout
 from attnzoo_kernels.runtime.plain import is_readable
 from attnzoo_kernels.runtime.tracing import traceable
@@ -291,6 +291,8 @@ class BlockLayout:
             UnsupportedError: If a partial block follows another rule.
             ValueError: If the mask is not of the causality that is asked for.
         """
+        from attnzoo_kernels.layouts import flex
+
         return cls.from_mask(*flex.read_bare(block_mask, causal))
 
     def to_block_mask(self, *, causal: bool = True, extras: Extras | None = None, separate_full: bool = True) -> Any:
@@ -303,6 +305,8 @@ class BlockLayout:
         """
         if self.origin is not None:
             raise UnsupportedError("origin: a BlockMask has no rotary origins")
+        from attnzoo_kernels.layouts import flex
+
         return flex.make_block_mask(self.lists, self.sizes, flex.Shown(causal, extras, separate_full))
 
     @property
@@ -346,10 +350,7 @@ class BlockLayout:
 
     def kv_rows(self) -> Tensor:
         """Key rows gathered for each query block, int64 ``[B|1, h, M]``."""
-        width = (self.seq_k - self.col.long() * self.block_k).clamp(max=self.block_k)
-        running = torch.cat([width.new_zeros(1), width.cumsum(0)])
-        start = self.start.long()
-        return running[start + self.count] - running[start]
+        return gathered_rows(self.lists, self.sizes)
 
     def compact(self) -> BlockLayout:
         """The same layout with exactly as many entries as are listed. Synchronises."""
@@ -357,9 +358,7 @@ class BlockLayout:
 
     def to(self, device: torch.device | str) -> BlockLayout:
         """The layout on another device."""
-        origin = None if self.origin is None else self.origin.to(device)
-        lists = build.LayoutLists(self.start.to(device), self.count.to(device), self.col.to(device), origin)
-        return BlockLayout._trusted(self.sizes, lists)
+        return BlockLayout._trusted(self.sizes, build.lists_on(self.lists, device))
 
     def __or__(self, other: BlockLayout) -> BlockLayout:
         """What either layout reads; batch and heads broadcast."""

@@ -65,11 +65,12 @@ MUTANTS = (
         wrong="changing what a layout was made of changes the layout", tests=f"{TESTS}/op/test_state.py -k 'made_of'",
     ),
     layout(
-        "layout-kv-rows", old=".clamp(max=self.block_k)", new=".clamp(max=self.block_k - 0 if False else 1 << 30)",
-        wrong="rows of ragged and whole blocks are counted alike", tests=f"{TESTS}/layouts/test_layout.py -k kv_rows",
+        "layout-kv-rows", file=f"{FOLDER}/layouts/density.py", old="block_k).clamp(max=block_k)", new="block_k)",
+        wrong="whole blocks count all rows up to the last", tests=f"{TESTS}/layouts/test_layout.py -k kv_rows",
     ),
     layout(
-        "layout-to-origin", old="origin = None if self.origin is None else self.origin.to(device)", new="origin = None",
+        "layout-to-origin", file=f"{FOLDER}/layouts/build.py",
+        old="origin = None if lists.origin is None else lists.origin.to(device)", new="origin = None",
         wrong="moving a layout loses its origins", tests=f"{TESTS}/layouts/test_layout.py {TESTS}/layouts/test_layout_moves.py -k 'origin or moves'",
     ),
     layout(
