@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 root = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(root), str(root / "kernels")]
+sys.path[:0] = [str(root), str(root / "kernels"), str(root / "docs" / "_extensions")]
 
 import attnzoo  # noqa: E402  (the path above is what makes it importable from source)
 from attnzoo.reporting.versions import TRANSFORMERS  # noqa: E402
@@ -20,14 +20,18 @@ extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
-    "sphinx.ext.mathjax",
     "sphinx_copybutton",
+    "sphinx_design",
+    "attnzoo_docs.mathml",
 ]
 myst_enable_extensions = ["dollarmath", "colon_fence", "substitution"]
 myst_substitutions = {"tested_transformers": " and ".join((", ".join(TRANSFORMERS[:-1]), TRANSFORMERS[-1]))}
 myst_heading_anchors = 3
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
+html_math_renderer = "mathml"
 html_theme = "furo"
 html_title = "attnzoo"
-exclude_patterns = ["_build"]
+html_static_path = ["_static"]
+html_css_files = ["attnzoo.css"]
+exclude_patterns = ["_build", "_extensions"]

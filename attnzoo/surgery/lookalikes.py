@@ -60,7 +60,7 @@ def known_near(found: Mapping[tuple[str, str], int]) -> str:
     known = known_classes()
     near = list(dict.fromkeys(name for kind, _ in found for name in nearest(kind, known) if name != kind))[:NEAR]
     like = f", such as {', '.join(near)}" if near else ""
-    return f"{len(known)} classes are known{like}; docs/surgery.md has them all"
+    return f"{len(known)} classes are known{like}; docs/families.md has them all"
 
 
 def refuse_unknown(model: nn.Module) -> NoReturn:

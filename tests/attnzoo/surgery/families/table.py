@@ -1,4 +1,4 @@
-"""The table of hosts and conversions in docs/surgery.md: ``python -m tests.attnzoo.surgery.families.table`` writes it.
+"""The table of hosts and conversions in docs/families.md: ``python -m tests.attnzoo.surgery.families.table`` writes it.
 
 It says what ``test_conformance.py`` holds every host to.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 from bench.pages import replaced
 from tests.attnzoo.surgery.families.hosts import CELLS, HOSTS, Host
 
-PAGE = Path(__file__).resolve().parents[4] / "docs" / "surgery.md"
+PAGE = Path(__file__).resolve().parents[4] / "docs" / "families.md"
 NAME = "hosts"
 
 

@@ -1,0 +1,1 @@
+"""What the pages are built with: formulas, pages made from the packages, and the check of what was built."""
