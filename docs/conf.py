@@ -22,13 +22,17 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
     "sphinx_design",
+    "attnzoo_docs.commands",
     "attnzoo_docs.mathml",
+    "attnzoo_docs.options",
 ]
 myst_enable_extensions = ["dollarmath", "colon_fence", "substitution"]
 myst_substitutions = {"tested_transformers": " and ".join((", ".join(TRANSFORMERS[:-1]), TRANSFORMERS[-1]))}
 myst_heading_anchors = 3
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
+# What stands in quotes is often typed.
+smartquotes = False
 html_math_renderer = "mathml"
 html_theme = "furo"
 html_title = "attnzoo"

@@ -46,7 +46,12 @@ def _formula(latex: str) -> str:
 
 
 def notes(record: type) -> dict[str, str]:
-    """What the docstring of a class, or of one that it inherits from, says about each attribute."""
+    """What the docstring of a class, or of one that it inherits from, says about each attribute, without markup."""
+    return {name: words(text) for name, text in documented(record).items()}
+
+
+def documented(record: type) -> dict[str, str]:
+    """What is said about each attribute as it is written; a class's own words come before those that it inherits."""
     found: dict[str, str] = {}
     for base in reversed(record.__mro__):
         _, _, listed = inspect.cleandoc(base.__dict__.get("__doc__") or "").partition("Attributes:\n")
@@ -60,4 +65,4 @@ def notes(record: type) -> dict[str, str]:
                 found[name] += f" {line.strip()}"
             else:
                 name = ""
-    return {name: words(text) for name, text in found.items()}
+    return found

@@ -26,8 +26,8 @@ class Budgeted(Policy):
     position, NaN last; a larger budget keeps what a smaller one does.
 
     Attributes:
-        budget: Rows that a KV head keeps; or else
-        share: rows that it keeps for each token seen, above 0 and at most 1.
+        budget: Rows that a KV head keeps; or else ``share``.
+        share: Rows that a KV head keeps for each token seen, above 0 and at most 1.
         sink: The first tokens, which are kept whatever their scores.
         window: The last tokens, which are kept whatever their scores; also the last queries of "window_mass".
 

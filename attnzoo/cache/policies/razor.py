@@ -54,8 +54,7 @@ class Razor(Duo, name="razor"):
 
     Attributes:
         fold: "rotated", the means of keys as they are held, and of values, stand for what is lost; "none", nothing
-        does,
-            which is DuoAttention.
+            does, which is DuoAttention.
         bias: "log_n", the logarithm of the tokens lost; "moment", with the term for the spread of their keys.
         moments: Second moments of scaled queries, of :func:`second_moments`, ``[L, G, D, D]``, for "moment";
             ``[G, D, D]`` is one layer's.
