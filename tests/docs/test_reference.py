@@ -38,7 +38,7 @@ def found(name: str) -> Any:
 
 
 def public(module: ModuleType) -> list[str]:
-    """The names that a package offers: those that it lists, or what is its own and does not begin with an underscore."""
+    """The names that a package offers: those that it lists, or what is its own and has no underscore before it."""
     listed = getattr(module, "__all__", None)
     if listed is not None:
         return list(listed)

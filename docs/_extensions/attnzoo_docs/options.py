@@ -1,8 +1,8 @@
 """Tables of options, read from the classes that have them when the pages are built.
 
-``.. options-table:: SUBJECT`` makes one. Subjects are ``shared`` (what every variant has), ``variant NAME`` (a variant's
-own), ``conversion NAME`` (what a conversion to it takes), ``policy NAME`` and ``class a.dotted.Name``. What an option is
-comes from the docstring that ``attnzoo show`` prints too.
+``.. options-table:: SUBJECT`` makes one. Subjects are ``shared`` (what every variant has), ``variant NAME`` (a
+variant's own), ``conversion NAME`` (what a conversion to it takes), ``policy NAME`` and ``class a.dotted.Name``. What
+an option is comes from the docstring that ``attnzoo show`` prints too.
 """
 
 from __future__ import annotations
