@@ -78,8 +78,10 @@ fix: setup  ## Format and repair what can be repaired
 	$(BIN)/ruff format $(SOURCES)
 	$(BIN)/ruff check --fix $(SOURCES)
 
-docs: setup  ## The pages, in docs/_build
+docs: setup  ## The pages, in docs/_build, and whether their links lead somewhere
+	rm -rf docs/_build
 	$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build
+	PYTHONPATH=docs/_extensions $(BIN)/python -m attnzoo_docs.check docs/_build
 
 clean:  ## Remove what was built
 	rm -rf .venv .venv-* out docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .benchmarks

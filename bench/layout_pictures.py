@@ -136,7 +136,8 @@ def marks(panel: Panel, left: float, top: float) -> Iterator[str]:
     level = _levels(panel.weights, shades=panel.shades)
     wide = layout.seq_k * CELL
     high = layout.seq_q * CELL
-    yield _text(left, top - 8, panel.label)
+    if panel.label:
+        yield _text(left, top - 8, panel.label)
     lines = [f"M{_number(left + n * layout.block_k * CELL)} {top:g}v{high:g}" for n in range(layout.grid[1] + 1)]
     lines += [f"M{left:g} {_number(top + m * layout.block_q * CELL)}h{wide:g}" for m in range(layout.grid[0] + 1)]
     yield f'<path d="{"".join(lines)}" class="grid"/>'
@@ -157,11 +158,11 @@ def marks(panel: Panel, left: float, top: float) -> Iterator[str]:
             yield _text(x, top + (row + 0.5) * layout.block_q * CELL + 3.2, str(origin), ' class="number"')
 
 
-def svg(title: str, panels: Sequence[Panel]) -> str:
-    """A picture of panels side by side, with a legend; on no ground of its own, for light pages and dark ones."""
+def svg(title: str, panels: Sequence[Panel], *, legend: bool = True) -> str:
+    """A picture of panels side by side; on no ground of its own, for light pages and dark ones."""
     parts: list[str] = []
     left = MARGIN
-    top = 36.0
+    top = 36.0 if any(panel.label for panel in panels) else 8.0
     for panel in panels:
         parts += marks(panel, left, top)
         left += panel.layout.seq_k * CELL + GAP
@@ -169,9 +170,9 @@ def svg(title: str, panels: Sequence[Panel]) -> str:
     parts.append(_text(MARGIN - 8, bottom, "queries", f' transform="rotate(-90 {MARGIN - 8:g} {bottom:g})"'))
     parts.append(_text(MARGIN, bottom + 15, "keys"))
     y = bottom + 26
-    width = max(left - GAP + 8, 260.0)
-    legend = [(kind, words + DARKER * (kind == "seen" and any(p.shades for p in panels))) for kind, words in LEGEND]
-    for kind, words in legend:
+    width = max(left - GAP + 8, 260.0 * legend)
+    told = [(kind, words + DARKER * (kind == "seen" and any(p.shades for p in panels))) for kind, words in LEGEND]
+    for kind, words in told if legend else ():
         fill = {"seen": 'class="seen"', "hidden": 'fill="url(#hidden)"', "free": 'class="free"'}[kind]
         parts.append(_rect(MARGIN, y, 10, 10, fill))
         parts.append(_text(MARGIN + 16, y + 9, words))
@@ -290,6 +291,19 @@ def switches() -> Iterator[tuple[str, str, list[Panel]]]:
     yield "extras-gate", "A second softmax over blocks", list(_gates(dense))
 
 
+def variants() -> Iterator[tuple[str, str, list[Panel]]]:
+    """Name, title and panel of each picture of the start page."""
+    yield "reads-all", "Every query reads all earlier keys", [Panel("", BlockLayout.dense(*SQUARE))]
+    near = BlockLayout.sink_window(*SQUARE, window=10, sink=2)
+    yield "reads-window", "A window and a sink", [Panel("", near, Extras(window=10, sink=2))]
+    strided = BlockLayout.strided(*SQUARE, local_blocks=2, vert_stride=4, shift=(0, 1, 2, 3))
+    yield "reads-shard", "Near blocks, and every fourth block further away", [Panel("", strided, head=1)]
+    # The first block and the own one are always read, and here one more that was chosen.
+    chosen = torch.tensor([[0, -1, -1], [1, 0, -1], [2, 0, 1], [3, 0, 1], [4, 0, 2], [5, 0, 2], [6, 0, 4], [7, 0, 2]])
+    layout = BlockLayout.from_indices(chosen.view(1, 1, 8, 3), *SQUARE)
+    yield "reads-chosen", "The first block, the own one, and one that was chosen", [Panel("", layout)]
+
+
 def _gates(dense: BlockLayout) -> Iterator[Panel]:
     gate = torch.zeros(1, 1, TOKENS // BLOCK, 2, dtype=torch.float64)
     gate[0, 0, 2] = 1.5
@@ -300,12 +314,12 @@ def _gates(dense: BlockLayout) -> Iterator[Panel]:
 
 def pictures() -> dict[str, str]:
     """The text of each picture by the name of its file."""
-    found = [*layouts(), *switches()]
-    return {f"{name}.svg": svg(title, panels) for name, title, panels in found}
+    found = {f"{name}.svg": svg(title, panels) for name, title, panels in [*layouts(), *switches()]}
+    return found | {f"{name}.svg": svg(title, panels, legend=False) for name, title, panels in variants()}
 
 
 def main(out: Annotated[Path, typer.Option(help="The folder that the pictures are written to.")] = OUT) -> None:
-    """Draws the pictures of the operation's page."""
+    """Draws the pictures of the operation's page and of the start page."""
     out.mkdir(parents=True, exist_ok=True)
     for name, text in pictures().items():
         (out / name).write_text(text, encoding="utf-8")

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from attnzoo.evaluation import compare_report
+from bench import choosing
 from bench.crossover import report
 from bench.trained import report as trained_report
 from bench.trained import results as trained_results
@@ -28,6 +29,8 @@ def blocks() -> dict[tuple[str, str], list[str]]:
         ("README.md", "demo"): compare_report.tables(demo),
         ("README.md", "crossover"): [*report.summary(curves), "", f"{report.CAPTION} {from_where}"],
     }
+    found["docs/choosing.md", "crossover"] = [*report.summary(curves), "", f"{report.CAPTION} {from_where}"]
+    found |= {("docs/choosing.md", name): lines for name, lines in choosing.blocks(RESULTS).items()}
     trained = trained_results.read(RESULTS / "trained.json")
     found["docs/surgery.md", "trained"] = trained_report.summary(trained)
     for variant in dict.fromkeys(curve.layer.partition(":")[0] for curve in curves):

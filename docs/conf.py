@@ -9,7 +9,7 @@ root = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(root), str(root / "kernels"), str(root / "docs" / "_extensions")]
 
 import attnzoo  # noqa: E402  (the path above is what makes it importable from source)
-from attnzoo.reporting.versions import TRANSFORMERS  # noqa: E402
+from attnzoo.reporting.versions import FLOORS, TESTED, TRANSFORMERS  # noqa: E402
 
 project = "attnzoo"
 author = "the attnzoo engineers"
@@ -27,7 +27,12 @@ extensions = [
     "attnzoo_docs.options",
 ]
 myst_enable_extensions = ["dollarmath", "colon_fence", "substitution"]
-myst_substitutions = {"tested_transformers": " and ".join((", ".join(TRANSFORMERS[:-1]), TRANSFORMERS[-1]))}
+tested = {**TESTED, "transformers": ", ".join(TRANSFORMERS)}
+versions = [f"| {name} | {floor} | {tested[name]} |" for name, floor in FLOORS.items()]
+myst_substitutions = {
+    "tested_transformers": " and ".join((", ".join(TRANSFORMERS[:-1]), TRANSFORMERS[-1])),
+    "versions": "\n".join(["| package | oldest supported | tested with |", "|---|---|---|", *versions]),
+}
 myst_heading_anchors = 3
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
@@ -35,6 +40,7 @@ autodoc_typehints = "signature"
 smartquotes = False
 html_math_renderer = "mathml"
 html_theme = "furo"
+pygments_dark_style = "monokai"
 html_title = "attnzoo"
 html_static_path = ["_static"]
 html_css_files = ["attnzoo.css"]

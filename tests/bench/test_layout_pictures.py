@@ -16,15 +16,15 @@ ROOT = Path(__file__).resolve().parents[2]
 PICTURES = layout_pictures.pictures()
 PANELS = {
     f"{name}: {panel.label}": panel
-    for source in (layout_pictures.layouts, layout_pictures.switches)
+    for source in (layout_pictures.layouts, layout_pictures.switches, layout_pictures.variants)
     for name, _, panels in source()
     for panel in panels
 }
 
 
-def test_the_files_are_what_the_command_draws_and_the_page_shows_each() -> None:
+def test_the_files_are_what_the_command_draws_and_a_page_shows_each() -> None:
     folder = ROOT / "docs" / "pictures"
-    page = (ROOT / "docs" / "operation.md").read_text(encoding="utf-8")
+    page = "".join((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("operation.md", "index.md"))
     for name, text in PICTURES.items():
         assert (folder / name).read_text(encoding="utf-8") == text, f"{name}: python -m bench.layout_pictures"
         assert f"](pictures/{name})" in page

@@ -61,7 +61,8 @@ def _loads(page: Page, files: set[str]) -> list[str]:
     return [
         target
         for target in dict.fromkeys(page.loads)
-        if not target.startswith("data:") and (outside(target) or resolve(page.path, target.partition("?")[0])[0] not in files)
+        if not target.startswith("data:")
+        and (outside(target) or resolve(page.path, target.partition("?")[0])[0] not in files)
     ]
 
 

@@ -21,4 +21,19 @@ class Question:
     answer: str
 
 
-QUESTIONS: tuple[Question, ...] = ()
+QUESTIONS: tuple[Question, ...] = (
+    Question("Can I convert GPT-2?", ("families.html",), "GPT-2"),
+    Question("How do I mask padding from Hugging Face?", ("variants/mha.html#using-it",), "true at padding"),
+    Question("What does S2 cost at 4k?", ("variants/s2.html#what-it-costs",), "4,096"),
+    Question("How do I keep only half of the cache?", ("policies/index.html#budgets",), "share="),
+    Question("Does it run without a GPU?", ("install.html",), "attnzoo is pure Python"),
+    Question("How do I add my own variant?", ("adding-a-variant.html",), "And lines in"),
+    Question("How do I save a converted model?", ("surgery.html#saving",), "surgery.save(model, folder)"),
+    Question(
+        "Which paper is MoH, and how does this differ from its code?",
+        ("variants/index.html", "variants/moh.html"),
+        "SkyworkAI/MoH",
+    ),
+    Question("How do I cite it?", ("citing.html",), "@software{attnzoo,"),
+    Question("What happens under torch.compile?", ("surgery.html#limits",), "compiles with its cache"),
+)
