@@ -1,4 +1,4 @@
-"""Tables of the page that helps to choose, from the results that are committed; ``python -m bench.pages`` writes them."""
+"""Tables of the page that helps to choose, from committed results; ``python -m bench.pages`` writes them."""
 
 from __future__ import annotations
 
@@ -80,9 +80,9 @@ def steps(found: list[dict[str, Any]]) -> list[str]:
     return [
         *lines,
         "",
-        f"Times over transformers' sdpa with its `DynamicCache` in the same rounds, below 1 is quicker; the cache's bytes over "
-        f"those of all keys and values. SmolLM2-135M, {_machine(found[-1])} (`bench/results/smollm2-step-4k.md`; "
-        "`python -m bench.step`).",
+        "Times over transformers' sdpa with its `DynamicCache` in the same rounds, below 1 is quicker; the cache's "
+        f"bytes over those of all keys and values. SmolLM2-135M, {_machine(found[-1])} "
+        "(`bench/results/smollm2-step-4k.md`; `python -m bench.step`).",
     ]
 
 
@@ -114,9 +114,9 @@ def policies(found: dict[str, Any]) -> list[str]:
     return [
         *lines,
         "",
-        "Held and read: over the dense model's. Text, recall: nats per token above the dense model's, of the text going on and "
-        f"of spans of the context word for word. SmolLM2-135M, {_machine(found)} (`bench/results/policies.md`; "
-        "`python -m bench.policies`).",
+        "Held and read: over the dense model's. Text, recall: nats per token above the dense model's, of the text "
+        f"going on and of spans of the context word for word. SmolLM2-135M, {_machine(found)} "
+        "(`bench/results/policies.md`; `python -m bench.policies`).",
     ]
 
 

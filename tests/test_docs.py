@@ -116,7 +116,9 @@ def test_documented_flags_exist() -> None:
     # Scripts of the benchmarks name their parameters as their options.
     source = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "bench").rglob("*.py")))
     for page in PAGES:
-        for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", page.read_text(encoding="utf-8")):
+        # What is typed into a terminal and begins with a prompt is another program's.
+        text = re.sub(r"^```console\n.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+        for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", text):
             assert flag in known or flag[2:].replace("-", "_") in source, f"{page.relative_to(ROOT)}: {flag}"
 
 

@@ -1,8 +1,8 @@
 """The check of what was built: ``python -m attnzoo_docs.check docs/_build``.
 
-Every link and anchor within the site exists; links that leave it are whole; nothing is loaded from elsewhere; every formula
-was drawn; every page is small enough to load; and the questions of :mod:`attnzoo_docs.questions` are answered within two
-clicks. ``--outside`` lists the links that leave the site.
+Every link and anchor within the site exists; links that leave it are whole; nothing is loaded from elsewhere; every
+formula was drawn; every page is small enough to load; and the questions of :mod:`attnzoo_docs.questions` are answered
+within two clicks. ``--outside`` lists the links that leave the site.
 """
 
 from __future__ import annotations

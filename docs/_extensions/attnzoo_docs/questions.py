@@ -11,8 +11,8 @@ class Question:
 
     Attributes:
         asked: As it is asked.
-        clicks: Pages, with anchors where there are some, each linked in the text of the one before; the first in that of
-            the start page.
+        clicks: Pages, with anchors where there are some, each linked in the text of the one before; the first in that
+            of the start page.
         answer: What the last page says.
     """
 
