@@ -220,6 +220,18 @@ def title(where: dict[str, Any]) -> str:
     )
 
 
+def summary(path: Path) -> list[str]:
+    """The lines of a page about stored readings: what compiling makes of a step's time, and of that of ten lines."""
+    data = json.loads(path.read_text(encoding="utf-8"))
+    readings = [CompiledReading(**row) for row in data["rows"]]
+    lines = [
+        "| layer | compiled over not compiled | the same of ten lines of torch | graphs |",
+        "| --- | --- | --- | --- |",
+    ]
+    lines += [f"| `{r.name}` | {r.ratio:.2f} | {r.peer_ratio:.2f} | {r.graphs} |" for r in readings if not r.wrong]
+    return [*lines, "", f"{title(data['about'])}; `python -m bench.compiled`."]
+
+
 def write(readings: list[CompiledReading], where: dict[str, Any], out: Path) -> None:
     """Writes OUT.json and OUT.md."""
     rows = ["| " + " | ".join(line) + " |" for line in (HEADS, ["---"] * len(HEADS), *map(cells, readings))]

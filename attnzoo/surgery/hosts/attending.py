@@ -46,7 +46,7 @@ def attend_by(
 
     Raises:
         ShapeError: If keys are missing.
-        UnsupportedError: If there is padding in a program that is compiled.
+        UnsupportedError: If there is padding in a program that is compiled, or an export leaves the length open.
     """
     by_slot = layer is None and geometry.window is not None
     if layer is None:
@@ -153,6 +153,11 @@ def _attend_plain(layer: AttentionLayer, inputs: AttentionInputs, geometry: Geom
             return out
         # A static cache is longer than what it holds.
         return _run(layer, replace(inputs, k=k[:, :, :held], v=v[:, :, :held]), geometry, first)
+    if isinstance(first, torch.SymInt):
+        raise UnsupportedError(
+            "input_ids: expected a length that is known, since what a converted block reads is laid out for it, got "
+            "one that the export leaves open; export one program for each length"
+        )
     return _run(layer, inputs, geometry, first.view(1).expand(q.shape[0]))
 
 

@@ -17,7 +17,7 @@ import attnzoo
 from tests.attnzoo.cases import Case, assert_same, tokens
 from tests.attnzoo_kernels.op.test_distributed import on_two_ranks
 
-PAGE = Path(__file__).parents[3] / "docs" / "layers.md"
+PAGE = Path(__file__).parents[3] / "docs" / "howto" / "distributed.md"
 
 # By the name in the page's table: the variant, and options of its small form.
 FORMS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -75,7 +75,7 @@ def of_this_rank() -> list[Any]:
 
 
 def test_divided_heads_are_the_whole_layer_or_are_refused_by_name(tmp_path: Path) -> None:
-    assert told().keys() == FORMS.keys(), "docs/layers.md: a row for each variant and form"
+    assert told().keys() == FORMS.keys(), "docs/howto/distributed.md: a row for each variant and form"
     whole = []
     for form, (name, options) in [*FORMS.items(), ("mha", ("mha", {}))]:
         if told()[form] == "yes":
