@@ -25,9 +25,10 @@ entry = partial(Mutant, file="attnzoo/cli/entry.py", tests=f"{TESTS}/cli/test_ma
 outputs = partial(
     Mutant, file="attnzoo/reporting/outputs.py", tests=f"{TESTS}/cli/test_manners.py -k 'together or place'"
 )
-picture = partial(
-    Mutant, file="attnzoo/evaluation/compare_picture.py", tests=f"{TESTS}/evaluation/test_compare_picture.py"
-)
+COMPARISON = f"{TESTS}/evaluation/test_compare_picture.py"
+picture = partial(Mutant, file="attnzoo/evaluation/compare_picture.py", tests=f"{COMPARISON} -k 'named or line'")
+charts = partial(Mutant, file="attnzoo/reporting/charts.py", tests=f"{COMPARISON} -k 'squeeze or settings'")
+labels = partial(Mutant, file="attnzoo/reporting/labels.py", tests=f"{COMPARISON} -k 'demo'")
 
 MUTANTS = (
     choices(
@@ -142,16 +143,46 @@ MUTANTS = (
         new="    if False:",
         wrong="a path through a file is found after minutes of work",
     ),
-    picture(
+    charts(
         "picture-outlier",
         old="longer > OUTLIER * shorter",
         new="longer > 100 * shorter",
-        wrong="one outlier squeezes all other bars",
+        wrong="one outlier squeezes all other points",
+    ),
+    charts(
+        "picture-most-cut",
+        old="cut <= MOST_CUT * len(found)",
+        new="cut < len(found)",
+        wrong="what is no outlier is cut off",
+    ),
+    charts(
+        "picture-settings",
+        old="    with matplotlib.rc_context():",
+        new="    if True:",
+        wrong="a picture changes how the caller's own pictures look",
     ),
     picture(
-        "picture-most-broken",
-        old="broken <= MOST_BROKEN * len(lengths)",
-        new="broken < len(lengths)",
-        wrong="bars are broken that are no outliers",
+        "picture-untold",
+        old='is beyond the axis" if told else ""',
+        new='is beyond the axis" if told and False else ""',
+        wrong="what is beyond the axis is drawn at its edge as though it belonged there",
+    ),
+    picture(
+        "picture-front",
+        old="if not best or point[1] < best[-1][1]:",
+        new="if not best or point[1] <= best[-1][1]:",
+        wrong="rows that another row beats are on the line of the best",
+    ),
+    labels(
+        "picture-labels",
+        old="covered = 4 * sum(_common(box, other.box) for other in taken)",
+        new="covered = 0.0",
+        wrong="labels are written over each other",
+    ),
+    labels(
+        "picture-labels-inside",
+        old="covered += 8 * (place.width * place.height - _common(box, self.inside))",
+        new="covered += 0",
+        wrong="labels leave the axes",
     ),
 )
