@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,3 +109,39 @@ def test_a_command_is_told_as_it_is_called() -> None:
 )
 def test_a_formula_is_parted_at_its_wide_spaces_alone(latex: str, parts: list[str]) -> None:
     assert mathml.lines(latex) == parts
+
+
+def hand_written(page: Path) -> list[tuple[str, str]]:
+    """Options and defaults of a page's own table, which says them in the letters of its formulas."""
+    found: list[tuple[str, str]] = []
+    for names, cell in re.findall(r"^\| ((?:`\w+`(?:, )?)+) \| .* \| (.+) \|$", page.read_text("utf-8"), re.MULTILINE):
+        options = re.findall(r"`(\w+)`", names)
+        cells = cell.split(", ") if len(options) > 1 and cell.count(", ") == len(options) - 1 else [cell] * len(options)
+        found += zip(options, (one.strip("`") for one in cells), strict=True)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("subject", "page"),
+    [
+        *((f"variant {name}", DOCS / "variants" / f"{name}.md") for name in SHIPPED),
+        *((f"policy {name}", DOCS / "policies" / f"{name}.md") for name in POLICIES if name != "compose"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_table_in_a_pages_own_letters_names_the_same_options_and_defaults(subject: str, page: Path) -> None:
+    given = {option.name: option.default for option in tables.options(subject)}
+    told = hand_written(page)
+    for name, cell in told:
+        try:
+            value = ast.literal_eval(cell.partition(":")[0].strip("`"))
+        except (SyntaxError, ValueError):
+            # Words stand for what a layer works out where nothing is said.
+            assert given[name] in ("None", "required"), f"{page.name}: {name}"
+        else:
+            assert value == ast.literal_eval(given[name]), f"{page.name}: {name}"
+    if told and subject.startswith("variant"):
+        assert sorted(name for name, _ in told) == sorted(given)
+    text = page.read_text(encoding="utf-8")
+    assert told or f".. options-table:: {subject}" in text
+    assert f"options.md#{subject.partition(' ')[2]})" in text
