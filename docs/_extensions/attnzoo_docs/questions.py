@@ -23,7 +23,11 @@ class Question:
 
 QUESTIONS: tuple[Question, ...] = (
     Question("Can I convert GPT-2?", ("families.html",), "GPT-2"),
-    Question("How do I mask padding from Hugging Face?", ("variants/mha.html#using-it",), "true at padding"),
+    Question(
+        "How do I mask padding from Hugging Face?",
+        ("howto/masks.html#from-hugging-face-to-key-padding",),
+        "The two are inverses of each other",
+    ),
     Question("What does S2 cost at 4k?", ("variants/s2.html#what-it-costs",), "4,096"),
     Question("How do I keep only half of the cache?", ("policies/index.html#budgets",), "share="),
     Question("Does it run without a GPU?", ("install.html",), "attnzoo is pure Python"),
@@ -35,5 +39,5 @@ QUESTIONS: tuple[Question, ...] = (
         "SkyworkAI/MoH",
     ),
     Question("How do I cite it?", ("citing.html",), "@software{attnzoo,"),
-    Question("What happens under torch.compile?", ("surgery.html#limits",), "compiles with its cache"),
+    Question("What happens under torch.compile?", ("howto/compile.html",), "fullgraph=True works for every variant"),
 )
