@@ -103,9 +103,23 @@ def read_spec(text: str, argument: str = "variants") -> tuple[str, dict[str, Any
         >>> read_spec("s2:block_size=32,sink_blocks=0")
         ('s2', {'block_size': 32, 'sink_blocks': 0})
     """
-    variant = text.partition(":")[0]
+    variant = spec_name(text, argument)
     get_config(variant)
     return variant, read_options(text, argument)
+
+
+def spec_name(text: str, argument: str) -> str:
+    """What stands before the colon.
+
+    Raises:
+        ConfigError: If there is nothing, or there are several names.
+    """
+    name = text.partition(":")[0].strip()
+    if not name:
+        raise ConfigError(f"{argument}: expected name:option=value,..., got {text!r}")
+    if "," in name:
+        raise ConfigError(f"{argument}: expected one name and its options, got {text!r}; give each one by itself")
+    return name
 
 
 def read_options(text: str, argument: str) -> dict[str, Any]:
@@ -118,12 +132,14 @@ def read_options(text: str, argument: str) -> dict[str, Any]:
         >>> read_options("duo:keep=0.25,window=192", "policy")
         {'keep': 0.25, 'window': 192}
     """
-    what, _, rest = text.partition(":")
-    options = {}
-    for part in rest.split(",") if rest else []:
-        name, equals, value = part.partition("=")
+    what, colon, rest = text.partition(":")
+    options: dict[str, Any] = {}
+    for part in rest.split(",") if colon else []:
+        name, equals, value = (word.strip() for word in part.partition("="))
         if not equals or not name.isidentifier() or not value:
             raise ConfigError(f"{argument}: expected {what}:name=value,..., got {text!r}")
+        if name in options:
+            raise ConfigError(f"{argument}: expected {name!r} once, got {text!r}")
         options[name] = _value(value)
     return options
 

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from attnzoo import data
+from attnzoo.cli.progress import Bar
 from attnzoo.reporting.choices import hint
-from attnzoo.surgery.hosts import checkpoint
+from attnzoo.surgery.hosts import checkpoint, folders
 from attnzoo_kernels.errors import ConfigError
 
 SMOLLM2 = "smollm2"
+MODELS = f"a folder with config.json and safetensors, a .gguf file, or {SMOLLM2}"
 AS_STORED = "auto"
-SHORT = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 TEXT_BYTES = 64 << 20
 
 
@@ -45,12 +46,26 @@ def load_model(name: str, *, dtype: str = AS_STORED, device: str = "cpu") -> tup
 
     path = checkpoint.locate_smollm2() if name == SMOLLM2 else Path(name)
     if not path.exists() and (near := hint(name, [SMOLLM2])):
-        raise ConfigError(f"model: expected a folder, a .gguf file or {SMOLLM2}, got {name!r}{near}")
-    if (path / RECIPE).is_file():
-        model, tokenizer = surgery.load(path, dtype=kind)
-    else:
-        model, tokenizer = checkpoint.load_checkpoint(path, dtype=kind)
-    return model.to(place), tokenizer
+        raise ConfigError(f"model: expected {MODELS}, got {name!r}{near}")
+    _check_there(path)
+    with Bar() as progress:
+        progress(f"reading {name}", 0, 0)
+        if (path / RECIPE).is_file():
+            model, tokenizer = surgery.load(path, dtype=kind)
+        else:
+            model, tokenizer = checkpoint.load_checkpoint(path, dtype=kind)
+        return model.to(place), tokenizer
+
+
+def _check_there(path: Path) -> None:
+    """Raises where no model can be, with what one is made of.
+
+    Raises:
+        ConfigError: If the folder has nothing of a model.
+    """
+    if path.is_dir() and not any((path / name).exists() for name in ("config.json", "snapshots")):
+        other = folders.other_place(path)
+        raise ConfigError(f"model: expected {MODELS}, got {str(path)!r}, a folder without config.json{other}")
 
 
 def dtype_of(name: str) -> torch.dtype | None:
@@ -61,7 +76,7 @@ def dtype_of(name: str) -> torch.dtype | None:
     """
     from attnzoo.evaluation.cost_setting import read_dtype
 
-    return None if name == AS_STORED else read_dtype(SHORT.get(name, name))
+    return None if name == AS_STORED else read_dtype(name)
 
 
 def text_tokens(tokenizer: Any, name: str) -> Tensor:

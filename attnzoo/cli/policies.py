@@ -36,6 +36,8 @@ class PolicyCall:
         context: Tokens of a context.
         windows: Contexts of the text.
         passkeys: How many are asked for.
+        dtype: Of the weights, by name.
+        device: Where the model lies.
     """
 
     model: str
@@ -46,6 +48,8 @@ class PolicyCall:
     context: int
     windows: int
     passkeys: int
+    dtype: str = "float32"
+    device: str = "cpu"
 
     def specs(self) -> list[PolicySpec]:
         """The rows.
@@ -75,7 +79,7 @@ def compare_policies(call: PolicyCall, *, out: Path | None, as_json: bool) -> No
             raise ConfigError(f"{name}: expected an int from {least}, got {value}")
     if out is not None:
         check_writable(out)
-    model, tokenizer = load_model(call.model, dtype="float32")
+    model, tokenizer = load_model(call.model, dtype=call.dtype, device=call.device)
     tokens = text_tokens(tokenizer, call.text)[call.offset :]
 
     def encode(text: str) -> Tensor:
@@ -86,6 +90,7 @@ def compare_policies(call: PolicyCall, *, out: Path | None, as_json: bool) -> No
         call.text, tokens, encode=encode, context=call.context, windows=call.windows, passkeys=call.passkeys
     )
     about = {"model": call.model, "text": call.text, "offset": call.offset}
+    about |= {"dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device)}
     with Bar() as progress:
         contestants = fit(model, specs, progress)
         comparison = PolicyComparer(model, cases, progress=progress).run(contestants, about)

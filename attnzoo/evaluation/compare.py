@@ -19,11 +19,17 @@ from attnzoo.base.registry import variants
 from attnzoo.cache.policies.protocol import policies
 from attnzoo.evaluation.decoding import Continuation, Decoding, race, twin_of
 from attnzoo.evaluation.model_scores import Progress, Score, score
-from attnzoo.factory import class_names, read_spec
+from attnzoo.factory import class_names, read_spec, spec_name
 from attnzoo.policies.one_forward import UNSEEN, policy_on, why_one_forward_says_nothing
 from attnzoo.reporting.choices import check_known
 from attnzoo.surgery.lowrank.factor import CALIBRATED
 from attnzoo_kernels.errors import ConfigError
+
+ELSEWHERE = {
+    "policy": "--policy of attnzoo compare takes the name of one, such as duo; attnzoo list --policies has them all",
+    "heads": "attnzoo heads scores them, attnzoo.heads edits them",
+}
+"""What an inspection of a model names beside variants, and where it is done."""
 
 SAME_LOGITS = 1e-5
 """Largest difference of logits, over the largest logit, at which two outputs count as equal but for rounding."""
@@ -72,8 +78,12 @@ class VariantSpec:
         return any(conversion.needs_calibration for conversion in self.conversions)
 
     @classmethod
-    def parse(cls, text: str) -> VariantSpec:
+    def parse(cls, text: str, argument: str = "variants") -> VariantSpec:
         """Reads ``variant:option=value,option=value``; "dense" is the model as it is.
+
+        Args:
+            text: Of the row.
+            argument: What errors name; "to" is the variant that a model is converted to, which "dense" is none of.
 
         Raises:
             ConfigError: If the variant is unknown or an option is no ``name=value``.
@@ -82,15 +92,21 @@ class VariantSpec:
             >>> VariantSpec.parse("s2:block_size=32,sink_blocks=0").conversions[0].options
             {'block_size': 32, 'sink_blocks': 0}
         """
-        if text == "dense":
+        if text == "dense" and argument != "to":
             return cls("dense")
-        if (name := text.partition(":")[0]) in policies:
+        if text == "dense":
+            raise ConfigError("to: expected a variant, got 'dense', which changes nothing")
+        name = spec_name(text, argument)
+        if name in policies:
             raise ConfigError(
-                f"variants: {name!r} is a KV-cache policy, and lets go of something behind a prompt; one forward over a"
-                f" text says nothing about it: use --policy {text}"
+                f"{argument}: {name!r} is a KV-cache policy, and lets go of something behind a prompt; one forward over"
+                f" a text says nothing about it: use --policy {text} of attnzoo compare"
             )
-        check_known(text.partition(":")[0], ["dense", *sorted(variants)], "variants", class_names())
-        return cls(text, (ConversionSpec(*read_spec(text)),))
+        if name in ELSEWHERE:
+            raise ConfigError(f"{argument}: {name!r} is no variant: {ELSEWHERE[name]}")
+        known = sorted(variants) if argument == "to" else ["dense", *sorted(variants)]
+        check_known(name, known, "variants", class_names())
+        return cls(text, (ConversionSpec(*read_spec(text, argument)),))
 
 
 def _lowrank(name: str, *, long: bool = False, **options: Any) -> VariantSpec:
@@ -232,7 +248,7 @@ class Comparer:
         # Conversions of the model leave a twin of the same weights as it is: the dense model of every round.
         self._dense = score(twin_of(self.model), self.windows, progress=self.progress)
         self._starts = [start.copy() for start in self._prompts(self._dense.sequence, long=True)]
-        sha = hashlib.sha256(self.windows.numpy().tobytes()).hexdigest()
+        sha = hashlib.sha256(self.windows.cpu().numpy().tobytes()).hexdigest()
         about = {**about, "windows": list(self.windows.shape), "tokens_sha256": sha, "torch": torch.__version__}
         about["machine"] = f"{platform.machine()}, {torch.get_num_threads()} threads"
         return Comparison(about, [self._row(spec) for spec in specs])

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnzoo.reporting.choices import check_choice
+from attnzoo.reporting.choices import check_choice, hint
 from attnzoo_kernels.errors import ConfigError
 
 KINDS = ("forward", "step", "decode")
@@ -19,6 +19,10 @@ KINDS = ("forward", "step", "decode")
 
 BOUND = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Largest difference to the reference, over the largest value of each result: a layer's roundings, gradients' too."""
+
+
+SHORT = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+"""Other names of dtypes."""
 
 
 @dataclass(frozen=True)
@@ -95,14 +99,15 @@ class Cost:
 
 
 def read_dtype(text: str) -> torch.dtype:
-    """A dtype that layers compute in, by its name in torch.
+    """A dtype that layers compute in, by its name in torch or a short one.
 
     Raises:
         ConfigError: If it is another.
     """
     names = {str(dtype).removeprefix("torch."): dtype for dtype in BOUND}
-    check_choice("dtype", text, names)
-    return names[text]
+    name = SHORT.get(text, text)
+    check_choice("dtype", name, names)
+    return names[name]
 
 
 def read_device(text: str) -> torch.device:
@@ -113,7 +118,9 @@ def read_device(text: str) -> torch.device:
     """
     kind, _, index = text.partition(":")
     if kind not in ("cpu", "cuda") or (index and not index.isdecimal()):
-        raise ConfigError(f"device: expected cpu, cuda or cuda:<number>, got {text!r}")
-    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"device: expected one that torch finds, got {text!r}; it finds {torch.cuda.device_count()}")
+        raise ConfigError(f"device: expected cpu, cuda or cuda:<number>, got {text!r}{hint(text, ('cpu', 'cuda'))}")
+    found = torch.cuda.device_count()
+    if kind == "cuda" and int(index or 0) >= found:
+        here = f"it finds {', '.join(f'cuda:{n}' for n in range(found))}" if found else "it finds no GPU here: use cpu"
+        raise ConfigError(f"device: expected one that torch finds, got {text!r}; {here}")
     return torch.device(text)

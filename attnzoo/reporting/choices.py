@@ -53,7 +53,7 @@ def check_known(name: str, known: Iterable[str], what: str, aliases: Mapping[str
     known = list(known)
     if name not in known:
         near = hint(name, known, aliases)
-        raise ConfigError(f"{name}: expected one of {what} {', '.join(known)}, got {name!r}{near}")
+        raise ConfigError(f"{name or what}: expected one of {what} {', '.join(known)}, got {name!r}{near}")
 
 
 def check_choice(argument: str, value: object, choices: Iterable[str]) -> None:

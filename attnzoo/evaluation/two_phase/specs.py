@@ -27,6 +27,13 @@ from attnzoo_kernels.errors import ConfigError
 CHOOSING = ("keep", "heads", "seed")
 """Options that choose the heads that keep everything: which share, by which scores, and the seed of random ones."""
 
+CHOOSING_NOTES = {
+    "keep": "The share of KV heads that keep everything.",
+    "heads": 'Which scores choose them: "razor", "induction" or "echo"; "random" chooses by lot.',
+    "seed": "Of the lot.",
+}
+"""What these options mean."""
+
 KEEP = 0.25
 
 BY: Mapping[str, Mapping[str, float] | None] = {
@@ -145,7 +152,7 @@ class PolicySpec:
             policy = piece.partition(":")[0]
             if policy == "dense":
                 raise ConfigError("policy: expected a policy, got 'dense', which is measured in any case")
-            check_known(policy, sorted(_offered()), "policies")
+            check_known(policy, sorted(offered()), "policies")
             part = PolicyPart(policy, read_options(piece, "policy"))
             part.check()
             parts.append(part)
@@ -233,6 +240,6 @@ def composed(made: list[Policy]) -> Policy:
     return policies.Compose(**parts)
 
 
-def _offered() -> list[str]:
+def offered() -> list[str]:
     """Policies that options describe; trained weights, and parts of a composition, are no option."""
     return [name for name in known_policies if name not in ("compose", "locret")]

@@ -189,7 +189,9 @@ def not_here(path: str | Path) -> ConversionError:
     """The error about a path that does not exist, which may be a name on the hub."""
     name = str(path)
     if not _HUB_NAME.fullmatch(name) or name.startswith("."):
-        return ConversionError(f"{name}: no such file or folder; nothing is downloaded, give the path of a folder")
+        return ConversionError(
+            f"{name}: no such file or folder; nothing is downloaded, give the path of a folder or of a .gguf file"
+        )
     snapshot = _snapshot(name)
     if snapshot is not None:
         return ConversionError(f"{name}: no such file or folder; this name is in the hub's cache: give {snapshot}")

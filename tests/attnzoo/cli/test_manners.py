@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-import attnzoo.cli.app
 from attnzoo.cli.app import app
+from attnzoo.cli.calls import comparing
 from attnzoo.evaluation import compare_picture, cost_setting, layer_costs
 from attnzoo.reporting import outputs
 from attnzoo_kernels.errors import ConfigError
@@ -44,7 +44,7 @@ CALLS: dict[str, tuple[str, str]] = {
     "convert": ("convert {model} --to mha:window=4,sink=1 --out {out}/made", "attnzoo.surgery.convert"),
     "compare": (
         "compare {model} --variants mha:window=9,sink=2 --text {text} --length 32 --offset 0 --out {out}/made",
-        "attnzoo.cli.app.load_model",
+        "attnzoo.cli.calls.comparing.load_model",
     ),
     "bench": (
         "bench --variants mha --tokens 8 --dim 8 --heads 2 --seconds 0 --out {out}/made",
@@ -188,7 +188,7 @@ def test_a_place_that_cannot_be_written_to_is_said_before_the_work(
     (tmp_path / "file").write_text("", encoding="utf-8")
     # A file may be run, as a folder may be entered.
     (tmp_path / "file").chmod(0o755)
-    monkeypatch.setattr(attnzoo.cli.app, "load_model", None)
+    monkeypatch.setattr(comparing, "load_model", None)
     monkeypatch.setattr(layer_costs, "measure", None)
     code, _, err = call(monkeypatch, capsys, *arguments(name, places, tmp_path / "file"))
     assert code == 2

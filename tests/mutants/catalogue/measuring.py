@@ -142,7 +142,7 @@ MUTANTS = (
         wrong="a step's key is rotated as the first",
     ),
     setting(
-        "costs-cuda-index", old="int(index or 0) >= torch.cuda.device_count()", new="int(index or 0) > torch.cuda.device_count()",
+        "costs-cuda-index", old="int(index or 0) >= found", new="int(index or 0) > found",
         wrong="a device behind the last is accepted",
     ),
     timing(

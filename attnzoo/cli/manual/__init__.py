@@ -1,0 +1,1 @@
+"""What the command line says about itself: help, and what is wrong with a call."""
