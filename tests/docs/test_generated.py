@@ -145,3 +145,23 @@ def test_a_table_in_a_pages_own_letters_names_the_same_options_and_defaults(subj
     text = page.read_text(encoding="utf-8")
     assert told or f".. options-table:: {subject}" in text
     assert f"options.md#{subject.partition(' ')[2]})" in text
+
+
+@pytest.mark.parametrize(
+    ("latex", "drawn"),
+    [
+        # Functions stand apart from what they are of, unless that is in brackets.
+        (r"a \sin i", r"a \, \sin \, i"),
+        (r"\log_2 l", r"\log_2 \, l"),
+        (r"\log (e)", r"\log (e)"),
+    ],
+)
+def test_functions_stand_apart(latex: str, drawn: str) -> None:
+    assert mathml.drawn(latex, block=False) == mathml.convert(drawn)
+
+
+def test_what_the_converter_leaves_out_is_put_in() -> None:
+    # A differential is upright, a bar as wide as what is below it.
+    assert "<mtext>d</mtext>" in mathml.drawn(r"\mathrm{d}x", block=False)
+    assert mathml.WIDE_BAR in mathml.drawn(r"\overline{ab}", block=True)
+    assert 'display="block"' in mathml.drawn("x", block=True)

@@ -1,14 +1,33 @@
-"""Formulas as MathML, written when the pages are built: browsers draw it themselves, and nothing has to be loaded."""
+"""Formulas as MathML, written when the pages are built: browsers draw it themselves, and no script is loaded.
+
+Brackets that grow and sums of the right size need a font that has them. STIX Two Math, under the SIL Open Font License,
+comes with the package ziamath; what formulas use of it is written beside the style sheets.
+"""
 
 from __future__ import annotations
 
+import logging
 import re
+from importlib.resources import as_file, files
+from pathlib import Path
 from typing import Any
 
 from docutils import nodes
+from fontTools import subset
 from latex2mathml.converter import convert
 from sphinx.application import Sphinx
 from sphinx.writers.html5 import HTML5Translator
+
+SHORT_BAR = '<mo accent="true">&#x02015;</mo>'
+WIDE_BAR = '<mo stretchy="true">&#x203E;</mo>'
+
+FUNCTION = r"\\(?:sin|cos|log|ln)"
+
+RANGES = (
+    (0x20, 0x180), (0x370, 0x400), (0x2000, 0x2070), (0x20D0, 0x20F0), (0x2100, 0x2150), (0x2190, 0x2330),
+    (0x27E0, 0x27F0), (0x1D400, 0x1D800),
+)  # fmt: skip
+"""Letters, accents, arrows, operators and brackets."""
 
 # A backslash hides what is behind it: an escaped brace opens nothing.
 TOKEN = re.compile(r"\\(?:begin|end)\{\w+\*?\}|\\[A-Za-z]+|\\.|[{}]|[^\\{}]+", re.DOTALL)
@@ -17,7 +36,23 @@ TOKEN = re.compile(r"\\(?:begin|end)\{\w+\*?\}|\\[A-Za-z]+|\\.|[{}]|[^\\{}]+", r
 def setup(app: Sphinx) -> dict[str, Any]:
     """Makes this the way in which formulas are written."""
     app.add_html_math_renderer("mathml", (write_inline, None), (write_block, None))
+    app.connect("build-finished", write_font)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
+
+
+def write_font(app: Sphinx, exception: Exception | None) -> None:
+    """Writes the font of formulas into the folder of style sheets."""
+    if exception is not None or app.builder.format != "html":
+        return
+    options = subset.Options(flavor="woff", layout_features=["*"], name_IDs=["*"], hinting=False, notdef_outline=True)
+    # What is left out of a font is of no interest.
+    logging.getLogger("fontTools").setLevel(logging.ERROR)
+    with as_file(files("ziamath.fonts") / "STIXTwoMath-Regular.ttf") as path:
+        font = subset.load_font(path, options)
+    subsetter = subset.Subsetter(options)
+    subsetter.populate(unicodes=[code for first, end in RANGES for code in range(first, end)])
+    subsetter.subset(font)
+    subset.save_font(font, Path(app.outdir) / "_static" / "stix-two-math.woff", options)
 
 
 def pieces(latex: str) -> list[str]:
@@ -54,14 +89,23 @@ def lines(latex: str) -> list[str]:
     return pieces(latex)
 
 
+def drawn(latex: str, *, block: bool) -> str:
+    """A formula as MathML, with what the converter leaves out: spaces round functions, upright single letters."""
+    text = re.sub(r"\\mathrm\{(\w)\}", r"\\text{\1}", latex)
+    text = re.sub(rf"(?<=[\w}}])\s*(?={FUNCTION}\b)", r"\\,", text)
+    text = re.sub(rf"({FUNCTION}(?:_\w)?)\s*(?=\w|\\(?!,|left|[bB]ig)[A-Za-z])", r"\1\\,", text)
+    # A bar as wide as what is below it.
+    return convert(text, display="block" if block else "inline").replace(SHORT_BAR, WIDE_BAR)
+
+
 def write_inline(writer: HTML5Translator, node: nodes.math) -> None:
     """Writes a formula within a line."""
-    writer.body.append(f'<span class="math notranslate">{convert(node.astext())}</span>')
+    writer.body.append(f'<span class="math notranslate">{drawn(node.astext(), block=False)}</span>')
     raise nodes.SkipNode
 
 
 def write_block(writer: HTML5Translator, node: nodes.math_block) -> None:
     """Writes a formula in a place of its own, its parts beside each other where there is room."""
-    parts = [convert(piece, display="block") for piece in lines(node.astext())]
+    parts = [drawn(piece, block=True) for piece in lines(node.astext())]
     writer.body.append(f'<div class="math notranslate">{"".join(parts)}</div>\n')
     raise nodes.SkipNode

@@ -19,7 +19,7 @@ def table(hosts: Mapping[str, Host] = HOSTS) -> list[str]:
     """A row for each class of hosts, a column for each conversion, and why what is refused is."""
     refused = {name: {**host.refused, **_said_by_calls(host)} for name, host in hosts.items()}
     reasons = list(dict.fromkeys(why for cells in refused.values() for why in cells.values()))
-    lines = [f"| | {' | '.join(CELLS)} |", f"|---|{'---|' * len(CELLS)}"]
+    lines = [f"| family | {' | '.join(CELLS)} |", f"|---|{'---|' * len(CELLS)}"]
     for name, why in refused.items():
         marks = [str(reasons.index(why[cell]) + 1) if cell in why else "yes" for cell in CELLS]
         lines.append(f"| {name} | {' | '.join(marks)} |")
