@@ -38,6 +38,8 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 # What stands in quotes is often typed.
 smartquotes = False
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True
 html_math_renderer = "mathml"
 html_theme = "furo"
 pygments_dark_style = "monokai"

@@ -84,10 +84,10 @@ def test_a_meaning_that_is_missing_is_seen(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_command_is_told_as_it_is_called() -> None:
-    assert commands.usage("convert") == "attnzoo convert MODEL --to TEXT --out PATH [OPTIONS]"
+    assert commands.usage("convert") == "attnzoo convert MODEL --to VARIANT:OPTION=VALUE,... --out FOLDER [OPTIONS]"
     found = {spelt: default for spelt, default, _ in commands.parameters("bench")}
-    assert found["--tokens INTEGER"] == "2048"
-    assert found["--out PATH"] == ""
+    assert found["--tokens N"] == "2048"
+    assert found["--out OUT"] == ""
     assert {spelt: default for spelt, default, _ in commands.parameters("doctor")}["--test/--no-test"] == "--test"
 
 
