@@ -43,7 +43,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("policies", "surgery"):
+    if name in ("models", "policies", "surgery"):
         return import_module(f"attnzoo.{name}")
     if name == "MultiheadAttention":
         return import_module("attnzoo.torch_mha").MultiheadAttention

@@ -40,7 +40,7 @@ class ReadPattern:
     Attributes:
         layer: A layer without weights whose plan is followed.
         evict: Whether caches hold no more than the rule can read, where they are made for the block.
-        planes: Which values of a head the host turns against each other, as :class:`Block` says it.
+        planes: Which values of a head the host turns against each other, as :class:`AttentionBlock` says it.
         tables: What makes cosines and sines of the host's own tables, likewise.
         keeps_all: Whether caches must keep every slot, because the rule counts from the first.
     """

@@ -36,7 +36,7 @@ class Need(Enum):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Block:
+class AttentionBlock:
     """What a family knows about one attention module; nothing of it is copied.
 
     It is copied and pickled together with the module: its callables are functions that a file defines, or partials of
@@ -134,7 +134,7 @@ class Family:
 
     name: str
     classes: tuple[str, ...]
-    block: Callable[[nn.Module], Block]
+    block: Callable[[nn.Module], AttentionBlock]
     with_weights: Callable[[nn.Module, Projections], nn.Module] | None
     recognise: Callable[[nn.Module], bool] | None = None
 
@@ -144,7 +144,7 @@ class Family:
 
 
 def no_rotation() -> None:
-    """What :attr:`Block.rotary` is where positions are learned, and added to a model's input."""
+    """What :attr:`AttentionBlock.rotary` is where positions are learned, and added to a model's input."""
 
 
 class ReplacementModule(nn.Module):
@@ -178,7 +178,7 @@ class ReplacementModule(nn.Module):
         attention_function.register()
 
     @abstractmethod
-    def block(self) -> Block:
+    def block(self) -> AttentionBlock:
         """What a family says about its blocks, of this module."""
 
 
@@ -186,7 +186,7 @@ LENGTH_DEPENDENT = ("dynamic", "longrope")
 """Kinds of rotation whose frequencies follow the length of a call."""
 
 
-def warn_of_lengths(block: Block) -> None:
+def warn_of_lengths(block: AttentionBlock) -> None:
     """Warns where a host's frequencies follow the length of a call: those of a replacement do not."""
     if block.rope_type in LENGTH_DEPENDENT:
         warn_caller(

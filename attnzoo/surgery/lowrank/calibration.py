@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from attnzoo.surgery.hosts.block import Block
+from attnzoo.surgery.hosts.block import AttentionBlock
 from attnzoo.surgery.hosts.families.known import block_of
 from attnzoo.surgery.hosts.site import Site
 from attnzoo.surgery.lowrank import losses
@@ -322,7 +322,7 @@ def first_tokens(real: Tensor) -> Tensor:
     return real & (real.cumsum(1) == 1)
 
 
-def _at_keys_and_values(block: Block, outputs: list[Tensor]) -> Tensor | None:
+def _at_keys_and_values(block: AttentionBlock, outputs: list[Tensor]) -> Tensor | None:
     """Gradients at what a block's modules have projected, those at keys before those at values ``[B, T, 2 G D]``."""
     if not outputs:
         return None

@@ -17,7 +17,7 @@ from attnzoo.base.decoding.step import is_watched
 from attnzoo.base.rope import apply_rotary
 from attnzoo.cache.replay import is_replay, refuse_replay
 from attnzoo.surgery.hosts import attention_function
-from attnzoo.surgery.hosts.block import Block, Need, ReplacementModule
+from attnzoo.surgery.hosts.block import AttentionBlock, Need, ReplacementModule
 from attnzoo.surgery.hosts.calls import as_reply, named_arguments, read_call
 from attnzoo.surgery.hosts.families.known import block_of, family_of
 from attnzoo.surgery.hosts.positions import check_consecutive
@@ -87,9 +87,9 @@ class LatentReplacement(ReplacementModule):
             self.o_proj = nn.Identity()
         attention_function.take_over(self, module, p.num_kv_heads)
 
-    def block(self) -> Block:
+    def block(self) -> AttentionBlock:
         """What a family says about its blocks, of this module."""
-        return Block(
+        return AttentionBlock(
             heads=self.num_heads,
             kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from attnzoo.base.layer import AttentionConfig, AttentionLayer
 from attnzoo.surgery.hosts import attention_function
-from attnzoo.surgery.hosts.block import ROLES, Block, Need, ReplacementModule
+from attnzoo.surgery.hosts.block import ROLES, AttentionBlock, Need, ReplacementModule
 from attnzoo.surgery.hosts.calls import as_reply, named_arguments, read_call
 from attnzoo.surgery.hosts.families.known import family_of
 from attnzoo.surgery.hosts.positions import are_counted, check_consecutive, real_slots
@@ -42,7 +42,7 @@ class Replacement(ReplacementModule):
         arguments: What the host's own block calls its arguments, in their order.
         reply: What the host unpacks.
         drops: The share of attention weights that the host drops in training.
-        finish: What follows inside the block, see :class:`~attnzoo.surgery.hosts.block.Block`.
+        finish: What follows inside the block, see :class:`~attnzoo.surgery.hosts.block.AttentionBlock`.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Replacement(ReplacementModule):
         """What projects: the host's modules."""
         return cast(HostProjector, self.layer.projector)
 
-    def block(self) -> Block:
+    def block(self) -> AttentionBlock:
         """What a family says about its blocks, of this module."""
         config = self.layer.config
         reason = f"it is a replacement by {self.variant!r} already; undo that conversion first"

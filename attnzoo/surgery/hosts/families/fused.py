@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from attnzoo.surgery.hosts.block import Block, Family
+from attnzoo.surgery.hosts.block import AttentionBlock, Family
 from attnzoo.surgery.hosts.families.grouped import GroupedAttention
 from attnzoo.surgery.hosts.families.reasons import reasons_for
 from attnzoo.surgery.hosts.families.rotation import Rotation
@@ -132,12 +132,12 @@ GPT2 = Names(
 )
 
 
-def describe(names: Names, module: nn.Module) -> Block:
+def describe(names: Names, module: nn.Module) -> AttentionBlock:
     """A module of one of these classes; its projections may be anything that is called."""
     host: Any = module
     rows = _rows(names, host)
     fused = getattr(host, names.fused)
-    return Block(
+    return AttentionBlock(
         heads=rows.heads,
         kv_heads=rows.kv_heads,
         head_dim=rows.head_dim,

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from attnzoo.surgery.hosts.block import Block, Family
+from attnzoo.surgery.hosts.block import AttentionBlock, Family
 from attnzoo.surgery.hosts.families import llama
 from attnzoo.surgery.hosts.families.rotation import Rotation
 from attnzoo.surgery.hosts.projections import Projections
@@ -19,7 +19,7 @@ from attnzoo.surgery.hosts.projections import Projections
 ROTATION = Rotation("neighbours")
 
 
-def describe(module: nn.Module) -> Block:
+def describe(module: nn.Module) -> AttentionBlock:
     """A module of this family: as Llama's, but for the rotation.
 
     Raises:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from attnzoo.base.rope import RotaryConfig
-from attnzoo.surgery.hosts.block import Block, Family
+from attnzoo.surgery.hosts.block import AttentionBlock, Family
 from attnzoo.surgery.hosts.families.grouped import GroupedAttention
 from attnzoo.surgery.hosts.families.reasons import reasons_for
 from attnzoo.surgery.hosts.families.same_class import with_separate
@@ -34,12 +34,12 @@ def recognise(module: nn.Module) -> bool:
     return type(module).__name__ == CLASS and hasattr(module, "scaling")
 
 
-def describe(module: nn.Module) -> Block:
+def describe(module: nn.Module) -> AttentionBlock:
     """A module of this family; its projections may be anything that is called."""
     host: Any = module
     heads = int(host.num_attention_heads)
     head_dim = int(host.head_dim)
-    return Block(
+    return AttentionBlock(
         heads=heads,
         kv_heads=heads,
         head_dim=head_dim,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from attnzoo.base.rope import RotaryConfig, apply_rotary
 from attnzoo.surgery.hosts import attention_function
 from attnzoo.surgery.hosts.attending import attend_as_host
-from attnzoo.surgery.hosts.block import ROLES, Block, ReplacementModule
+from attnzoo.surgery.hosts.block import ROLES, AttentionBlock, ReplacementModule
 from attnzoo.surgery.hosts.calls import take_cache
 from attnzoo.surgery.hosts.families.reasons import reasons_for
 from attnzoo.surgery.hosts.projections import Projections, new_linear
@@ -33,7 +33,7 @@ class GroupedAttention(ReplacementModule):
 
     needs_interface = False
 
-    def __init__(self, host: nn.Module, old: Block, family: str, projections: Projections) -> None:
+    def __init__(self, host: nn.Module, old: AttentionBlock, family: str, projections: Projections) -> None:
         super().__init__(host, family)
         p = projections
         self.head_dim = p.head_dim
@@ -53,11 +53,11 @@ class GroupedAttention(ReplacementModule):
             self.add_module(role, new_linear(weight, bias, like=old.projections[role]))
         attention_function.take_over(self, host, p.num_kv_heads)
 
-    def block(self) -> Block:
+    def block(self) -> AttentionBlock:
         """What a family says about its blocks, of this module."""
         q, k, v, o = (self.get_submodule(role) for role in ROLES)
         kv_heads = int(k.out_features) // self.head_dim  # type: ignore[arg-type]
-        return Block(
+        return AttentionBlock(
             heads=kv_heads * self.num_key_value_groups,
             kv_heads=kv_heads,
             head_dim=self.head_dim,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from attnzoo.surgery.hosts.block import Block, Family, ReplacementModule
+from attnzoo.surgery.hosts.block import AttentionBlock, Family, ReplacementModule
 from attnzoo.surgery.hosts.families import fused, glm, gptj, llama, opt, own, torch_mha
 from attnzoo.surgery.hosts.families.bidirectional import encoders, timm_like
 from attnzoo.surgery.hosts.projections import Projections
@@ -61,7 +61,7 @@ def family_of(module: nn.Module) -> Family:
     raise ConversionError(f"block: expected one of {', '.join(known_classes())}, got {type_name(module)}")
 
 
-def block_of(module: nn.Module) -> Block:
+def block_of(module: nn.Module) -> AttentionBlock:
     """What is known about an attention block.
 
     Raises:

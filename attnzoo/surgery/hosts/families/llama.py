@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from attnzoo.base.rope import RotaryConfig
-from attnzoo.surgery.hosts.block import ROLES, Block, Family, Need
+from attnzoo.surgery.hosts.block import ROLES, AttentionBlock, Family, Need
 from attnzoo.surgery.hosts.families.reasons import reasons_for
 from attnzoo.surgery.hosts.families.same_class import with_separate
 from attnzoo.surgery.hosts.projections import Projections, as_linear, size_of
@@ -46,7 +46,7 @@ _NORMS = {"q_norm": 0, "k_norm": 1, "q_layernorm": 0, "k_layernorm": 1}
 """What normalises after projection: queries, or keys."""
 
 
-def describe(module: nn.Module) -> Block:
+def describe(module: nn.Module) -> AttentionBlock:
     """A module of this family; to be looked at, its projections need their sizes alone.
 
     Raises:
@@ -56,7 +56,7 @@ def describe(module: nn.Module) -> Block:
     head_dim = int(host.head_dim)
     kv_heads = size_of(module, "k_proj", "out_features") // head_dim
     rotates = bool(getattr(host, "use_rope", True))
-    return Block(
+    return AttentionBlock(
         heads=size_of(module, "q_proj", "out_features") // head_dim,
         kv_heads=kv_heads,
         head_dim=head_dim,

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from attnzoo.surgery.hosts.block import Block, Family, no_rotation
+from attnzoo.surgery.hosts.block import AttentionBlock, Family, no_rotation
 from attnzoo.surgery.hosts.families.grouped import GroupedAttention
 from attnzoo.surgery.hosts.families.reasons import reasons_for
 from attnzoo.surgery.hosts.families.same_class import with_separate
@@ -22,12 +22,12 @@ NAMES = {"q_proj": "q_proj", "k_proj": "k_proj", "v_proj": "v_proj", "o_proj": "
 """What the class calls what projects, by role."""
 
 
-def describe(module: nn.Module) -> Block:
+def describe(module: nn.Module) -> AttentionBlock:
     """A module of this family, which multiplies its queries before it attends; its projections may be anything."""
     host: Any = module
     heads = int(host.num_heads)
     head_dim = int(host.head_dim)
-    return Block(
+    return AttentionBlock(
         heads=heads,
         kv_heads=heads,
         head_dim=head_dim,

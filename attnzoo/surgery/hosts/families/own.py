@@ -14,17 +14,17 @@ from torch import Tensor, nn
 from attnzoo.base.layer import AttentionLayer
 from attnzoo.base.rope import RotaryConfig
 from attnzoo.base.weights import PROJECTIONS
-from attnzoo.surgery.hosts.block import Block, Family, Need
+from attnzoo.surgery.hosts.block import AttentionBlock, Family, Need
 from attnzoo.surgery.hosts.projections import Projections, as_linear
 
 HOST = "attnzoo"
 
 
-def describe(module: nn.Module) -> Block:
+def describe(module: nn.Module) -> AttentionBlock:
     """A layer, as its configuration has it."""
     layer = cast(AttentionLayer, module)
     config = layer.config
-    return Block(
+    return AttentionBlock(
         heads=config.num_heads,
         kv_heads=config.kv_heads,
         head_dim=config.head_width,

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from attnzoo.surgery.hosts.block import Block, Family, Need
+from attnzoo.surgery.hosts.block import AttentionBlock, Family, Need
 from attnzoo.surgery.hosts.projections import Projections
 from attnzoo.torch_mha.module import MultiheadAttention
 from attnzoo.torch_mha.packed import WEIGHTS
@@ -26,12 +26,12 @@ _NO_INTERFACE = "it has no cache and no attention interface, by which rows would
 _WIDTHS = "torch's module has one key head for each query head, and no other projections"
 
 
-def describe(module: nn.Module) -> Block:
+def describe(module: nn.Module) -> AttentionBlock:
     """A module of this family."""
     host: Any = module
     heads = int(host.num_heads)
     width = int(host.embed_dim)
-    return Block(
+    return AttentionBlock(
         heads=heads,
         kv_heads=heads,
         head_dim=width // heads,

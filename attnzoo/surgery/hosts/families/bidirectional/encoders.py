@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from attnzoo.base.evicting.policy import PolicyAttention
 from attnzoo.surgery.hosts import attention_function
-from attnzoo.surgery.hosts.block import ROLES, Block, Family, Need, no_rotation
+from attnzoo.surgery.hosts.block import ROLES, AttentionBlock, Family, Need, no_rotation
 from attnzoo.surgery.hosts.families.bidirectional.grouped_encoder import GroupedEncoderAttention
 from attnzoo.surgery.hosts.projections import Projections, as_linear, size_of
 
@@ -76,7 +76,7 @@ def _names_of(module: nn.Module) -> _Names | None:
     return next((names for names in known if all(hasattr(module, name) for name in names.inputs)), None)
 
 
-def describe(module: nn.Module) -> Block:
+def describe(module: nn.Module) -> AttentionBlock:
     """A module of this family; to be looked at, its projections need their sizes alone.
 
     Raises:
@@ -87,7 +87,7 @@ def describe(module: nn.Module) -> Block:
     head_dim = int(next(getattr(host, name) for name in _HEAD_WIDTHS if hasattr(host, name)))
     heads = size_of(module, names.inputs[0], "out_features") // head_dim
     roles = dict(zip(ROLES, (*names.inputs, names.output), strict=True))
-    return Block(
+    return AttentionBlock(
         heads=heads,
         kv_heads=size_of(module, names.inputs[1], "out_features") // head_dim,
         head_dim=head_dim,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from attnzoo.surgery.hosts import attention_function
 from attnzoo.surgery.hosts.attending import attend_as_host
-from attnzoo.surgery.hosts.block import ROLES, Block, Need, ReplacementModule, no_rotation
+from attnzoo.surgery.hosts.block import ROLES, AttentionBlock, Need, ReplacementModule, no_rotation
 from attnzoo.surgery.hosts.calls import named_arguments, read_call
 from attnzoo.surgery.hosts.projections import Projections, new_linear
 
@@ -82,7 +82,7 @@ class GroupedEncoderAttention(ReplacementModule):
 
     needs_interface = False
 
-    def __init__(self, host: nn.Module, old: Block, family: str, projections: Projections) -> None:
+    def __init__(self, host: nn.Module, old: AttentionBlock, family: str, projections: Projections) -> None:
         super().__init__(host, family)
         p = projections
         self.head_dim = p.head_dim
@@ -110,11 +110,11 @@ class GroupedEncoderAttention(ReplacementModule):
             self.add_module(role, new_linear(weight, bias, like=like))
         attention_function.take_over(self, host, p.num_kv_heads)
 
-    def block(self) -> Block:
+    def block(self) -> AttentionBlock:
         """What a family says about its blocks, of this module."""
         q, k, v, o = (self.get_submodule(role) for role in ROLES)
         kv_heads = int(k.out_features) // self.head_dim  # type: ignore[arg-type]
-        return Block(
+        return AttentionBlock(
             heads=kv_heads * self.num_key_value_groups,
             kv_heads=kv_heads,
             head_dim=self.head_dim,

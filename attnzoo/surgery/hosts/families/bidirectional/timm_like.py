@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from attnzoo.surgery.hosts.block import Block, Family, Need, no_rotation
+from attnzoo.surgery.hosts.block import AttentionBlock, Family, Need, no_rotation
 from attnzoo.surgery.hosts.families.bidirectional.grouped_encoder import GroupedEncoderAttention
 from attnzoo.surgery.hosts.projections import Projections, as_linear
 
@@ -41,12 +41,12 @@ def recognise(module: nn.Module) -> bool:
     )
 
 
-def describe(module: nn.Module) -> Block:
+def describe(module: nn.Module) -> AttentionBlock:
     """A module of this family."""
     host: Any = module
     heads = int(host.num_heads)
     width = int(host.head_dim)
-    return Block(
+    return AttentionBlock(
         heads=heads,
         kv_heads=heads,
         head_dim=width,
