@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import typer
@@ -18,6 +18,7 @@ from torch import Tensor
 import attnzoo
 from attnzoo.evaluation import timing
 from attnzoo.evaluation.ten_lines import TenLines
+from attnzoo.reporting import charts, labels
 from attnzoo.variants.moh.forms import gathering_pays, query_block
 from attnzoo.variants.moh.routed_rows import Rows
 from attnzoo.variants.moh.router import Counts, best
@@ -27,6 +28,9 @@ from bench.cpu import clock, gate
 from bench.cpu.parts import choose, fail_on_red, measure
 from bench.cpu.report import about, report
 from bench.cpu.rows import Row
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 TOKENS = 4096
 HEADS = 8
@@ -243,29 +247,33 @@ PARTS: dict[str, Callable[[], Iterator[Row]]] = {
 
 def picture(rows: list[Row], where: dict[str, Any], path: Path) -> None:
     """Draws where gathering pays: time against all heads times gates, over the share of heads that run."""
-    import matplotlib
+    with charts.style():
+        title = f"When computing chosen heads alone pays: {where['cpu']}, class {where['class']}, width 512, 8 heads"
+        figure = charts.sheet(10.5, 4.6, title)
+        panels = figure.subplots(1, 2, sharey=True)
+        for axes, kind in zip(panels, ("forward", "step"), strict=True):
+            _crossings(axes, kind, rows)
+        panels[0].set_ylabel("time, times all heads with gates (log scale)")
+        ratios = [r.ratio for r in rows if r.part.startswith("crossover") and r.ratio is not None]
+        charts.logarithmic(panels[0], "y", min([0.8, *ratios]) / 1.05, max([1.25, *ratios]) * 1.05, most=10)
+        for axes in panels:
+            labels.at_ends(axes)
+        charts.save(figure, path)
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.8), sharey=True, layout="constrained")
-    shares = [active / HEADS for active in ACTIVE]
-    for axis, kind in zip(axes, ("forward", "step"), strict=True):
-        for i, tokens in enumerate(LENGTHS):
-            start = f"T = {tokens},"
-            line = [r.ratio for r in rows if r.part == f"crossover, {kind}, 1 thread" and r.name.startswith(start)]
-            if line:
-                shade = pyplot.get_cmap("viridis")(i / len(LENGTHS))
-                axis.plot(shares, line, marker="o", markersize=4, color=shade, label=f"T = {tokens}")
-        axis.axhline(1.0, color="#444444", linewidth=1)
-        axis.set_title(kind, fontsize=10)
-        axis.set_xlabel("share of (token, head) pairs that run")
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("time against all heads x gates")
-    figure.legend(*axes[1].get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside right center")
-    figure.suptitle(f"Mixing heads, width 512, 8 heads: {where['cpu']}, class {where['class']}", fontsize=10)
-    figure.savefig(path, dpi=140)
-    pyplot.close(figure)
+def _crossings(axes: Axes, kind: str, rows: list[Row]) -> None:
+    """A line for each length."""
+    for number, tokens in enumerate(LENGTHS):
+        start = f"T = {tokens},"
+        own = [r for r in rows if r.part == f"crossover, {kind}, 1 thread" and r.name.startswith(start)]
+        line = [r.ratio for r in own if r.ratio is not None]
+        if line:
+            shares = [active / HEADS for active in ACTIVE]
+            axes.plot(shares, line, label=f"{tokens:,} tokens", **charts.look(number))
+    axes.axhline(1.0, color=charts.RULE, linewidth=1)
+    axes.set_title("training step" if kind == "step" else kind)
+    axes.set_xlabel("share of (token, head) pairs that run")
+    axes.grid(axis="y")
 
 
 def main(

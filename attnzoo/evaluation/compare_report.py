@@ -97,7 +97,7 @@ def grid(comparison: Comparison) -> Grid:
     return Grid(
         ("variant", "ppl", "x dense", "ΔNLL", "density", "held", "read", "tok/s", "step x dense", "remarks"),
         rows,
-        title=_title(comparison.about),
+        title=title(comparison.about),
         caption=f"KiB of KV cache for each token, held, and read by a decode step; tok/s when decoding; {STEP}",
         numbers=frozenset(range(1, 9)),
         bad=frozenset(bad),
@@ -116,7 +116,7 @@ def tables(comparison: Comparison) -> list[str]:
 def markdown(comparison: Comparison) -> str:
     """The comparison as Markdown."""
     about = ", ".join(f"{name}: {value}" for name, value in comparison.about.items())
-    lines = [_title(comparison.about), "", *tables(comparison), "", f"{STEP}.", ""]
+    lines = [title(comparison.about), "", *tables(comparison), "", f"{STEP}.", ""]
     return "\n".join([*lines, f"Where it comes from: {about}", ""])
 
 
@@ -140,7 +140,7 @@ def write(comparison: Comparison, out: Path) -> None:
         {
             "json": lambda path: path.write_text(to_json(comparison), encoding="utf-8"),
             "md": lambda path: path.write_text(markdown(comparison), encoding="utf-8"),
-            "png": lambda path: picture(comparison, _title(comparison.about), path),
+            "png": lambda path: picture(comparison, title(comparison.about), path),
         },
     )
 
@@ -153,7 +153,8 @@ def _long_title(tokens: int) -> str:
     return f"Decoding behind {tokens:,} tokens"
 
 
-def _title(about: dict[str, Any]) -> str:
+def title(about: dict[str, Any]) -> str:
+    """One line on what was compared."""
     count, length = about["windows"]
     where = f" of {about['text']} from token {about['offset']}" if "text" in about else ""
     return f"{about.get('model', 'model')} on {count} x {length} tokens{where}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -13,12 +14,14 @@ import torch
 from attnzoo.doctor import cpu_model
 from attnzoo.evaluation.cost_setting import KINDS, Cost, CostSetting
 from attnzoo.evaluation.timing import by_wall
+from attnzoo.reporting import charts
 from attnzoo.reporting.outputs import write_together
 from attnzoo.reporting.tables import Grid
 from attnzoo_kernels.runtime.processor import cpu_class
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 HEADS = ("layer", "density", *(name for kind in KINDS for name in (f"{kind} ms", f"{kind} x torch")), "off by")
 
@@ -26,10 +29,6 @@ CAPTION = (
     "x torch: time over that of ten lines of torch (linear maps, a rotation, scaled_dot_product_attention, a "
     "preallocated cache) in the same rounds, the median of ratios"
 )
-
-
-MARKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
-"""Ratios that are marked."""
 
 
 def about(setting: CostSetting) -> dict[str, Any]:
@@ -99,40 +98,33 @@ def write(costs: list[Cost], where: dict[str, Any], out: Path) -> None:
 
 def picture(costs: list[Cost], where: dict[str, Any], path: Path) -> None:
     """Draws each layer's time over that of ten lines of torch, as a PNG or whatever the suffix says."""
-    import matplotlib
+    with charts.style():
+        charts.save(draw(costs, where), path)
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
+def draw(costs: list[Cost], where: dict[str, Any]) -> Figure:
+    """The picture: bars from 1 on, to the left where a layer is quicker; a panel for each kind of call."""
     shown = [cost for cost in costs if cost.milliseconds]
-    figure, axes = pyplot.subplots(
-        1, len(KINDS), figsize=(11, 0.38 * len(shown) + 1.5), layout="constrained", sharey=True, squeeze=False
-    )
-    for kind, axis in zip(KINDS, axes[0], strict=True):
-        _bars(axis, kind, shown)
-    axes[0][0].set_yticks(range(len(shown))[::-1], [cost.name for cost in shown], fontsize=9)
-    figure.suptitle(title(where), fontsize=10, x=0.02, ha="left")
-    figure.savefig(path, dpi=140)
-    pyplot.close(figure)
+    figure = charts.sheet(12, 0.36 * len(shown) + 1.9, f"Time of a layer: {title(where)}")
+    panels = figure.subplots(1, len(KINDS), sharey=True, squeeze=False)[0]
+    for kind, axes in zip(KINDS, panels, strict=True):
+        _bars(axes, kind, shown)
+    panels[0].set_yticks(range(len(shown))[::-1], [re.sub(",(?! )", ",\n", cost.name) for cost in shown])
+    return figure
 
 
-def _bars(axis: Axes, kind: str, costs: list[Cost]) -> None:
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
-
+def _bars(axes: Axes, kind: str, costs: list[Cost]) -> None:
+    """Plain bars where a layer is slower, hollow ones where it is quicker."""
     ratios = [cost.times_baseline[kind] for cost in costs]
     place = list(range(len(costs)))[::-1]
-    # From 1, to the left where a layer is quicker.
-    colours = ["#3a8f5c" if ratio < 1 else "#2b6ca3" for ratio in ratios]
-    axis.barh(place, [ratio - 1 for ratio in ratios], left=1, color=colours, height=0.62)
+    fills = ["white" if ratio < 1 else charts.PLAIN for ratio in ratios]
+    lengths = [ratio - 1 for ratio in ratios]
+    axes.barh(place, lengths, left=1, color=fills, edgecolor=charts.PLAIN, linewidth=1.2, height=0.62)
     for y, cost, ratio in zip(place, costs, ratios, strict=True):
-        text = f"{cost.times_baseline[kind]:.2f}  ({cost.milliseconds[kind]:.3g} ms)"
-        axis.text(max(1, ratio) * 1.06, y, text, va="center", fontsize=8)
-    axis.axvline(1.0, color="#444444", linewidth=1)
-    axis.set_xscale("log")
-    axis.xaxis.set_major_locator(FixedLocator(MARKS))
-    axis.xaxis.set_minor_locator(NullLocator())
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        text = f"{ratio:.2f}  ({cost.milliseconds[kind]:.3g} ms)"
+        axes.text(max(1, ratio) * 1.06, y, text, va="center", fontsize=9)
+    axes.axvline(1.0, color=charts.RULE, linewidth=1)
     low = min([0.5, *ratios]) / 1.2
-    axis.set_xlim(low, low * (max([2.0, *ratios]) / low) ** 1.7)
-    axis.set_xlabel(f"{kind}: time over ten lines of torch", fontsize=9)
-    axis.spines[["top", "right"]].set_visible(False)
+    charts.logarithmic(axes, "x", low, low * (max([2.0, *ratios]) / low) ** 1.8, most=6)
+    axes.set_title(kind)
+    axes.set_xlabel("times ten lines of torch (log scale)")

@@ -54,7 +54,7 @@ STYLE: dict[str, Any] = {
     "ytick.labelsize": 9,
 }
 
-LETTERS = 9
+LETTERS = 11
 """Of a title, to an inch."""
 
 OUTLIER = 3.0
@@ -103,12 +103,12 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def look(number: int) -> dict[str, Any]:
-    """Colour, marker and dash of the line of this number: no two of the first eight share more than one of them."""
+    """Colour, marker and dash of the line of this number: no two of the first 32 share more than one of them."""
     turn = number // len(COLOURS)
     return {
         "color": COLOURS[number % len(COLOURS)],
         "marker": MARKERS[(number + turn) % len(MARKERS)],
-        "linestyle": DASHES[(number + 2 * turn) % len(DASHES)],
+        "linestyle": DASHES[(number + turn) % len(DASHES)],
     }
 
 

@@ -14,10 +14,13 @@ from attnzoo.reporting.charts import INK
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.lines import Line2D
-    from matplotlib.text import Annotation
+    from matplotlib.text import Annotation, Text
 
 Box = tuple[float, float, float, float]
 """Left, bottom, right, top, in pixels."""
+
+EDGE = 1.03
+"""Of the width of axes, where labels of lines begin."""
 
 NEAR = 7.0
 """Points of a picture (1/72 inch): what lies nearer than this has one label."""
@@ -59,46 +62,48 @@ def spread(heights: Sequence[float], gap: float) -> list[float]:
     return moved
 
 
-def at_ends(axes: Axes, lines: Sequence[Line2D]) -> list[Annotation]:
+def at_ends(axes: Axes, names: Sequence[str] = ()) -> list[Text]:
     """Writes each line's label to the right of the axes, as high as the line ends, with a stroke from there.
 
     Limits, scales and everything else that is drawn should be there before: places are measured.
+
+    Args:
+        axes: Its lines with a label of their own are named.
+        names: In place of the labels, one for each of these lines.
     """
-    ends = [end for line in lines if (end := _end(line)) is not None]
+    from matplotlib.lines import Line2D
+
+    lines = [line for line in axes.lines if not str(line.get_label()).startswith("_")]
+    told = zip(lines, names or [str(line.get_label()) for line in lines], strict=True)
+    ends = [(line, name, *end) for line, name in told if (end := _end(line)) is not None]
+    axes.set_xlim(axes.get_xlim())
     axes.set_ylim(axes.get_ylim())
     made = [
-        axes.annotate(
-            str(line.get_label()),
-            xy=(x, y),
-            xytext=(1.03, 0.5),
-            textcoords="axes fraction",
-            color=line.get_color(),
-            fontsize=9,
-            va="center",
-            annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": line.get_color(), "linewidth": 0.6, "shrinkA": 2, "shrinkB": 4},
-        )
-        for line, x, y in ends
+        axes.text(EDGE, 0.5, name, color=line.get_color(), fontsize=9, va="center", transform=axes.transAxes)
+        for line, name, _, _ in ends
     ]
     if not made:
         return made
     # The layout makes room for the labels, wherever they are; then heights can be measured.
     _draw(axes)
-    height = axes.get_window_extent().height
     fraction = axes.transData + axes.transAxes.inverted()
-    tallest = max(label.get_window_extent().height for label in made)
-    heights = spread([float(fraction.transform((x, y))[1]) for _, x, y in ends], gap=1.12 * tallest / height)
-    for label, place in zip(made, heights, strict=True):
-        label.set_position((1.03, place))
+    points = [fraction.transform((x, y)) for _, _, x, y in ends]
+    gap = 1.1 * max(label.get_window_extent().height for label in made) / axes.get_window_extent().height
+    heights = spread([float(y) for _, y in points], gap)
+    for (line, *_), label, (x, y), height in zip(ends, made, points, heights, strict=True):
+        label.set_y(height)
+        stroke = Line2D([x, EDGE - 0.01], [y, height], color=line.get_color(), linewidth=0.6, transform=axes.transAxes)
+        stroke.set(clip_on=False, in_layout=False, zorder=1.5, label="_stroke")
+        axes.add_artist(stroke)
     return made
 
 
-def _end(line: Line2D) -> tuple[Line2D, float, float] | None:
-    """A line and its last point that there is."""
+def _end(line: Line2D) -> tuple[float, float] | None:
+    """A line's last point that there is."""
     xs: Any = line.get_xdata()
     ys: Any = line.get_ydata()
     known = [(float(x), float(y)) for x, y in zip(xs, ys, strict=True) if math.isfinite(y)]
-    return (line, *known[-1]) if known else None
+    return known[-1] if known else None
 
 
 def beside(

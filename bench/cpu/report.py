@@ -14,11 +14,13 @@ from rich.console import Console
 from rich.table import Table
 
 from attnzoo.doctor import cpu_model
+from attnzoo.reporting import charts
 from attnzoo_kernels.runtime.processor import cpu_class
 from bench.cpu.rows import Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 def about() -> dict[str, Any]:
@@ -63,54 +65,53 @@ def markdown(rows: list[Row], where: dict[str, Any]) -> str:
 
 def picture(rows: list[Row], where: dict[str, Any], path: Path) -> None:
     """Draws each row that has a bound beside it: times faster than a peer, and costs over a peer or a floor."""
-    import matplotlib
+    with charts.style():
+        charts.save(draw(rows, where), path)
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
+def draw(rows: list[Row], where: dict[str, Any]) -> Figure:
+    """The picture: bars from 1 on, hatched where a bound is missed."""
     panels = {
-        "times faster than FlexAttention (higher is better; red: the bound is missed)": [
+        "times faster than FlexAttention (log scale); higher is better": [
             row for row in rows if row.must and not row.at_most
         ],
-        "cost over a peer or a floor (lower is better; red: the bound is missed)": [
+        "cost, times that of a peer or a floor (log scale); lower is better": [
             row for row in rows if row.must and row.at_most and row.unit in ("ms", "x")
         ],
     }
     panels = {label: chosen for label, chosen in panels.items() if chosen}
     counts = [len(chosen) for chosen in panels.values()] or [1]
-    figure, axes = pyplot.subplots(
-        len(counts), 1, figsize=(10, 0.32 * sum(counts) + 1.1 * len(counts) + 0.6), layout="constrained",
-        squeeze=False, height_ratios=[count + 1 for count in counts],
-    )  # fmt: skip
-    for (label, chosen), axis in zip(panels.items(), axes[:, 0], strict=False):
-        _bars(axis, chosen)
-        axis.set_xlabel(label, fontsize=9)
-    figure.suptitle(f"{where['cpu']}, class {where['class']}, {where['date']}", fontsize=10, x=0.02, ha="left")
-    figure.savefig(path, dpi=140)
-    pyplot.close(figure)
+    title = f"The operation on a CPU beside its peers: {where['cpu']}, class {where['class']}, {where['date']}"
+    figure = charts.sheet(10, 0.3 * sum(counts) + 1.1 * len(counts) + 0.6, title)
+    grid = figure.subplots(len(counts), 1, squeeze=False, height_ratios=[count + 1 for count in counts])
+    for (label, chosen), axes in zip(panels.items(), grid[:, 0], strict=False):
+        _bars(axes, chosen)
+        axes.set_xlabel(label)
+    return figure
 
 
-def _bars(axis: Axes, rows: list[Row]) -> None:
-    """A bar for each row's ratio from 1 on, red where the bound is missed, and a mark at the bound."""
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+def _bars(axes: Axes, rows: list[Row]) -> None:
+    """A bar for each row's ratio from 1 on, hatched where the bound is missed, and a mark at the bound."""
+    from matplotlib.patches import Patch
 
     place = list(range(len(rows)))[::-1]
     ratios = [row.ratio or 1.0 for row in rows]
     bounds = [row.must or 1.0 for row in rows]
-    colours = ["#2b6ca3" if row.holds is not False else "#b0413e" for row in rows]
-    axis.barh(place, [ratio - 1 for ratio in ratios], left=1, color=colours, height=0.6)
-    axis.scatter(bounds, place, marker="|", s=220, color="#222222", label="bound", zorder=3)
+    missed = [row.holds is False for row in rows]
+    bars = axes.barh(place, [ratio - 1 for ratio in ratios], left=1, color=charts.PLAIN, height=0.6)
+    for bar, bad in zip(bars, missed, strict=True):
+        if bad:
+            bar.set(facecolor="white", edgecolor=charts.BAD, hatch="////")
+    marks = axes.scatter(bounds, place, marker="|", s=220, color="#111111", label="bound", zorder=3)
     for y, ratio, bound in zip(place, ratios, bounds, strict=True):
-        axis.text(max(ratio, bound, 1) * 1.03, y, f"{ratio:.2f}", va="center", fontsize=8)
-    axis.set_yticks(place, [f"{row.part}: {row.name}" for row in rows], fontsize=8)
-    axis.set_xscale("log")
-    axis.set_xlim(min([0.9, *ratios]) * 0.95, max([1.5, *ratios, *bounds]) * 1.2)
-    axis.xaxis.set_major_locator(FixedLocator((0.2, 0.5, 0.7, 1, 1.2, 1.5, 2, 3, 5, 8, 12, 20, 50, 100)))
-    axis.xaxis.set_minor_locator(NullLocator())
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.axvline(1.0, color="#444444", linewidth=1)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, loc="lower right", fontsize=8)
+        axes.text(max(ratio, bound, 1) * 1.04, y, f"{ratio:.2f}", va="center", fontsize=9)
+    axes.set_yticks(place, [f"{row.part}: {row.name}" for row in rows])
+    charts.logarithmic(axes, "x", min([0.9, *ratios]) * 0.95, max([1.5, *ratios, *bounds]) * 1.25, most=10)
+    axes.axvline(1.0, color=charts.RULE, linewidth=1)
+    handles: list[Any] = [marks, Patch(color=charts.PLAIN, label="bound kept")]
+    if any(missed):
+        handles.append(Patch(facecolor="white", edgecolor=charts.BAD, hatch="////", label="bound missed"))
+    axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(handles))
 
 
 def report(rows: list[Row], where: dict[str, Any], out: Path, *, as_json: bool) -> None:

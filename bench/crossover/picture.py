@@ -7,65 +7,59 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from attnzoo.evaluation.cost_setting import KINDS
+from attnzoo.reporting import charts, labels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
     from bench.crossover.curves import Curve
-
-COLOURS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#8a6d00", "#5b4ea8")
-MARKERS = "osD^vP*X"
-LINES = ("-", "--", "-.", ":")
-MARKS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10, 20)
-"""Ratios that are marked."""
 
 NAMES = {"forward": "forward", "step": "training step", "decode": "decoding step"}
 
 
 def picture(curves: Sequence[Curve], title: str, path: Path) -> None:
     """Draws curves, as a PNG or whatever the suffix says."""
-    import matplotlib
+    with charts.style():
+        charts.save(draw(curves, title), path)
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    from matplotlib.ticker import FixedLocator
 
-    lengths = sorted({tokens for curve in curves for tokens in curve.tokens})
-    figure, panels = pyplot.subplots(1, len(KINDS), figsize=(14, 4.8), layout="constrained", sharex=True, sharey=True)
+def draw(curves: Sequence[Curve], title: str) -> Figure:
+    """The picture: a panel for each kind of call, as wide as its lengths need, and a line for each layer."""
+    panels = [[curve for curve in curves if curve.kind == kind] for kind in KINDS]
+    lengths = [sorted({tokens for curve in found for tokens in curve.tokens}) for found in panels]
     names = list(dict.fromkeys(curve.layer for curve in curves))
-    for axes, kind in zip(panels, KINDS, strict=True):
-        _lines(axes, [curve for curve in curves if curve.kind == kind], names)
-        axes.xaxis.set_major_locator(FixedLocator(lengths))
-        axes.set_title(NAMES[kind], fontsize=10, loc="left")
-    panels[0].set_ylabel("time over ten lines of torch (log scale)")
-    handles = {label: x for axes in panels for x, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    if handles:
-        figure.legend(handles.values(), handles, loc="outside right center", frameon=False, fontsize=9)
-    figure.suptitle(title, fontsize=10, x=0.02, ha="left")
-    figure.savefig(path, dpi=140)
-    pyplot.close(figure)
+    height = max(4.8, 0.2 * len(names) + 1.6)
+    figure = charts.sheet(13, height, f"Time of a layer, times ten lines of torch (below 1 it is quicker): {title}")
+    widths = [2 + len(found) for found in lengths]
+    grid = figure.subplots(1, len(KINDS), width_ratios=widths)
+    for axes, kind, found, tokens in zip(grid, KINDS, panels, lengths, strict=True):
+        _lines(axes, found, names)
+        if tokens:
+            charts.ticks(axes.xaxis, tokens, charts.tokens)
+        axes.set_title(NAMES[kind])
+        ratios = [ratio for curve in found for ratio in curve.times_baseline]
+        charts.logarithmic(axes, "y", min([0.8, *ratios]) / 1.1, max([1.25, *ratios]) * 1.1, most=10)
+    grid[0].set_ylabel("times ten lines of torch (log scale)")
+    for axes, found in zip(grid, panels, strict=True):
+        labels.at_ends(axes, [_short(curve.layer, names) for curve in found if curve.tokens])
+    return figure
+
+
+def _short(name: str, names: Sequence[str]) -> str:
+    """A layer's variant, and the first of its options where another layer is of the same variant."""
+    variant = name.partition(":")[0]
+    several = sum(other.partition(":")[0] == variant for other in names) > 1
+    return name.partition(",")[0] if several else variant
 
 
 def _lines(axes: Axes, curves: Sequence[Curve], names: Sequence[str]) -> None:
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
-
+    """A line for each curve that has points, and one at 1."""
     for curve in curves:
-        if not curve.tokens:
-            continue
-        i = names.index(curve.layer)
-        style = {"color": COLOURS[i % 8], "marker": MARKERS[i % 8], "linestyle": LINES[i % 4]}
-        axes.plot(curve.tokens, curve.times_baseline, label=curve.layer, markersize=5, linewidth=1.4, **style)
-    axes.axhline(1.0, color="#444444", linewidth=1)
+        if curve.tokens:
+            look = charts.look(names.index(curve.layer))
+            axes.plot(curve.tokens, curve.times_baseline, label=curve.layer, **look)
+    axes.axhline(1.0, color=charts.RULE, linewidth=1)
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
-    axes.yaxis.set_major_locator(FixedLocator(MARKS))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel("tokens")
-    axes.grid(axis="y", color="#e4e4e4", linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _short(tokens: float) -> str:
-    return f"{tokens / 1024:g}k" if tokens >= 1024 else f"{tokens:g}"
+    axes.set_xlabel("tokens (log scale)")
+    axes.grid(axis="y")

@@ -195,68 +195,70 @@ def _row(name: str, data: Data, machine: Data) -> str:
     return f"| {name} | {_number(data.get('density'), '.3f')} | {times} | {_number(speed, '.0f')} | {_number(share, '.0%')} | {notes} |"  # noqa: E501
 
 
-COLOURS = {
-    "ours": "#2b6ca3",
-    "flex": "#b0413e",
-    "flex tuned": "#d98c3f",
-    "sdpa flash": "#5a8f5a",
-    "sdpa cudnn": "#8a6fa8",
-}
+SHOWN = ("ours", "flex", "flex tuned", "sdpa flash", "sdpa cudnn")
+"""Contestants with a line, in the order of their looks."""
 
 
 def charts(machine: Data, cells: dict[str, Data], folder: Path) -> list[Path]:
     """Speed over length at each density, forward and backward; bandwidth of decoding over bytes."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    # For who draws: a GPU's machine may lack matplotlib.
+    from attnzoo.reporting import charts as look
 
     shown = [data for data in cells.values() if ours(data) is not None and data["cell"]["pattern"] == "random"]
     written = []
-    for what in ("forward", "backward"):
-        chosen = [data for data in shown if data["cell"]["what"] == what]
-        if chosen:
-            figure = _speeds(pyplot, chosen)
-            figure.suptitle(f"{machine['device']}, bf16, {what}: useful TFLOP/s", fontsize=10)
-            written.append(folder / f"{what}.png")
-            figure.savefig(written[-1], dpi=140)
-            pyplot.close(figure)
-    decodes = [data for data in shown if data["cell"]["what"] == "decode" and bandwidth(data, machine) is not None]
-    if decodes:
-        figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-        axes.scatter(
-            [d["bytes"] / 1e6 for d in decodes], [bandwidth(d, machine) for d in decodes], s=14, color=COLOURS["ours"]
-        )
-        axes.set(xscale="log", xlabel="MB read by a step", ylabel="share of the memory's bandwidth")
-        axes.axhline(0.8, color="#444444", linewidth=1)
-        figure.suptitle(f"{machine['device']}, bf16, decoding out of a CUDA graph", fontsize=10)
-        written.append(folder / "decode.png")
-        figure.savefig(written[-1], dpi=140)
-        pyplot.close(figure)
+    with look.style():
+        for what in ("forward", "backward"):
+            chosen = [data for data in shown if data["cell"]["what"] == what]
+            if chosen:
+                written.append(folder / f"{what}.png")
+                look.save(_speeds(f"Speed of the {what}: {machine['device']}, bf16", chosen), written[-1])
+        decodes = [data for data in shown if data["cell"]["what"] == "decode" and bandwidth(data, machine) is not None]
+        if decodes:
+            written.append(folder / "decode.png")
+            look.save(_bandwidths(machine, decodes), written[-1])
     return written
 
 
-def _speeds(pyplot: Any, chosen: list[Data]) -> Any:
+def _bandwidths(machine: Data, decodes: list[Data]) -> Any:
+    from attnzoo.reporting import charts as look
+
+    figure = look.sheet(7, 4.4, f"Decoding out of a CUDA graph: {machine['device']}, bf16")
+    axes = figure.subplots()
+    megabytes = [data["bytes"] / 1e6 for data in decodes]
+    axes.scatter(megabytes, [bandwidth(data, machine) or 0.0 for data in decodes], s=18, color=look.PLAIN)
+    look.logarithmic(axes, "x", min(megabytes) / 1.3, max(megabytes) * 1.3)
+    axes.set(xlabel="MB read by a step (log scale)", ylabel="share of the memory's bandwidth; higher is better")
+    axes.axhline(0.8, color=look.RULE, linewidth=1)
+    axes.annotate("goal", (0.0, 0.8), (2, 2), axes.get_yaxis_transform(), textcoords="offset points", fontsize=9)
+    return figure
+
+
+def _speeds(title: str, chosen: list[Data]) -> Any:
+    """A panel for each width and density, a line for each contestant."""
+    from attnzoo.reporting import charts as look
+
     widths = sorted({data["cell"]["width"] for data in chosen})
     densities = sorted({data["cell"]["density"] for data in chosen}, reverse=True)
-    figure, grid = pyplot.subplots(
-        len(widths), len(densities), figsize=(2.6 * len(densities) + 1, 2.6 * len(widths) + 0.8),
-        sharex=True, sharey="row", squeeze=False, layout="constrained",
-    )  # fmt: skip
+    figure = look.sheet(2.7 * len(densities) + 1, 2.6 * len(widths) + 1.2, title)
+    grid = figure.subplots(len(widths), len(densities), sharex=True, sharey="row", squeeze=False)
     for row, width in zip(grid, widths, strict=True):
         for axes, density in zip(row, densities, strict=True):
             here = [d for d in chosen if d["cell"]["width"] == width and d["cell"]["density"] == density]
             here.sort(key=lambda data: data["cell"]["tokens"])
-            for name, colour in COLOURS.items():
+            for number, name in enumerate(SHOWN):
                 points = [(d["cell"]["tokens"], teraflops(d, name)) for d in here if best(d, name) is not None]
                 if points:
-                    axes.plot(*zip(*points, strict=True), marker=".", color=colour, label=name)
+                    axes.plot(*zip(*points, strict=True), label=name, **look.look(number))
             axes.set_xscale("log", base=2)
-            axes.set_title(f"D {width}, density {density:g}", fontsize=8)
-            axes.spines[["top", "right"]].set_visible(False)
-    grid[0][0].legend(frameon=False, fontsize=7)
+            axes.set_title(f"width {width}, density {density:g}", fontsize=9)
+        row[0].set_ylabel("useful TFLOP/s")
+        row[0].set_ylim(bottom=0)
+    lengths = sorted({data["cell"]["tokens"] for data in chosen})
     for axes in grid[-1]:
-        axes.set_xlabel("tokens", fontsize=8)
+        look.ticks(axes.xaxis, lengths[:: -(-len(lengths) // 4)], look.tokens)
+        axes.set_xlabel("tokens (log scale)")
+    handles = {name: line for axes in figure.axes for line, name in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=len(handles) or 1)
     return figure
 
 

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from attnzoo.reporting import charts
 from bench.heads.outcome import HeadOutcome, HeadResults, number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BLUE = "#2b6ca3"
+BLUE = charts.PLAIN
 GREY = "#b5b5b5"
-RING = "#111111"
+RING = "#e4572e"
 COLUMNS = 2
+BAR = 2.5
+"""Inches of a row of bars."""
+
+MAP = 4.2
+"""Inches of a row of maps."""
+
 MAPS = 4
 """Maps in a row."""
 
@@ -24,18 +32,20 @@ ALIKE = 0.1
 
 def picture(results: HeadResults, path: Path) -> None:
     """Draws all outcomes, as a PNG or whatever the suffix says."""
-    import matplotlib
+    with charts.style():
+        charts.save(draw(results), path)
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
+def draw(results: HeadResults) -> Figure:
+    """The picture: a panel of bars for each experiment, and maps below."""
     outcomes = list(results.outcomes.values())
     maps = [(name, table, outcome) for outcome in outcomes for name, table in outcome.maps.items()]
     bar_rows = -(-len(outcomes) // COLUMNS)
     map_rows = -(-len(maps) // MAPS)
-    figure = pyplot.figure(figsize=(13, 2.5 * bar_rows + 4.2 * map_rows), layout="constrained")
-    parts = figure.subfigures(2 if maps else 1, 1, height_ratios=[2.5 * bar_rows, 4.2 * map_rows][: 2 if maps else 1])
-    upper: Figure = parts[0] if maps else parts
+    figure = charts.sheet(12, BAR * bar_rows + MAP * map_rows + 0.6)
+    heights = [BAR * bar_rows + 0.6, MAP * map_rows][: 2 if maps else 1]
+    parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    upper = parts[0]
     panels = upper.subplots(bar_rows, COLUMNS, squeeze=False).flatten()
     for axes, outcome in zip(panels, outcomes, strict=False):
         _bars(axes, outcome)
@@ -47,9 +57,11 @@ def picture(results: HeadResults, path: Path) -> None:
             _map(axes, name, table, outcome)
         for axes in lower[len(maps) :]:
             axes.set_axis_off()
-    upper.suptitle(f"{results.about.get('model', '')}: what single heads do (grey: controls)", fontsize=11)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    title = (
+        f"What single heads do: {results.about.get('model', '')} (grey bars: controls; rings: heads that were found)"
+    )
+    upper.suptitle(title, x=0.01, ha="left")
+    return figure
 
 
 def _bars(axes: Axes, outcome: HeadOutcome) -> None:
@@ -63,8 +75,8 @@ def _bars(axes: Axes, outcome: HeadOutcome) -> None:
         values = [value - values[0] for value in values]
         label = f"{outcome.main}, less that of the model {rows[0].name}"
     axes.barh(place, values, color=[GREY if row.control else BLUE for row in rows], height=0.7)
-    axes.set_yticks(place, [row.name for row in rows], fontsize=6.5)
-    axes.tick_params(axis="x", labelsize=7)
+    axes.set_yticks(place, [row.name for row in rows], fontsize=8)
+    axes.tick_params(axis="x", labelsize=8)
     for y, value in zip(place, values, strict=True):
         axes.annotate(
             number(value),
@@ -73,15 +85,14 @@ def _bars(axes: Axes, outcome: HeadOutcome) -> None:
             textcoords="offset points",
             ha="left" if value >= 0 else "right",
             va="center",
-            fontsize=7,
+            fontsize=8,
         )
     low, high = min([0.0, *values]), max([0.0, *values])
-    room = 0.12 * (high - low or 1)
+    room = 0.2 * (high - low or 1)
     axes.set_xlim(low - (room if low < 0 else 0), high + room)
     axes.axvline(0, color="#444444", linewidth=0.8)
-    axes.set_title(outcome.title, fontsize=9, loc="left")
-    axes.set_xlabel(label, fontsize=7)
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title(outcome.title, fontsize=10)
+    axes.set_xlabel(label, fontsize=8.5)
 
 
 def _map(axes: Axes, name: str, table: list[list[float]], outcome: HeadOutcome) -> None:
@@ -99,10 +110,10 @@ def _map(axes: Axes, name: str, table: list[list[float]], outcome: HeadOutcome) 
     )
     ringed = [head for found in outcome.heads.values() for head in found]
     axes.scatter([head for _, head in ringed], [layer for layer, _ in ringed], s=34, facecolors="none", edgecolors=RING)
-    axes.set_title(name, fontsize=8)
-    axes.set_xlabel("query head", fontsize=7)
-    axes.set_ylabel("layer", fontsize=7)
-    axes.tick_params(labelsize=7)
+    axes.set_title(textwrap.fill(name, 26), fontsize=9)
+    axes.set_xlabel("query head", fontsize=8.5)
+    axes.set_ylabel("layer", fontsize=8.5)
+    axes.tick_params(labelsize=8)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     colours = axes.figure.colorbar(drawn, ax=axes, shrink=0.8)
-    colours.ax.tick_params(labelsize=6)
+    colours.ax.tick_params(labelsize=8)

@@ -7,14 +7,17 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from attnzoo.reporting import charts, labels
 from attnzoo.reporting.outputs import write_together
 from bench.step.measure import StepReading
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#8a6d00", "#5b4ea8", "#2b6ca3", "#b0413e", "#000000")
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 TITLE = "a decoding step over transformers' sdpa with its DynamicCache in the same rounds"
 
 
@@ -69,39 +72,33 @@ def render(readings: Sequence[StepReading], where: dict[str, Any]) -> Table:
     return table
 
 
-def plain(tokens: int) -> str:
-    """A number of tokens as people say it."""
-    return str(tokens) if tokens % 1024 else f"{tokens // 1024}k"
-
-
 def picture(readings: Sequence[StepReading], where: dict[str, Any], path: Path) -> None:
     """Draws the ratios against the tokens in the cache; what is wrong has none."""
-    import matplotlib
+    with charts.style():
+        charts.save(figure(readings, where), path)
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    from matplotlib.ticker import FuncFormatter, NullLocator
 
-    figure, axes = pyplot.subplots(figsize=(8, 4.8), layout="constrained")
+def figure(readings: Sequence[StepReading], where: dict[str, Any]) -> Figure:
+    """The picture: a line for each contestant, named where it ends."""
     timed = [reading for reading in readings if reading.ratio is not None]
-    for number, name in enumerate(dict.fromkeys(reading.name for reading in timed)):
+    names = list(dict.fromkeys(reading.name for reading in timed))
+    title = f"Time of a decoding step, times dense: {where['model']}, {where['cpu']}, {where['date']}"
+    made = charts.sheet(8.4, max(4.8, 0.2 * len(names) + 1.6), title)
+    axes = made.subplots()
+    for number, name in enumerate(names):
         own = [reading for reading in timed if reading.name == name]
-        ratios = [reading.ratio for reading in own]
-        axes.plot([x.tokens for x in own], ratios, marker="o", color=COLOURS[number % len(COLOURS)], label=name)
-    axes.axhline(1.0, color="#444444", linewidth=1, label="dense")
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    # The scale brings ticks and powers of its own, which go.
+        ratios = [reading.ratio for reading in own if reading.ratio is not None]
+        axes.plot([x.tokens for x in own], ratios, label=name, **charts.look(number))
+    axes.axhline(1.0, color=charts.RULE, linewidth=1)
+    ratios = [reading.ratio for reading in timed if reading.ratio is not None]
+    charts.logarithmic(axes, "y", min([0.8, *ratios]) / 1.1, max([1.25, *ratios]) * 1.1)
     axes.set_xscale("log", base=2)
-    places = sorted({reading.tokens for reading in readings})
-    axes.set_xticks(places, [plain(tokens) for tokens in places])
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel("tokens in the cache")
-    axes.set_ylabel("time of a step, dense = 1")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    figure.suptitle(f"{where['model']}, {where['cpu']}, {where['date']}", fontsize=10)
-    figure.savefig(path, dpi=140)
-    pyplot.close(figure)
+    charts.ticks(axes.xaxis, sorted({reading.tokens for reading in readings}), charts.tokens)
+    axes.set_xlabel("tokens in the cache (log scale)")
+    axes.set_ylabel("times dense (log scale); lower is better")
+    axes.grid(axis="y")
+    labels.at_ends(axes)
+    return made
 
 
 def as_text(readings: Sequence[StepReading], where: dict[str, Any]) -> str:

@@ -6,45 +6,54 @@ import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from attnzoo.reporting import charts, labels
 from bench.trained.results import CONTROL, CONVERSION, ORIGINAL, TrainedResults, TrainedRow
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-COLOURS = {"mean": "#d55e00", "mean, groups chosen": "#e69f00", "commuting": "#0072b2", "latent": "#009e73"}
-MARKS = (0.8, 1, 1.2, 1.5, 2, 3, 5, 8, 12, 20)
-"""Ratios that are marked."""
-PERPLEXITIES = (5, 5.5, 6, 6.5, 7, 7.5, 8, 9, 10, 12, 14, 17, 20, 30, 50, 100, 200)
-"""Perplexities that are marked."""
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 
 def picture(results: TrainedResults, path: Path) -> None:
     """Draws results, as a PNG or whatever the suffix says."""
-    import matplotlib
+    with charts.style():
+        charts.save(draw(results), path)
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
+def draw(results: TrainedResults) -> Figure:
+    """The picture: conversions above, further training below."""
     hosts = [name for name, rows in results.rows.items() if any(row.role == CONVERSION for row in rows)]
     splits = _splits(results)
-    above = len(hosts) or 1
-    figure = pyplot.figure(figsize=(4.2 * max(above, 2), 8.2 if hosts and splits else 4.4), layout="constrained")
+    title = "Models trained here, converted: perplexity over the original's (above), and with further training (below)"
+    figure = charts.sheet(4.4 * max(len(hosts), 2.4), 8.6 if hosts and splits else 4.8, title)
     parts = figure.subfigures(2 if hosts and splits else 1, 1, squeeze=False)[:, 0]
     if hosts:
         panels = parts[0].subplots(1, len(hosts), sharex=True, squeeze=False)[0]
         for axes, host in zip(panels, hosts, strict=True):
             _pairs(axes, host, results.rows[host])
-        handles, labels = panels[0].get_legend_handles_labels()
-        parts[0].legend(handles, labels, frameon=False, loc="outside lower center", ncols=4, fontsize=8)
+        reached = [float(x) for axes in panels for line in axes.lines for x in _xs(line)]
+        charts.logarithmic(panels[0], "x", min(reached) / 1.1, max(reached) * 1.1)
+        for axes in panels:
+            charts.ticks(axes.xaxis, charts.ladder(min(reached) / 1.1, max(reached) * 1.1, 6))
+        handles, told = panels[0].get_legend_handles_labels()
+        parts[0].legend(handles, told, loc="outside lower center", ncols=4)
     if splits:
         panels = parts[-1].subplots(1, len(splits), sharey=True, squeeze=False)[0]
-        for axes, split in zip(panels, splits, strict=True):
-            _curves(axes, split, results)
-        panels[0].set_ylabel("perplexity of a byte (log scale)", fontsize=9)
-    figure.savefig(path, dpi=140)
-    pyplot.close(figure)
+        found = [_curves(axes, split, results) for axes, split in zip(panels, splits, strict=True)]
+        values = [value for means in found for value in means]
+        charts.logarithmic(panels[0], "y", min(values) / 1.03, max(values) * 1.03)
+        panels[0].set_ylabel("perplexity of a byte (log scale); lower is better")
+        for axes in panels:
+            labels.at_ends(axes)
+    return figure
+
+
+def _xs(line: Line2D) -> list[float]:
+    xs: Any = line.get_xdata()
+    return list(xs)
 
 
 def over(nll: float | None, original: TrainedRow) -> float | None:
@@ -54,8 +63,6 @@ def over(nll: float | None, original: TrainedRow) -> float | None:
 
 def _pairs(axes: Axes, host: str, rows: Sequence[TrainedRow]) -> None:
     """A dot for each conversion and a cross for its control, over the original; circles in long windows."""
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
-
     (original,) = [row for row in rows if row.role == ORIGINAL]
     names: list[str] = []
     for at, row in enumerate(rows):
@@ -77,16 +84,11 @@ def _pairs(axes: Axes, host: str, rows: Sequence[TrainedRow]) -> None:
     if longer is not None:
         axes.axvline(longer, color="#444444", linewidth=1, linestyle="--", label="the original in those")
     axes.axvline(1.0, color="#444444", linewidth=1)
-    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
-    axes.set_xscale("log")
-    axes.xaxis.set_major_locator(FixedLocator(MARKS))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.set_xlabel("perplexity over the original's", fontsize=9)
-    axes.set_title(host, fontsize=10, loc="left")
-    axes.grid(axis="x", color="#e4e4e4", linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel("times the original (log scale)")
+    axes.set_title(host)
+    axes.grid(axis="x")
 
 
 def _splits(results: TrainedResults) -> list[str]:
@@ -95,11 +97,12 @@ def _splits(results: TrainedResults) -> list[str]:
     return list(dict.fromkeys(name.partition(":")[0] for name in names))
 
 
-def _curves(axes: Axes, split: str, results: TrainedResults) -> None:
-    """Perplexity over further steps, a line for each way, the mean over seeds, and the original's."""
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
-
+def _curves(axes: Axes, split: str, results: TrainedResults) -> list[float]:
+    """Perplexity over further steps, a line for each way (means over seeds), and the original's; gives all of them."""
     rows = [row for found in results.healed.values() for row in found]
+    # A way looks the same in every panel.
+    kinds = list(dict.fromkeys(_kind(row.name) for row in rows))
+    drawn = []
     for name in dict.fromkeys(row.name for row in rows):
         of, _, way = name.partition(": ")
         if name != ORIGINAL and of != split:
@@ -107,15 +110,15 @@ def _curves(axes: Axes, split: str, results: TrainedResults) -> None:
         own = [row.nll for row in rows if row.name == name]
         steps = sorted(own[0])
         means = [math.exp(statistics.fmean(nll[step] for nll in own)) for step in steps]
-        colour = COLOURS.get(way, COLOURS["latent"] if way.startswith("latent") else "#444444")
-        style = "--" if name == ORIGINAL else "-"
-        axes.plot(steps, means, style, marker="o", markersize=4, color=colour, label=way or "unconverted")
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(FixedLocator(PERPLEXITIES))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.set_xlabel("steps of further training", fontsize=9)
-    axes.set_title(f"KV heads: {split}", fontsize=10, loc="left")
-    axes.grid(axis="y", color="#e4e4e4", linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
+        axes.plot(steps, means, label=way or "unconverted", **charts.look(kinds.index(_kind(name))))
+        drawn += means
+    axes.set_xlabel("steps of further training")
+    axes.set_title(f"KV heads: {split}")
+    axes.grid(axis="y")
+    return drawn
+
+
+def _kind(name: str) -> str:
+    """A way without how many heads it makes of how many, and without sizes."""
+    way = name.partition(": ")[2]
+    return way.rstrip("0123456789 ") or ORIGINAL

@@ -13,9 +13,8 @@ from attnzoo.evaluation import layer_costs
 from attnzoo.evaluation.cost_setting import KINDS, Cost, CostSetting
 from bench.crossover import __main__ as command
 from bench.crossover import curves as measuring
-from bench.crossover import report
+from bench.crossover import picture, report
 from bench.crossover.curves import Curve, crossing, measure
-from bench.crossover.picture import picture
 
 SMALL = CostSetting(tokens=32, dim=16, num_heads=2, seconds=0.0)
 CROSSINGS = [
@@ -124,19 +123,15 @@ def test_tables_say_what_the_curves_say_and_json_carries_them() -> None:
     assert "- broken, forward: wrong" in report.markdown(found, WHERE)
 
 
-def test_the_picture_tells_its_lines_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from matplotlib import pyplot
-
-    kept = []
-    monkeypatch.setattr(pyplot, "close", kept.append)
-    picture(drawn(), "title", tmp_path / "picture.png")
-    for axes in kept[0].axes:
-        lines = [line for line in axes.lines if not line.get_label().startswith("_")]
+def test_the_picture_tells_its_lines_apart(tmp_path: Path) -> None:
+    for axes in picture.draw(drawn(), "title").axes:
+        lines = [line for line in axes.lines if not str(line.get_label()).startswith("_")]
         assert [line.get_label() for line in lines] == list(layer_costs.SPECS)
-        assert len({(line.get_color(), line.get_marker()) for line in lines}) == len(lines)
+        assert len({(line.get_marker(), line.get_linestyle()) for line in lines}) == len(lines)
+        # Named at their ends, options where two layers are of one variant.
+        assert [text.get_text() for text in axes.texts][:3] == ["mha", "mha:window=512", "s2"]
+    picture.picture(drawn(), "title", tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
-    monkeypatch.undo()
-    pyplot.close(kept[0])
 
 
 def test_what_was_measured_of_other_layers_is_kept_on_the_same_machine_alone(tmp_path: Path) -> None:

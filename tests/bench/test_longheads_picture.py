@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from attnzoo.reporting import labels
 from bench.longheads import picture
 from bench.longheads.rows import Reading
 
@@ -27,7 +28,7 @@ def test_no_two_lines_of_longheads_look_the_same() -> None:
 
 @pytest.mark.parametrize("heights", [[0.5] * 8, [0.0, 1.0, 0.99, 0.98], [-0.2, 1.3], [0.3, 0.31, 0.9], []])
 def test_labels_keep_apart_and_in_order(heights: list[float]) -> None:
-    moved = picture.spread(heights, gap=0.05)
+    moved = labels.spread(heights, gap=0.05)
     order = sorted(range(len(heights)), key=lambda i: heights[i])
     assert all(moved[b] - moved[a] > 0.0499 for a, b in pairwise(order))
     assert all(-1e-9 <= height <= 1 for height in moved)

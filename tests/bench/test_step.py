@@ -87,20 +87,13 @@ def test_what_is_wrong_has_its_difference_and_no_time(tmp_path: Path) -> None:
     report.picture([wrong("s2", 64)], where, tmp_path / "empty.png")
 
 
-def test_ticks_say_how_many_tokens(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from matplotlib import pyplot
-    from matplotlib.figure import Figure
-
-    figures: list[Figure] = []
-    monkeypatch.setattr(pyplot, "close", figures.append)
+def test_ticks_say_how_many_tokens() -> None:
     readings = [reading("mha", tokens) for tokens in (1024, 4096, 8192, 1000)]
-    report.picture(readings, {"model": "m", "cpu": "c", "date": "d"}, tmp_path / "step.png")
-    (axes,) = figures[0].axes
-    figures[0].canvas.draw()
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["1000", "1k", "4k", "8k"]
+    figure = report.figure(readings, {"model": "m", "cpu": "c", "date": "d"})
+    (axes,) = figure.axes
+    figure.canvas.draw()
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["1,000", "1k", "4k", "8k"]
     assert [label.get_text() for label in axes.get_xticklabels(minor=True)] == []
-    monkeypatch.undo()
-    pyplot.close(figures[0])
 
 
 class Halfway(Decoder):

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attnzoo.heads.scores.head_scores import HeadScores
+from attnzoo.reporting import charts
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 RING = "#e4572e"
 
@@ -22,24 +24,24 @@ def picture(scores: HeadScores, title: str, path: Path, *, marked: int = 10) -> 
         path: Where to.
         marked: How many of the best heads of each kind have a ring.
     """
-    import matplotlib
+    with charts.style():
+        charts.save(draw(scores, title, marked), path)
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
+def draw(scores: HeadScores, title: str, marked: int) -> Figure:
+    """The picture: a map for each kind, all with the same colours."""
     kinds = scores.kinds
     cell = min(0.34, 16 / scores.heads, 10 / scores.layers)
-    size = (max(2.6, cell * scores.heads) * len(kinds) + 1.8, max(2.4, cell * scores.layers) + 1.4)
-    figure, panels = pyplot.subplots(1, len(kinds), figsize=size, layout="constrained", sharey=True, squeeze=False)
+    size = (max(2.6, cell * scores.heads) * len(kinds) + 2.2, max(2.4, cell * scores.layers) + 1.4)
+    figure = charts.sheet(*size, title)
+    panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)
     colours = _colours(scores)
     for axes, kind in zip(panels[0], kinds, strict=True):
         axes.imshow(scores[kind].numpy(), aspect="auto", origin="upper", **colours)
         _mark(axes, scores, kind, marked)
     panels[0][0].set_ylabel("layer")
     figure.colorbar(panels[0][0].images[0], ax=panels[0].tolist(), label="score", shrink=0.8)
-    figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=140)
-    pyplot.close(figure)
+    return figure
 
 
 def _colours(scores: HeadScores) -> dict[str, Any]:
@@ -61,7 +63,9 @@ def _mark(axes: Axes, scores: HeadScores, kind: str, marked: int) -> None:
     if group > 1:
         for edge in range(group, scores.heads, group):
             axes.axvline(edge - 0.5, color="#888888", linewidth=0.6)
-    axes.set_title(f"{kind}: the best {len(best)} ringed", fontsize=9)
+    for side in axes.spines.values():
+        side.set_visible(True)
+    axes.set_title(f"{kind}: the best {len(best)} ringed", fontsize=9.5)
     axes.set_xlabel("query head" if group == 1 else f"query head, {group} to a KV head")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))

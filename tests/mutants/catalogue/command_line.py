@@ -28,6 +28,9 @@ outputs = partial(
 COMPARISON = f"{TESTS}/evaluation/test_compare_picture.py"
 picture = partial(Mutant, file="attnzoo/evaluation/compare_picture.py", tests=f"{COMPARISON} -k 'named or line'")
 charts = partial(Mutant, file="attnzoo/reporting/charts.py", tests=f"{COMPARISON} -k 'squeeze or settings'")
+LOOKS = f"{TESTS}/reporting/test_charts.py"
+looks = partial(Mutant, file="attnzoo/reporting/charts.py", tests=f"{LOOKS} -k 'mark'")
+ends = partial(Mutant, file="attnzoo/reporting/labels.py", tests=f"{LOOKS} -k 'ends'")
 labels = partial(Mutant, file="attnzoo/reporting/labels.py", tests=f"{COMPARISON} -k 'demo'")
 
 MUTANTS = (
@@ -184,5 +187,17 @@ MUTANTS = (
         old="covered += 8 * (place.width * place.height - _common(box, self.inside))",
         new="covered += 0",
         wrong="labels leave the axes",
+    ),
+    looks(
+        "picture-looks",
+        old='"marker": MARKERS[(number + turn) % len(MARKERS)],',
+        new='"marker": MARKERS[number % len(MARKERS)],',
+        wrong="lines beyond the eighth have the colour and the marker of another one",
+    ),
+    ends(
+        "picture-ends",
+        old="        label.set_y(height)",
+        new="        label.set_y(float(y))",
+        wrong="labels at the ends of lines are written over each other",
     ),
 )

@@ -1,0 +1,28 @@
+"""Stored pictures are drawn anew by one command, which knows them all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import typer
+
+from bench import pictures
+
+
+def test_the_command_knows_every_stored_picture_and_its_results() -> None:
+    assert {path.stem for path in pictures.RESULTS.glob("*.png")} == set(pictures.PICTURES)
+    for name in pictures.PICTURES:
+        assert (pictures.RESULTS / f"{name}.json").is_file(), name
+
+
+@pytest.mark.parametrize("name", sorted(set(pictures.PICTURES) - {"heads", "smollm2-demo", "policies"}))
+def test_a_stored_picture_is_drawn_of_its_results(name: str, tmp_path: Path) -> None:
+    pictures.main([name], tmp_path / "new")
+    assert (tmp_path / "new" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_another_name_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(typer.BadParameter, match="got smollm3"):
+        pictures.main(["smollm3"], tmp_path / "new")
+    assert not (tmp_path / "new").exists()
