@@ -12,6 +12,7 @@ from attnzoo.base.padding import Alignment, take_rows
 from attnzoo.base.steps import Step
 from attnzoo.cache.kv_cache import KVCache
 from attnzoo.cache.lengths import Lengths
+from attnzoo_kernels import autocasts
 from attnzoo_kernels.errors import ShapeError
 from attnzoo_kernels.runtime.plain import NESTED, advice, is_plain, is_readable, odd_layout
 
@@ -66,9 +67,7 @@ def check_dtype(name: str, x: Tensor, weight: Tensor) -> None:
     Raises:
         TypeError: If it has not.
     """
-    device = x.device.type
-    casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    if x.dtype != weight.dtype and not casts:
+    if x.dtype != weight.dtype and not autocasts(x.device.type):
         raise TypeError(f"{name}: expected {weight.dtype} as the weights are, got {x.dtype}")
 
 

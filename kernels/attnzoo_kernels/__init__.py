@@ -8,7 +8,8 @@ from attnzoo_kernels.layouts.flex_call import MaskedCall, read_block_mask
 from attnzoo_kernels.layouts.layout import BlockLayout
 from attnzoo_kernels.merge import merge_states
 from attnzoo_kernels.op import block_sparse_attention, block_sparse_attention_with_lse, visible_pairs, why_not
-from attnzoo_kernels.registration import no_autocast as no_autocast
+from attnzoo_kernels.runtime.autocast import autocasts as autocasts
+from attnzoo_kernels.runtime.autocast import no_autocast as no_autocast
 from attnzoo_kernels.runtime.store import memory_held, memory_limit, remembers, set_memory_limit
 from attnzoo_kernels.runtime.tracing import traceable
 from attnzoo_kernels.runtime.workspace import clear_memory, clear_scratch

@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 from attnzoo_kernels.errors import ShapeError
 from attnzoo_kernels.layouts.build import distinct_lists, listed_indices
 from attnzoo_kernels.layouts.layout import BlockLayout
+from attnzoo_kernels.runtime.autocast import autocasts
 from attnzoo_kernels.runtime.plain import NESTED, advice, is_readable, odd_layout
 from attnzoo_kernels.spec.extras import Extras
 
@@ -74,7 +75,7 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
             raise ShapeError(f"{name}: expected four dimensions [batch, heads, length, width], got {list(x.shape)}")
         if x.dtype not in FLOATS:
             raise TypeError(f"{name}: expected a floating dtype of {[str(d) for d in FLOATS]}, got {x.dtype}")
-    if not q.dtype == k.dtype == v.dtype:
+    if not q.dtype == k.dtype == v.dtype and not _become_one_dtype(q, k, v):
         raise ShapeError(f"q, k, v: expected one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
     if not q.device == k.device == v.device:
         raise ShapeError(f"q, k, v: expected one device, got {q.device}, {k.device}, {v.device}")
@@ -89,6 +90,11 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, x in (("q", q), ("v", v)):
         if not 1 <= x.shape[3] <= MAX_WIDTH:
             raise ShapeError(f"{name}: expected a head width (head_dim) from 1 to {MAX_WIDTH}, got {x.shape[3]}")
+
+
+def _become_one_dtype(*tensors: Tensor) -> bool:
+    """Whether autocast gives the tensors one dtype, as it does for torch's own attention; it leaves fp64 alone."""
+    return autocasts(tensors[0].device.type) and all(x.dtype != torch.float64 for x in tensors)
 
 
 def _check_layout(q: Tensor, k: Tensor, layout: BlockLayout) -> None:

@@ -15,7 +15,8 @@ from attnzoo_kernels.errors import UnsupportedError
 from attnzoo_kernels.flops import register_when_counting
 from attnzoo_kernels.layouts.density import count_pairs
 from attnzoo_kernels.layouts.layout import BlockLayout
-from attnzoo_kernels.registration import attend, no_autocast
+from attnzoo_kernels.registration import attend
+from attnzoo_kernels.runtime.autocast import as_autocast, no_autocast
 from attnzoo_kernels.runtime.plain import is_watched
 from attnzoo_kernels.runtime.products import rounds_to_zero
 from attnzoo_kernels.runtime.tracing import traceable
@@ -124,7 +125,8 @@ def why_not(
     known = "blocked" if impl in PATH_NAMES else impl
     check_arguments((q, k, v), layout, causal=causal, scale=scale, extras=extras, impl=known)
     factor = _scale_of(q, scale)
-    return reasons_against(impl, make_call((q, k, v), layout, causal=causal, scale=factor, extras=extras or Extras()))
+    tensors = as_autocast((q, k, v))
+    return reasons_against(impl, make_call(tensors, layout, causal=causal, scale=factor, extras=extras or Extras()))
 
 
 def attend_on_path(
@@ -213,9 +215,7 @@ def _attend(
     check_arguments(tensors, layout, causal=causal, scale=scale, extras=extras, impl=impl)
     extras = extras or _NO_EXTRAS
     device = tensors[0].device.type
-    q, k, v = tensors
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        q, k, v = (x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(device)) for x in tensors)
+    q, k, v = as_autocast(tensors)
     call = make_call((q, k, v), layout, causal=causal, scale=_scale_of(q, scale), extras=extras)
     if impl == "reference":
         with no_autocast(device):

@@ -7,7 +7,6 @@ number of arguments.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from attnzoo_kernels import dispatch
 from attnzoo_kernels.errors import UnsupportedError
+from attnzoo_kernels.runtime.autocast import no_autocast
 from attnzoo_kernels.runtime.plain import PLAIN, is_watched
 from attnzoo_kernels.spec.call import Call, Gate, Origins
 from attnzoo_kernels.spec.token_rule import TokenRule
@@ -74,13 +74,6 @@ def _call_of(inputs: tuple[Any, ...]) -> Call:
     return Call(
         q, k, v, start, count, col, key_bias, rule, block_q, block_k, scale, aux, gate, origins, fast
     )  # fmt: skip
-
-
-def no_autocast(device: str) -> AbstractContextManager[Any]:
-    """Switches autocast off: the inputs are cast already, and inside it would round scores and accumulators."""
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return nullcontext()
-    return torch.autocast(device, enabled=False)
 
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:

@@ -277,7 +277,6 @@ def attend(
     causal = getattr(module, "is_causal", True) is not False
     if read_call(kwargs, causal=causal).cache is not None:
         raise UnsupportedError("cache: expected one that the block has read, got one that it hands on")
-    query, key, value = _as_autocast_does(query, key, value)
     geometry = geometry_of(attention_mask, query.shape[2], key.shape[2], causal=causal, window=window)
     answer = partial(_answer, module, scaling, held)
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
@@ -303,15 +302,3 @@ def _answer(module: nn.Module, scale: float | None, held: Any, call: AttentionCa
             )
         return attend_held(held, AttentionInputs(q, k, v, edits=edits_among(call.edits, q)), geometry.real)
     return attend_by(None if pattern is None else pattern.layer, q, k, v, geometry, scale, call.edits)
-
-
-def _as_autocast_does(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Queries, keys and values in the dtype that autocast gives to torch's attention.
-
-    Hosts rotate queries and keys in fp32 under autocast, while values are as the projection has left them.
-    """
-    device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)

@@ -17,7 +17,14 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils import _pytree as pytree
 
-from attnzoo_kernels import BlockLayout, Extras, block_sparse_attention, block_sparse_attention_with_lse
+from attnzoo_kernels import (
+    BlockLayout,
+    Extras,
+    ShapeError,
+    block_sparse_attention,
+    block_sparse_attention_with_lse,
+    why_not,
+)
 from tests.attnzoo_kernels.op.test_agreement import both, run, seeds_of
 from tests.attnzoo_kernels.op.test_torture import answer, assert_bitwise, problem
 from tests.attnzoo_kernels.oracle import Answer, Problem
@@ -211,6 +218,20 @@ def test_autocast_computes_in_the_low_dtype_and_trains_the_full_one(impl: str) -
     assert torch.equal(out, block_sparse_attention(*low, layout, impl=impl))
     out.float().sum().backward()
     assert all(x.grad is not None and x.grad.dtype == torch.float32 for x in leaves)
+
+
+@both
+def test_autocast_brings_queries_keys_and_values_to_one_dtype(impl: str) -> None:
+    p = problem()
+    low = [x.to(torch.bfloat16) for x in (p.q, p.k, p.v)]
+    with torch.autocast("cpu", torch.bfloat16):
+        out = block_sparse_attention(p.q, p.k, low[2], layout_of(p), impl=impl)
+        assert why_not("blocked", p.q, p.k, low[2], layout_of(p)) == ()
+        with pytest.raises(ShapeError, match=r"expected one dtype, got .*float32, .*float64"):
+            block_sparse_attention(p.q, p.k, p.v.double(), layout_of(p), impl=impl)
+    assert torch.equal(out, block_sparse_attention(*low, layout_of(p), impl=impl))
+    with pytest.raises(ShapeError, match="expected one dtype"):
+        block_sparse_attention(p.q, p.k, low[2], layout_of(p), impl=impl)
 
 
 @both

@@ -274,7 +274,7 @@ MUTANTS = (
         wrong="the gradient of lse is dropped", tests=f"{TESTS}/op/test_agreement.py -k alone",
     ),
     registration(
-        "registration-autocast-inside", old="torch.autocast(device, enabled=False)", new="torch.autocast(device)",
+        "registration-autocast-inside", file=f"{FOLDER}/runtime/autocast.py", old="torch.autocast(device, enabled=False)", new="torch.autocast(device)",
         wrong="scores and accumulators are rounded by autocast",
         tests=f"{TESTS}/op/test_state.py {TESTS}/op/test_agreement.py -k 'autocast or dtype_goes'",
     ),
@@ -287,8 +287,19 @@ MUTANTS = (
         wrong="the default scale is that of the values' width",
     ),
     op(
-        "op-autocast-doubles", old="x if x.dtype == torch.float64 else x.to(", new="x.to(",
+        "op-autocast-doubles", file=f"{FOLDER}/runtime/autocast.py",
+        old="x if x.dtype == torch.float64 else x.to(", new="x.to(",
         wrong="autocast rounds double precision", tests=f"{TESTS}/op/test_state.py -k autocast",
+    ),
+    op(
+        "autocast-mixed-doubles", file=f"{FOLDER}/checks.py",
+        old="and all(x.dtype != torch.float64 for x in tensors)", new="",
+        wrong="autocast takes doubles beside singles, which it will not bring to one dtype", tests=f"{TESTS}/op/test_state.py -k autocast",
+    ),
+    op(
+        "autocast-mixed-refused", file=f"{FOLDER}/checks.py",
+        old="    return autocasts(tensors[0].device.type) and", new="    return False and",
+        wrong="autocast does not bring queries, keys and values to one dtype", tests=f"{TESTS}/op/test_state.py -k autocast",
     ),
     op(
         "op-rope-without-origin", old='extras.precision == "fast",', new="True,",

@@ -29,10 +29,6 @@ MUTANTS = (
         wrong="unknown arguments vanish",
     ),
     interface(
-        "autocast-values", old="tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)", new="tensors",
-        wrong="queries stay in fp32 beside values in bf16", tests=f"{TESTS}/hosts/test_autocast.py -k 'step and window'",
-    ),
-    interface(
         "implementation-unseen", old="    if found != NAME:", new="    if False:", wrong="a converted model is dense in silence",
         tests=f"{TESTS}/hosts/test_switched.py -k 'taken_back and window and method'",
     ),

@@ -175,7 +175,10 @@ def error(found: Tensor, truth: Tensor) -> float:
     return float((found - truth).norm() / truth.norm())
 
 
-@cells_of("mha", slow=("replaced",))
+@cases(
+    [*((name, "mha") for name in WORKING), ("Qwen3", "replaced"), ("Gemma 3", "replaced")],
+    slow=((name, cell) for name in WORKING for cell in ("replaced", "latent", "moh", "rcmha")),
+)
 def test_a_step_under_autocast_is_as_close_to_full_precision_as_the_hosts(name: str, cell: str) -> None:
     model = made(name).float()
     given = in_single(HOSTS[name].inputs(2, 12))
@@ -183,7 +186,9 @@ def test_a_step_under_autocast_is_as_close_to_full_precision_as_the_hosts(name: 
     theirs = step(model, given, low=True)
     convert(model, cell, name)
     ours = step(model, given, low=True)
-    for found, host, exact in zip(ours, theirs, truth, strict=True):
+    # What has other weights has other gradients.
+    told = 2 if cell in ("mha", "replaced") else 1
+    for found, host, exact in zip(ours[:told], theirs[:told], truth[:told], strict=True):
         rounding = error(host, exact)
         assert rounding > 1e-4
         assert error(found, exact) <= 3 * rounding
