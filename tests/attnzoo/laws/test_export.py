@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -108,6 +110,18 @@ def test_one_length_is_exported_as_it_is(name: str) -> None:
     layer = Case(name, "small").layer()
     x = tokens(layer, 2, 61)
     assert_same(export(layer, (x,)).module()(x), layer(x))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++")), reason="no C++ compiler")
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+@torch.no_grad()
+def test_what_is_exported_is_compiled_ahead_of_time(impl: str, tmp_path: Path) -> None:
+    layer = Case("mha", "small").layer()
+    layer.impl = impl
+    x = tokens(layer, 2, 61)
+    path = torch._inductor.aoti_compile_and_package(export(layer, (x,)), package_path=str(tmp_path / "layer.pt2"))
+    assert_same(torch._inductor.aoti_load_package(path)(x), layer(x))
 
 
 def test_blocks_too_large_to_fill_are_refused() -> None:

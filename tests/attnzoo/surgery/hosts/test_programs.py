@@ -84,7 +84,9 @@ def test_a_compiled_model_takes_padding(kind: str) -> None:
     tokens = ids(2, TOKENS)
     mask = torch.ones_like(tokens)
     mask[1, :7] = 0
-    compiled = torch.compile(model, backend="eager")
+    # What is read depends on the items' lengths, which are read in each block; a router's layer reads none.
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=kind == "moh", backend="eager")
     real = mask.bool()
     said = logits(compiled, tokens, attention_mask=mask)[real]
     assert_close(said, logits(model, tokens, attention_mask=mask)[real], 1e-5)
