@@ -36,8 +36,9 @@ myst_substitutions = {
 myst_heading_anchors = 3
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
-# What stands in quotes is often typed.
-smartquotes = False
+napoleon_use_ivar = True
+# Dashes alone: what stands in quotes is often typed.
+smartquotes_action = "D"
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 html_math_renderer = "mathml"

@@ -17,6 +17,7 @@ PACKAGES = (
     "attnzoo.heads.act",
     "attnzoo.heads.lofit",
     "attnzoo.heads.scores",
+    "attnzoo.models",
     "attnzoo.ops",
     "attnzoo.policies",
     "attnzoo.surgery",

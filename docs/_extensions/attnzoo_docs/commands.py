@@ -19,6 +19,7 @@ from attnzoo.cli.app import app
 from attnzoo.cli.manual.help_page import examples, shown, usage_line
 from attnzoo.cli.manual.options import WORDS
 from attnzoo_docs.options import list_table
+from attnzoo_docs.options import shown as shown_default
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
@@ -43,7 +44,7 @@ class CommandTable(SphinxDirective):
         call = nodes.literal_block(text=usage(name), language="text")
         tried = "\n".join(f"# {what}\n{line}" for line, what in examples(command))
         tried = nodes.literal_block(text=tried, language="sh")
-        rows = [(f"``{one[0]}``", f"``{one[1]}``" if one[1] else "", one[2]) for one in parameters(name)]
+        rows = [(f"``{one[0]}``", shown_default(one[1]), one[2]) for one in parameters(name)]
         table = list_table(self, ("what is given", "default", "what it is"), rows, (30, 14, 56))
         return [*told.children, call, *table, tried]
 
@@ -95,4 +96,6 @@ def parameters(name: str) -> list[tuple[str, str, str]]:
 def words(text: str) -> str:
     """Help as it is printed, with the markup of terminals taken off."""
     plain = re.sub(r"\[/?(?:bold|dim|italic|cyan|green|yellow|red)\]", "", text.replace("\b", ""))
-    return re.sub(r"([*`_|\\])", r"\\\1", plain)
+    escaped = re.sub(r"([*`_|\\])", r"\\\1", plain)
+    # Two hyphens would become a dash.
+    return re.sub(r"(?<![\w-])(--[a-z][a-z-]+)", r"``\1``", escaped)

@@ -56,8 +56,13 @@ class OptionsTable(SphinxDirective):
 
     def run(self) -> list[nodes.Node]:
         """Makes the table."""
-        rows = [(f"``{one.name}``", f"``{one.default}``", one.meaning) for one in options(self.arguments[0])]
+        rows = [(f"``{one.name}``", shown(one.default), one.meaning) for one in options(self.arguments[0])]
         return list_table(self, ("option", "default", "what it is"), rows, (24, 20, 56))
+
+
+def shown(default: str) -> str:
+    """A default as it stands in a cell; that something must be given is no value."""
+    return default if default in ("", REQUIRED) else f"``{default}``"
 
 
 def list_table(
