@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,12 +26,22 @@ from bench.policies import results as policies_results
 from bench.trained import picture as trained_picture
 from bench.trained import results as trained_results
 
-RESULTS = Path(__file__).resolve().parent / "results"
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"
+PAGES = ROOT / "docs" / "pictures"
 
 
 def _compare(source: Path, path: Path) -> None:
     comparison = compare_report.read(source.read_text(encoding="utf-8"))
     compare_picture.picture(comparison, compare_report.title(comparison.about), path)
+
+
+def _cache_alone(source: Path, path: Path) -> None:
+    """The first panel of a comparison, for readers who have not met the others."""
+    comparison = compare_report.read(source.read_text(encoding="utf-8"))
+    rows = [replace(row, decode_times_dense=None, longer=[]) for row in comparison.rows]
+    title = f"what SmolLM2-135M loses, and what its cache holds, when it is converted ({comparison.about['text']})"
+    compare_picture.picture(replace(comparison, rows=rows), title, path)
 
 
 def _crossover(source: Path, path: Path) -> None:
@@ -84,18 +95,30 @@ PICTURES: dict[str, Callable[[Path, Path], None]] = {
 }
 """How each NAME.png is made of NAME.json."""
 
+ON_PAGES: dict[str, tuple[str, Callable[[Path, Path], None]]] = {
+    "quality-against-cache": ("smollm2-demo", _cache_alone)
+}
+"""Pictures of docs/pictures: of which results, and how."""
+
 
 def main(
-    only: Annotated[list[str] | None, typer.Option(help=f"Pictures: {', '.join(PICTURES)}; may be repeated.")] = None,
-    out: Annotated[Path, typer.Option(help="The folder that they are written to.")] = RESULTS,
+    only: Annotated[
+        list[str] | None, typer.Option(help=f"Pictures: {', '.join([*PICTURES, *ON_PAGES])}; may be repeated.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The folder that they are written to, in place of their own.")
+    ] = None,
 ) -> None:
     """Draws the stored pictures anew from bench/results."""
-    unknown = set(only or ()) - set(PICTURES)
+    known = [*PICTURES, *ON_PAGES]
+    unknown = sorted(set(only or ()) - set(known))
     if unknown:
-        raise typer.BadParameter(f"only: expected some of {', '.join(PICTURES)}, got {', '.join(sorted(unknown))}")
-    out.mkdir(parents=True, exist_ok=True)
-    for name in only or PICTURES:
-        PICTURES[name](RESULTS / f"{name}.json", out / f"{name}.png")
+        raise typer.BadParameter(f"only: expected some of {', '.join(known)}, got {', '.join(unknown)}")
+    for name in only or known:
+        source, draw = ON_PAGES.get(name) or (name, PICTURES[name])
+        folder = out or (PAGES if name in ON_PAGES else RESULTS)
+        folder.mkdir(parents=True, exist_ok=True)
+        draw(RESULTS / f"{source}.json", folder / f"{name}.png")
 
 
 if __name__ == "__main__":
