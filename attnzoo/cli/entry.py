@@ -30,7 +30,10 @@ def main() -> None:
             code = _run()
         except KeyboardInterrupt:
             code = INTERRUPTED
-        except BrokenPipeError:
+        except (BrokenPipeError, SystemExit) as ended:
+            # The parser ends with a code of its own where it is the one that writes.
+            if not isinstance(ended, BrokenPipeError) and not isinstance(ended.__context__, BrokenPipeError):
+                raise
             code = UNREAD
             # What is left in the buffer has nowhere to go either.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -119,7 +119,7 @@ def show(found: dict[str, Any]) -> None:
         screen.text(f"what {found['variant']} reads at small sizes, 96 tokens:")
         screen.picture(found["picture"])
         screen.text("")
-    screen.text(f"More about it: {found['page']}, in the repository")
+    screen.text(f"More about it, in the repository: {found['page']}")
 
 
 def grids(found: dict[str, Any]) -> Iterator[Grid]:

@@ -16,12 +16,18 @@ def check_place(path: Path) -> None:
     Raises:
         PermissionError: If its first parent that exists cannot be written to.
         NotADirectoryError: If that is a file.
+        OSError: If nothing can be made in it for another reason, such as a file system that takes none.
     """
     parent = next(parent for parent in path.absolute().parents if parent.exists())
     if not parent.is_dir():
         raise NotADirectoryError(f"{path}: cannot be written: {parent} is a file")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise PermissionError(f"{path}: cannot be written: {parent} refuses it (permissions, or a read-only disk)")
+    try:
+        with tempfile.TemporaryDirectory(prefix=".attnzoo-", dir=parent):
+            pass
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written: {parent} takes no files: {error.strerror}") from error
 
 
 def check_writable(out: Path, argument: str = "out") -> None:

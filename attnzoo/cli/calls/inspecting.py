@@ -10,6 +10,7 @@ import typer
 
 from attnzoo import surgery
 from attnzoo.cli import screen
+from attnzoo.surgery.lookalikes import known_near, lookalikes
 from attnzoo_kernels.errors import ConfigError, ConversionError
 
 ELSEWHERE = (
@@ -42,4 +43,5 @@ def _held(model: Any) -> int:
         return surgery.cache_bytes(model)
     except ConfigError as error:
         # The call is right; it is the model of which nothing can be said.
-        raise ConversionError(str(error)) from error
+        found = str(error).partition("; known are ")[0]
+        raise ConversionError(f"{found}; {known_near(lookalikes(model))}") from error

@@ -18,6 +18,9 @@ RESULTS = "What is printed and written"
 SCORED = "The text"
 CALIBRATION = "Calibration"
 
+ENDINGS = (".json", ".md", ".png")
+"""Of the files that results are written to."""
+
 SPEC = "VARIANT:OPTION=VALUE,..."
 
 WORDS = {
@@ -31,6 +34,12 @@ WORDS = {
     "TEXT": "A file in UTF-8, or botchan or devil, two books that ship.",
 }
 """Words in capitals that stand for something in the help of several commands."""
+
+
+def common_name(out: Path | None) -> Path | None:
+    """What files are called without the endings that they get; people name one of them."""
+    return out.with_suffix("") if out is not None and out.suffix in ENDINGS else out
+
 
 JsonFlag = Annotated[
     bool,
@@ -46,6 +55,7 @@ Out = Annotated[
     typer.Option(
         metavar="OUT",
         help="Write OUT.json, OUT.md and OUT.png; all of them or none.",
+        callback=common_name,
         rich_help_panel=RESULTS,
     ),
 ]

@@ -186,6 +186,7 @@ def score_cases(reader: Reader, cases: Iterable[Case]) -> TwoPhaseScore:
 def read_context(reader: Reader, context: Tensor) -> tuple[Continuation, Any]:
     """A sequence behind a context ``[C]`` that has been compacted, and its cache."""
     sequence = Continuation(reader.model, cache=reader.new_cache())
+    context = context.to(reader.model.device)
     # A piece of one token would count as decoding, behind which a policy compacts.
     for piece in context.tensor_split(-(-len(context) // PIECE)):
         sequence.read(piece)
@@ -206,11 +207,12 @@ def score_probe(sequence: Continuation, probe: Probe, *, by_step: bool = False) 
         probe: The continuation, whose tokens are given whatever the model says.
         by_step: Whether they are read one at a time, as in decoding.
     """
-    ids = probe.ids[:-1]
-    parts: Sequence[Tensor] = ids.split(1) if by_step else (ids,)
+    ids = probe.ids.to(sequence.model.device)
+    scored = probe.scored.to(ids.device)
+    parts: Sequence[Tensor] = ids[:-1].split(1) if by_step else (ids[:-1],)
     said = torch.cat([sequence.read_all(part) for part in parts])  # [T - 1, V]
-    logits = said[probe.scored - 1]
-    expected = probe.ids[probe.scored]
+    logits = said[scored - 1]
+    expected = ids[scored]
     return float(cross_entropy(logits, expected)), bool((logits.argmax(-1) == expected).all())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -17,6 +18,7 @@ from attnzoo.cli import doctor_view, prose, show_view
 from attnzoo.doctor import Device, Finding, Report
 from attnzoo.evaluation import compare_report, cost_setting, costs_report, layer_costs
 from attnzoo.evaluation.compare import Comparison, LongDecoding
+from attnzoo.evaluation.two_phase.specs import PolicyPart, offered
 from attnzoo.reporting.tables import Grid, lines
 from attnzoo.surgery.options import options_of
 from attnzoo_kernels.errors import UnsupportedError
@@ -164,6 +166,38 @@ def test_show_says_everything_without_markup(name: str, at: Callable[..., list[s
         ]
     # An option without a word about it would be a riddle.
     assert all(row[2] for grid in show_view.grids(found) for row in grid.rows)
+
+
+@pytest.mark.parametrize("name", offered())
+def test_show_says_what_a_policy_does_without_markup(name: str, at: Callable[..., list[str]]) -> None:
+    found = show_view.about(name)
+    for width in WIDTHS:
+        printed = at(width, "show", name)
+        assert_all_there([found["about"], *found["options"], found["page"]], printed, width)
+        read = "\n".join(printed)
+        assert not re.search(r"[`\\&]|::|frac\b|mathrm|[lr]Vert|[Bb]igg?[lr]?\(", read), read
+    assert all(row[2] for grid in show_view.grids(found) for row in grid.rows)
+    given = {key: value for key, value in found["options"].items() if value is not None}
+    if {"budget", "share"} <= found["options"].keys() - given.keys():
+        given["share"] = 0.4
+    PolicyPart(name, given).check()
+
+
+def test_a_page_is_where_show_says() -> None:
+    for name in (*attnzoo.list_variants(), *offered()):
+        assert (RESULTS.parents[1] / show_view.about(name)["page"]).is_file(), name
+
+
+def test_list_knows_policies(at: Callable[..., list[str]]) -> None:
+    for width in WIDTHS:
+        about = show_view.policy_summaries("*")
+        assert set(about) == set(offered())
+        assert_all_there([*about, *about.values()], at(width, "list", "--policies"), width)
+
+
+def test_fractions_stand_in_one_line() -> None:
+    text = r":math:`\frac{1}{n} \sum_j \frac{\sum_{i \in J(c)} m_i}{|\{i\}|}, \hat k \mathrm{kmin}`"
+    assert prose.words(text) == "(1 / n) Σ_j ((Σ_(i ∈ J(c)) m_i) / (|{i}|)), k\u0302 kmin"
 
 
 def test_show_tells_what_a_conversion_takes(at: Callable[..., list[str]]) -> None:

@@ -32,8 +32,94 @@ LOOKS = f"{TESTS}/reporting/test_charts.py"
 looks = partial(Mutant, file="attnzoo/reporting/charts.py", tests=f"{LOOKS} -k 'mark'")
 ends = partial(Mutant, file="attnzoo/reporting/labels.py", tests=f"{LOOKS} -k 'ends'")
 labels = partial(Mutant, file="attnzoo/reporting/labels.py", tests=f"{COMPARISON} -k 'demo'")
+HELP = f"{TESTS}/cli/test_help.py"
+WRONG = f"{TESTS}/cli/test_wrong_input.py"
+wrong_calls = partial(Mutant, file="attnzoo/cli/manual/wrong_calls.py", tests=f"{WRONG} -k 'number or mistake'")
+shared = partial(Mutant, file="attnzoo/cli/manual/options.py", tests=f"{HELP} {WRONG} -k 'threads or mistake'")
+pages = partial(Mutant, file="attnzoo/cli/screen.py", tests=f"{HELP} -k 'whole and compare'")
+entered = partial(Mutant, file="attnzoo/cli/entry.py", tests=f"{WRONG} -k 'gone or signs or json'")
 
 MUTANTS = (
+    pages(
+        "help-folded-call",
+        old='GOES_ON = " \\\\"',
+        new='GOES_ON = "  "',
+        wrong="a call that is folded is two calls",
+    ),
+    pages(
+        "help-broken-word",
+        old="break_long_words=False)",
+        new="break_long_words=True)",
+        wrong="a word of a call is folded, which a shell reads as two",
+    ),
+    wrong_calls(
+        "wrong-calls-command",
+        old="named = next((word for word in words if word in group.commands), None)",
+        new="named = None",
+        wrong="a wrong option is answered with the page of all commands",
+    ),
+    shared(
+        "options-unused",
+        within="refuse_unused",
+        old="        if given(context, name):",
+        new="        if not name:",
+        wrong="an option that the call has no use for is accepted and ignored",
+    ),
+    shared(
+        "threads-stay",
+        old="        torch.set_num_threads(before)",
+        new="        torch.set_num_threads(count)",
+        wrong="a call leaves its threads to the next one",
+    ),
+    entered(
+        "unread-code",
+        old="            code = UNREAD\n",
+        new="            code = 0\n",
+        wrong="a broken pipe is no failure",
+    ),
+    entered(
+        "errors-as-json",
+        old='    if line and "--json" in sys.argv:',
+        new="    if not line:",
+        wrong="an error of a call for machines is for people alone",
+    ),
+    entered(
+        "narrow-encoding",
+        old='stream.reconfigure(errors="replace")',
+        new='stream.reconfigure(errors="strict")',
+        wrong="a sign that a terminal has not ends the command",
+    ),
+    Mutant(
+        "progress-markup",
+        file="attnzoo/cli/progress.py",
+        old="markup=False",
+        new="markup=True",
+        wrong="brackets in names are swallowed by the progress line",
+        tests=f"{WRONG} -k progress",
+    ),
+    Mutant(
+        "option-twice",
+        file="attnzoo/factory.py",
+        old="        if name in options:",
+        new="        if not name:",
+        wrong="of an option that is given twice the last one counts",
+        tests=f"{WRONG} -k mistake",
+    ),
+    Mutant(
+        "place-probe",
+        file="attnzoo/reporting/outputs.py",
+        old='with tempfile.TemporaryDirectory(prefix=".attnzoo-", dir=parent):',
+        new="if parent:",
+        wrong="a disk that takes no files is found after the work",
+        tests=f"{WRONG} -k disk",
+    ),
+    prose(
+        "prose-fractions",
+        old="    text = _fractions(text)\n",
+        new="",
+        wrong="fractions leak into the terminal",
+        tests=f"{TESTS}/cli/test_widths.py -k fractions",
+    ),
     choices(
         "choices-case",
         old="    folded = name.casefold()",

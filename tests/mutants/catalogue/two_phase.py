@@ -26,8 +26,8 @@ MUTANTS = (
     ),
     scores(
         "two-phase-scores-what-was-read",
-        old="expected = probe.ids[probe.scored]",
-        new="expected = probe.ids[probe.scored - 1]",
+        old="expected = ids[scored]",
+        new="expected = ids[scored - 1]",
         wrong="tokens are scored by what is said once they are read",
     ),
     scores(
