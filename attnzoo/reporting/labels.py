@@ -28,6 +28,9 @@ NEAR = 7.0
 RADII = (7.0, 12.0, 20.0, 30.0, 42.0, 56.0, 72.0, 90.0, 115.0, 145.0, 180.0, 220.0)
 """Points of a picture from a marker to its label, nearest first."""
 
+BAD = 40.0
+"""How bad a place is whose stroke crosses something, or that seems to be another point's."""
+
 BEARABLE = 60.0
 """How bad a place may be that would do: some lines are covered, or another point is nearer."""
 
@@ -235,9 +238,24 @@ class Room:
         return [sorted(group, key=lambda i: -round(self.pixels[i][1] / self.scale)) for group in groups]
 
     def arrange(self, groups: Sequence[Sequence[int]], sizes: Sequence[tuple[float, float]]) -> list[Place]:
-        """A place for each group's label: one after the other, then each again when all the others are known."""
+        """A place for each group's label, in the best of some orders in which they may choose."""
+        narrow = sorted(range(len(groups)), key=lambda i: self._choice(groups[i], sizes[i]))
+        best: tuple[float, list[Place]] | None = None
+        for order in (narrow, narrow[::-1], sorted(narrow)):
+            places = self._in_turn(order, groups, sizes)
+            others = [[*places[:i], *places[i + 1 :]] for i in range(len(places))]
+            covered = [self._covered(*one) for one in zip(places, groups, others, strict=True)]
+            if best is None or sum(covered) < best[0]:
+                best = (sum(covered), places)
+            if max(covered, default=0.0) < BAD:
+                break
+        return best[1] if best else []
+
+    def _in_turn(
+        self, order: Sequence[int], groups: Sequence[Sequence[int]], sizes: Sequence[tuple[float, float]]
+    ) -> list[Place]:
+        """One after the other, then each again when all the others are known."""
         places: dict[int, Place] = {}
-        order = sorted(range(len(groups)), key=lambda i: self._choice(groups[i], sizes[i]))
         for _ in range(PASSES):
             before = dict(places)
             for i in order:
