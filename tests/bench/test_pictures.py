@@ -17,9 +17,7 @@ def test_the_command_knows_every_stored_picture_and_its_results() -> None:
         assert (pictures.RESULTS / f"{name}.json").is_file(), name
 
 
-@pytest.mark.parametrize(
-    "name", ["cpu-amx", "crossover", "moh-amx", "quality-against-cache", "smollm2-longheads", "trained"]
-)
+@pytest.mark.parametrize("name", ["cpu-amx", "moh-amx", "smollm2-longheads", "trained"])
 def test_a_stored_picture_is_drawn_of_its_results(name: str, tmp_path: Path) -> None:
     pictures.main([name], tmp_path / "new")
     assert (tmp_path / "new" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
