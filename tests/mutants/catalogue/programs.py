@@ -12,7 +12,7 @@ MUTANTS = (
         wrong="an export with an open length dies inside with something about integers",
     ),
     Mutant(
-        "compiled-page-other-ratio", file="bench/compiled.py", tests="tests/bench/test_pages.py -k compiled",
+        "compiled-page-other-ratio", file="bench/compiled.py", tests="tests/bench/test_pages.py -k table_is_that",
         old="{r.ratio:.2f} | {r.peer_ratio:.2f} |", new="{r.peer_ratio:.2f} | {r.ratio:.2f} |",
         wrong="the page tells a step's gain for that of ten lines of torch",
     ),
