@@ -119,8 +119,8 @@ class CausalLM(nn.Module):
             ShapeError: If no token follows another; and what :meth:`forward` raises.
         """
         real_ids(ids, key_padding, self.embedding.num_embeddings)
-        target = next_tokens(ids, key_padding)
-        if ids.shape[1] < 2 or (is_readable(ids) and bool((target == IGNORED).all())):
+        target = next_tokens(ids, key_padding) if ids.shape[1] > 1 else None
+        if target is None or (is_readable(ids) and bool((target == IGNORED).all())):
             raise ShapeError(f"ids: expected a text of two tokens or more, got {list(ids.shape)} without one")
         with record(self) as recording:
             logits = self(ids, key_padding).flatten(0, 1)
