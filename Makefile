@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 WORKERS ?= 2
-SOURCES := attnzoo kernels tests docs bench
+SOURCES := attnzoo kernels tests docs bench examples
 FROM_SOURCE := .:kernels$(if $(PYTHONPATH),:$(PYTHONPATH))
 TRANSFORMERS_TESTS := $(addprefix tests/attnzoo/surgery/,hosts/test_transformers.py replacements/test_replacements.py test_files.py)
 

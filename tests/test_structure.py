@@ -15,6 +15,7 @@ TREES = {
     "attnzoo": structure.modules(ROOT / "attnzoo"),
     "attnzoo_kernels": structure.modules(ROOT / "kernels" / "attnzoo_kernels"),
     "bench": structure.modules(ROOT / "bench"),
+    "examples": structure.modules(ROOT / "examples"),
 }
 # What a kernel calls is inlined, and in the interpreter every call is paid for.
 KERNELS = {"attnzoo_kernels._triton.forward", "attnzoo_kernels._triton.backward"}
@@ -69,6 +70,7 @@ BOUNDS = {
     "attnzoo": Figures(),
     "attnzoo_kernels": Figures(),
     "bench": Figures(),
+    "examples": Figures(),
 }
 """A field that is not named has the bound of the house."""
 
