@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import ast
+import doctest
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 import attnzoo
 from attnzoo.cache.policies.protocol import policies
-from attnzoo_docs import commands, mathml
+from attnzoo_docs import built, check, commands, mathml
 from attnzoo_docs import options as tables
 from attnzoo_kernels.errors import ConfigError
 
@@ -165,3 +167,8 @@ def test_what_the_converter_leaves_out_is_put_in() -> None:
     assert "<mtext>d</mtext>" in mathml.drawn(r"\mathrm{d}x", block=False)
     assert mathml.WIDE_BAR in mathml.drawn(r"\overline{ab}", block=True)
     assert 'display="block"' in mathml.drawn("x", block=True)
+
+
+@pytest.mark.parametrize("module", [built, check, commands, mathml, tables], ids=lambda module: module.__name__)
+def test_examples_in_docstrings_are_true(module: ModuleType) -> None:
+    assert doctest.testmod(module).failed == 0

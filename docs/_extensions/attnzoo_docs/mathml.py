@@ -80,8 +80,8 @@ def lines(latex: str) -> list[str]:
     r"""What stands in a place of its own: the parts of a formula, or the whole of one that is aligned.
 
     Example:
-        >>> lines(r"a & = b \\\\ & = c")
-        ['\\\\begin{aligned}a & = b \\\\\\\\ & = c\\\\end{aligned}']
+        >>> lines(r"a & = b \\ & = c")
+        ['\\begin{aligned}a & = b \\\\ & = c\\end{aligned}']
     """
     outside = re.sub(r"\\begin\{(\w+\*?)\}.*?\\end\{\1\}", "", latex, flags=re.DOTALL)
     if "\\\\" in outside or "&" in outside:
