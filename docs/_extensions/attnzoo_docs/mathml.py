@@ -94,6 +94,7 @@ def drawn(latex: str, *, block: bool) -> str:
     text = re.sub(r"\\mathrm\{(\w)\}", r"\\text{\1}", latex)
     text = re.sub(rf"(?<=[\w}}])\s*(?={FUNCTION}\b)", r"\\,", text)
     text = re.sub(rf"({FUNCTION}(?:_\w)?)\s*(?=\w|\\(?!,|left|[bB]ig)[A-Za-z])", r"\1\\,", text)
+    text = re.sub(r"\s:\s", r" \\,:\\, ", text)
     # A bar as wide as what is below it.
     return convert(text, display="block" if block else "inline").replace(SHORT_BAR, WIDE_BAR)
 
