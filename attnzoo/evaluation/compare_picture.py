@@ -10,14 +10,11 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from attnzoo.evaluation.compare import Comparison, Row
 from attnzoo.reporting import charts, labels
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from attnzoo.reporting.drawn import Axes, Figure
 
 SHORTEST = 0.05
 """Nats: no loss below this is the measure of others."""

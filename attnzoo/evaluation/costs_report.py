@@ -7,7 +7,7 @@ import re
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -15,13 +15,10 @@ from attnzoo.doctor import cpu_model
 from attnzoo.evaluation.cost_setting import KINDS, Cost, CostSetting
 from attnzoo.evaluation.timing import by_wall
 from attnzoo.reporting import charts
+from attnzoo.reporting.drawn import Axes, Figure
 from attnzoo.reporting.outputs import write_together
 from attnzoo.reporting.tables import Grid
 from attnzoo_kernels.runtime.processor import cpu_class
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 HEADS = ("layer", "density", *(name for kind in KINDS for name in (f"{kind} ms", f"{kind} x torch")), "off by")
 

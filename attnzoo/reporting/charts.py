@@ -11,12 +11,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
-    from matplotlib.figure import Figure
+from attnzoo.reporting.drawn import Axes, Axis, Figure
 
 INK = "#222222"
 RULE = "#444444"
@@ -89,9 +86,9 @@ def style() -> Iterator[None]:
 
 def sheet(width: float, height: float, title: str = "") -> Figure:
     """An empty white figure of so many inches, with a title at its left; it is no window's and needs no closing."""
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure as Sheet
 
-    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    figure = Sheet(figsize=(width, height), layout="constrained", facecolor="white")
     if title:
         figure.suptitle(textwrap.fill(title, int(LETTERS * width)), x=0.01, ha="left")
     return figure

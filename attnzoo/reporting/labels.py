@@ -7,14 +7,10 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from attnzoo.reporting.charts import INK
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.lines import Line2D
-    from matplotlib.text import Annotation, Text
+from attnzoo.reporting.drawn import Annotation, Axes, Line2D, Text
 
 Box = tuple[float, float, float, float]
 """Left, bottom, right, top, in pixels."""

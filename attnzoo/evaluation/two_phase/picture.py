@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from attnzoo.evaluation.two_phase.rows import CONTROL, PolicyComparison, PolicyRow
 from attnzoo.evaluation.two_phase.tasks import KEY, RECALL, TEXT
 from attnzoo.reporting import charts, labels
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from attnzoo.reporting.drawn import Axes, Figure
 
 TITLES = {TEXT: "the text going on", RECALL: "spans repeated word for word", KEY: "passkeys found again"}
 

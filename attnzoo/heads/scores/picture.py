@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from attnzoo.heads.scores.head_scores import HeadScores
 from attnzoo.reporting import charts
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from attnzoo.reporting.drawn import Axes, Figure
 
 RING = "#e4572e"
 
