@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from attnzoo.evaluation import compare_report
-from bench import choosing, compiled
+from bench import choosing, compiled, models
 from bench.crossover import report
 from bench.trained import report as trained_report
 from bench.trained import results as trained_results
@@ -32,6 +32,7 @@ def blocks() -> dict[tuple[str, str], list[str]]:
     found["docs/choosing.md", "crossover"] = [*report.summary(curves), "", f"{report.CAPTION} {from_where}"]
     found |= {("docs/choosing.md", name): lines for name, lines in choosing.blocks(RESULTS).items()}
     found["docs/howto/compile.md", "compiled"] = compiled.summary(RESULTS / "compiled-step.json")
+    found["docs/models.md", "models"] = models.page(*models.read(RESULTS / "models.json"))
     trained = trained_results.read(RESULTS / "trained.json")
     found["docs/surgery.md", "trained"] = trained_report.summary(trained)
     for variant in dict.fromkeys(curve.layer.partition(":")[0] for curve in curves):

@@ -68,7 +68,8 @@ class CausalLM(nn.Module):
         check_int("vocab_size", vocab_size, 1)
         configs = layer_configs(variant, num_layers, {"dim": dim, "num_heads": num_heads}, options)
         self.embedding = nn.Embedding(vocab_size, dim)
-        nn.init.normal_(self.embedding.weight, std=0.02)
+        # Logits are products with rows of the last norm, of length sqrt(C): they begin with a spread of about 1.
+        nn.init.normal_(self.embedding.weight, std=dim**-0.5)
         self.blocks = nn.ModuleList(Block(config, hidden_dim) for config in configs)
         self.norm = nn.RMSNorm(dim, eps=1e-6)
         sizes = [config.block_size for config in configs if isinstance(config, LandmarkConfig)]

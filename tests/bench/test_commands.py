@@ -34,6 +34,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
         "compiled",
         "kernel_cache",
         "large",
+        "models",
         "pages",
         "policies",
         "step",
