@@ -6,7 +6,7 @@ SOURCES := attnzoo kernels tests docs bench examples
 FROM_SOURCE := .:kernels$(if $(PYTHONPATH),:$(PYTHONPATH))
 TRANSFORMERS_TESTS := $(addprefix tests/attnzoo/surgery/,hosts/test_transformers.py replacements/test_replacements.py test_files.py)
 
-.PHONY: help setup setup-demo demo demo-long test test-oldest test-transformers test-slow test-gpu check mutants bench-cpu bench-gpu gpu-first gpu-first-kernels fix docs clean
+.PHONY: help setup setup-demo demo demo-long test test-oldest test-transformers test-slow test-gpu package check mutants bench-cpu bench-gpu gpu-first gpu-first-kernels fix docs clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -41,6 +41,9 @@ test-transformers: setup  ## Surgery with the older versions of transformers tha
 test-slow: setup  ## What the suite leaves out: whole grids, mutants inside the suite, exports of everything
 	.venv-oldest/bin/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not slow and not gpu" tests/attnzoo_kernels/triton/test_torture.py
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m slow tests
+
+package: setup  ## The wheel and the sdist, in dist/, installed without the source and used; about two minutes
+	PYTHONPATH=.:kernels OMP_NUM_THREADS=1 $(BIN)/python -m tests.wheel
 
 mutants: setup  ## Mistakes on purpose: do the tests notice? About half an hour on two cores
 	$(BIN)/python -m tests.mutants --jobs $(WORKERS) --json out/mutants.json
@@ -84,4 +87,4 @@ docs: setup  ## The pages, in docs/_build, and whether their links lead somewher
 	PYTHONPATH=docs/_extensions $(BIN)/python -m attnzoo_docs.check docs/_build
 
 clean:  ## Remove what was built
-	rm -rf .venv .venv-* out docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .benchmarks
+	rm -rf .venv .venv-* dist out docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .benchmarks

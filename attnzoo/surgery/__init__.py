@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from attnzoo.surgery.convert import cache_bytes, convert, new_cache
 from attnzoo.surgery.files import load, save
+from attnzoo.surgery.hosts.checkpoint import load_checkpoint, locate_smollm2
 from attnzoo.surgery.hosts.site import Site
 from attnzoo.surgery.inspection import Inspection, find, inspect
 from attnzoo.surgery.lowrank.calibration import Statistics, collect
@@ -28,6 +29,8 @@ __all__ = [
     "find",
     "inspect",
     "load",
+    "load_checkpoint",
+    "locate_smollm2",
     "new_cache",
     "save",
     "set_gate_mix",

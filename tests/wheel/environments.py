@@ -1,8 +1,8 @@
 """Environments that hold what a wheel asks for and nothing else, made of what is installed here, in a second.
 
-A folder of links would let a module import what happens to lie beside it. Here each distribution is linked by itself, if
-the wheel or one of its requirements asks for it; pip then installs the wheel without an index, and so says whether what
-the wheel asks for is enough.
+A folder of links would let a module import what happens to lie beside it. Here each distribution is linked by itself,
+if the wheel or one of its requirements asks for it; pip then installs the wheel without an index, and so says whether
+what the wheel asks for is enough.
 """
 
 from __future__ import annotations
