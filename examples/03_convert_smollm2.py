@@ -37,11 +37,13 @@ def main() -> None:
     parser.add_argument("--toy", action="store_true", help="a tiny model with random weights, to see that it runs")
     given = parser.parse_args()
     torch.manual_seed(0)
+    length = 64 if given.toy else 512
+    latent = 24 if given.toy else 192
+    tokenizer = None
     if given.toy:
-        model, tokenizer, length, latent = tiny(), None, 64, 24
+        model = tiny()
     else:
         model, tokenizer = surgery.load_checkpoint(surgery.locate_smollm2(), dtype=torch.float32)
-        length, latent = 512, 192
 
     # Judged on one book, calibrated on another: what a conversion was fitted to would flatter it.
     windows = cut_windows(encode(tokenizer, data.text("botchan")[:8000]), length=length, offset=0, count=2)

@@ -27,7 +27,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--toy", action="store_true", help="256 tokens, to see that it runs")
     given = parser.parse_args()
-    tokens, steps = (256, 2) if given.toy else (given.tokens, 16)
+    tokens = 256 if given.toy else given.tokens
+    steps = 2 if given.toy else 16
     torch.manual_seed(0)
     x = torch.randn(1, tokens + steps, 256)
     print(f"{tokens:,} tokens of width 256, 8 heads, {torch.get_num_threads()} threads")

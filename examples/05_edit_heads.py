@@ -40,11 +40,12 @@ def main() -> None:
     parser.add_argument("--toy", action="store_true", help="a tiny model with random weights, to see that it runs")
     given = parser.parse_args()
     torch.manual_seed(0)
+    top = 2 if given.toy else given.top
+    length = 20 if given.toy else 100
     if given.toy:
-        model, top, length = tiny(), 2, 20
+        model = tiny()
     else:
         model, _ = surgery.load_checkpoint(surgery.locate_smollm2(), dtype=torch.float32)
-        top, length = given.top, 100
 
     # Induction heads attend to what came next when this token was there before. Random tokens find them.
     best = heads.score_heads(model, "induction", length=length).top("induction", top)

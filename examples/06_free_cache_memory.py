@@ -29,12 +29,12 @@ def main() -> None:
     parser.add_argument("--toy", action="store_true", help="a tiny model with random weights, to see that it runs")
     given = parser.parse_args()
     torch.manual_seed(0)
+    length = 20 if given.toy else 200
     if given.toy:
-        model, length = tiny(), 20
+        model = tiny()
         prompt = torch.randint(1, 256, (1, 300))
     else:
         model, tokenizer = surgery.load_checkpoint(surgery.locate_smollm2(), dtype=torch.float32)
-        length = 200
         ids = tokenizer(data.text("botchan")[: 8 * given.tokens], verbose=False).input_ids
         prompt = torch.tensor(ids[: given.tokens])[None]
 
