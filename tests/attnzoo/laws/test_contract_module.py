@@ -129,8 +129,19 @@ COMPILERS = [
 ]
 
 
+COMPILED = ("s2", "moh", "landmark")
+"""A pattern, routed heads and chosen blocks: what a program with gradients may have to hold; the rest is slow."""
+
+
 @pytest.mark.parametrize("compiler", COMPILERS)
-@every_variant
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=() if case.name in COMPILED and case.size == "small" else pytest.mark.slow)
+        for case in CASES
+    ],
+    ids=str,
+)
 def test_compiled_is_eager(case: Case, compiler: str) -> None:
     layer = case.layer()
     x = tokens(layer, 2, 70).requires_grad_()
@@ -146,7 +157,15 @@ def test_compiled_is_eager(case: Case, compiler: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "options"), [*((name, {}) for name in attnzoo.list_variants()), ("rcmha", {"rel": "learned"})], ids=str
+    ("name", "options"),
+    [
+        *(
+            pytest.param(name, {}, marks=() if name in ("s2", "landmark") else pytest.mark.slow)
+            for name in attnzoo.list_variants()
+        ),
+        ("rcmha", {"rel": "learned"}),
+    ],
+    ids=str,
 )
 def test_compiled_decoding_does_not_compile_every_token_anew(name: str, options: dict[str, Any]) -> None:
     layer = build(replace(attnzoo.get_config(name).small(), **options))

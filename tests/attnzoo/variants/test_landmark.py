@@ -84,7 +84,19 @@ def blocks_of(plan: Any, item: int, head: int, row: int) -> tuple[int, ...]:
     return tuple(int(b) for b in plan.info["blocks"][item, head, row] if b >= 0)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+QUICK = (
+    "soft",
+    "soft, grouped, half a gate",
+    "top 2, grouped, half a gate",
+    "top 3, landmarks without positions",
+    "top 2, neighbours rotated, half of the head",
+)
+"""Each option once; the others are slow."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in CONFIGS]
+)
 def test_layer_is_its_oracle(name: str) -> None:
     config = config_of(**CONFIGS[name])
     layer = build(config, dtype=torch.float64)

@@ -76,7 +76,20 @@ def chosen(plan: Any, item: int, head: int, row: int) -> tuple[int, ...]:
     return tuple(c for c in index[item if index.shape[0] > 1 else 0, head, row].tolist() if c >= 0)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+QUICK = (
+    "grouped, choosing together",
+    "mean keys",
+    "blocks",
+    "odd chunks, biases, a scale",
+    "neighbours are planes",
+    "published quirks",
+)
+"""Each option once, with gradients; the others are slow."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in CONFIGS]
+)
 def test_layer_is_its_oracle(name: str) -> None:
     layer = build(config_of(**CONFIGS[name]), dtype=torch.float64)
     length = 33
