@@ -77,6 +77,7 @@ def test_s2_is_cheap_with_a_sink_and_ruinous_without(model: Any, window: Tensor,
     assert ratio(model, window, dense_nll, "s2", **S2, sink_blocks=0) >= 1.3
 
 
+@pytest.mark.slow
 def test_longheads_is_the_model_below_its_threshold_and_cheap_beyond_it(
     model: Any, window: Tensor, dense_nll: float
 ) -> None:

@@ -92,16 +92,19 @@ def test_policies_are_scored_and_go_on_where_they_stopped(tmp_path: Path, run: R
     assert {line["id"]: line["verdict"] for line in after["acceptance"]}["A1"] == "not measured"
 
 
-def test_experiments_on_heads_are_kept_and_go_on(tmp_path: Path, run: Run) -> None:
+@pytest.mark.parametrize(
+    ("later", "earlier"), [("divergence", "act"), pytest.param("ablations", "paths", marks=pytest.mark.slow)]
+)
+def test_experiments_on_heads_are_kept_and_go_on(later: str, earlier: str, tmp_path: Path, run: Run) -> None:
     out = tmp_path / "heads"
-    done = run("bench.heads", "--quick", "--out", str(out), "--only", "ablations")
+    done = run("bench.heads", "--quick", "--out", str(out), "--only", later)
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["heads.json", "heads.md", "heads.png"]
     before = json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))["outcomes"]
-    done = run("bench.heads", "--quick", "--out", str(out), "--go-on", "--only", "paths")
+    done = run("bench.heads", "--quick", "--out", str(out), "--go-on", "--only", earlier)
     assert done.returncode == 0, done.stderr
     after = json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))["outcomes"]
     # They are told in one order, whatever order they ran in.
-    assert list(after) == ["paths", "ablations"]
-    assert after["ablations"] == before["ablations"]
+    assert list(after) == [earlier, later]
+    assert after[later] == before[later]
     assert "# What single heads do" in out.with_suffix(".md").read_text(encoding="utf-8")

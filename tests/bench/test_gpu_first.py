@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 IMPLS = ("reference", "blocked", "triton")
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_the_whole_of_it_is_rehearsed_with_faults_that_are_planted(tmp_path: Path) -> None:
     pytest.importorskip("triton")

@@ -93,8 +93,17 @@ def some_padding(length: int) -> Tensor:
     return key_padding
 
 
-@pytest.mark.parametrize("compute", ["routed", "dense"])
-@pytest.mark.parametrize("name", CONFIGS)
+DENSE = ("shared and routed", "as the paper", "groups routed", "longest queries, all learn", "window and sink")
+"""Where all heads are computed too in the quick run."""
+
+
+@pytest.mark.parametrize(
+    ("name", "compute"),
+    [
+        *((name, "routed") for name in CONFIGS),
+        *(pytest.param(name, "dense", marks=() if name in DENSE else pytest.mark.slow) for name in CONFIGS),
+    ],
+)
 def test_layer_is_its_oracle(name: str, compute: str) -> None:
     config = config_of(**CONFIGS[name], compute=compute)
     layer, length = layer_of(config), 29

@@ -99,7 +99,7 @@ def gradients(call: Callable[..., Any], p: Problem) -> list[Tensor]:
 
 
 @every_rule
-@both
+@pytest.mark.parametrize("impl", [pytest.param("reference", marks=pytest.mark.slow), "blocked"])
 def test_compiled_as_one_graph_it_is_the_eager_call(rule: dict[str, Any], impl: str) -> None:
     p = problem(**rule)
     layout, extras = layout_of(p), extras_of(p)

@@ -128,7 +128,7 @@ def plain(seed: int = 5, **rule: Any) -> Problem:
     return Problem(n.normal(1, 4, 21, 6), n.normal(1, 2, 27, 6), n.normal(1, 2, 27, 3), keep, 8, 7, **rule)
 
 
-@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize("causal", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["causal", "full"])
 @pytest.mark.parametrize("gate", GATES, ids=str)
 @pytest.mark.parametrize("mix", MIXES, ids=str)
 def test_gates_of_every_kind_are_the_definition(gate: str | None, mix: Any, causal: bool) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.attnzoo_kernels.triton.interpreted import grid
+from tests.attnzoo_kernels.triton.interpreted import grid, slow
 
 ROOT = Path(__file__).parents[3]
 OLDEST = ROOT / ".venv-oldest" / "bin" / "python"
@@ -34,11 +34,16 @@ def test_every_entry_of_a_table_compiles_without_spills_and_fits(architecture: s
     assert "triton 3.6.0: 16 kernels, 0 at fault" in printed
 
 
-def test_the_current_triton_compiles_them_too() -> None:
-    printed = compile_tables(CURRENT, "--architecture", "sm_90", "--widths", "32", "64", "128")
-    assert "24 kernels, 0 at fault" in printed
-    printed = compile_tables(CURRENT, "--architecture", "sm_90", "--widths", "256", "--sizes", "4")
-    assert "4 kernels, 0 at fault" in printed
+@pytest.mark.parametrize(
+    ("kernels", "widths"), [slow(24, ("32", "64", "128")), (4, ("256", "--sizes", "4"))], ids=["narrow", "wide"]
+)
+def test_the_current_triton_compiles_them_too(kernels: int, widths: tuple[str, ...]) -> None:
+    printed = compile_tables(CURRENT, "--architecture", "sm_90", "--widths", *widths)
+    assert f"{kernels} kernels, 0 at fault" in printed
+
+
+@pytest.mark.slow
+def test_the_current_triton_compiles_wide_half_precision() -> None:
     # Of the gradients of keys it spills 8 bytes, which the oldest does not, in every tile that uses Hopper's products.
     passes = ("forward", "decode", "query")
     printed = compile_tables(CURRENT, "--architecture", "sm_90", "--widths", "256", "--sizes", "2", "--passes", *passes)

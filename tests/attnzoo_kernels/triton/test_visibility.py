@@ -61,13 +61,15 @@ def test_a_query_reads_the_listed_keys_of_its_rule_and_no_other(kind: dict[str, 
     assert_reads(p, visible(p), "triton", poison=poisonable(p))
 
 
-@pytest.mark.parametrize("kind", [slow("causal"), "window both ways per head", "everything"])
+@pytest.mark.parametrize("kind", [slow("causal"), "window both ways per head", slow("everything")])
 def test_lists_in_any_order_with_gaps_show_the_same_keys(kind: str) -> None:
     p = sparse(**KINDS[kind])
     assert_reads(p, visible(p), "triton", untidy=True)
 
 
-@pytest.mark.parametrize("kind", [slow("causal"), "sink and window per head", slow("holes per head"), "everything"])
+@pytest.mark.parametrize(
+    "kind", [slow("causal"), "sink and window per head", slow("holes per head"), slow("everything")]
+)
 def test_lists_cut_into_parts_show_the_same_keys(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     split_lists(monkeypatch)
     p = sparse(**KINDS[kind])
@@ -88,7 +90,9 @@ def test_no_rule_shows_a_key_too_many_or_hides_one(p: Problem, split: bool) -> N
         assert_reads(p, visible(p), "triton", poison=poisonable(p))
 
 
-@pytest.mark.parametrize("bias", [PADDING, HOLES[:, :2]], ids=["padding", "holes"])
+@pytest.mark.parametrize(
+    "bias", [pytest.param(PADDING, marks=pytest.mark.slow), HOLES[:, :2]], ids=["padding", "holes"]
+)
 def test_hidden_keys_are_not_read_even_if_they_hold_nan(bias: Tensor) -> None:
     p = sparse(key_bias=bias)
     found = probe(p, "triton", poison=(bias == -torch.inf).expand(p.batch, 2, 45))
