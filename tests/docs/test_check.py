@@ -49,6 +49,7 @@ def test_a_whole_site_has_no_fault(tmp_path: Path) -> None:
         ('<img src="gone.png">', "loads gone.png"),
         ('<p style="background: url(https://example.org/p.png)">', "loads https://example.org/p.png"),
         (r"<math><mi>\mathbf</mi></math>", r"a formula has \mathbf"),
+        (r"<math><mo>\(</mo></math>", "a formula has \\"),
     ],
 )
 def test_a_fault_is_found(tmp_path: Path, page: str, fault: str) -> None:

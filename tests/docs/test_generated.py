@@ -156,10 +156,11 @@ def test_a_table_in_a_pages_own_letters_names_the_same_options_and_defaults(subj
         (r"a \sin i", r"a \, \sin \, i"),
         (r"\log_2 l", r"\log_2 \, l"),
         (r"\log (e)", r"\log (e)"),
+        ("a \\vee\\\n(b)", r"a \vee \ (b)"),
         (r"\{ s : s < t \}", r"\{ s \,:\, s < t \}"),
     ],
 )
-def test_functions_stand_apart(latex: str, drawn: str) -> None:
+def test_spaces_stand_where_the_converter_leaves_them_out(latex: str, drawn: str) -> None:
     assert mathml.drawn(latex, block=False) == mathml.convert(drawn)
 
 

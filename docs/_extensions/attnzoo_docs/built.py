@@ -83,7 +83,7 @@ class PageReader(HTMLParser):
         if self._article:
             self._text.append(data)
         if self._math:
-            self.page.undrawn += re.findall(r"\\[A-Za-z]+|\$", data)
+            self.page.undrawn += re.findall(r"\\[A-Za-z]*|\$", data)
 
     def close(self) -> None:
         """Joins the text."""

@@ -91,7 +91,9 @@ def lines(latex: str) -> list[str]:
 
 def drawn(latex: str, *, block: bool) -> str:
     """A formula as MathML, with what the converter leaves out: spaces round functions, upright single letters."""
-    text = re.sub(r"\\mathrm\{(\w)\}", r"\\text{\1}", latex)
+    # A backslash at a line's end is a space; the converter takes it for a part of what follows.
+    text = re.sub(r"(?<!\\)\\\n", r"\\ ", latex)
+    text = re.sub(r"\\mathrm\{(\w)\}", r"\\text{\1}", text)
     text = re.sub(rf"(?<=[\w}}])\s*(?={FUNCTION}\b)", r"\\,", text)
     text = re.sub(rf"({FUNCTION}(?:_\w)?)\s*(?=\w|\\(?!,|left|[bB]ig)[A-Za-z])", r"\1\\,", text)
     text = re.sub(r"\s:\s", r" \\,:\\, ", text)
