@@ -66,6 +66,7 @@ def test_the_dense_perplexity_is_the_known_one(dense_nll: float) -> None:
     assert math.exp(dense_nll) == pytest.approx(33.16, rel=0.005)
 
 
+@pytest.mark.slow
 def test_a_window_is_cheap_with_a_sink_and_ruinous_without(model: Any, window: Tensor, dense_nll: float) -> None:
     assert ratio(model, window, dense_nll, "mha", window=256, sink=4) <= 1.15
     assert ratio(model, window, dense_nll, "mha", window=256) >= 1.5

@@ -124,8 +124,19 @@ calls = st.lists(
 )
 
 
-@every_quick_layer
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=["fp32", "fp64", "bf16"])
+def each_precision() -> list[Any]:
+    """Every layer in double precision, whose bound is the narrowest, and the cases of all laws in the others."""
+    precisions = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16}
+    return [
+        pytest.param(
+            key, dtype, marks=pytest.mark.slow if key in OPTIONS and name != "fp64" else (), id=f"{key}-{name}"
+        )
+        for key in QUICK
+        for name, dtype in precisions.items()
+    ]
+
+
+@pytest.mark.parametrize(("key", "dtype"), each_precision())
 @settings(max_examples=4, deadline=None)
 @given(calls=calls)
 def test_a_quick_step_says_what_the_steps_of_a_call_say(key: str, dtype: torch.dtype, calls: list[Any]) -> None:

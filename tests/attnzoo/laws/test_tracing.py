@@ -24,7 +24,7 @@ from attnzoo_kernels import (
 from attnzoo_kernels.runtime.tracing import traceable
 
 VARIANTS = pytest.mark.parametrize("name", attnzoo.list_variants())
-BOTH = pytest.mark.parametrize("size", ["default", "small"])
+BOTH = pytest.mark.parametrize("size", [pytest.param("default", marks=pytest.mark.slow), "small"])
 TOKENS = 40
 
 

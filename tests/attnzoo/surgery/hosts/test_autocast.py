@@ -54,8 +54,14 @@ def rounding_of_the_host(dtype: torch.dtype) -> tuple[float, float]:
 CASES = [(kind, False) for kind in ALL] + [(kind, True) for kind in (*READ, "latent", "replaced-mha", "replaced-moh")]
 
 
-@pytest.mark.parametrize("dtype", LOW)
-@pytest.mark.parametrize(("kind", "partial"), CASES)
+@pytest.mark.parametrize(
+    ("kind", "partial", "dtype"),
+    [
+        pytest.param(*case, dtype, marks=pytest.mark.slow if case[1] and dtype == torch.float16 else ())
+        for case in CASES
+        for dtype in LOW
+    ],
+)
 def test_a_training_step_under_autocast_is_as_close_to_full_precision_as_the_hosts(
     kind: str, partial: bool, dtype: torch.dtype
 ) -> None:

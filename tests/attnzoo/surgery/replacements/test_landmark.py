@@ -86,7 +86,9 @@ def test_the_mix_leads_away_step_by_step_and_back() -> None:
 
 
 @pytest.mark.parametrize("mode", HEALED)
-@pytest.mark.parametrize("chunks", [[33], [1] * 33, [4, 1, 2, 5, 6, 7, 8], [5, 5, 1, 1, 20, 1]])
+@pytest.mark.parametrize(
+    "chunks", [[33], pytest.param([1] * 33, marks=pytest.mark.slow), [4, 1, 2, 5, 6, 7, 8], [5, 5, 1, 1, 20, 1]]
+)
 @pytest.mark.parametrize("padding", [[0, 0], [0, 9]])
 def test_calls_of_any_lengths_say_what_one_says(mode: str, chunks: list[int], padding: list[int]) -> None:
     model, tokens, mask = healed(mode), ids(2, TOKENS), padding_mask(padding, TOKENS)
