@@ -241,17 +241,7 @@ def seams(name: str) -> dict[tuple[str, str], Any]:
     return found
 
 
-QUICK = ("bias", "absent", "landmarks", "bias split", "wide stepped")
-"""The same definition as in ``test_agreement.py`` and ``test_switches.py``; the rest is slow, as mutants are."""
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
-        for name in (*probes(), "causal split", "bias split", "wide stepped")
-    ],
-)
+@pytest.mark.parametrize("name", [*probes(), "causal split", "bias split", "wide stepped"])
 def test_the_right_kernels_pass_every_probe(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for (module, seam), other in seams(name).items():
         monkeypatch.setattr(f"attnzoo_kernels._triton.{module}.{seam}", other)
