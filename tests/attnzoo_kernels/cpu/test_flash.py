@@ -344,7 +344,7 @@ def test_calls_for_which_it_does_not_pay_stay_with_the_blocks(
     assert not calls
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_compiled_dense_calls_are_those_of_eager_mode(dynamic: bool) -> None:
     def step(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         layout = BlockLayout.dense(8, 8, q.shape[2], k.shape[2])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.attnzoo_kernels.triton.interpreted import grid, slow
+from tests.attnzoo_kernels.triton.interpreted import slow
 
 ROOT = Path(__file__).parents[3]
 OLDEST = ROOT / ".venv-oldest" / "bin" / "python"
@@ -28,7 +28,8 @@ def compile_tables(python: Path, *arguments: str) -> str:
     return done.stdout
 
 
-@grid(architecture=["sm_80", "sm_89", "sm_90", "sm_100", "gfx942"], size=[4, 2])
+@pytest.mark.parametrize("architecture", ["sm_80", slow("sm_89"), "sm_90", slow("sm_100"), "gfx942"])
+@pytest.mark.parametrize("size", [4, slow(2)])
 def test_every_entry_of_a_table_compiles_without_spills_and_fits(architecture: str, size: int) -> None:
     printed = compile_tables(OLDEST, "--architecture", architecture, "--sizes", str(size))
     assert "triton 3.6.0: 16 kernels, 0 at fault" in printed
@@ -50,7 +51,7 @@ def test_the_current_triton_compiles_wide_half_precision() -> None:
     assert "3 kernels, 0 at fault" in printed
 
 
-@pytest.mark.parametrize("python", [OLDEST, CURRENT], ids=["oldest", "current"])
+@pytest.mark.parametrize("python", [slow(OLDEST), CURRENT], ids=["oldest", "current"])
 def test_every_switch_and_form_of_the_loop_compiles_for_hopper(python: Path) -> None:
     printed = compile_tables(python, "--architecture", "sm_90", "--switches")
     assert " 0 at fault" in printed

@@ -159,7 +159,9 @@ def gradients(call: Callable[..., Any], p: Problem) -> list[Tensor]:
     return [out.detach(), lse.detach(), *torch.autograd.grad((out, lse), leaves, seeds_of(p))]
 
 
-@pytest.mark.parametrize("rule", [RULES["window"], RULES["absent rows"]], ids=["window", "absent rows"])
+@pytest.mark.parametrize(
+    "rule", [RULES["window"], pytest.param(RULES["absent rows"], marks=pytest.mark.slow)], ids=["window", "absent rows"]
+)
 def test_compiled_as_one_graph_it_is_the_eager_call(rule: dict[str, Any]) -> None:
     torch._dynamo.reset()
     p = problem(**rule)
