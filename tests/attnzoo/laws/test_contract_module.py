@@ -189,7 +189,14 @@ def test_a_cache_of_values_that_cannot_be_read_is_refused(dtype: torch.dtype) ->
 
 # What is compiled anew is decided before a backend sees it.
 @pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", attnzoo.list_variants())
+@pytest.mark.parametrize(
+    "name",
+    [
+        # Of these, one compilation for all lengths is in test_compiled_replay.py and test_compiled_lengths.py.
+        pytest.param(name, marks=pytest.mark.slow if name in ("mha", "lowrank_gqa") else ())
+        for name in attnzoo.list_variants()
+    ],
+)
 def test_one_compilation_serves_padding_of_every_length(name: str, backend: str) -> None:
     layer = Case(name, "small").layer()
     torch.compiler.reset()
