@@ -61,7 +61,7 @@ def make(folder: Path, wheel: Wheel, extras: tuple[str, ...], also: tuple[str, .
         folder: Where to.
         wheel: What to install.
         extras: With which extras.
-        also: What a user would install besides, with what that asks for.
+        also: What a user would install besides, without what that asks for.
     """
     venv.create(folder, with_pip=False, symlinks=True)
     python = folder / "bin" / "python"
