@@ -15,6 +15,7 @@ from bench import choosing, compiled, models
 from bench.crossover import report
 from bench.trained import report as trained_report
 from bench.trained import results as trained_results
+from bench.walks import report as walks_report
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -33,6 +34,7 @@ def blocks() -> dict[tuple[str, str], list[str]]:
     found |= {("docs/choosing.md", name): lines for name, lines in choosing.blocks(RESULTS).items()}
     found["docs/howto/compile.md", "compiled"] = compiled.summary(RESULTS / "compiled-step.json")
     found["docs/models.md", "models"] = models.page(*models.read(RESULTS / "models.json"))
+    found["docs/examples.md", "walks"] = walks_report.table(walks_report.read(RESULTS / "walks.json"))
     trained = trained_results.read(RESULTS / "trained.json")
     found["docs/surgery.md", "trained"] = trained_report.summary(trained)
     for variant in dict.fromkeys(curve.layer.partition(":")[0] for curve in curves):

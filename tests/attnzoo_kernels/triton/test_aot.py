@@ -28,7 +28,7 @@ def compile_tables(python: Path, *arguments: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("architecture", ["sm_80", slow("sm_89"), "sm_90", slow("sm_100"), "gfx942"])
+@pytest.mark.parametrize("architecture", ["sm_80", slow("sm_89"), "sm_90", "sm_100", slow("gfx942")])
 @pytest.mark.parametrize("size", [4, slow(2)])
 def test_every_entry_of_a_table_compiles_without_spills_and_fits(architecture: str, size: int) -> None:
     printed = compile_tables(OLDEST, "--architecture", architecture, "--sizes", str(size))

@@ -1,0 +1,1 @@
+"""Five jobs of attnzoo's users: lines and seconds, beside other packages that can do them."""
