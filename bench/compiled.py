@@ -25,11 +25,11 @@ from attnzoo.cli import screen
 from attnzoo.cli.progress import Bar
 from attnzoo.evaluation.cost_setting import CostSetting
 from attnzoo.evaluation.layer_costs import SPECS, build_baseline
+from attnzoo.evaluation.timing import threads
 from attnzoo.factory import create, read_spec
 from attnzoo.reporting.outputs import check_writable, write_together
 from attnzoo.reporting.tables import Grid
 from attnzoo.reporting.warn import silent
-from bench.cpu.clock import threads
 from bench.cpu.parts import choose
 from bench.cpu.report import about
 

@@ -24,7 +24,7 @@ from attnzoo.variants.moh.routed_rows import Rows
 from attnzoo.variants.moh.router import Counts, best
 from attnzoo_kernels import BlockLayout, Extras, block_sparse_attention
 from attnzoo_kernels.cpu import flash
-from bench.cpu import clock, gate
+from bench.cpu import gate
 from bench.cpu.parts import choose, fail_on_red, measure
 from bench.cpu.report import about, report
 from bench.cpu.rows import Row
@@ -56,7 +56,7 @@ def _step(run: Callable[..., Tensor], leaves: list[Tensor]) -> Callable[[], tupl
 
 def operation() -> Iterator[Row]:
     """The operation, choice of heads, gathering, scattering and schedule included."""
-    with clock.threads(1):
+    with timing.threads(1):
         for shared in (0, 2):
             counts = Counts(shared=shared, routed=HEADS - shared, active=HEADS // 2 - shared)
             scores = _normal(1, TOKENS, counts.routed, seed=1)
@@ -175,7 +175,7 @@ def _check_layers(layers: dict[str, Any], x: Tensor) -> None:
 
 def layer() -> Iterator[Row]:
     """A whole layer of width 512, projections, routers and gates included, against ``mha`` on dense SDPA."""
-    with clock.threads(1):
+    with timing.threads(1):
         layers = _layers(HEADS // 2)
         x = _normal(1, TOKENS, HEADS * WIDTH, seed=6).requires_grad_()
         _check_layers(layers, x)
@@ -189,7 +189,7 @@ def layer() -> Iterator[Row]:
 
 def crossover() -> Iterator[Row]:
     """The layer, routed rows against all heads times gates: below 1 gathering pays."""
-    with clock.threads(1):
+    with timing.threads(1):
         for tokens in LENGTHS:
             x = _normal(1, tokens, HEADS * WIDTH, seed=6).requires_grad_()
             for active in ACTIVE:
@@ -211,7 +211,7 @@ def crossover() -> Iterator[Row]:
 
 def decoding() -> Iterator[Row]:
     """One more token with a cache: the KV heads that its heads need against all."""
-    with clock.threads(1), torch.no_grad():
+    with timing.threads(1), torch.no_grad():
         for slots in CACHES:
             layers = _layers(HEADS // 2)
             contestants: dict[str, Callable[[], Tensor]] = {}

@@ -154,5 +154,4 @@ def _tell(call: HeadsCall, report: HeadsReport, *, as_json: bool) -> None:
         screen.text(note)
     if call.picture is not None:
         screen.text(f"written: {call.picture}")
-    if call.out is not None:
-        screen.text(f"written: {call.out}.json, .md, .png")
+    screen.written(call.out)

@@ -100,8 +100,7 @@ def compare_policies(call: PolicyCall, *, out: Path | None, as_json: bool) -> No
         typer.echo(report.to_json(comparison), nl=False)
         return
     show(comparison)
-    if out is not None:
-        screen.text(f"written: {out}.json, .md, .png")
+    screen.written(out)
 
 
 def show(comparison: PolicyComparison) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
@@ -54,6 +55,12 @@ def text(paragraph: str, style: str = "") -> None:
     for line in paragraph.split("\n"):
         for part in textwrap.wrap(line, console.width, subsequent_indent=indent, break_on_hyphens=False) or [""]:
             _line(console, part, style)
+
+
+def written(out: Path | None) -> None:
+    """Says which files results went to, by their common name, if there are any."""
+    if out is not None:
+        text(f"written: {out}.json, .md, .png")
 
 
 def definitions(entries: Sequence[tuple[str, str]]) -> None:

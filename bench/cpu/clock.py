@@ -1,28 +1,13 @@
-"""Threads and memory: a number of threads for a while, and peaks measured in a process of their own."""
+"""Memory: peaks measured in a process of their own."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@contextmanager
-def threads(count: int) -> Any:
-    """Runs with so many threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def peak_growth(program: str, *arguments: str) -> float:

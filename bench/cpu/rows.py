@@ -77,7 +77,7 @@ def forward(dtype: torch.dtype, threads: int) -> Iterator[Row]:
     """Forward against compiled FlexAttention, with dense attention beside it."""
     short = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
     part = f"forward, {short}, {threads} thread{'s' if threads > 1 else ''}"
-    with clock.threads(threads):
+    with timing.threads(threads):
         for case, must in zip(cases.FORWARD, FLEX_MUST[short], strict=True):
             case = case.with_dtype(dtype)
             layout = case.layout()
@@ -109,7 +109,7 @@ def _bind(contestants: dict[str, Run], *inputs: Tensor) -> dict[str, Callable[[]
 
 def training() -> Iterator[Row]:
     """A training step over density x dense attention's: no other block-sparse attention trains on CPUs."""
-    with clock.threads(1):
+    with timing.threads(1):
         for case, must in zip(cases.FORWARD, STEP_MUST, strict=True):
             layout = case.layout()
             leaves = [x.requires_grad_() for x in case.inputs()]
@@ -145,7 +145,7 @@ def _gradients(layout: BlockLayout, leaves: list[Tensor]) -> list[Tensor]:
 
 def decoding() -> Iterator[Row]:
     """A decoding step, the making of its layout included, over a copy of the keys and values that it reads."""
-    with clock.threads(2):
+    with timing.threads(2):
         for case in cases.DECODES:
             q, k, v = case.inputs()
             contestants = _decoders(case)
@@ -183,7 +183,7 @@ def _decoders(case: cases.Decode) -> dict[str, Run]:
 
 def few_rows() -> Iterator[Row]:
     """Calls of a few rows whose layout is kept, over dense attention: forward, and forward and backward."""
-    with clock.threads(1):
+    with timing.threads(1):
         for tokens, bounds in FEW_ROWS.items():
             case = cases.Case(f"T = {tokens}", tokens=tokens)
             layout = BlockLayout.dense(case.block, case.block, tokens, tokens)
@@ -245,7 +245,7 @@ def switches() -> Iterator[Row]:
     small = cases.Case("small", tokens=512, density=0.3)
     layout = case.layout()
     inputs = case.inputs()
-    with clock.threads(1):
+    with timing.threads(1):
         for name in cases.SWITCHES:
             if name == "none":
                 continue
@@ -310,7 +310,7 @@ def dense_peers() -> Iterator[Row]:
         contestants["x-transformers"] = peers.x_transformers()
     except Missing as reason:
         row.notes.append(str(reason))
-    with clock.threads(1):
+    with timing.threads(1):
         for name, run in contestants.items():
             gate.check(name, run(q, k, v), expected)
         row.figures = timing.medians(_bind(contestants, q, k, v), wall=False, seconds=3)
@@ -321,7 +321,7 @@ def dense_peers() -> Iterator[Row]:
 def scaling() -> Iterator[Row]:
     """Time against length at eight blocks a row; the last row has the exponent."""
     points = []
-    with clock.threads(1):
+    with timing.threads(1):
         for case in cases.SCALING:
             layout = case.layout()
             (q, k, v) = case.inputs()

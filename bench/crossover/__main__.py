@@ -13,9 +13,9 @@ from attnzoo.cli.progress import Bar
 from attnzoo.evaluation.cost_setting import KINDS, CostSetting
 from attnzoo.evaluation.costs_report import about
 from attnzoo.evaluation.layer_costs import SPECS
+from attnzoo.evaluation.timing import threads as with_threads
 from attnzoo.reporting.outputs import check_writable
 from attnzoo.reporting.tables import Grid
-from bench.cpu.clock import threads as with_threads
 from bench.crossover.curves import LENGTHS, Curve, measure
 from bench.crossover.picture import NAMES
 from bench.crossover.report import read, to_json, where_from, write

@@ -126,5 +126,4 @@ def _tell(comparison: Comparison, out: Path | None, *, as_json: bool) -> None:
     for grid in compare_report.long_grids(comparison):
         screen.text("")
         screen.table(grid)
-    if out is not None:
-        screen.text(f"written: {out}.json, .md, .png")
+    screen.written(out)

@@ -38,7 +38,6 @@ def measure_layers(setting: CostSetting, variants: Sequence[str] | None, *, out:
         for cost in found:
             if cost.problem is not None:
                 screen.text(f"{cost.name}: {cost.problem}")
-        if out is not None:
-            screen.text(f"written: {out}.json, .md, .png")
+        screen.written(out)
     if any(cost.problem is not None for cost in found):
         raise typer.Exit(1)

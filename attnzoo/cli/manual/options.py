@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 
+from attnzoo.evaluation import timing
 from attnzoo.reporting.warn import warn_caller
 from attnzoo_kernels.errors import ConfigError
 
@@ -92,12 +92,8 @@ def using_threads(count: int | None) -> Iterator[None]:
         return
     if count < 1:
         raise ConfigError(f"threads: expected at least 1, got {count}")
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
+    with timing.threads(count):
         yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def refuse_unused(context: Any, unused: Mapping[str, str]) -> None:

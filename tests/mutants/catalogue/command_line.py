@@ -67,6 +67,7 @@ MUTANTS = (
     ),
     shared(
         "threads-stay",
+        file="attnzoo/evaluation/timing.py",
         old="        torch.set_num_threads(before)",
         new="        torch.set_num_threads(count)",
         wrong="a call leaves its threads to the next one",
